@@ -1,0 +1,1 @@
+"""Pure mathematics: torch and the standard library, no process group, no configuration, no engine."""

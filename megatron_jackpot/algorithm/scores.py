@@ -1,0 +1,60 @@
+"""What a correction sees and what it returns.
+
+Shapes: T tokens of this rank's mini-batch (all micro-batches flattened, prompt and padding positions included and
+masked out), K candidate ids per token. Everything here is detached: gradients live only in objectives.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+SumOverBatch = Callable[[Tensor], Tensor]
+"""Sums a tensor over every DP x CP rank of the mini-batch; the identity on one rank. Every rank must call it
+equally often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Log-probs of one mini-batch from the no-grad scoring pass."""
+
+    policy_logp_T: Tensor
+    """log p_old of the sampled token: policy_old, the policy at the start of the step."""
+    target_logp_T: Tensor
+    """log p_target of the sampled token: equal to policy_logp_T when the target is "old"."""
+    actor_logp_T: Tensor
+    """log-prob of the sampled token under the trainer's copy of the actor, before its update."""
+    server_logp_T: Tensor
+    """log q of the sampled token: the server's own number, the proposal."""
+    mask_T: Tensor
+    """bool, response tokens with a finite server log-prob."""
+    segment_T: Tensor
+    """int64, which rollout a token belongs to, 0 .. S-1 on this rank; -1 on padding."""
+    rollout_id_T3: Tensor
+    """int64 [T, 3], (epoch, prompt id, sample): keys of the random draws."""
+    position_T: Tensor
+    """int64, position of the token in its sequence: key of the random draws."""
+    advantage_T: Tensor
+    """float32, the rollout's advantage on each of its tokens."""
+    candidate_ids_TK: Tensor
+    """int64, server top-k union policy top-k; -1 is padding. The sampled token is never added."""
+    candidate_target_logp_TK: Tensor
+    """log p_target at the candidates, -inf on padding."""
+    candidate_server_logp_TK: Tensor
+    """log q at the candidates: the server's top-k, the actor's capped log-prob at policy-only ids; -inf otherwise."""
+    step: int
+    """Number of the optimizer step's batch: key of the random draws."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What the loss of a mini-batch needs: policy loss = -sum keep * weight * surrogate / denominator."""
+
+    keep_T: Tensor
+    """bool, False removes the token from the numerator."""
+    weight_T: Tensor
+    """float32, detached; finite everywhere."""
+    count: Tensor
+    """float64 scalar, this rank's contribution to the denominator N (summed over DP x CP by the caller)."""
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """name -> (sum, count) on this rank; divided once, after a global sum."""

@@ -1,0 +1,373 @@
+"""Every knob: frozen pydantic models read from YAML plus dotted overrides. No torch import.
+
+The text under a field is its documentation: `megatron-jackpot train --help` prints it.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """A frozen block of knobs; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Method(BaseModel):
+    """A method of a registry: `name` and that method's own fields as keys, checked by the method itself."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Optimizer(Section):
+    lr: float = Field(1e-6, ge=0)
+    """Peak learning rate of AdamW."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the schedule after the warm-up."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW beta1."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW beta2."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_grad: float = Field(1.0, gt=0)
+    """Global gradient-norm limit."""
+
+
+class Policy(Section):
+    hf: Path
+    """HF folder of the policy: config.json, safetensors, tokenizer."""
+    optimizer: Optimizer = Optimizer()
+
+
+class Actor(Section):
+    hf: Path
+    """HF folder of the actor: config.json, safetensors, the policy's tokenizer."""
+    optimizer: Optimizer = Optimizer()
+    tis_cap: float = Field(2.0, ge=1)
+    """Cap of the truncated importance weight p_actor_old/q on the actor's own PPO loss (Eq. 6)."""
+    rl_weight: float = Field(1.0, ge=0)
+    """Weight of the actor's PPO loss; 0 trains the actor by distillation alone."""
+    distill: Method = Method(name="k3_sample")
+    """Distillation towards the policy."""
+    distill_weight: float = Field(1.0, ge=0)
+    """lambda_distill, the weight of the distillation loss."""
+
+
+class Parallel(Section):
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel size."""
+    pp: int = Field(1, ge=1)
+    """Pipeline-parallel size."""
+    vpp: int | None = Field(None, ge=2)
+    """Virtual pipeline chunks per rank (interleaved 1F1B); null runs plain 1F1B."""
+    cp: int = Field(1, ge=1)
+    """Context-parallel size; only 1 is supported."""
+    sequence_parallel: bool = False
+    """Split activations outside attention and MLP over the tensor-parallel ranks."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Overlap gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the parameter all-gather with the next forward pass (distributed optimizer)."""
+    timeout_s: float = Field(600, gt=0)
+    """Time limit of every collective."""
+
+
+class Precision(Section):
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameters and activations of the trainer."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """fp8 format of the Transformer Engine layers; needs Transformer Engine and a capable GPU."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
+    """Scaling recipe of fp8."""
+    fp8_param: bool = False
+    """Keep the parameters in fp8 as well."""
+    first_last_layers_bf16: bool = False
+    """Keep the first and last layers in bf16 under fp8 (not with the delayed recipe)."""
+
+
+class Data(Section):
+    source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
+    """Where prompts come from."""
+    tasks: dict[str, dict[str, Any]] = {}
+    """reasoning_gym: task name -> its options; mixed in equal shares."""
+    size: int = Field(10_000, ge=1)
+    """reasoning_gym: number of training problems."""
+    seed: int = 0
+    """reasoning_gym: seed of the problem generator; the order of prompts follows run.seed."""
+    path: Path | None = None
+    """jsonl: file with one {"prompt": ..., "answer": ...} or {"messages": [...], "answer": ...} a line."""
+    heldout_path: Path | None = None
+    """jsonl: held-out problems for evaluation."""
+    template: str | None = None
+    """Text around a problem, with {question}; null uses the tokenizer's chat template."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longer prompts are dropped and counted."""
+    reward: str = "exact"
+    """exact, reasoning_gym, math_verify, or a dotted path to a function (response_text, label) -> float."""
+    reward_workers: int = Field(2, ge=1)
+    """Worker processes of the reward pool."""
+    reward_timeout_s: float = Field(10.0, gt=0)
+    """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
+
+
+class Servers(Section):
+    urls: tuple[str, ...] = ()
+    """Running servers to use, http://host:port; empty lets `launch` start its own."""
+    num: int = Field(1, ge=1)
+    """Servers that `launch` starts on this machine."""
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel size of each server."""
+    host: str = "127.0.0.1"
+    """Address the servers bind to."""
+    port: int = Field(0, ge=0, le=65535)
+    """Port of the first server; 0 takes a free one."""
+    python: Path | None = None
+    """Interpreter of the environment that has SGLang; null uses the trainer's."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """dtype of the server's weights; null follows precision.dtype."""
+    start_timeout_s: float = Field(300, gt=0)
+    """Time limit for a server to answer /health."""
+    max_total_tokens: int | None = Field(None, ge=1)
+    """KV-cache size in tokens; null lets SGLang decide."""
+    extra_args: tuple[str, ...] = ()
+    """More sglang.launch_server arguments, passed on as they are."""
+
+
+class Rollouts(Section):
+    prompts_per_step: int = Field(64, ge=1)
+    """Prompts per step over all data-parallel ranks."""
+    samples_per_prompt: int = Field(8, ge=1)
+    """Completions per prompt: the group behind the advantage."""
+    max_new_tokens: int = Field(8192, ge=1)
+    """Longest response."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; trainer logits are divided by the same number."""
+    top_k_logp: int = Field(20, ge=1)
+    """k: how many of the server's and of the policy's most probable ids become candidates."""
+    concurrency: int = Field(256, ge=1)
+    """Requests in flight per data-parallel leader."""
+    request_timeout_s: float = Field(1800, gt=0)
+    """Time limit of one request."""
+    retries: int = Field(3, ge=0)
+    """How often a failed request is tried again, on another server where there is one."""
+    max_staleness: int = Field(1, ge=0)
+    """Oldest acceptable weight version, in steps behind the current one; older tokens are an error."""
+    max_failed_groups: float = Field(0.1, ge=0, le=1)
+    """Share of a step's groups that may be lost to failed requests before the run stops."""
+
+
+class Packing(Section):
+    enabled: bool = True
+    """Pack several sequences into a micro-batch with block-diagonal attention; false gives each its own."""
+    tokens: int = Field(8192, ge=16)
+    """Tokens per micro-batch."""
+
+
+class Algorithm(Section):
+    correction: Method = Method(name="jackpot")
+    """From server samples to the policy's loss: none, tis or jackpot, with its own knobs."""
+    objective: Method = Method(name="ppo")
+    """Per-token surrogate of policy and actor."""
+    advantage: Method = Method(name="grpo")
+    """Advantage from a group's rewards."""
+    num_minibatches: int = Field(1, ge=1)
+    """Optimizer steps per rollout batch."""
+    target: Literal["old", "current"] = "old"
+    """What acceptance aligns to: the policy at the start of the step, or at the start of the mini-batch."""
+    train_actor: bool = True
+    """False freezes the actor: rollouts from a fixed model."""
+
+
+class Sync(Section):
+    method: Literal["disk", "broadcast"] = "broadcast"
+    """How the actor's weights reach the servers: safetensors on a shared disk, or a collective group."""
+    backend: Literal["nccl", "gloo"] | None = None
+    """Backend of the broadcast group; null is nccl with CUDA and gloo without."""
+    bucket_bytes: int = Field(512 * 2**20, ge=1)
+    """Weights are sent in buckets of about this size."""
+    timeout_s: float = Field(120, gt=0)
+    """Time limit of one update."""
+    probe_every: int = Field(50, ge=1)
+    """Steps between comparisons of server and trainer log-probs."""
+    probe_prompts: int = Field(4, ge=1)
+    """Completions compared by one probe."""
+    max_logp_gap: float = Field(1e-3, gt=0)
+    """float32: largest allowed |server logp - trainer logp|."""
+    mean_logp_gap: float = Field(0.05, gt=0)
+    """bfloat16: largest allowed mean of |server logp - trainer logp|."""
+    quantile_logp_gap: float = Field(0.2, gt=0)
+    """bfloat16: largest allowed 99% quantile of |server logp - trainer logp|."""
+
+
+class Evaluation(Section):
+    every: int = Field(10, ge=1)
+    """Steps between evaluations; the first step and the last are always evaluated."""
+    size: int = Field(128, ge=0)
+    """Held-out problems; 0 turns evaluation off."""
+    seed: int = 1_000_003
+    """reasoning_gym: seed of the held-out problems; any that also occur in training are removed."""
+    max_new_tokens: int = Field(16, ge=1)
+    """Longest greedy answer of the policy and of the actor."""
+
+
+class Logging(Section):
+    progress: bool = True
+    """rich progress on the terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the wandb package."""
+
+
+class Run(Section):
+    folder: Path
+    """Everything the run writes goes here."""
+    steps: int = Field(100, ge=1)
+    """Rollout batches."""
+    seed: int = 0
+    """Seed of prompt order, random draws and initialisation."""
+
+
+class Config(Section):
+    run: Run
+    policy: Policy
+    actor: Actor
+    data: Data = Data()
+    rollout: Rollouts = Rollouts()
+    servers: Servers = Servers()
+    algorithm: Algorithm = Algorithm()
+    packing: Packing = Packing()
+    parallel: Parallel = Parallel()
+    precision: Precision = Precision()
+    sync: Sync = Sync()
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> "Config":
+        p, n = self.parallel, self.algorithm.num_minibatches
+        if p.cp != 1:
+            raise ValueError(f"parallel.cp = {p.cp}: packed context parallelism is not supported. Set parallel.cp=1.")
+        if p.vpp is not None and p.pp == 1:
+            raise ValueError(f"parallel.vpp = {p.vpp} needs parallel.pp > 1, got 1. Set parallel.vpp=null.")
+        if p.sequence_parallel and p.tp == 1:
+            raise ValueError("parallel.sequence_parallel = true needs parallel.tp > 1, got 1. Set it to false.")
+        if p.overlap_param_gather and not p.distributed_optimizer:
+            raise ValueError("parallel.overlap_param_gather = true needs parallel.distributed_optimizer=true.")
+        if self.precision.first_last_layers_bf16 and self.precision.fp8_recipe == "delayed":
+            raise ValueError(
+                "precision.first_last_layers_bf16 = true does not go with precision.fp8_recipe = 'delayed'. "
+                "Use 'tensorwise' or 'blockwise'."
+            )
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.packing.tokens:
+            raise ValueError(
+                f"packing.tokens = {self.packing.tokens} is smaller than data.max_prompt_tokens + "
+                f"rollout.max_new_tokens = {longest}: a sequence must fit one micro-batch. Raise packing.tokens."
+            )
+        if self.rollout.prompts_per_step % n:
+            raise ValueError(
+                f"algorithm.num_minibatches = {n} does not divide rollout.prompts_per_step = "
+                f"{self.rollout.prompts_per_step}. Change one of them."
+            )
+        if self.data.source == "jsonl" and self.data.path is None:
+            raise ValueError("data.source = 'jsonl' needs data.path. Set data.path=FILE.")
+        if self.data.source == "reasoning_gym" and not self.data.tasks:
+            raise ValueError("data.source = 'reasoning_gym' needs data.tasks, for example {chain_sum: {}}.")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read YAML, apply `a.b=value` overrides (values are YAML), check everything.
+
+    Raises ValueError naming the field, the value and what to do, FileNotFoundError for a missing file.
+    """
+    text = Path(path).read_text()
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, got {type(tree).__name__}.")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Check a nested mapping. Raises ValueError with one line per mistake."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(item) for item in error.errors())) from error
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """' Did you mean ...?' for the closest known word, or the list of known words."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(known))}."
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"Override '{override}' is not of the form section.key=value.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = tree.get(parent)
+        if node is None:
+            node = tree[parent] = {}
+        if not isinstance(node, dict):
+            raise ValueError(f"Override '{override}': '{parent}' holds {node!r}, which is not a section.")
+        tree = node
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"Override '{override}' has a value that is not YAML: {error}") from error
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        section: Any = Config
+        prefix = item["loc"][:-1]
+        for part in prefix:
+            section = section.model_fields[part].annotation
+        full = [".".join([*map(str, prefix), name]) for name in section.model_fields]
+        return f"Unknown config key '{where}'. {nearest(where, full)}"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    if item["type"] == "missing":
+        return f"Config key '{where}' is missing. Set it in the YAML file or as {where}=VALUE."
+    return f"{where} = {item['input']!r}: {item['msg']}."
+
+
+def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, default, meaning) of every knob, in file order."""
+    rows = []
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            rows += describe(field.annotation, f"{key}.")
+        else:
+            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+            rows.append((key, default, field.description or ""))
+    return rows
