@@ -1,0 +1,192 @@
+"""HF folder -> Megatron GPTModel chunks with the folder's weights, for policy and actor alike."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_jackpot.config import Parallel, Precision
+from megatron_jackpot.models import cpu
+from megatron_jackpot.models.families import Family
+from megatron_jackpot.parallel.context import Mesh
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def have_transformer_engine() -> bool:
+    """True where Transformer Engine imports and CUDA is there, that is where the TE spec is used."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+
+
+def check_precision(precision: Precision, *, te: bool, capability: tuple[int, int] | None) -> None:
+    """Refuse fp8 that Megatron would silently ignore.
+
+    `capability` is torch.cuda.get_device_capability() or None without CUDA. Raises ValueError with the remedy.
+    """
+    if precision.fp8 is None:
+        if precision.fp8_param:
+            raise ValueError("precision.fp8_param = true needs precision.fp8='hybrid' or 'e4m3', got null.")
+        return
+    asked = f"precision.fp8 = '{precision.fp8}'"
+    if capability is None:
+        raise ValueError(f"{asked} needs a GPU with fp8 (compute capability 8.9 or newer), got none. Set it to null.")
+    if capability < (8, 9):
+        raise ValueError(f"{asked} needs compute capability 8.9 or newer, got {capability}. Set it to null.")
+    if not te:
+        raise ValueError(f"{asked} needs Transformer Engine, which does not import here. Install the [gpu] extra.")
+    if precision.dtype != "bfloat16":
+        raise ValueError(f"{asked} needs precision.dtype='bfloat16', got '{precision.dtype}'.")
+
+
+def transformer_config(family: Family, parallel: Parallel, precision: Precision, *, te: bool) -> TransformerConfig:
+    """Megatron's configuration of one model. Raises ValueError where the layout does not divide the model."""
+    _check_layout(family, parallel)
+    dtype = DTYPES[precision.dtype]
+    fp8: dict[str, Any] = {}
+    if precision.fp8 is not None:
+        fp8 = dict(fp8=precision.fp8, fp8_recipe=precision.fp8_recipe, fp8_param=precision.fp8_param)
+        fp8["first_last_layers_bf16"] = precision.first_last_layers_bf16
+    return TransformerConfig(
+        **family.transformer_fields(),
+        **fp8,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Nothing may rescale the loss: with this Megatron neither divides by micro-batches nor averages over DP.
+        calculate_per_token_loss=True,
+        # At pp = 2 both neighbours are one rank and a batch of two sends and two receives can pair wrongly.
+        batch_p2p_comm=parallel.vpp is None and parallel.pp != 2,
+        overlap_p2p_comm=parallel.vpp is not None,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        perform_initialization=True,
+    )
+
+
+def padded_vocab_size(vocab_sizes: list[int], tp: int) -> int:
+    """One size for both models, so that their tensor-parallel vocabulary shards line up."""
+    multiple = 16 * tp
+    return math.ceil(max(vocab_sizes) / multiple) * multiple
+
+
+def layer_spec(config: TransformerConfig, *, te: bool, vp_stage: int | None) -> Any:
+    """Transformer Engine's layers where it is usable, else Megatron's local layers with our norm and attention."""
+    if te:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = cpu.RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = cpu.PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = cpu.RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=cpu.RMSNorm)
+
+
+def build_chunks(
+    family: Family, config: TransformerConfig, mesh: Mesh, *, padded_vocab: int, te: bool
+) -> list[GPTModel]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), freshly initialised, on the device."""
+    vpp = config.virtual_pipeline_model_parallel_size
+    chunks = []
+    for index in range(vpp or 1):
+        first = mesh.pp_rank == 0 and index == 0
+        last = mesh.is_last_stage and index == (vpp or 1) - 1
+        stage = None if vpp is None else index
+        chunk = GPTModel(
+            config,
+            layer_spec(config, te=te, vp_stage=stage),
+            vocab_size=padded_vocab,
+            max_sequence_length=family.context_length,
+            pre_process=first,
+            post_process=last,
+            position_embedding_type="rope",
+            rotary_base=family.rope_theta,
+            share_embeddings_and_output_weights=family.tied,
+            vp_stage=stage,
+        )
+        chunks.append(chunk.to(mesh.device, config.params_dtype))
+    return chunks
+
+
+def global_names(chunk: GPTModel) -> dict[str, torch.nn.Parameter]:
+    """Parameters of a chunk under names with the global layer index. A tied output weight appears once."""
+    offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0
+    names = {}
+    for name, parameter in chunk.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, index, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(index) + offset}.{rest}"
+        elif name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
+            # The last stage's copy of a tied embedding: loaded from and exported as the embedding.
+            name = "embedding.word_embeddings.weight"
+        names[name] = parameter
+    return names
+
+
+def load_weights(chunks: list[GPTModel], family: Family, folder: Path, mesh: Mesh, padded_vocab: int) -> None:
+    """Copy the safetensors of an HF folder into this rank's shards.
+
+    Raises ValueError for a missing tensor and for one whose shape disagrees with config.json.
+    """
+    reader = _SafetensorsFolder(Path(folder))
+    for chunk in chunks:
+        for name, parameter in global_names(chunk).items():
+            kind, layer = family.find(name)
+            shard = family.shard(kind, layer, reader.read, padded_vocab, mesh.tp, mesh.tp_rank)
+            if shard.shape != parameter.shape:
+                raise ValueError(
+                    f"{folder}: {', '.join(family.hf_names(kind, layer))} gives {tuple(shard.shape)} for '{name}', "
+                    f"config.json asks for {tuple(parameter.shape)}."
+                )
+            parameter.data.copy_(shard)
+
+
+class _SafetensorsFolder:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.where: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            handle = safe_open(path, framework="pt")
+            self.where.update({name: handle for name in handle.keys()})
+        if not self.where:
+            raise ValueError(f"{folder} holds no *.safetensors file.")
+
+    def read(self, name: str) -> Tensor:
+        if name not in self.where:
+            raise ValueError(f"{self.folder}: tensor '{name}' is in no safetensors file.")
+        return self.where[name].get_tensor(name)
+
+
+def _check_layout(family: Family, parallel: Parallel) -> None:
+    hf = family.hf_config
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
+        if hf[field] % parallel.tp:
+            raise ValueError(f"parallel.tp = {parallel.tp} does not divide config.json's {field} = {hf[field]}.")
+    stages = parallel.pp * (parallel.vpp or 1)
+    if family.num_layers % stages:
+        raise ValueError(
+            f"parallel.pp * parallel.vpp = {parallel.pp} * {parallel.vpp or 1} does not divide "
+            f"num_hidden_layers = {family.num_layers}."
+        )

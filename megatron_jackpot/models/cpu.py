@@ -1,0 +1,173 @@
+"""The only place that adapts Megatron-core to a machine without CUDA; `install` does nothing where CUDA exists.
+
+Three kinds of adaptation, each forced by stock megatron-core 0.16: functions of torch.cuda that raise without a
+driver, the literals "cuda" inside Megatron's own functions, and layers of the local spec that refuse packed
+sequences (attention) or sequence parallelism (norm).
+"""
+
+import importlib
+import inspect
+import math
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RETARGETED_MODULES = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.utils",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.utils",
+    "megatron.core.tensor_parallel.data",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.exchange_utils",
+)
+RETARGETED_LITERALS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+_installed = False
+
+
+def install() -> bool:
+    """Adapt Megatron once per process. Returns False, having changed nothing, where CUDA is available."""
+    global _installed
+    if torch.cuda.is_available():
+        return False
+    if not _installed:
+        _replace_cuda_functions()
+        for name in RETARGETED_MODULES:
+            _retarget(importlib.import_module(name))
+        _installed = True
+    return True
+
+
+class _NullStream:
+    """Stands for torch.cuda.Stream and Event: work on the CPU is already ordered."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {"wait_stream", "wait_event", "record_event", "record", "wait", "synchronize"}:
+            return lambda *_args, **_kwargs: None
+        if name == "query":
+            return lambda: True
+        raise AttributeError(name)
+
+    def __enter__(self) -> "_NullStream":
+        return self
+
+    def __exit__(self, *_exc: object) -> bool:
+        return False
+
+
+def _replace_cuda_functions() -> None:
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    cpu = torch.device("cpu")
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_args, **_kwargs: _NullStream()
+    torch.cuda.stream = lambda _stream=None: _NullStream()
+    torch.cuda.Stream = torch.cuda.Event = _NullStream
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    megatron_random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self
+    torch.nn.Module.cuda = lambda self, *_args, **_kwargs: self
+
+
+def _retarget(module: types.ModuleType) -> None:
+    """Replace the literals in every function and method that the module itself defines."""
+    owners = [module] + [v for v in vars(module).values() if _defined_in(v, module) and inspect.isclass(v)]
+    for owner in owners:
+        for value in list(vars(owner).values()):
+            function = _plain_function(value)
+            if function is not None and _defined_in(function, module):
+                function.__code__ = _retarget_code(function.__code__)
+
+
+def _defined_in(value: Any, module: types.ModuleType) -> bool:
+    return getattr(value, "__module__", None) == module.__name__
+
+
+def _plain_function(value: Any) -> types.FunctionType | None:
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
+    if callable(value):
+        value = inspect.unwrap(value)
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _retarget_code(code: types.CodeType) -> types.CodeType:
+    def constant(value: Any) -> Any:
+        if isinstance(value, str):
+            return RETARGETED_LITERALS.get(value, value)
+        if isinstance(value, tuple):
+            return tuple(constant(item) for item in value)
+        return _retarget_code(value) if isinstance(value, types.CodeType) else value
+
+    return code.replace(co_consts=tuple(constant(value) for value in code.co_consts))
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm whose weight takes part in Megatron's sequence-parallel gradient all-reduce."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention on packed sequences: [T, heads, head_dim] in, [T, heads * head_dim] out.
+
+    The sequences are gathered into a padded [sequences, longest, ...] block, so that cost grows with the sum of
+    squared lengths and not with the square of T.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Tensor:
+        packed = kwargs.get("packed_seq_params")
+        if packed is None:
+            raise ValueError("PackedAttention needs packed_seq_params (thd); every batch here is packed.")
+        rows, columns, inside, order = _padded_layout(packed.cu_seqlens_q)
+        padded = [
+            x.new_zeros(rows, columns, *x.shape[1:]).index_put((order[0], order[1]), x).transpose(1, 2)
+            for x in (query, key, value)
+        ]
+        out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=self.scale, enable_gqa=True)
+        return out.transpose(1, 2)[inside].flatten(1)
+
+
+def _padded_layout(cu_seqlens: Tensor) -> tuple[int, int, Tensor, tuple[Tensor, Tensor]]:
+    """(sequences, longest, [sequences, longest] bool mask, (row, column) of every packed token)."""
+    lengths = cu_seqlens.diff().long()
+    inside = torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
+    return inside.shape[0], inside.shape[1], inside, inside.nonzero(as_tuple=True)

@@ -1,0 +1,100 @@
+"""Who this rank is: its groups, its place in the pipeline, and the two broadcasts that keep ranks in step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The parallel layout as seen by one rank; both models share it."""
+
+    tp_group: ProcessGroup
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup
+    """Ranks that hold the same shard of the models and different data (dp x cp)."""
+    model_group: ProcessGroup
+    """Ranks that hold one copy of the models (tp x pp); its first rank is the DP leader."""
+    device: torch.device
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp_group.rank()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp_group.rank()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp_group.rank()
+
+    @property
+    def tp(self) -> int:
+        return self.tp_group.size()
+
+    @property
+    def pp(self) -> int:
+        return self.pp_group.size()
+
+    @property
+    def dp(self) -> int:
+        return self.dp_group.size()
+
+    @property
+    def is_leader(self) -> bool:
+        """True on the rank that speaks HTTP for its copy of the models."""
+        return self.model_group.rank() == 0
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes metrics and pushes weights."""
+        return dist.get_rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """True where logits, scores and corrections exist."""
+        return self.pp_rank == self.pp - 1
+
+    def from_last_stage(self, tensor: Tensor) -> Tensor:
+        """A small tensor of the last pipeline stage, on every stage; in place. Broadcasts: 1 over pp."""
+        if self.pp > 1:
+            dist.broadcast(tensor, src=dist.get_global_rank(self.pp_group, self.pp - 1), group=self.pp_group)
+        return tensor
+
+    def from_leader(self, value: Any) -> Any:
+        """A picklable value of the DP leader, on all its tp and pp peers. Broadcasts: 2 over tp x pp."""
+        if self.model_group.size() == 1:
+            return value
+        box = [value]
+        source = dist.get_global_rank(self.model_group, 0)
+        dist.broadcast_object_list(box, src=source, group=self.model_group, device=self.device)
+        return box[0]
+
+    def from_main(self, value: Any) -> Any:
+        """A picklable value of global rank 0, everywhere. Broadcasts: 2 over the world."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def tensors_from_leader(self, tensors: Sequence[Tensor] | None) -> list[Tensor]:
+        """Tensors of the DP leader on its tp and pp peers. Broadcasts: 2 + one per tensor over tp x pp."""
+        header = self.from_leader(None if tensors is None else [(tuple(t.shape), t.dtype) for t in tensors])
+        if tensors is None:
+            tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in header]
+        moved = [t.to(self.device).contiguous() for t in tensors]
+        if self.model_group.size() > 1:
+            source = dist.get_global_rank(self.model_group, 0)
+            for tensor in moved:
+                # NCCL and gloo both lack bool in some versions; bytes are always there.
+                payload = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+                dist.broadcast(payload, src=source, group=self.model_group)
+        return moved
+
+    def barrier(self) -> None:
+        dist.barrier()
