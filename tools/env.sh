@@ -11,26 +11,32 @@
 
 export JACKPOT_HOME="${JACKPOT_HOME:-$HOME/.cache/megatron-jackpot}"
 JACKPOT_REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [[ ${BASH_SOURCE[0]} != "$0" ]]; then
+  JACKPOT_ENV=$(bash "${BASH_SOURCE[0]}") || return 1
+  export JACKPOT_ENV PATH="$JACKPOT_ENV/bin:$PATH" PYTHONPATH="$JACKPOT_REPO${PYTHONPATH:+:$PYTHONPATH}"
+  return 0
+fi
+set -euo pipefail
 
-_jackpot_say() { printf '[env] %s\n' "$*" >&2; }
-_jackpot_die() { printf '[env] ERROR: %s\n' "$@" >&2; exit 1; }
+say() { printf '[env] %s\n' "$*" >&2; }
+die() { printf '[env] ERROR: %s\n' "$@" >&2; exit 1; }
 
-_jackpot_usable() {  # INTERPRETER: is it one the pins are made for, able to make an environment?
+usable() {  # INTERPRETER: is it one the pins are made for, able to make an environment?
   "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null
 }
 
-_jackpot_interpreter() {
+find_interpreter() {
   local candidate
   for candidate in ${JACKPOT_PYTHON:-python3.11 python3.12 python3}; do
-    if _jackpot_usable "$candidate"; then command -v "$candidate"; return; fi
+    if usable "$candidate"; then command -v "$candidate"; return; fi
   done
-  _jackpot_die "no usable Python among: ${JACKPOT_PYTHON:-python3.11 python3.12 python3}." \
+  die "no usable Python among: ${JACKPOT_PYTHON:-python3.11 python3.12 python3}." \
     "Needed: Python 3.11 or 3.12 with its venv module (Debian, Ubuntu: apt-get install python3-venv)." \
     "Name another interpreter with JACKPOT_PYTHON=/path/to/python3.11."
 }
 
 # PHASE COMMAND...: run it with its output in $log, a line of progress every 10 s, and the seconds at the end.
-_jackpot_phase() {
+phase() {
   local phase="$1" start=$SECONDS next=10 child status=0; shift
   "$@" >>"$log" 2>&1 9>&- &
   child=$!
@@ -38,107 +44,97 @@ _jackpot_phase() {
   while kill -0 "$child" 2>/dev/null; do
     sleep 0.5
     if (( SECONDS - start >= next )); then
-      _jackpot_say "$phase: $((SECONDS - start)) s, $(tail -n 1 "$log" | tr -d '\r' | cut -c1-80)"
+      say "$phase: $((SECONDS - start)) s, $(tail -n 1 "$log" | tr -d '\r' | cut -c1-80)"
       next=$((next + 10))
     fi
   done
   wait "$child" || status=$?
   trap - INT TERM
-  if (( status == 0 )); then _jackpot_say "$phase: done in $((SECONDS - start)) s"; fi
+  if (( status == 0 )); then say "$phase: done in $((SECONDS - start)) s"; fi
   return "$status"
 }
 
-_jackpot_unreachable() {  # did pip fail for want of an index, not of a package?
+unreachable() {  # did pip fail for want of an index, not of a package?
   grep -qE 'Retrying \(Retry|NewConnectionError|Name or service not known|Temporary failure in name|ReadTimeout|ProxyError|SSLError' "$log"
 }
 
-_jackpot_failed() {  # WHAT
+failed() {  # WHAT
   tail -n 15 "$log" >&2
-  if _jackpot_unreachable; then
-    _jackpot_die "$1: pip could not reach a package index." \
+  if unreachable; then
+    die "$1: pip could not reach a package index." \
       "Check the network, or name a reachable index in pip's own settings (pip config, PIP_INDEX_URL)." "Log: $log"
   fi
-  _jackpot_die "$1: pip failed; its last lines are above." "Log: $log"
+  die "$1: pip failed; its last lines are above." "Log: $log"
 }
 
-_jackpot_torch() {  # PYTHON
+install_torch() {  # PYTHON
   local version
   version="$(sed -n 's/^torch==//p' "$JACKPOT_REPO/requirements/cpu.txt")"
   if [[ $kind == cuda ]]; then
-    _jackpot_phase "torch $version (CUDA)" "$1" -m pip install --progress-bar off "torch==$version" && return
-    _jackpot_failed "torch"
+    phase "torch $version (CUDA)" "$1" -m pip install --progress-bar off "torch==$version" && return
+    failed "torch"
   fi
-  _jackpot_phase "torch $version+cpu" "$1" -m pip install --progress-bar off --no-deps "torch==$version+cpu" && return
+  phase "torch $version+cpu" "$1" -m pip install --progress-bar off --no-deps "torch==$version+cpu" && return
   if [[ -n ${JACKPOT_TORCH_INDEX:-} ]]; then
-    _jackpot_phase "torch $version+cpu from JACKPOT_TORCH_INDEX" "$1" -m pip install --progress-bar off --no-deps \
+    phase "torch $version+cpu from JACKPOT_TORCH_INDEX" "$1" -m pip install --progress-bar off --no-deps \
       --index-url "$JACKPOT_TORCH_INDEX" "torch==$version+cpu" && return
-    _jackpot_failed "torch's CPU build from JACKPOT_TORCH_INDEX"
+    failed "torch's CPU build from JACKPOT_TORCH_INDEX"
   fi
-  if _jackpot_unreachable; then _jackpot_failed "torch"; fi
-  _jackpot_say "pip found no CPU build of torch $version. JACKPOT_TORCH_INDEX=URL names an index that has it."
-  _jackpot_say "Falling back to pip's default build: several GB with its CUDA packages. It also runs without a GPU."
-  _jackpot_phase "torch $version (default build)" "$1" -m pip install --progress-bar off "torch==$version" && return
-  _jackpot_failed "torch"
+  if unreachable; then failed "torch"; fi
+  say "pip found no CPU build of torch $version. JACKPOT_TORCH_INDEX=URL names an index that has it."
+  say "Falling back to pip's default build: several GB with its CUDA packages. It also runs without a GPU."
+  phase "torch $version (default build)" "$1" -m pip install --progress-bar off "torch==$version" && return
+  failed "torch"
 }
 
-_jackpot_lock() {  # PYTHON: the pinned list
+install_pins() {  # PYTHON: the pinned list
   local pins="$JACKPOT_REPO/requirements/cpu.txt" site header
   header="$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
   if ! command -v cc >/dev/null || [[ ! -f $header ]]; then
-    _jackpot_say "No C compiler or no Python headers: pycosat, which only reasoning-gym's zebra puzzles use, is left out."
+    say "No C compiler or no Python headers: pycosat, which only reasoning-gym's zebra puzzles use, is left out."
     site="$("$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
     printf 'def itersolve(*args, **kwargs):\n    raise RuntimeError("pycosat was not built: no C compiler")\n' \
       >"$site/pycosat.py"
     grep -v '^pycosat==' "$pins" >"$folder/pins.txt"
     pins="$folder/pins.txt"
   fi
-  _jackpot_phase "$(grep -c '==' "$pins") pinned packages" \
-    "$1" -m pip install --progress-bar off --no-deps -r "$pins" || _jackpot_failed "requirements/cpu.txt"
+  phase "$(grep -c '==' "$pins") pinned packages" \
+    "$1" -m pip install --progress-bar off --no-deps -r "$pins" || failed "requirements/cpu.txt"
 }
 
-_jackpot_build() {  # INTERPRETER: an environment cannot move, so it is built in place and `ready` is written last
-  local free log="$folder.log" start=$SECONDS
+build() {  # INTERPRETER: an environment cannot move, so it is built in place and `ready` is written last
+  local free start=$SECONDS
   free=$(df -Pk "$JACKPOT_HOME" | awk 'NR == 2 {print int($4 / 1048576)}')
   if (( free < 6 )); then
-    _jackpot_die "$free GB are free under $JACKPOT_HOME, the environment needs 6." \
+    die "$free GB are free under $JACKPOT_HOME, the environment needs 6." \
       "Free some, or choose another place with JACKPOT_HOME=/path."
   fi
   rm -rf "$folder"; : >"$log"
-  _jackpot_say "Making $folder ($kind, a few minutes; log: $log)"
-  _jackpot_phase "venv" "$1" -m venv "$folder" || _jackpot_die "python -m venv failed." "Log: $log"
-  _jackpot_torch "$folder/bin/python"
-  _jackpot_lock "$folder/bin/python"
-  _jackpot_phase "check" "$folder/bin/python" -c 'import torch, transformers, megatron.core, reasoning_gym, aiohttp' ||
-    { tail -n 5 "$log" >&2; _jackpot_die "the new environment does not import; its last lines are above." "Log: $log"; }
+  say "Making $folder ($kind, a few minutes; log: $log)"
+  phase "venv" "$1" -m venv "$folder" || die "python -m venv failed." "Log: $log"
+  install_torch "$folder/bin/python"
+  install_pins "$folder/bin/python"
+  phase "check" "$folder/bin/python" -c 'import torch, transformers, megatron.core, reasoning_gym, aiohttp' ||
+    { tail -n 5 "$log" >&2; die "the new environment does not import; its last lines are above." "Log: $log"; }
   # The package itself is found through PYTHONPATH, so that clones can share the environment.
   printf '#!/bin/sh\nexec "%s/bin/python" -m megatron_jackpot.cli "$@"\n' "$folder" >"$folder/bin/megatron-jackpot"
   chmod +x "$folder/bin/megatron-jackpot"
   touch "$folder/ready"
-  _jackpot_say "Ready in $((SECONDS - start)) s, $(du -sh "$folder" | cut -f1)"
+  say "Ready in $((SECONDS - start)) s, $(du -sh "$folder" | cut -f1)"
 }
 
-_jackpot_env() (
-  set -euo pipefail
-  kind=cpu
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi
-  interpreter=$(_jackpot_interpreter)
-  key=$( { cat "$JACKPOT_REPO/requirements/cpu.txt"; echo "$kind"
-    "$interpreter" -c 'import platform, sys; print(sys.version, sys.base_prefix, platform.machine())'; } |
-    sha256sum | cut -c1-12)
-  folder="$JACKPOT_HOME/env-$key"
-  mkdir -p "$JACKPOT_HOME" 2>/dev/null && [[ -w $JACKPOT_HOME ]] ||
-    _jackpot_die "cannot write to $JACKPOT_HOME." "Choose another place with JACKPOT_HOME=/path."
-  command -v flock >/dev/null || _jackpot_die "the program flock is missing (package util-linux)."
-  exec 9>"$folder.lock"
-  flock -n 9 || { _jackpot_say "Another command is making $folder: waiting for it."; flock 9; }
-  if [[ ! -f $folder/ready ]] || ! "$folder/bin/python" -c '' 2>/dev/null; then _jackpot_build "$interpreter"; fi
-  printf '%s\n' "$folder"
-)
-
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
-  _jackpot_env
-elif JACKPOT_ENV=$(_jackpot_env); then
-  export JACKPOT_ENV PATH="$JACKPOT_ENV/bin:$PATH" PYTHONPATH="$JACKPOT_REPO${PYTHONPATH:+:$PYTHONPATH}"
-else
-  return 1
-fi
+kind=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi
+interpreter=$(find_interpreter)
+key=$( { cat "$JACKPOT_REPO/requirements/cpu.txt"; echo "$kind"
+  "$interpreter" -c 'import platform, sys; print(sys.version, sys.base_prefix, platform.machine())'; } |
+  sha256sum | cut -c1-12)
+folder="$JACKPOT_HOME/env-$key"
+log="$folder.log"
+mkdir -p "$JACKPOT_HOME" 2>/dev/null && [[ -w $JACKPOT_HOME ]] ||
+  die "cannot write to $JACKPOT_HOME." "Choose another place with JACKPOT_HOME=/path."
+command -v flock >/dev/null || die "the program flock is missing (package util-linux)."
+exec 9>"$folder.lock"
+flock -n 9 || { say "Another command is making $folder: waiting for it."; flock 9; }
+if [[ ! -f $folder/ready ]] || ! "$folder/bin/python" -c '' 2>/dev/null; then build "$interpreter"; fi
+printf '%s\n' "$folder"

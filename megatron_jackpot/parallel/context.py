@@ -1,5 +1,6 @@
 """Who this rank is: its groups, its place in the pipeline, and the two broadcasts that keep ranks in step."""
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,35 @@ class Mesh:
                 payload = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
                 dist.broadcast(payload, src=source, group=self.model_group)
         return moved
+
+    def object_from_last_stage(self, value: Any) -> Any:
+        """A small picklable value of the last pipeline stage, on every stage. Broadcasts: 2 over pp."""
+        if self.pp == 1:
+            return value
+        box = [value]
+        source = dist.get_global_rank(self.pp_group, self.pp - 1)
+        dist.broadcast_object_list(box, src=source, group=self.pp_group, device=self.device)
+        return box[0]
+
+    def wait_for_leaders(self, what: str, timeout_s: float) -> None:
+        """Wait until every DP leader has come this far, without holding a collective open.
+
+        Rollouts and weight updates may take longer than a collective is allowed to. Raises TimeoutError naming
+        `what` and the ranks that did not arrive.
+        """
+        if dist.get_world_size() == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        if self.is_leader:
+            store.set(f"jackpot/{what}/{self.dp_rank}", "here")
+        for rank in range(self.dp):
+            key = f"jackpot/{what}/{rank}"
+            try:
+                store.wait([key], datetime.timedelta(seconds=timeout_s))
+            except dist.DistStoreError as error:
+                raise TimeoutError(
+                    f"Rank {dist.get_rank()} waited {timeout_s:.0f} s for DP leader {rank} to finish '{what}'."
+                ) from error
 
     def barrier(self) -> None:
         dist.barrier()

@@ -1,0 +1,117 @@
+"""Child processes of the launcher: started in their own session, their output kept, and all of them ended in time.
+
+Only what this process started is ever signalled: its descendants, found through the kernel's parent links. As a
+child subreaper the launcher also inherits grandchildren whose parent was killed, so none is lost.
+"""
+
+import ctypes
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36
+_ANSI = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]")
+
+
+def become_subreaper() -> None:
+    """Orphaned descendants become children of this process instead of init's. Linux; elsewhere a no-op."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def descendants(spare: Sequence[psutil.Process] = ()) -> list[psutil.Process]:
+    """Everything below this process, leaves included, without `spare`."""
+    return [child for child in psutil.Process().children(recursive=True) if child not in spare]
+
+
+def end(children: Sequence[psutil.Process], *, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
+    """SIGTERM, then SIGKILL to whatever is left after `grace_s` seconds or once `hurry()`; then reap them."""
+    alive = _signal(children, "terminate")
+    deadline = time.monotonic() + grace_s
+    while alive and time.monotonic() < deadline and not hurry():
+        _, alive = psutil.wait_procs(alive, timeout=0.2)
+    psutil.wait_procs(_signal(alive, "kill"), timeout=5)
+
+
+def _signal(children: Sequence[psutil.Process], method: str) -> list[psutil.Process]:
+    reached = []
+    for child in children:
+        try:
+            getattr(child, method)()
+            reached.append(child)
+        except psutil.NoSuchProcess:
+            pass
+    return reached
+
+
+class Streamed:
+    """A child whose output goes to this terminal and, without colours and redrawn lines, to a file.
+
+    On a terminal it is given a pseudo-terminal, so that its progress bars still move.
+    """
+
+    def __init__(self, argv: Sequence[str], *, log: Path, env: Mapping[str, str]):
+        self.log = log
+        if sys.stdout.isatty():
+            read_fd, write_fd = pty.openpty()
+            termios.tcsetwinsize(write_fd, tuple(reversed(shutil.get_terminal_size())))
+        else:
+            read_fd, write_fd = os.pipe()
+        try:
+            self.popen = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=write_fd, stderr=write_fd, env=env, start_new_session=True
+            )
+        finally:
+            os.close(write_fd)
+        self._pump = threading.Thread(target=self._copy, args=(read_fd,), daemon=True)
+        self._pump.start()
+
+    def code(self) -> int | None:
+        """Exit code as a shell gives it, 128 + n after signal n; None while it runs."""
+        code = self.popen.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def drain(self) -> None:
+        """Wait until the last output is written (bounded: a stray grandchild may hold the pipe open)."""
+        self._pump.join(timeout=5)
+
+    def _copy(self, read_fd: int) -> None:
+        held = b""
+        with open(read_fd, "rb", buffering=0) as source, self.log.open("wb", buffering=0) as log:
+            while chunk := _read(source.fileno()):
+                sys.stdout.write(chunk.decode(errors="replace"))
+                sys.stdout.flush()
+                *lines, held = (held + chunk).split(b"\n")
+                log.write(b"".join(_plain(line) + b"\n" for line in lines))
+            log.write(_plain(held))
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 65536)
+    except OSError:
+        # A pseudo-terminal whose other side is closed reports EIO instead of an end of file.
+        return b""
+
+
+def _plain(line: bytes) -> bytes:
+    """What is left on the screen of one line: after the last carriage return, without escape sequences."""
+    return _ANSI.sub(b"", line.rstrip(b"\r")).split(b"\r")[-1]
+
+
+def last_lines(path: Path, count: int = 20) -> str:
+    """The end of a log, for a message about the process that wrote it."""
+    if not path.exists():
+        return f"(no log at {path})"
+    lines = path.read_text(errors="replace").splitlines()
+    return "\n".join(lines[-count:]) or f"({path} is empty)"

@@ -1,0 +1,236 @@
+"""A whole run on one machine: SGLang servers and torchrun as children, watched, and ended whatever happens.
+
+Order: check -> record the run -> servers -> torchrun -> watch -> end torchrun, then the servers.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from megatron_jackpot import children
+from megatron_jackpot.config import Config
+from megatron_jackpot.provenance import CONFIG_FILE, PROVENANCE_FILE, record
+
+TRAINER_GRACE_S = 40.0
+"""torchrun itself gives its workers 30 s after SIGTERM before it kills them."""
+SERVER_GRACE_S = 15.0
+TRAIN_LOG = "train.log"
+OWN_FILES = (CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log")
+"""What a launch writes before training starts: a folder with nothing else may be used again."""
+
+
+class Servers(Protocol):
+    """What the launcher asks of the servers it started."""
+
+    urls: Sequence[str]
+
+    def dead(self) -> list[tuple[str, Path]]:
+        """(what ended and how, its log) of each server that is no longer running."""
+
+    def stop(self) -> None:
+        """End them all, in bounded time."""
+
+
+StartServers = Callable[[Config, Path], Servers]
+TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def check(config: Config, nproc: int | None = None) -> None:
+    """Everything that can be refused before anything is started. Raises ValueError with the remedy."""
+    p = config.parallel
+    model = p.tp * p.pp * p.cp
+    if num_processes(config, nproc) % model:
+        raise ValueError(f"--nproc {nproc} is not a multiple of tp * pp * cp = {model}. Use --nproc {model}.")
+    for name, folder in (("policy.hf", config.policy.hf), ("actor.hf", config.actor.hf)):
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{name} = {folder} holds no config.json. Set it to a Hugging Face model folder.")
+    if not config.servers.urls and config.servers.port:
+        for port in range(config.servers.port, config.servers.port + config.servers.num):
+            _check_port(config.servers.host, port)
+    _check_folder(config.run.folder)
+
+
+def num_processes(config: Config, nproc: int | None) -> int:
+    if nproc is not None and nproc < 1:
+        raise ValueError(f"--nproc {nproc} must be at least 1.")
+    return nproc or config.parallel.tp * config.parallel.pp * config.parallel.cp
+
+
+def launch(
+    config: Config,
+    nproc: int | None = None,
+    *,
+    start_servers: StartServers | None = None,
+    trainer_command: TrainerCommand | None = None,
+) -> int:
+    """Run the job to its end and return torchrun's exit code: 130 after Ctrl-C, 143 after SIGTERM, 1 if a server died.
+
+    Must run in the main thread of its process. Every process started here has ended when this returns.
+    """
+    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = record(config, folder)
+    children.become_subreaper()
+    with _Job(config) as job:
+        urls: Sequence[str] = config.servers.urls
+        if not urls:
+            say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
+            job.servers = (start_servers or _start_servers)(config, folder)
+            urls = job.servers.urls
+        say(f"servers: {', '.join(urls)}")
+        argv = (trainer_command or torchrun)(config_file, num_processes(config, nproc), urls)
+        job.trainer = children.Streamed(argv, log=folder / TRAIN_LOG, env=trainer_env(config))
+        job.code = job.watch()
+    return job.code
+
+
+def torchrun(config_file: Path, nproc: int, urls: Sequence[str]) -> list[str]:
+    """The training command; --local-addr keeps it off a host name that may not resolve."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    train = ["-m", "megatron_jackpot.cli", "train", str(config_file), f"servers.urls={json.dumps(list(urls))}"]
+    return [*run, "--nproc-per-node", str(nproc), *train]
+
+
+def trainer_env(config: Config) -> dict[str, str]:
+    """This environment, with the package importable and, on a CPU, one thread for each rank."""
+    package_root = str(Path(__file__).resolve().parents[1])
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not has_cuda():
+        env.setdefault("OMP_NUM_THREADS", "1")
+        env.setdefault("MKL_NUM_THREADS", "1")
+        if not config.servers.urls and sys.platform == "linux":
+            # All ranks and servers are here: gloo need not find an address for the host's name.
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return env
+
+
+def has_cuda() -> bool:
+    """Whether the driver lists a device, without importing torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def say(text: str) -> None:
+    print(f"[launch] {text}", flush=True)
+
+
+class _Job:
+    """The children of one launch and the one way they end: leaving the block, for whatever reason."""
+
+    def __init__(self, config: Config):
+        self.folder = config.run.folder
+        self.servers: Servers | None = None
+        self.trainer: children.Streamed | None = None
+        self.code = 1
+        self._spare = children.descendants()
+        self._signals = 0
+        self._ending = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Job":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[signum] = signal.signal(signum, self._on_signal)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self._ending = True
+        try:
+            if isinstance(error, Stopped):
+                self.code = 128 + error.signum
+                say(f"{signal.Signals(error.signum).name}: ending the run (once more to end it at once)")
+            self._end()
+        finally:
+            for signum, handler in self._handlers.items():
+                signal.signal(signum, handler)
+        return isinstance(error, Stopped)
+
+    def watch(self) -> int:
+        """Until training ends or a server does."""
+        assert self.trainer is not None
+        while (code := self.trainer.code()) is None:
+            if self._report_dead_servers():
+                return 1
+            time.sleep(0.2)
+        self.trainer.drain()
+        if code:
+            self._report_dead_servers()
+            say(f"training ended with exit code {code}; its output is in {self.trainer.log}")
+        else:
+            say(f"done: {self.folder}")
+        return code
+
+    def _report_dead_servers(self) -> bool:
+        dead = self.servers.dead() if self.servers else []
+        for what, log in dead:
+            say(f"{what}. Last lines of {log}:\n{children.last_lines(log)}")
+        return bool(dead)
+
+    def _end(self) -> None:
+        if self.trainer and self.trainer.code() is None:
+            below = [p for p in children.descendants(self._spare) if p.pid == self.trainer.popen.pid]
+            children.end(below, grace_s=TRAINER_GRACE_S, hurry=self._hurry)
+            self.trainer.drain()
+        if self.servers and not self._hurry():
+            self.servers.stop()
+        children.end(children.descendants(self._spare), grace_s=SERVER_GRACE_S, hurry=self._hurry)
+
+    def _hurry(self) -> bool:
+        return self._signals > 1
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if not self._ending:
+            self._ending = True
+            raise Stopped(signum)
+
+
+def _start_servers(config: Config, folder: Path) -> Servers:
+    from megatron_jackpot.rollout.server import start_servers
+
+    return start_servers(config, folder)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"Port {port} on {host} cannot be used for a server: {error.strerror}. "
+                "Set servers.port to a free one, or to 0 to have one chosen."
+            ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.folder = {folder} is a file. Set run.folder to a new folder.")
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    foreign = [path.name for path in found if not any(path.match(pattern) for pattern in OWN_FILES)]
+    if foreign:
+        raise ValueError(
+            f"run.folder = {folder} already holds a run ({', '.join(foreign[:4])}). "
+            "Set run.folder to a new folder, or delete this one."
+        )

@@ -1,0 +1,88 @@
+"""What a run was made from: resolved config, command, library versions and git commit, written into its folder."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_jackpot import __version__
+from megatron_jackpot.config import Config
+
+LIBRARIES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "sglang",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "aiohttp",
+    "reasoning-gym",
+    "math-verify",
+)
+CONFIG_FILE = "config.yaml"
+PROVENANCE_FILE = "provenance.json"
+
+
+def record(config: Config, folder: Path) -> Path:
+    """Write config.yaml (readable by `train` again) and provenance.json; returns the path of the first."""
+    path = folder / CONFIG_FILE
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance(), indent=2) + "\n")
+    return path
+
+
+def provenance() -> dict[str, Any]:
+    """Example: {"commit": "8ab4468...", "dirty": False, "versions": {"torch": "2.13.0+cpu", ...}, ...}."""
+    commit, dirty = git_commit(Path(__file__).resolve().parent)
+    return {
+        "megatron_jackpot": __version__,
+        "commit": commit,
+        "dirty": dirty,
+        "command": sys.argv,
+        "folder": os.getcwd(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of each library that shapes a result; None where it is absent."""
+    return {name: _version(name) for name in LIBRARIES}
+
+
+def git_commit(folder: Path) -> tuple[str | None, bool | None]:
+    """(commit, whether tracked files differ from it); (None, None) outside a git checkout or without git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *args: str) -> str | None:
+    # --no-optional-locks: `status` would otherwise write the index of a checkout someone else may be using.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,88 @@
+"""Where a DP leader gets rollouts: a synchronous face over the asyncio client, the reward pool and `collect`."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from megatron_jackpot.batch import Prompt, Rollout
+from megatron_jackpot.rewards.pool import RewardPool
+from megatron_jackpot.rollout.collect import collect
+from megatron_jackpot.rollout.engine import Sampling
+from megatron_jackpot.rollout.sglang import SGLangClient
+
+T = TypeVar("T")
+
+
+class ServerSource:
+    """Rollouts and greedy answers from SGLang servers, scored by a reward pool."""
+
+    def __init__(
+        self,
+        client: SGLangClient,
+        pool: RewardPool,
+        *,
+        sampling: Sampling,
+        samples_per_prompt: int,
+        max_failed_groups: float,
+        advantage: Callable[[list[float]], list[float]],
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self.client = client
+        self.pool = pool
+        self.sampling = sampling
+        self.samples_per_prompt = samples_per_prompt
+        self.max_failed_groups = max_failed_groups
+        self.advantage = advantage
+        self.decode = decode
+        self.loop = asyncio.new_event_loop()
+        self._run(client.__aenter__())
+
+    def collect(
+        self, epoch: int, prompts: list[Prompt], *, samples: int | None = None
+    ) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
+        """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and their metrics."""
+        rollouts, metrics = self._run(
+            collect(
+                prompts,
+                epoch,
+                self.client,
+                self.sampling,
+                samples or self.samples_per_prompt,
+                self.reward,
+                self.advantage,
+                self.max_failed_groups,
+            )
+        )
+        groups: dict[int, list[Rollout]] = {prompt.id: [] for prompt in prompts}
+        for rollout in rollouts:
+            groups[rollout.prompt.id].append(rollout)
+        return [group for group in groups.values() if group], metrics
+
+    async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
+        return await self.pool(self.decode(tokens), prompt.label)
+
+    def accuracy(self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> tuple[float, float]:
+        """(number correct, number of prompts) of given answers."""
+
+        async def score() -> list[tuple[float, bool]]:
+            return await asyncio.gather(*(self.reward(a, p) for a, p in zip(answers, prompts, strict=True)))
+
+        verdicts = self._run(score())
+        return float(sum(correct for _, correct in verdicts)), float(len(prompts))
+
+    def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers of the servers' model."""
+
+        async def ask() -> list[list[int]]:
+            stop = self.sampling.stop_token_ids
+            return await asyncio.gather(*(self.client.greedy(p.tokens, max_new_tokens, stop) for p in prompts))
+
+        return [list(answer) for answer in self._run(ask())]
+
+    def close(self) -> None:
+        self._run(self.client.__aexit__(None, None, None))
+        self.pool.close()
+        self.loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(work)

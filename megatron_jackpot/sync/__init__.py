@@ -1,0 +1,1 @@
+"""Weights out: Megatron shards -> HF-named tensors -> servers."""

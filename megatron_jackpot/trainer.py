@@ -1,0 +1,252 @@
+"""run() and step(): the paper, in order. The one file that knows everyone."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_jackpot.algorithm.advantages import ADVANTAGES
+from megatron_jackpot.algorithm.corrections import CORRECTIONS
+from megatron_jackpot.algorithm.diagnostics import diagnostics
+from megatron_jackpot.algorithm.distill import DISTILL
+from megatron_jackpot.algorithm.objectives import OBJECTIVES
+from megatron_jackpot.algorithm.registry import build
+from megatron_jackpot.algorithm.scores import Correction, Scores
+from megatron_jackpot.batch import Batch, Prompt, Rollout
+from megatron_jackpot.config import Config
+from megatron_jackpot.data.loader import PromptLoader
+from megatron_jackpot.losses import actor_loss, policy_loss
+from megatron_jackpot.models.engine import MegatronModel, UpdateReport
+from megatron_jackpot.packing import Packer
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.parallel.reduce import make_sum_over, reduce_metrics
+from megatron_jackpot.scoring import Scorer, slice_scores
+from megatron_jackpot.sync.export import export
+
+
+class Source(Protocol):
+    """Where rollouts come from, on a DP leader."""
+
+    def collect(
+        self, epoch: int, prompts: list[Prompt], *, samples: int | None = None
+    ) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]: ...
+
+
+class Push(Protocol):
+    """How weights get to the servers, on the main rank."""
+
+    def push(self, named_tensors: Any, version: int) -> Any: ...
+
+
+class Trainer:
+    """Policy, actor and everything a step needs. `source` exists on DP leaders, `sync` on the main rank."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        policy: MegatronModel,
+        actor: MegatronModel,
+        *,
+        loader: PromptLoader | None = None,
+        source: Source | None = None,
+        sync: Push | None = None,
+    ) -> None:
+        algorithm = config.algorithm
+        self.config, self.mesh = config, mesh
+        self.policy, self.actor = policy, actor
+        self.loader, self.source, self.sync = loader, source, sync
+        self.scorer = Scorer(
+            policy, actor, temperature=config.rollout.temperature, top_k=config.rollout.top_k_logp
+        )
+        self.packer = Packer(
+            mesh,
+            tokens=config.packing.tokens,
+            enabled=config.packing.enabled,
+            num_minibatches=algorithm.num_minibatches,
+            vpp=config.parallel.vpp,
+        )
+        knobs = dict(algorithm.correction.knobs)
+        if algorithm.correction.name == "jackpot":
+            knobs.setdefault("seed", config.run.seed)
+        self.correction = build(algorithm.correction.name, knobs, CORRECTIONS, "algorithm.correction")
+        self.objective = build(
+            algorithm.objective.name, algorithm.objective.knobs, OBJECTIVES, "algorithm.objective"
+        )
+        self.distill = build(config.actor.distill.name, config.actor.distill.knobs, DISTILL, "actor.distill")
+        self.sum_over_batch = make_sum_over(mesh.dp_group)
+        self.num_steps = 0
+        """Finished steps; also the version of the actor's weights."""
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.values: dict[str, float] = {}
+
+    def step(self) -> dict[str, float]:
+        """One rollout batch: collect, score, correct, update both models, sync. Returns metrics on the main rank."""
+        self.sums, self.values = {}, {}
+        with self.timer("step"):
+            with self.timer("rollout"):
+                groups = self.collect()
+            self.learn(self.packer.pack(groups, self.config.rollout.top_k_logp))
+            self.num_steps += 1
+            with self.timer("sync"):
+                self.push()
+        return self.reduced_metrics()
+
+    def learn(self, batch: Batch) -> None:
+        """The paper's update on a packed batch."""
+        batch = batch.to(self.mesh.device)
+        with self.timer("score"):
+            old = self.scorer(batch, step=self.num_steps, actor_version=self.num_steps)
+        for mini, scores in self.minibatches(batch, old):
+            with self.timer("correct"):
+                correction, num_policy, num_actor = self.correct(mini, scores)
+            if num_actor == 0:
+                self.values["batch/skipped"] = self.values.get("batch/skipped", 0) + 1
+                continue
+            with self.timer("update_actor"):
+                # Before the policy moves: the teacher is what was scored.
+                self.update_actor(mini, scores, num_actor)
+            if num_policy > 0:
+                with self.timer("update_policy"):
+                    self.update_policy(mini, scores, correction, num_policy)
+
+    def collect(self) -> list[list[Rollout]] | None:
+        """The DP leader's groups for this step; other ranks wait for their leaders outside of any collective."""
+        groups = None
+        if self.mesh.is_leader:
+            assert self.source is not None and self.loader is not None
+            epoch, prompts = self.loader.next()
+            started = time.perf_counter()
+            groups, metrics = self.source.collect(epoch, prompts)
+            self.note_rollouts(groups, metrics, time.perf_counter() - started)
+        rollout = self.config.rollout
+        self.mesh.wait_for_leaders(f"rollout-{self.num_steps}", rollout.request_timeout_s * (rollout.retries + 2))
+        return groups
+
+    def minibatches(self, batch: Batch, old: Scores | None) -> Iterator[tuple[Batch, Scores | None]]:
+        """Mini-batches with their scores: a slice, or for the target "current" a fresh pass of the policy."""
+        tokens = batch.tokens_MT.shape[1]
+        start = 0
+        for index, mini in enumerate(batch.split()):
+            stop = start + mini.num_microbatches * tokens
+            scores = slice_scores(old, start, stop)
+            if index > 0 and self.config.algorithm.target == "current":
+                scores = self.scorer.retarget(scores, mini)
+            yield mini, scores
+            start = stop
+
+    def correct(self, mini: Batch, scores: Scores | None) -> tuple[Correction | None, float, float]:
+        """The correction and both global denominators; (None, N, N) off the last stage.
+
+        Whether a mini-batch is trained on follows from the denominators, so every stage must know them before the
+        next schedule starts.
+        """
+        correction = None
+        counts = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        if scores is not None:
+            correction = self.correction(scores, self.sum_over_batch)
+            counts = torch.stack([correction.count.double(), scores.mask_T.sum().double()])
+            counts = self.sum_over_batch(counts)
+            self.add_sums(correction.metrics)
+            self.add_sums(diagnostics(scores, correction))
+            self.add_sums(staleness(mini, self.num_steps))
+        num_policy, num_actor = self.mesh.from_last_stage(counts).tolist()
+        if not (math.isfinite(num_policy) and math.isfinite(num_actor)):
+            raise RuntimeError(f"step {self.num_steps}: denominators are not finite: {num_policy}, {num_actor}.")
+        return correction, num_policy, num_actor
+
+    def update_actor(self, mini: Batch, scores: Scores | None, denominator: float) -> None:
+        if not self.config.algorithm.train_actor:
+            return
+        vocab = self.scorer.vocab(self.actor)
+        loss: Any = None
+        if scores is not None:
+            loss = actor_loss(
+                mini, scores, self.config.actor, self.distill, denominator, self.objective, vocab
+            )
+        self.note_update("actor", self.actor.update(mini, loss))
+
+    def update_policy(
+        self, mini: Batch, scores: Scores | None, correction: Correction | None, denominator: float
+    ) -> None:
+        vocab = self.scorer.vocab(self.policy)
+        loss: Any = None
+        if scores is not None and correction is not None:
+            loss = policy_loss(mini, scores, correction, denominator, self.objective, vocab)
+        self.note_update("policy", self.policy.update(mini, loss))
+
+    def push(self) -> None:
+        """The actor's weights to the servers, stamped with the number of finished steps."""
+        tensors = export(self.actor)
+        if self.sync is not None:
+            report = self.sync.push(tensors.items(), version=self.num_steps)
+            self.values["sync/version"] = float(self.num_steps)
+            self.values["sync/server_version"] = float(report.version)
+            self.values["sync/bytes"] = float(report.num_bytes)
+        self.mesh.wait_for_leaders(f"sync-{self.num_steps}", self.config.sync.timeout_s * 4)
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the block to time/<name>."""
+        _finish_device_work()
+        started = time.perf_counter()
+        yield
+        _finish_device_work()
+        key = f"time/{name}"
+        self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - started
+
+    def note_rollouts(self, groups: list[list[Rollout]], metrics: dict, seconds: float) -> None:
+        rollouts = [r for group in groups for r in group]
+        tokens = float(sum(len(r.tokens) for r in rollouts))
+        pairs = {
+            "reward/mean": (sum(r.reward for r in rollouts), len(rollouts)),
+            "reward/correct": (sum(r.correct for r in rollouts), len(rollouts)),
+            "rollout/response_tokens": (tokens, len(rollouts)),
+            "rollout/tokens_per_s": (tokens, seconds / self.mesh.dp),
+            **metrics,
+        }
+        self.rollout_sums = {k: (torch.tensor(float(a)), torch.tensor(float(b))) for k, (a, b) in pairs.items()}
+
+    def note_update(self, name: str, report: UpdateReport) -> None:
+        if not math.isfinite(report.grad_norm):
+            raise RuntimeError(f"step {self.num_steps}: grad_norm/{name} is {report.grad_norm}; the run stops here.")
+        one = torch.ones([], dtype=torch.float64, device=self.mesh.device)
+        self.add_sums({f"loss/{name}_{k}" if k != "loss" else f"loss/{name}": (v, one / self.mesh.dp) for k, v in report.sums.items()})
+        self.values[f"grad_norm/{name}"] = report.grad_norm
+        self.values[f"lr/{name}"] = report.lr
+
+    def add_sums(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Sums and counts travel; the division happens once, in `reduced_metrics`."""
+        for key, (total, count) in pairs.items():
+            before = self.sums.get(key, (0.0, 0.0))
+            self.sums[key] = (before[0] + total, before[1] + count)
+
+    def reduced_metrics(self) -> dict[str, float]:
+        """Every metric of the step on the main rank; {} elsewhere. Call it on every rank."""
+        on_leaders = reduce_metrics(self.rollout_sums, self.mesh.dp_group) if self.mesh.is_leader else {}
+        on_last = reduce_metrics(self.sums, self.mesh.dp_group) if self.mesh.is_last_stage else {}
+        on_last = self.mesh.object_from_last_stage(on_last)
+        if not self.mesh.is_main:
+            return {}
+        return {"step": self.num_steps, **on_leaders, **on_last, **self.values}
+
+
+def staleness(mini: Batch, version: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight versions between the actor that was synced last and the one that wrote each token."""
+    behind = (version - mini.weight_version_MT)[mini.mask_MT]
+    return {"staleness/mean": (behind.sum().double(), mini.mask_MT.sum().double())}
+
+
+def _finish_device_work() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def build_advantage(config: Config) -> Any:
+    """The advantage of config.algorithm.advantage as a function of a group's rewards."""
+    method = config.algorithm.advantage
+    return build(method.name, method.knobs, ADVANTAGES, "algorithm.advantage")

@@ -1,0 +1,112 @@
+"""One fixed batch through `Trainer.learn` on any parallel layout; what comes out must not depend on the layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_jackpot.config import Config, parse_config
+from megatron_jackpot.models.build import padded_vocab_size
+from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.sync.export import export
+from megatron_jackpot.trainer import Trainer
+from tests.tiny import groups
+
+NUM_PROMPTS = 8
+TOP_K = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vpp: int | None = None
+    sp: bool = False
+    packing: bool = True
+    num_minibatches: int = 1
+    overlap: bool = False
+    correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
+    target: str = "old"
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def make_config(layout: Layout, folder: Path) -> Config:
+    overlap = dict(overlap_grad_reduce=layout.overlap, overlap_param_gather=layout.overlap)
+    parallel = dict(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, sequence_parallel=layout.sp, timeout_s=60, **overlap)
+    optimizer = dict(lr=1e-3, clip_grad=1e6)
+    return parse_config(
+        dict(
+            run=dict(folder=str(folder / "run"), seed=5),
+            policy=dict(hf=str(folder / "policy"), optimizer=optimizer),
+            actor=dict(hf=str(folder / "actor"), optimizer=optimizer, distill_weight=0.5),
+            data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=16),
+            rollout=dict(prompts_per_step=NUM_PROMPTS, samples_per_prompt=4, max_new_tokens=16, top_k_logp=TOP_K),
+            packing=dict(enabled=layout.packing, tokens=64),
+            algorithm=dict(
+                correction=dict(layout.correction), num_minibatches=layout.num_minibatches, target=layout.target
+            ),
+            parallel=parallel,
+            precision=dict(dtype="float32"),
+        )
+    )
+
+
+def load_trainer(config: Config) -> Trainer:
+    mesh = init_mesh(config.parallel, config.run.seed)
+    families = {n: family_of(read_hf_config(getattr(config, n).hf)) for n in ("policy", "actor")}
+    padded = padded_vocab_size([f.vocab_size for f in families.values()], mesh.tp)
+    models = {}
+    for name, family in families.items():
+        section = getattr(config, name)
+        models[name] = MegatronModel.load(
+            name, family, section.hf, mesh=mesh, parallel=config.parallel,
+            precision=config.precision, padded_vocab=padded,
+        )  # fmt: skip
+        models[name].add_optimizer(section.optimizer, 10)
+    return Trainer(config, mesh, models["policy"], models["actor"])
+
+
+def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
+    """Metrics, keep decisions by (rollout, position) and exported weights after `steps`; on rank 0 only."""
+    config = make_config(layout, folder)
+    trainer = load_trainer(config)
+    mesh = trainer.mesh
+    keeps: dict = {}
+    trainer.correction = _recording(trainer.correction, keeps)
+    metrics: dict = {}
+    for _ in range(steps):
+        mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
+        trainer.sums, trainer.values = {}, {}
+        trainer.note_rollouts(mine or [], {}, 1.0)
+        trainer.learn(trainer.packer.pack(mine, TOP_K))
+        trainer.num_steps += 1
+        metrics = trainer.reduced_metrics()
+    weights = {n: export(getattr(trainer, n)) for n in ("policy", "actor")}
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, keeps)
+    destroy_mesh()
+    if dist.get_rank() != 0:
+        return None
+    merged: dict = {}
+    for part in parts:
+        for key, kept in part.items():
+            assert merged.setdefault(key, kept) == kept, f"ranks disagree about {key}"
+    return dict(metrics=metrics, keep=merged, weights=weights)
+
+
+def _recording(correction, keeps: dict):
+    def wrapped(scores, sum_over_batch):
+        result = correction(scores, sum_over_batch)
+        for index in torch.nonzero(scores.mask_T).flatten().tolist():
+            key = (scores.step, *scores.rollout_id_T3[index].tolist(), int(scores.position_T[index]))
+            keeps[key] = bool(result.keep_T[index])
+        return result
+
+    return wrapped

@@ -1,0 +1,100 @@
+"""Tiny random Qwen3 folders and rollouts for tests, made without transformers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from megatron_jackpot.batch import Prompt, Rollout
+
+POLICY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
+ACTOR = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, tie_word_embeddings=True)
+
+
+def hf_config(**changes: object) -> dict:
+    """A Qwen3 config.json; vocab 61 is odd on purpose, so that padding and sharding are exercised."""
+    config = dict(
+        architectures=["Qwen3ForCausalLM"],
+        model_type="qwen3",
+        vocab_size=61,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        hidden_act="silu",
+        attention_bias=False,
+        attention_dropout=0.0,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+        torch_dtype="float32",
+    )
+    return {**config, **changes}
+
+
+def write_model(folder: Path, seed: int, **changes: object) -> Path:
+    """An HF folder with random weights large enough that log-probs differ clearly from uniform."""
+    config = hf_config(**changes)
+    generator = torch.Generator().manual_seed(seed)
+    h, f, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.2
+
+    def norm(size: int) -> torch.Tensor:
+        return torch.rand(size, generator=generator) + 0.5
+
+    tensors = {"model.embed_tokens.weight": normal(config["vocab_size"], h), "model.norm.weight": norm(h)}
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = normal(config["vocab_size"], h)
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        shapes = {"q": (q, h), "k": (kv, h), "v": (kv, h), "o": (h, q)}
+        tensors |= {f"{p}self_attn.{n}_proj.weight": normal(*shape) for n, shape in shapes.items()}
+        tensors |= {f"{p}self_attn.{n}_norm.weight": norm(d) for n in "qk"}
+        tensors |= {f"{p}mlp.{n}_proj.weight": normal(f, h) for n in ("gate", "up")}
+        tensors[f"{p}mlp.down_proj.weight"] = normal(h, f)
+        tensors |= {f"{p}{n}_layernorm.weight": norm(h) for n in ("input", "post_attention")}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def rollout(prompt_id: int, sample: int, *, vocab: int = 61, top_k: int = 8) -> Rollout:
+    """A rollout that depends only on (prompt_id, sample); its proposal is a random distribution per position."""
+    g = np.random.default_rng([prompt_id, sample])
+    prompt = tuple(np.random.default_rng(prompt_id).integers(3, vocab, 4 + prompt_id % 5).tolist())
+    length = int(g.integers(3, 12))
+    logits = g.normal(size=(length, vocab)).astype(np.float32) * 1.5
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    tokens = np.array([g.choice(vocab, p=np.exp(row) / np.exp(row).sum()) for row in logp], np.int32)
+    order = np.argsort(-logp, axis=-1)[:, :top_k]
+    return Rollout(
+        prompt=Prompt(prompt_id, prompt, "x"),
+        epoch=0,
+        sample=sample,
+        tokens=tokens,
+        server_logp=logp[np.arange(length), tokens],
+        topk_ids=order.astype(np.int32),
+        topk_logp=np.take_along_axis(logp, order, axis=-1),
+        valid=np.arange(length) != (1 if prompt_id == 2 else -1),
+        weight_version=np.zeros(length, np.int32),
+        finish="stop",
+        reward=float(sample % 2),
+        correct=bool(sample % 2),
+        advantage=float(g.normal()),
+    )
+
+
+def groups(prompt_ids: range, samples: int = 4, top_k: int = 8) -> list[list[Rollout]]:
+    return [[rollout(p, s, top_k=top_k) for s in range(samples)] for p in prompt_ids]
