@@ -100,7 +100,7 @@ class Batch:
     correct_MT: Tensor
     """bool, the rollout's verdict on each of its tokens."""
     cu_seqlens: tuple[Tensor, ...]
-    """M int32 tensors [S_m + 1]: where each packed sequence starts; padding is a sequence of its own."""
+    """M int32 tensors [S_m + 1]: where each packed sequence starts; padding comes last, as sequences of its own."""
     num_minibatches: int = 1
 
     @property

@@ -4,6 +4,7 @@ Only what this process started is ever signalled: its descendants, found through
 child subreaper the launcher also inherits grandchildren whose parent was killed, so none is lost.
 """
 
+import codecs
 import ctypes
 import os
 import pty
@@ -15,6 +16,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -34,7 +36,9 @@ def descendants(spare: Sequence[psutil.Process] = ()) -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if child not in spare]
 
 
-def end(children: Sequence[psutil.Process], *, grace_s: float, hurry: Callable[[], bool] = lambda: False) -> None:
+def end(
+    children: Sequence[psutil.Process], *, grace_s: float, hurry: Callable[[], bool] = lambda: False
+) -> None:
     """SIGTERM, then SIGKILL to whatever is left after `grace_s` seconds or once `hurry()`; then reap them."""
     alive = _signal(children, "terminate")
     deadline = time.monotonic() + grace_s
@@ -69,7 +73,12 @@ class Streamed:
             read_fd, write_fd = os.pipe()
         try:
             self.popen = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=write_fd, stderr=write_fd, env=env, start_new_session=True
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=write_fd,
+                stderr=write_fd,
+                env=env,
+                start_new_session=True,
             )
         finally:
             os.close(write_fd)
@@ -81,16 +90,18 @@ class Streamed:
         code = self.popen.poll()
         return code if code is None or code >= 0 else 128 - code
 
-    def drain(self) -> None:
-        """Wait until the last output is written (bounded: a stray grandchild may hold the pipe open)."""
-        self._pump.join(timeout=5)
+    def drain(self, limit_s: float) -> None:
+        """Wait until the last output is written; a stray grandchild may hold the pipe open, hence the limit."""
+        self._pump.join(timeout=limit_s)
 
     def _copy(self, read_fd: int) -> None:
         held = b""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         with open(read_fd, "rb", buffering=0) as source, self.log.open("wb", buffering=0) as log:
             while chunk := _read(source.fileno()):
-                sys.stdout.write(chunk.decode(errors="replace"))
-                sys.stdout.flush()
+                with suppress(OSError):  # the terminal may be gone; the log goes on
+                    sys.stdout.write(decoder.decode(chunk))
+                    sys.stdout.flush()
                 *lines, held = (held + chunk).split(b"\n")
                 log.write(b"".join(_plain(line) + b"\n" for line in lines))
             log.write(_plain(held))
@@ -107,11 +118,3 @@ def _read(fd: int) -> bytes:
 def _plain(line: bytes) -> bytes:
     """What is left on the screen of one line: after the last carriage return, without escape sequences."""
     return _ANSI.sub(b"", line.rstrip(b"\r")).split(b"\r")[-1]
-
-
-def last_lines(path: Path, count: int = 20) -> str:
-    """The end of a log, for a message about the process that wrote it."""
-    if not path.exists():
-        return f"(no log at {path})"
-    lines = path.read_text(errors="replace").splitlines()
-    return "\n".join(lines[-count:]) or f"({path} is empty)"

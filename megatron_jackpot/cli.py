@@ -47,7 +47,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
         if name == "launch":
             command.add_argument("--nproc", type=int, help="training processes; default tp * pp * cp")
-    command = commands.add_parser("doctor", help="Check this machine, one line for each thing with its remedy.")
+    command = commands.add_parser(
+        "doctor", help="Check this machine, one line for each thing with its remedy."
+    )
     command.add_argument("--server-python", type=Path, help="interpreter with SGLang; default this one")
     args, rest = parser.parse_known_args(argv)
     # argparse takes `key=value ...` only in one run; those after an option arrive here.
@@ -64,7 +66,9 @@ def knobs() -> str:
     lines = ["knobs (key, default, meaning):"]
     for key, default, meaning in describe():
         lines.append(f"  {key} = {default}")
-        lines += textwrap.wrap(" ".join(meaning.split()), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            " ".join(meaning.split()), width, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
     return "\n".join(lines)
 
 
@@ -74,7 +78,7 @@ def refuse(error: Exception) -> int:
 
 
 def _train(config: Config) -> int:
-    from megatron_jackpot.trainer import run
+    from megatron_jackpot.assembly import run
 
     run(config)
     return 0

@@ -3,12 +3,13 @@
 The text under a field is its documentation: `megatron-jackpot train --help` prints it.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_jackpot.algorithm.registry import nearest
 
 
 class Section(BaseModel):
@@ -318,12 +319,6 @@ def parse_config(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(item) for item in error.errors())) from error
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """' Did you mean ...?' for the closest known word, or the list of known words."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(known))}."
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

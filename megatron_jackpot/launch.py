@@ -5,46 +5,37 @@ Order: check -> record the run -> servers -> torchrun -> watch -> end torchrun, 
 
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_jackpot import children
 from megatron_jackpot.config import Config
 from megatron_jackpot.provenance import CONFIG_FILE, PROVENANCE_FILE, record
+from megatron_jackpot.rollout.server import ServerProcess, port_is_free, start_servers, stop_servers
 
 TRAINER_GRACE_S = 40.0
 """torchrun itself gives its workers 30 s after SIGTERM before it kills them."""
 SERVER_GRACE_S = 15.0
+STRAY_GRACE_S = 5.0
 TRAIN_LOG = "train.log"
 OWN_FILES = (CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log")
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
 
-class Servers(Protocol):
-    """What the launcher asks of the servers it started."""
-
-    urls: Sequence[str]
-
-    def dead(self) -> list[tuple[str, Path]]:
-        """(what ended and how, its log) of each server that is no longer running."""
-
-    def stop(self) -> None:
-        """End them all, in bounded time."""
-
-
-StartServers = Callable[[Config, Path], Servers]
+StartServers = Callable[[Config, int], Sequence[ServerProcess]]
 TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived."""
+    """SIGINT, SIGTERM or SIGHUP arrived."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -59,10 +50,16 @@ def check(config: Config, nproc: int | None = None) -> None:
         raise ValueError(f"--nproc {nproc} is not a multiple of tp * pp * cp = {model}. Use --nproc {model}.")
     for name, folder in (("policy.hf", config.policy.hf), ("actor.hf", config.actor.hf)):
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{name} = {folder} holds no config.json. Set it to a Hugging Face model folder.")
+            raise ValueError(
+                f"{name} = {folder} holds no config.json. Set it to a Hugging Face model folder."
+            )
     if not config.servers.urls and config.servers.port:
         for port in range(config.servers.port, config.servers.port + config.servers.num):
-            _check_port(config.servers.host, port)
+            if not port_is_free(config.servers.host, port):
+                raise ValueError(
+                    f"Port {port} on {config.servers.host} is in use: no server can start there. "
+                    "Set servers.port to a free one, or to 0 to have one chosen."
+                )
     _check_folder(config.run.folder)
 
 
@@ -76,72 +73,105 @@ def launch(
     config: Config,
     nproc: int | None = None,
     *,
-    start_servers: StartServers | None = None,
+    start: StartServers | None = None,
     trainer_command: TrainerCommand | None = None,
 ) -> int:
-    """Run the job to its end and return torchrun's exit code: 130 after Ctrl-C, 143 after SIGTERM, 1 if a server died.
+    """Run the job to its end; torchrun's exit code, 130 after Ctrl-C, 143 after SIGTERM, 1 if a server failed.
 
     Must run in the main thread of its process. Every process started here has ended when this returns.
     """
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     config_file = record(config, folder)
+    nproc = num_processes(config, nproc)
     children.become_subreaper()
-    with _Job(config) as job:
+    with _Job(folder) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
-            job.servers = (start_servers or _start_servers)(config, folder)
-            urls = job.servers.urls
+            try:
+                job.servers = (start or start_actor_servers)(config, nproc)
+            except (RuntimeError, TimeoutError) as error:
+                say(f"the servers did not start. {error}")
+                return 1
+            urls = [server.url for server in job.servers]
         say(f"servers: {', '.join(urls)}")
-        argv = (trainer_command or torchrun)(config_file, num_processes(config, nproc), urls)
-        job.trainer = children.Streamed(argv, log=folder / TRAIN_LOG, env=trainer_env(config))
+        argv = (trainer_command or torchrun)(config_file, nproc, urls)
+        job.trainer = children.Streamed(argv, log=folder / TRAIN_LOG, env=trainer_env())
         job.code = job.watch()
     return job.code
+
+
+def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
+    """Servers of the actor's initial weights, on the last GPUs: ranks take theirs from the front."""
+    servers, gpus = config.servers, visible_gpus()
+    needed, numbered = servers.num * servers.tp, all(gpu.isdigit() for gpu in gpus)
+    return start_servers(
+        config.actor.hf,
+        dtype=servers.dtype or config.precision.dtype,
+        folder=config.run.folder,
+        num=servers.num,
+        tp=servers.tp,
+        host=servers.host,
+        port=servers.port,
+        python=servers.python,
+        start_timeout_s=servers.start_timeout_s,
+        max_total_tokens=servers.max_total_tokens,
+        extra_args=servers.extra_args,
+        device="cuda" if gpus else "cpu",
+        gpus=[int(gpu) for gpu in gpus[-needed:]] if numbered and len(gpus) >= needed else None,
+    )
 
 
 def torchrun(config_file: Path, nproc: int, urls: Sequence[str]) -> list[str]:
     """The training command; --local-addr keeps it off a host name that may not resolve."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    train = ["-m", "megatron_jackpot.cli", "train", str(config_file), f"servers.urls={json.dumps(list(urls))}"]
+    train = [
+        "-m",
+        "megatron_jackpot.cli",
+        "train",
+        str(config_file),
+        f"servers.urls={json.dumps(list(urls))}",
+    ]
     return [*run, "--nproc-per-node", str(nproc), *train]
 
 
-def trainer_env(config: Config) -> dict[str, str]:
+def trainer_env() -> dict[str, str]:
     """This environment, with the package importable and, on a CPU, one thread for each rank."""
     package_root = str(Path(__file__).resolve().parents[1])
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not has_cuda():
+    if not visible_gpus():
         env.setdefault("OMP_NUM_THREADS", "1")
         env.setdefault("MKL_NUM_THREADS", "1")
-        if not config.servers.urls and sys.platform == "linux":
-            # All ranks and servers are here: gloo need not find an address for the host's name.
-            env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return env
 
 
-def has_cuda() -> bool:
-    """Whether the driver lists a device, without importing torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return False
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs this process may use, as CUDA_VISIBLE_DEVICES spells them, without importing torch."""
     try:
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30).returncode == 0
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return False
+        return []
+    found = re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not found:
+        return found
+    return [gpu.strip() for gpu in chosen.split(",") if gpu.strip() not in ("", "-1")]
 
 
 def say(text: str) -> None:
-    print(f"[launch] {text}", flush=True)
+    with suppress(OSError):  # the terminal may be gone, and the children must be ended all the same
+        print(f"[launch] {text}", flush=True)
 
 
 class _Job:
     """The children of one launch and the one way they end: leaving the block, for whatever reason."""
 
-    def __init__(self, config: Config):
-        self.folder = config.run.folder
-        self.servers: Servers | None = None
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.servers: Sequence[ServerProcess] = ()
         self.trainer: children.Streamed | None = None
         self.code = 1
         self._spare = children.descendants()
@@ -150,7 +180,9 @@ class _Job:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Job":
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # started by nohup
             self._handlers[signum] = signal.signal(signum, self._on_signal)
         return self
 
@@ -173,7 +205,7 @@ class _Job:
             if self._report_dead_servers():
                 return 1
             time.sleep(0.2)
-        self.trainer.drain()
+        self.trainer.drain(limit_s=1)
         if code:
             self._report_dead_servers()
             say(f"training ended with exit code {code}; its output is in {self.trainer.log}")
@@ -182,19 +214,21 @@ class _Job:
         return code
 
     def _report_dead_servers(self) -> bool:
-        dead = self.servers.dead() if self.servers else []
-        for what, log in dead:
-            say(f"{what}. Last lines of {log}:\n{children.last_lines(log)}")
+        dead = [server for server in self.servers if not server.running]
+        for server in dead:
+            code = server.process.returncode if server.process else None
+            say(f"server {server.url} ended with exit code {code}. {server.log_end()}")
         return bool(dead)
 
     def _end(self) -> None:
         if self.trainer and self.trainer.code() is None:
             below = [p for p in children.descendants(self._spare) if p.pid == self.trainer.popen.pid]
             children.end(below, grace_s=TRAINER_GRACE_S, hurry=self._hurry)
-            self.trainer.drain()
         if self.servers and not self._hurry():
-            self.servers.stop()
-        children.end(children.descendants(self._spare), grace_s=SERVER_GRACE_S, hurry=self._hurry)
+            stop_servers(self.servers, SERVER_GRACE_S)
+        children.end(children.descendants(self._spare), grace_s=STRAY_GRACE_S, hurry=self._hurry)
+        if self.trainer:
+            self.trainer.drain(limit_s=5)
 
     def _hurry(self) -> bool:
         return self._signals > 1
@@ -204,24 +238,6 @@ class _Job:
         if not self._ending:
             self._ending = True
             raise Stopped(signum)
-
-
-def _start_servers(config: Config, folder: Path) -> Servers:
-    from megatron_jackpot.rollout.server import start_servers
-
-    return start_servers(config, folder)
-
-
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"Port {port} on {host} cannot be used for a server: {error.strerror}. "
-                "Set servers.port to a free one, or to 0 to have one chosen."
-            ) from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT
+from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.scores import Correction, Scores
 from megatron_jackpot.batch import Batch
 from megatron_jackpot.config import Actor
@@ -31,7 +31,7 @@ def policy_loss(
         logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], **vocab)
         surrogate_T = objective(logp_T, old_MT[m], mini.advantage_MT[m])
         value = -torch.where(keep_MT[m], weight_MT[m] * surrogate_T, 0.0).sum() / denominator
-        return value, {"loss": value.detach()}
+        return value, {"policy": value.detach()}
 
     return loss
 
@@ -45,16 +45,15 @@ def actor_loss(
     """
     shape = mini.tokens_MT.shape
     old_MT, policy_MT = teacher.actor_logp_T.view(shape), teacher.policy_logp_T.view(shape)
-    log_ratio_MT = (old_MT - mini.server_logp_MT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    weight_MT = log_ratio_MT.exp().clamp(max=knobs.tis_cap)
+    weight_MT = log_ratio(old_MT, mini.server_logp_MT).exp().clamp(max=knobs.tis_cap)
 
     def loss(logits_TV: Tensor, m: int) -> tuple[Tensor, dict[str, Tensor]]:
         logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], **vocab)
         surrogate_T = weight_MT[m] * objective(logp_T, old_MT[m], mini.advantage_MT[m])
         mask_T = mini.mask_MT[m]
         rl = -torch.where(mask_T, surrogate_T, 0.0).sum() / denominator
-        kl = torch.where(mask_T, distill(policy_MT[m], logp_T), 0.0).sum() / denominator
+        kl = torch.where(mask_T, distill(logp_T, policy_MT[m]), 0.0).sum() / denominator
         value = knobs.rl_weight * rl + knobs.distill_weight * kl
-        return value, {"loss": value.detach(), "rl": rl.detach(), "distill": kl.detach()}
+        return value, {"actor": value.detach(), "actor_rl": rl.detach(), "distill": kl.detach()}
 
     return loss

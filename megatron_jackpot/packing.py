@@ -18,6 +18,9 @@ from torch.distributed import ProcessGroup
 from megatron_jackpot.batch import Batch, Rollout
 from megatron_jackpot.parallel.context import Mesh
 
+SHORTEST_PADDING = 64
+"""Padding sequences are at least this long, so that an empty micro-batch does not hold thousands of them."""
+
 
 class Packer:
     """Packs a step's rollouts for every rank of the mesh."""
@@ -149,9 +152,12 @@ def pack_row(rollouts: Sequence[Rollout], tokens: int, top_k: int, *, first_segm
     for index, rollout in enumerate(rollouts):
         _write(row, rollout, starts[-1], first_segment + index)
         starts.append(starts[-1] + rollout.num_tokens)
-    if starts[-1] < tokens:
-        row["position"][starts[-1] :] = np.arange(tokens - starts[-1])
-        starts.append(tokens)
+    # Padding is cut like the real sequences: one long tail would dominate attention's cost.
+    piece = max([SHORTEST_PADDING, *(r.num_tokens for r in rollouts)])
+    while starts[-1] < tokens:
+        stop = min(starts[-1] + piece, tokens)
+        row["position"][starts[-1] : stop] = np.arange(stop - starts[-1])
+        starts.append(stop)
     return [*row.values(), np.array(starts, dtype=np.int32)]
 
 

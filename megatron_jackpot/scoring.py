@@ -79,10 +79,16 @@ class Scorer:
         )
 
     def _read_policy(self, batch: Batch, logits_TV: Tensor, index: int) -> dict[str, Tensor]:
-        logp_T, server_ids_logp_TK, topk_logp_TK, topk_ids_TK = vocab_parallel_scores(
-            logits_TV, batch.labels_MT[index], batch.topk_ids_MTK[index], self.top_k, **self.vocab(self.policy)
+        labels_T, ids_TK = batch.labels_MT[index], batch.topk_ids_MTK[index]
+        read = vocab_parallel_scores(
+            logits_TV, labels_T, ids_TK=ids_TK, k=self.top_k, **self.vocab(self.policy)
         )
-        return dict(logp=logp_T, server_ids_logp=server_ids_logp_TK, topk_logp=topk_logp_TK, topk_ids=topk_ids_TK)
+        return dict(
+            logp=read.logp_T,
+            server_ids_logp=read.at_ids_TK,
+            topk_logp=read.topk_logp_TK,
+            topk_ids=read.topk_ids_TK,
+        )
 
     def _read_actor(
         self, batch: Batch, ids_MTC: Tensor | None, logits_TV: Tensor, index: int

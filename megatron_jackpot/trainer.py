@@ -1,4 +1,4 @@
-"""run() and step(): the paper, in order. The one file that knows everyone."""
+"""step(): the paper, in order."""
 
 import math
 import time
@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.diagnostics import diagnostics
 from megatron_jackpot.algorithm.distill import DISTILL
@@ -35,11 +34,17 @@ class Source(Protocol):
         self, epoch: int, prompts: list[Prompt], *, samples: int | None = None
     ) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]: ...
 
+    def require_version(self, oldest: int) -> None: ...
+
+    def close(self) -> None: ...
+
 
 class Push(Protocol):
     """How weights get to the servers, on the main rank."""
 
     def push(self, named_tensors: Any, version: int) -> Any: ...
+
+    def close(self) -> None: ...
 
 
 class Trainer:
@@ -81,7 +86,9 @@ class Trainer:
         self.sum_over_batch = make_sum_over(mesh.dp_group)
         self.num_steps = 0
         """Finished steps; also the version of the actor's weights."""
+        self.num_probes = 0
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self.rollout_sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.values: dict[str, float] = {}
 
     def step(self) -> dict[str, float]:
@@ -120,6 +127,7 @@ class Trainer:
         if self.mesh.is_leader:
             assert self.source is not None and self.loader is not None
             epoch, prompts = self.loader.next()
+            self.source.require_version(self.num_steps - self.config.rollout.max_staleness)
             started = time.perf_counter()
             groups, metrics = self.source.collect(epoch, prompts)
             self.note_rollouts(groups, metrics, time.perf_counter() - started)
@@ -184,9 +192,12 @@ class Trainer:
         tensors = export(self.actor)
         if self.sync is not None:
             report = self.sync.push(tensors.items(), version=self.num_steps)
-            self.values["sync/version"] = float(self.num_steps)
-            self.values["sync/server_version"] = float(report.version)
-            self.values["sync/bytes"] = float(report.num_bytes)
+            self.values |= {
+                "sync/version": float(self.num_steps),
+                "sync/server_version": float(report.version),
+                "sync/seconds": report.seconds,
+                "sync/bytes": float(report.num_bytes),
+            }
         self.mesh.wait_for_leaders(f"sync-{self.num_steps}", self.config.sync.timeout_s * 4)
 
     @contextmanager
@@ -215,7 +226,7 @@ class Trainer:
         if not math.isfinite(report.grad_norm):
             raise RuntimeError(f"step {self.num_steps}: grad_norm/{name} is {report.grad_norm}; the run stops here.")
         one = torch.ones([], dtype=torch.float64, device=self.mesh.device)
-        self.add_sums({f"loss/{name}_{k}" if k != "loss" else f"loss/{name}": (v, one / self.mesh.dp) for k, v in report.sums.items()})
+        self.add_sums({f"loss/{key}": (total, one / self.mesh.dp) for key, total in report.sums.items()})
         self.values[f"grad_norm/{name}"] = report.grad_norm
         self.values[f"lr/{name}"] = report.lr
 
@@ -244,9 +255,3 @@ def staleness(mini: Batch, version: int) -> dict[str, tuple[Tensor, Tensor]]:
 def _finish_device_work() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def build_advantage(config: Config) -> Any:
-    """The advantage of config.algorithm.advantage as a function of a group's rewards."""
-    method = config.algorithm.advantage
-    return build(method.name, method.knobs, ADVANTAGES, "algorithm.advantage")

@@ -4,7 +4,7 @@
 #   source tools/env.sh            (bash) afterwards python, pytest, ruff and megatron-jackpot are its own
 #   bash tools/env.sh              make it and print its folder
 #
-# It lies in $JACKPOT_HOME (default ~/.cache/megatron-jackpot)/env-KEY. KEY is the hash of requirements/cpu.txt,
+# It lies in $JACKPOT_HOME/env-KEY, by default below ~/.cache/megatron-jackpot. KEY is the hash of the pins,
 # the interpreter and whether there is CUDA, so every clone with the same pins shares one.
 #   JACKPOT_PYTHON        the interpreter to use (3.11 or 3.12)
 #   JACKPOT_TORCH_INDEX   a package index that has torch's CPU build, asked where pip's own settings have none
@@ -17,6 +17,7 @@ if [[ ${BASH_SOURCE[0]} != "$0" ]]; then
   return 0
 fi
 set -euo pipefail
+TORCHVISION_FIX="$JACKPOT_REPO/megatron_jackpot/rollout/cpu_server/sitecustomize.py"
 
 say() { printf '[env] %s\n' "$*" >&2; }
 die() { printf '[env] ERROR: %s\n' "$@" >&2; exit 1; }
@@ -37,32 +38,37 @@ find_interpreter() {
 
 # PHASE COMMAND...: run it with its output in $log, a line of progress every 10 s, and the seconds at the end.
 phase() {
-  local phase="$1" start=$SECONDS next=10 child status=0; shift
+  local phase="$1" start=$SECONDS next=10 child doing status=0
+  local steps='(Collecting|Downloading|Building|Installing)[^,;(]{,60}'
+  shift
   "$@" >>"$log" 2>&1 9>&- &
   child=$!
-  trap 'kill $child 2>/dev/null; exit 130' INT TERM
+  trap 'kill $child 2>/dev/null; wait $child; exit 130' INT TERM HUP
   while kill -0 "$child" 2>/dev/null; do
     sleep 0.5
     if (( SECONDS - start >= next )); then
-      say "$phase: $((SECONDS - start)) s, $(tail -n 1 "$log" | tr -d '\r' | cut -c1-80)"
+      doing=$(grep -aoE "$steps" "$log" | tail -n 1 || true)
+      say "$phase: $((SECONDS - start)) s, $(du -sm "$folder" | cut -f1) MB on disk, $doing"
       next=$((next + 10))
     fi
   done
   wait "$child" || status=$?
-  trap - INT TERM
+  trap - INT TERM HUP
   if (( status == 0 )); then say "$phase: done in $((SECONDS - start)) s"; fi
   return "$status"
 }
 
 unreachable() {  # did pip fail for want of an index, not of a package?
-  grep -qE 'Retrying \(Retry|NewConnectionError|Name or service not known|Temporary failure in name|ReadTimeout|ProxyError|SSLError' "$log"
+  local signs='Retrying \(Retry|NewConnectionError|Name or service not known|Temporary failure in name'
+  grep -qE "$signs|ReadTimeout|ProxyError|SSLError" "$log"
 }
 
 failed() {  # WHAT
   tail -n 15 "$log" >&2
   if unreachable; then
     die "$1: pip could not reach a package index." \
-      "Check the network, or name a reachable index in pip's own settings (pip config, PIP_INDEX_URL)." "Log: $log"
+      "Check the network, or name a reachable index in pip's own settings (pip config, PIP_INDEX_URL)." \
+      "Log: $log"
   fi
   die "$1: pip failed; its last lines are above." "Log: $log"
 }
@@ -87,23 +93,29 @@ install_torch() {  # PYTHON
   failed "torch"
 }
 
-install_pins() {  # PYTHON: the pinned list
-  local pins="$JACKPOT_REPO/requirements/cpu.txt" site header
+install_pins() {  # PYTHON: the pinned list, less what this machine cannot or need not have
+  local pins="$folder/pins.txt" site header
+  site="$("$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
   header="$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+  cp "$JACKPOT_REPO/requirements/cpu.txt" "$pins"
+  # A CUDA build of torch has brought the triton it needs.
+  if [[ -d $site/triton ]]; then sed -i '/^triton==/d' "$pins"; fi
   if ! command -v cc >/dev/null || [[ ! -f $header ]]; then
-    say "No C compiler or no Python headers: pycosat, which only reasoning-gym's zebra puzzles use, is left out."
-    site="$("$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
-    printf 'def itersolve(*args, **kwargs):\n    raise RuntimeError("pycosat was not built: no C compiler")\n' \
+    say "No C compiler or Python headers: leaving out pycosat, which only reasoning-gym's zebra puzzles use."
+    printf 'def itersolve(*args, **kwargs):\n    raise RuntimeError("pycosat needs a C compiler")\n' \
       >"$site/pycosat.py"
-    grep -v '^pycosat==' "$pins" >"$folder/pins.txt"
-    pins="$folder/pins.txt"
+    sed -i '/^pycosat==/d' "$pins"
   fi
   phase "$(grep -c '==' "$pins") pinned packages" \
     "$1" -m pip install --progress-bar off --no-deps -r "$pins" || failed "requirements/cpu.txt"
+  # transformers' model classes import torchvision: every process here needs what the servers need.
+  cp "$TORCHVISION_FIX" "$site/torchvision_on_cpu.py"
+  echo 'import torchvision_on_cpu' >"$site/torchvision_on_cpu.pth"
 }
 
 build() {  # INTERPRETER: an environment cannot move, so it is built in place and `ready` is written last
-  local free start=$SECONDS
+  local free command="$folder/bin/megatron-jackpot" start=$SECONDS
+  local imports='import torch, megatron.core, reasoning_gym; from transformers import Qwen3ForCausalLM'
   free=$(df -Pk "$JACKPOT_HOME" | awk 'NR == 2 {print int($4 / 1048576)}')
   if (( free < 6 )); then
     die "$free GB are free under $JACKPOT_HOME, the environment needs 6." \
@@ -114,11 +126,11 @@ build() {  # INTERPRETER: an environment cannot move, so it is built in place an
   phase "venv" "$1" -m venv "$folder" || die "python -m venv failed." "Log: $log"
   install_torch "$folder/bin/python"
   install_pins "$folder/bin/python"
-  phase "check" "$folder/bin/python" -c 'import torch, transformers, megatron.core, reasoning_gym, aiohttp' ||
-    { tail -n 5 "$log" >&2; die "the new environment does not import; its last lines are above." "Log: $log"; }
+  phase "check" "$folder/bin/python" -W ignore -c "$imports" ||
+    { tail -n 5 "$log" >&2; die "the new environment does not import: see the lines above." "Log: $log"; }
   # The package itself is found through PYTHONPATH, so that clones can share the environment.
-  printf '#!/bin/sh\nexec "%s/bin/python" -m megatron_jackpot.cli "$@"\n' "$folder" >"$folder/bin/megatron-jackpot"
-  chmod +x "$folder/bin/megatron-jackpot"
+  printf '#!/bin/sh\nexec "%s/bin/python" -m megatron_jackpot.cli "$@"\n' "$folder" >"$command"
+  chmod +x "$command"
   touch "$folder/ready"
   say "Ready in $((SECONDS - start)) s, $(du -sh "$folder" | cut -f1)"
 }
@@ -126,7 +138,7 @@ build() {  # INTERPRETER: an environment cannot move, so it is built in place an
 kind=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then kind=cuda; fi
 interpreter=$(find_interpreter)
-key=$( { cat "$JACKPOT_REPO/requirements/cpu.txt"; echo "$kind"
+key=$( { cat "$JACKPOT_REPO/requirements/cpu.txt" "$TORCHVISION_FIX"; echo "$kind"
   "$interpreter" -c 'import platform, sys; print(sys.version, sys.base_prefix, platform.machine())'; } |
   sha256sum | cut -c1-12)
 folder="$JACKPOT_HOME/env-$key"

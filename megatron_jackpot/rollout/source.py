@@ -58,6 +58,10 @@ class ServerSource:
             groups[rollout.prompt.id].append(rollout)
         return [group for group in groups.values() if group], metrics
 
+    def require_version(self, oldest: int) -> None:
+        """Responses with tokens of an older weight version are an error from now on."""
+        self.client.min_version = max(oldest, 0)
+
     async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
         return await self.pool(self.decode(tokens), prompt.label)
 

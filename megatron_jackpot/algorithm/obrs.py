@@ -1,0 +1,186 @@
+"""Optimal budgeted rejection sampling (OBRS) token by token: accept probability, normaliser Z, weight, draws.
+
+Shapes: any leading shape, written [...]; K candidate ids per token, V the whole vocabulary, 3 the parts of a rollout
+id. Inputs are log-probs, natural logarithm; results are at least fp32 (fp64 stays fp64).
+Sources: P = arXiv 2602.06107, V = arXiv 2311.00460 (OBRS), R = the paper's public verl fork.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to +- this before any exp."""
+
+ClipOrder = Literal["after_z", "before_z"]
+
+
+def accept_prob(target_logp: Tensor, server_logp: Tensor, lam: float) -> Tensor:
+    """a = min(1, p_target / (lam * q)) of the sampled token, [...] (P Eq. 3; V Theorem 2).
+
+    Exactly 0 where the target cannot produce the token (log-prob -inf).
+    Raises ValueError for lam <= 0, a non-finite server log-prob or a NaN target.
+    """
+    check_lam(lam)
+    check_sampled(target_logp, server_logp)
+    accept = (log_ratio(target_logp, server_logp) - math.log(lam)).clamp(max=0.0).exp()
+    return torch.where(target_logp == -math.inf, 0.0, accept)
+
+
+def overlap_mass(target_logp_K: Tensor, server_logp_K: Tensor, lam: float) -> Tensor:
+    """Z_k = sum over candidates of min(q, p_target / lam), [..., K] -> [...] (P 4.4.1); padding is -inf.
+
+    A lower bound of Z = E_q[a]; at most min(1, 1/lam). Raises ValueError for lam <= 0 or a NaN.
+    """
+    check_lam(lam)
+    target, server = precise(target_logp_K), precise(server_logp_K)
+    overlap = torch.minimum(server, target - math.log(lam)).exp().sum(-1)
+    if torch.isnan(overlap).any():
+        raise ValueError(
+            "candidate log-probs contain NaN: must be numbers or -inf. Mask such tokens at the source."
+        )
+    return overlap.clamp(max=overlap_limit(lam))
+
+
+def exact_overlap_mass(target_logp_V: Tensor, server_logp_V: Tensor, lam: float) -> Tensor:
+    """Z = sum over the vocabulary of min(q, p_target / lam) = E_q[a], [..., V] -> [...] (P 4.4; D in algorithm.md).
+
+    Both inputs are normalised log-probs over the same ids. At lam = 1, Z = 1 - TV(p_target, q).
+    Raises ValueError for lam <= 0 or a NaN.
+    """
+    return overlap_mass(target_logp_V, server_logp_V, lam)
+
+
+def overlap_limit(lam: float) -> float:
+    """Largest possible Z: min(1, 1/lam)."""
+    return min(1.0, 1.0 / lam)
+
+
+def kappa(
+    accept: Tensor, overlap: Tensor, mask: Tensor, sum_over_batch: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """kappa = (accepted / proposed) / mean(Z_k) over the global mini-batch, float64 scalar (P 4.4.2).
+
+    `accept` [...] is the drawn mask (paper) or the accept probability (half the noise), `overlap` [...] is Z_k,
+    `mask` [...] the tokens that count; proposed cancels. Calls `sum_over_batch` once, with [2] float64.
+    1 when no overlap was found anywhere.
+    """
+    sums = [masked_sum(accept, mask), masked_sum(overlap, mask)]
+    accepted, total_overlap = sum_over_batch(torch.stack(sums)).unbind()
+    return torch.where(total_overlap > 0, accepted / total_overlap, 1.0)
+
+
+def jackpot_weight(
+    target_logp: Tensor,
+    server_logp: Tensor,
+    overlap: Tensor,
+    lam: float,
+    cap: float,
+    clip_order: ClipOrder = "after_z",
+) -> Tensor:
+    """p_target / q' of an accepted token, capped and detached, [...]; r = p_target / q.
+
+    after_z (P Alg. 1 line 24): min(Z * max(lam, r), cap).  before_z (R): lam * Z * clip(r / lam, 1, cap).
+    `overlap` is Z [...]. Raises ValueError for lam <= 0, cap < 1, an unknown order, non-finite server log-probs.
+    """
+    check_lam(lam)
+    check_cap("cap", cap)
+    check_sampled(target_logp, server_logp)
+    log_scaled = (log_ratio(target_logp, server_logp) - math.log(lam)).clamp(min=0.0)
+    if clip_order == "after_z":
+        return (lam * overlap * log_scaled.exp()).clamp(max=cap).detach()
+    if clip_order == "before_z":
+        return (lam * overlap * log_scaled.exp().clamp(max=cap)).detach()
+    raise ValueError(
+        f"clip_order = {clip_order!r}: must be 'after_z' or 'before_z'. Use 'after_z' for the paper."
+    )
+
+
+def drift_weight(policy_logp: Tensor, target_logp: Tensor, policy_cap: float) -> Tensor:
+    """min(p_old / p_target, c2), detached, [...]: the second factor of P Alg. 1 line 24; 1 for the target "old"."""
+    check_cap("policy_cap", policy_cap)
+    return log_ratio(policy_logp, target_logp).exp().clamp(max=policy_cap).detach()
+
+
+def draw_keep(accept: Tensor, seed: int, step: int, rollout_id: Tensor, position: Tensor) -> Tensor:
+    """keep ~ Bernoulli(accept), bool [...]: accept 1 always keeps, accept 0 never does.
+
+    A function of (seed, step, rollout_id [..., 3], position [...]) alone: the same on every layout and packing.
+    """
+    return counter_uniform(seed, step, rollout_id, position) < accept
+
+
+def counter_uniform(seed: int, step: int, rollout_id_T3: Tensor, position_T: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) with 24 bits, fp32 [...], bit-identical on CPU and CUDA.
+
+    Philox-4x32-10 (Salmon et al. 2011) with counter (position, sample, prompt id, epoch) and as key two words of
+    Philox applied to (seed, step). Every part counts by its low 32 bits, seed and step by 64.
+    """
+    key = _philox((seed & _WORD, seed >> 32 & _WORD, step & _WORD, step >> 32 & _WORD), (0, 0))[:2]
+    epoch_T, prompt_T, sample_T = (part & _WORD for part in rollout_id_T3.long().unbind(-1))
+    word_T = _philox((position_T.long() & _WORD, sample_T, prompt_T, epoch_T), key)[0]
+    return (word_T >> 8).to(torch.float32) * 2.0**-24
+
+
+def log_ratio(numerator_logp: Tensor, denominator_logp: Tensor) -> Tensor:
+    """log(p / q) clamped to +-LOG_RATIO_LIMIT, at least fp32."""
+    return (precise(numerator_logp) - precise(denominator_logp)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or in fp64 where it already is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def masked_sum(value: Tensor, mask: Tensor) -> Tensor:
+    """Sum of value [...] where mask [...], float64 scalar; what lies outside the mask may be NaN."""
+    return torch.where(mask, value.double(), 0.0).sum()
+
+
+def check_lam(lam: float) -> None:
+    if not (math.isfinite(lam) and lam > 0):
+        raise ValueError(f"lam = {lam}: must be a finite number > 0. Use 1.0, the paper's value.")
+
+
+def check_cap(name: str, cap: float) -> None:
+    if not cap >= 1:
+        raise ValueError(f"{name} = {cap}: must be >= 1. Use .inf to switch the cap off.")
+
+
+def check_sampled(target_logp: Tensor, server_logp: Tensor) -> None:
+    """A sampled token has a finite server log-prob, and a target log-prob that is a number or -inf."""
+    if not torch.isfinite(server_logp).all():
+        worst = server_logp[~torch.isfinite(server_logp)].flatten()[0].item()
+        raise ValueError(
+            f"server_logp = {worst}: must be finite at a sampled token. Mask the token at the source."
+        )
+    if torch.isnan(target_logp).any() or (target_logp == math.inf).any():
+        raise ValueError(
+            "target_logp = nan or inf: must be a number or -inf. The target model's logits are broken."
+        )
+
+
+Word = int | Tensor
+_WORD = 0xFFFFFFFF
+
+
+def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
+    """(high, low) 32-bit words of constant * word, through 16-bit halves: nothing exceeds 2^49 in int64."""
+    low = constant * (word & 0xFFFF)
+    high = constant * (word >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _philox(counter: tuple[Word, ...], key: tuple[Word, ...]) -> tuple[Word, ...]:
+    """Philox-4x32-10 of four counter words and two key words; Python ints and int64 tensors alike."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(0xD2511F53, c0)
+        high1, low1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3

@@ -1,0 +1,130 @@
+"""Problems before tokenization, from reasoning-gym or a jsonl file."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_jackpot.config import nearest
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. Example: Problem(id=7, question="3 + 9 =", label={"answer": "12"})."""
+
+    id: int
+    """Position in its source: index of the draw, or line number in the file counted from 0."""
+    question: str | list[dict[str, str]]
+    """A text, or chat messages with role and content."""
+    label: dict[str, Any]
+    """`answer` and whatever else the source gives to the reward."""
+
+    @property
+    def text(self) -> str:
+        """The question for comparisons: without system messages, white space normalised."""
+        if isinstance(self.question, str):
+            return " ".join(self.question.split())
+        asked = [message["content"] for message in self.question if message["role"] != "system"]
+        return " ".join(" ".join(asked).split())
+
+
+def reasoning_gym_problems(tasks: dict[str, dict[str, Any]], seed: int, limit: int) -> Iterator[Problem]:
+    """At most `limit` problems, the tasks in turn; problem i depends on (tasks, seed, i) alone.
+
+    Raises ValueError for an unknown task or option, and for a problem without one text answer.
+    """
+    # Only here: importing reasoning-gym loads all of its hundred tasks.
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    datasets = []
+    for task, options in tasks.items():
+        if task not in DATASETS:
+            raise ValueError(
+                f"data.tasks: reasoning_gym has no task '{task}'. {nearest(task, list(DATASETS))}"
+            )
+        if reserved := {"seed", "size"} & options.keys():
+            raise ValueError(
+                f"data.tasks.{task}: '{reserved.pop()}' is set by data.seed and data.size. Remove it."
+            )
+        try:
+            datasets.append(create_dataset(task, **options, seed=seed, size=limit))
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ValueError(f"data.tasks.{task} = {options}: {error}") from error
+    names = list(tasks)
+    for i in range(limit):
+        which, row = i % len(names), i // len(names)
+        task, entry = names[which], datasets[which][row]
+        yield Problem(i, entry["question"], _reasoning_gym_label(task, tasks[task], entry))
+
+
+def _reasoning_gym_label(task: str, options: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(entry["answer"], str):
+        raise ValueError(
+            f"data.tasks: '{task}' gives no single text answer ({entry['answer']!r}). Remove it."
+        )
+    try:
+        plain = json.loads(json.dumps(entry))
+    except TypeError as error:
+        raise ValueError(f"data.tasks: '{task}' cannot be written as JSON: {error}. Remove it.") from error
+    return {"task": task, "options": options, "entry": plain, "answer": entry["answer"]}
+
+
+def jsonl_problems(path: Path) -> list[Problem]:
+    """Every row of the file; blank lines are passed over. Raises ValueError naming file, line and mistake.
+
+    A bad row stops the run rather than being skipped: a partly broken file is not the file that was meant.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file. Set data.path (data.heldout_path) to a jsonl file.")
+    problems = []
+    with open(path, "rb") as file:
+        for index, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                problems.append(_problem(index, line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {index + 1}: {error}") from error
+    return problems
+
+
+def _problem(index: int, line: bytes) -> Problem:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object, got {type(row).__name__}.")
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError(f"a row needs either 'prompt' or 'messages', got the keys {sorted(row)}.")
+    question = _prompt(row["prompt"]) if "prompt" in row else _messages(row["messages"])
+    extra = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
+    return Problem(index, question, {**extra, "answer": _answer(row)})
+
+
+def _prompt(prompt: Any) -> str:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"'prompt' must be a text that is not empty, got {prompt!r}.")
+    return prompt
+
+
+def _messages(messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"'messages' must be a list that is not empty, got {messages!r}.")
+    for message in messages:
+        fields = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            raise ValueError(f"a message needs the texts 'role' and 'content', got {message!r}.")
+    return messages
+
+
+def _answer(row: dict[str, Any]) -> str:
+    answer = row.get("answer")
+    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
+    if is_number or (isinstance(answer, str) and answer.strip()):
+        return str(answer)
+    raise ValueError(f"'answer' must be a number or a text that is not empty, got {answer!r}.")

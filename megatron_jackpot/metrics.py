@@ -1,0 +1,152 @@
+"""Metrics of a run: metrics.jsonl always, TensorBoard and Weights & Biases where configured."""
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+METRICS = {
+    "reward/mean": "mean reward of the rollouts",
+    "reward/correct": "share of correct rollouts",
+    "rollout/response_tokens": "mean length of a response",
+    "rollout/tokens_per_s": "response tokens per second of rollout",
+    "jackpot/acceptance": "share of tokens accepted",
+    "jackpot/acceptance_expected": "mean acceptance probability",
+    "jackpot/z": "mean normaliser Z over the candidates, before kappa",
+    "jackpot/kappa": "factor that calibrates Z to the acceptance",
+    "jackpot/weight_at_cap": "share of accepted tokens whose weight is at its cap",
+    "kl/policy_server_k3": "k3 estimate of KL between policy and server",
+    "kl/actor_server_k3": "k3 estimate of KL between the trainer's actor and the server",
+    "loss/policy": "policy loss",
+    "loss/actor": "PPO loss of the actor",
+    "loss/distill": "distillation loss of the actor",
+    "grad_norm/policy": "gradient norm of the policy before clipping",
+    "grad_norm/actor": "gradient norm of the actor before clipping",
+    "lr/policy": "learning rate of the policy",
+    "lr/actor": "learning rate of the actor",
+    "eval/policy_accuracy": "share of held-out problems that the policy solves",
+    "eval/actor_accuracy": "share of held-out problems that the actor solves",
+    "sync/version": "weight version the trainer sent",
+    "sync/server_version": "weight version the servers report",
+    "sync/seconds": "duration of the weight update",
+    "time/rollout": "seconds of rollout",
+    "time/score": "seconds of scoring",
+    "time/correct": "seconds of the correction",
+    "time/update_policy": "seconds of the policy update",
+    "time/update_actor": "seconds of the actor update",
+    "time/sync": "seconds of the sync",
+    "time/step": "seconds of the whole step",
+    "staleness/mean": "mean age of the tokens in weight versions",
+}
+"""The names that tools and dashboards may rely on; a run may write others beside them."""
+
+Row = dict[str, Any]
+
+
+class MetricsWriter:
+    """Writes {"step": 3, "reward/mean": 0.25, ...} lines to folder/metrics.jsonl, from one process.
+
+    A value that is not finite is null there, left out elsewhere, and counted in `num_nonfinite`.
+    """
+
+    def __init__(
+        self, folder: Path, tensorboard: bool, wandb_project: str | None, *, resume_step: int | None = None
+    ) -> None:
+        """`resume_step` drops what an earlier process wrote for later steps; None keeps all of it.
+
+        Raises ValueError when a sink is asked for whose package is missing.
+        """
+        self.num_nonfinite = 0
+        self._tensorboard = self._wandb = None
+        _require("tensorboard", tensorboard, "logging.tensorboard = true", "logging.tensorboard=false")
+        _require(
+            "wandb", wandb_project, f"logging.wandb_project = {wandb_project!r}", "logging.wandb_project=null"
+        )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _repair(folder / "metrics.jsonl", resume_step)
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge_step = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=purge_step)
+        if wandb_project is not None:
+            import wandb
+
+            self._wandb = wandb.init(project=wandb_project, dir=str(folder), name=folder.name)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.num_nonfinite += len(values) - len(finite)
+        row = {"step": step, **{name: finite.get(name) for name in values}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in finite.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(finite, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, or of the one in a run folder, in file order.
+
+    A last line without its end, as a killed run leaves it, is passed over; other bad lines raise ValueError.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number}: not an object with an integer 'step'.")
+        rows.append(row)
+    return rows
+
+
+def series(rows: list[Row], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric, without nulls; the last value written for a step counts."""
+    values = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+    return sorted(values), [values[step] for step in sorted(values)]
+
+
+def _repair(path: Path, resume_step: int | None) -> None:
+    """Cut an unfinished last line, and rows after `resume_step`, before new rows are appended."""
+    if not path.exists():
+        return
+    rows = [row for row in read_metrics(path) if resume_step is None or row["step"] <= resume_step]
+    partial = path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def _require(package: str, wanted: object, setting: str, remedy: str) -> None:
+    if wanted and importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"{setting} needs the {package} package. Install it (pip install {package}) or set {remedy}."
+        )

@@ -1,0 +1,50 @@
+"""Sums over data-parallel ranks: one for statistics inside the algorithm, one for the metrics of a step."""
+
+import zlib
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+MAX_METRICS = 512
+"""Room for metrics in one all-reduce: its size must not depend on how many a rank has."""
+
+
+def make_sum_over(group: ProcessGroup | None) -> Callable[[Tensor], Tensor]:
+    """A function that sums a tensor over the group in fp64 and leaves its argument alone. All-reduces: 1 per call."""
+
+    def sum_over(tensor: Tensor) -> Tensor:
+        total = tensor.to(torch.float64, copy=True)
+        if group is not None and group.size() > 1:
+            dist.all_reduce(total, group=group)
+        return total
+
+    return sum_over
+
+
+def reduce_metrics(
+    metrics: Mapping[str, tuple[Tensor, Tensor]], group: ProcessGroup | None
+) -> dict[str, float]:
+    """name -> global sum / global count, by name; a name whose global count is 0 is left out. All-reduces: 1.
+
+    Raises ValueError, on every rank, when the names differ between ranks.
+    """
+    names = sorted(metrics)
+    if not 0 < len(names) <= MAX_METRICS:
+        raise ValueError(
+            f"{len(names)} metrics: must be 1 .. {MAX_METRICS}. Raise parallel.reduce.MAX_METRICS."
+        )
+    pairs = torch.stack([torch.stack([part.double() for part in metrics[name]]) for name in names])
+    # 20 bits: the sum of squares stays exact in fp64. Mean and mean square agree only where all ranks do.
+    fingerprint = zlib.crc32("\n".join(names).encode()) & 0xFFFFF
+    header = pairs.new_tensor([[fingerprint, fingerprint**2], [1, 0]])
+    payload = pairs.new_zeros(2 + MAX_METRICS, 2)
+    payload[: 2 + len(names)] = torch.cat([header, pairs])
+    (fingerprints, squares), (num_ranks, _), *rows = make_sum_over(group)(payload).tolist()
+    if int(fingerprints) ** 2 != int(num_ranks) * int(squares):
+        raise ValueError(
+            f"metric names differ between ranks; this rank has {names}. Make them equal everywhere."
+        )
+    return {name: row[0] / row[1] for name, row in zip(names, rows, strict=False) if row[1]}

@@ -1,0 +1,246 @@
+"""Rewards in worker processes: every item has a time limit, and nothing a response does can hang the trainer.
+
+Workers are plain subprocesses behind a socket pair rather than multiprocessing's, which would import the
+trainer's main module (torch, Megatron) into each of them. The pool serves any event loop, also one per step.
+"""
+
+import asyncio
+import json
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_jackpot.batch import Prompt
+from megatron_jackpot.rewards.worker import frame
+
+START_TIMEOUT_S = 120.0
+MAX_REPORTED = 5
+
+
+class RewardPool:
+    """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
+
+    An item beyond `timeout_s`, or one that ends its worker, gets reward 0 and is counted in `counters`; the
+    worker is replaced. An exception in the reward, or a result that is not a finite float, is a bug: ValueError.
+    """
+
+    def __init__(
+        self, reward: str, workers: int, timeout_s: float, *, start_timeout_s: float = START_TIMEOUT_S
+    ):
+        """Blocks until every worker has imported the reward. Raises ValueError when it cannot be imported."""
+        self.reward, self.timeout_s, self.start_timeout_s = reward, timeout_s, start_timeout_s
+        self.counters = {"scored": 0, "timed_out": 0, "crashed": 0}
+        self._closed = False
+        self._workers: set[_Worker] = set()
+        self._idle: list[_Worker] = []
+        self._waiting: deque[asyncio.Future[_Worker]] = deque()
+        try:
+            self._idle = [self._start() for _ in range(workers)]
+            deadline = time.monotonic() + start_timeout_s
+            for worker in self._idle:
+                worker.block_until_ready(deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    async def __call__(self, response_text: str, label: Any) -> tuple[float, bool]:
+        reply = await self._ask("score", response_text, label)
+        if reply is None:
+            return 0.0, False
+        if "error" in reply:
+            raise ValueError(f"data.reward = '{self.reward}' {reply['error']}")
+        self.counters["scored"] += 1
+        return reply["reward"], reply["reward"] == 1.0
+
+    async def check_labels(self, prompts: Iterable[Prompt]) -> None:
+        """Raises ValueError naming the prompts whose label the reward could never find correct."""
+        prompts = list(prompts)
+        replies = await asyncio.gather(*(self._ask("check", "", prompt.label) for prompt in prompts))
+        lost = {"error": f"the check of the label ended its worker or took longer than {self.timeout_s} s."}
+        answers = zip(prompts, (lost if reply is None else reply for reply in replies), strict=True)
+        bad = [f"prompt {prompt.id}: {reply['error']}" for prompt, reply in answers if "error" in reply]
+        if bad:
+            more = [f"... and {len(bad) - MAX_REPORTED} more."] if len(bad) > MAX_REPORTED else []
+            head = f"data.reward = '{self.reward}': {len(bad)} of {len(prompts)} labels cannot be scored."
+            raise ValueError("\n".join([head, *bad[:MAX_REPORTED], *more]))
+
+    def close(self) -> None:
+        """End this pool's own workers and what they started; calls in flight raise RuntimeError."""
+        self._closed = True
+        for worker in self._workers:
+            worker.end()
+        for worker in self._idle:
+            worker.connection.close()
+        self._workers.clear()
+        self._idle.clear()
+
+    def __enter__(self) -> "RewardPool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    async def _ask(self, kind: str, response_text: str, label: Any) -> dict[str, Any] | None:
+        """The worker's reply; None when the time limit passed or the worker died (counted)."""
+        request = frame(pickle.dumps((kind, response_text, label)))
+        worker = await self._acquire()
+        reply = None
+        try:
+            await worker.ready(self.start_timeout_s)
+            reply = await worker.ask(request, self.timeout_s)
+        except TimeoutError:
+            self.counters["timed_out"] += 1
+        except ConnectionError as error:
+            if self._closed:
+                raise RuntimeError("The reward pool was closed during a call.") from error
+            self.counters["crashed"] += 1
+        finally:
+            # Also on cancellation: a worker that still owes a reply would give it to the next item.
+            self._release(worker if reply is not None else self._replace(worker))
+        return reply
+
+    async def _acquire(self) -> "_Worker":
+        if self._closed:
+            raise RuntimeError("The reward pool is closed.")
+        if self._idle:
+            worker = self._idle.pop()
+            return worker if worker.alive else self._replace(worker)
+        waiting: asyncio.Future[_Worker] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        try:
+            return await waiting
+        except asyncio.CancelledError:
+            if waiting.done() and not waiting.cancelled():
+                self._release(waiting.result())
+            raise
+
+    def _release(self, worker: "_Worker") -> None:
+        while self._waiting:
+            waiting = self._waiting.popleft()
+            # A future of an earlier event loop has no one behind it any more.
+            if not waiting.done() and waiting.get_loop() is asyncio.get_running_loop():
+                waiting.set_result(worker)
+                return
+        self._idle.append(worker)
+
+    def _start(self) -> "_Worker":
+        worker = _Worker(self.reward)
+        self._workers.add(worker)
+        return worker
+
+    def _replace(self, worker: "_Worker") -> "_Worker":
+        if self._closed:
+            return worker
+        worker.connection.close()
+        worker.end()
+        self._workers.discard(worker)
+        return self._start()
+
+
+class _Worker:
+    """The trainer's side of one worker process."""
+
+    def __init__(self, reward: str):
+        self.connection, other = socket.socketpair()
+        self.connection.setblocking(False)
+        self._received = b""
+        self._ready = False
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        module, fd = "megatron_jackpot.rewards.worker", other.fileno()
+        with other:
+            # Its own session: Ctrl-C reaches only the trainer, and end() takes what the reward started.
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, reward, str(fd), str(os.getpid())],
+                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[fd],
+                start_new_session=True,
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def block_until_ready(self, deadline: float) -> None:
+        """The first start, outside any event loop. `deadline` is on time.monotonic()."""
+        while not self._take_ready():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"Reward worker {self.process.pid} was not ready in time.")
+            select.select([self.connection], [], [], left)
+
+    async def ready(self, timeout_s: float) -> None:
+        """A replaced worker is awaited by the next item that gets it, outside that item's own time limit."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self._take_ready():
+                    await self._readable()
+        except TimeoutError as error:
+            raise RuntimeError(
+                f"Reward worker {self.process.pid} was not ready within {timeout_s} s."
+            ) from error
+
+    async def ask(self, request: bytes, timeout_s: float) -> dict[str, Any]:
+        """Raises TimeoutError past the limit, ConnectionError when the worker is gone."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asyncio.get_running_loop().sock_sendall(self.connection, request)
+                while (reply := self._take_reply()) is None:
+                    await self._readable()
+        except TimeoutError:
+            # The event loop itself may have been busy for that long: a reply that is here counts.
+            reply = self._take_reply()
+            if reply is None:
+                raise
+        return reply
+
+    def end(self) -> None:
+        """Kill the process and what it started, and reap it. One reaped before no longer owns its id."""
+        if self.process.returncode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _take_ready(self) -> bool:
+        try:
+            reply = {} if self._ready else self._take_reply()
+        except ConnectionError as error:
+            raise RuntimeError(f"Reward worker {self.process.pid} ended while it started.") from error
+        if reply is None:
+            return False
+        if "error" in reply:
+            raise ValueError(reply["error"])
+        self._ready = True
+        return True
+
+    def _take_reply(self) -> dict[str, Any] | None:
+        """A whole reply from what has arrived, else None."""
+        try:
+            while True:
+                chunk = self.connection.recv(65536)
+                if not chunk:
+                    raise ConnectionResetError("The reward worker closed its connection.")
+                self._received += chunk
+        except BlockingIOError:
+            pass
+        size = int.from_bytes(self._received[:4], "big")
+        if len(self._received) < 4 or len(self._received) < 4 + size:
+            return None
+        body, self._received = self._received[4 : 4 + size], self._received[4 + size :]
+        return json.loads(body)
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        arrived = loop.create_future()
+        loop.add_reader(self.connection, lambda: arrived.done() or arrived.set_result(None))
+        try:
+            await arrived
+        finally:
+            loop.remove_reader(self.connection)

@@ -1,0 +1,100 @@
+"""A worker of the reward pool: `python -m megatron_jackpot.rewards.worker REWARD SOCKET_FD PARENT_PID`.
+
+It answers one request at a time in its main thread. Messages are a 4-byte length and a body: requests are
+pickled (kind, response_text, label) with kind "score" or "check", replies are JSON.
+"""
+
+import ctypes
+import importlib
+import json
+import math
+import os
+import pickle
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+REWARDS = {name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify")}
+
+Score = Callable[[str, Any], float]
+Check = Callable[[Any], None]
+
+
+def find_reward(name: str) -> tuple[Score, Check | None]:
+    """(score, check) of a built-in reward or a dotted path to a function. Raises ValueError for neither."""
+    if name in REWARDS:
+        module = importlib.import_module(REWARDS[name])
+        return module.score, module.check
+    module_name, _, function_name = name.rpartition(".")
+    if not module_name:
+        raise ValueError(
+            f"data.reward = '{name}' is unknown. Use {', '.join(REWARDS)} or package.module.function."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"data.reward = '{name}': {error}. Put its folder on PYTHONPATH.") from error
+    score = getattr(module, function_name, None)
+    if not callable(score):
+        raise ValueError(f"data.reward = '{name}': module {module_name} has no function '{function_name}'.")
+    return score, None
+
+
+def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> dict[str, Any]:
+    """{"reward": float} or {"error": text}."""
+    kind, response_text, label = request
+    try:
+        if kind == "check":
+            if check is not None:
+                check(label)
+            return {"reward": 0.0}
+        reward = score(response_text, label)
+    except Exception as error:
+        if kind == "check" and isinstance(error, ValueError):
+            return {"error": str(error)}
+        return {"error": "raised an exception:\n" + traceback.format_exc()[-4000:]}
+    if not isinstance(reward, Real) or not math.isfinite(reward):
+        return {"error": f"returned {repr(reward)[:200]} for label {repr(label)[:200]}, not a finite float."}
+    return {"reward": float(reward)}
+
+
+def frame(body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + body
+
+
+def main(name: str, fd: int, parent: int) -> None:
+    _end_with(parent)
+    connection = socket.socket(fileno=fd)
+    connection.set_inheritable(False)
+    stream = connection.makefile("rb")
+    try:
+        score, check = find_reward(name)
+        ready: dict[str, Any] = {"ready": True}
+    except ValueError as error:
+        ready = {"error": str(error)}
+    except Exception:
+        ready = {"error": f"data.reward = '{name}' cannot be imported:\n" + traceback.format_exc()[-4000:]}
+    connection.sendall(frame(json.dumps(ready).encode()))
+    while "ready" in ready and (header := stream.read(4)):
+        request = pickle.loads(stream.read(int.from_bytes(header, "big")))
+        connection.sendall(frame(json.dumps(answer(score, check, request)).encode()))
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process with its parent, and first of all when memory runs out."""
+    if not sys.platform.startswith("linux"):
+        return
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the trainer is gone")
+    Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,257 @@
+"""Weights to the servers through a torch.distributed group of its own: this rank is 0, the servers' ranks follow.
+
+The group joins by the keys that torch's own process groups use (store prefix = group name, then device), which is
+what SGLang's side does; the trainer's groups are not touched, and SGLang is not imported.
+"""
+
+import asyncio
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
+from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.sync.disk import buckets, write_hf_folder
+from megatron_jackpot.sync.proof import (
+    Proof,
+    SentTensors,
+    SyncError,
+    SyncReport,
+    attempt,
+    paused,
+    same_weights,
+    wait,
+)
+
+Backend = Literal["nccl", "gloo"]
+
+
+class WeightGroup:
+    """This rank and all ranks of all servers, for broadcasts from this rank."""
+
+    def __init__(self, admin: ServerAdmin, *, backend: Backend, address: str, timeout_s: float) -> None:
+        self.name = f"weights-{uuid.uuid4().hex[:8]}"
+        self.backend = backend
+        self.timeout = timedelta(seconds=timeout_s)
+        sizes = wait(admin.tp_sizes())
+        offsets = [1 + sum(sizes[:i]) for i in range(len(sizes))]
+        self.size = 1 + sum(sizes)
+        self.store = dist.TCPStore(
+            address, 0, self.size, is_master=True, timeout=self.timeout, wait_for_workers=False
+        )
+        join = admin.init_group(
+            host=address,
+            port=self.store.port,
+            rank_offsets=offsets,
+            world_size=self.size,
+            name=self.name,
+            backend=backend,
+        )
+        waiting_for = f"the weight group of {self.size} ranks on {', '.join(admin.urls)}"
+        self.group = side_by_side(self._make, join, timeout_s, waiting_for)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Send `tensor`; returns when it is out, raises RuntimeError after the time limit of the group."""
+        if tensor.device.type == "cuda":
+            torch.cuda.set_device(tensor.device)
+        options = dist.BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        self.group.broadcast([tensor], options).wait(self.timeout)
+        if tensor.device.type == "cuda":
+            torch.cuda.synchronize(tensor.device)
+
+    def _make(self) -> Any:
+        prefix = dist.PrefixStore(f"{self.name}/", dist.PrefixStore(self.name, self.store))
+        if self.backend == "gloo":
+            return dist.ProcessGroupGloo(dist.PrefixStore("cpu/", prefix), 0, self.size, self.timeout)
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = self.timeout
+        return dist.ProcessGroupNCCL(dist.PrefixStore("cuda/", prefix), 0, self.size, options)
+
+    def abort(self) -> None:
+        """Give up what is under way: NCCL at once, gloo when its time limit passes."""
+        self.group.abort()
+
+
+class BroadcastSync:
+    """push() sends weights in flattened buckets; the first push is proved against a load from disk.
+
+    `proof_folder` must be visible to the servers and holds the weights during the first push only; None leaves that
+    comparison out. Call it on one rank.
+    """
+
+    def __init__(
+        self,
+        urls: Iterable[str],
+        *,
+        hf_folder: Path,
+        proof_folder: Path | None,
+        backend: Backend | None = None,
+        bucket_bytes: int = 512 * 2**20,
+        timeout_s: float = 120,
+        pause: PauseMode = "retract",
+        address: str | None = None,
+    ) -> None:
+        self.admin = ServerAdmin(list(urls), timeout_s=timeout_s)
+        self.hf_folder = Path(hf_folder)
+        self.proof_folder = None if proof_folder is None else Path(proof_folder).absolute()
+        self.backend: Backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        self.device = torch.device("cuda" if self.backend == "nccl" else "cpu")
+        self.bucket_bytes = bucket_bytes
+        self.timeout_s = timeout_s
+        self.pause = pause
+        self.address = address or address_towards(self.admin.urls[0])
+        self.proof = Proof(self.admin, self.hf_folder)
+        self.group: WeightGroup | None = None
+        self.proved = proof_folder is None
+
+    def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+        """HF-named tensors -> all servers. Raises SyncError or ServerError; nothing waits longer than timeout_s.
+
+        After an error the servers may hold a mixture: push again, or load from disk, before sampling.
+        """
+        started, sent, proved = time.monotonic(), SentTensors(), False
+        watched = sent.watch(named_tensors)
+        if not self.proved:
+            # The first push needs the tensors twice.
+            watched = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in watched]
+        self._join()
+        try:
+            with paused(self.admin, self.pause):
+                self._send_all(watched)
+                if self.pause != "in_place":
+                    wait(self.admin.flush_cache())
+                if not self.proved:
+                    self._prove(watched)
+                    self.proved = proved = True
+                wait(self.admin.set_version(version))
+                checksum = self.proof.check(sent, version)
+        except BaseException as error:
+            self._leave_broken(error)
+            raise
+        return SyncReport(version, time.monotonic() - started, sent.num_bytes, checksum, proved)
+
+    def close(self) -> None:
+        """Dissolve the group."""
+        if self.group is not None:
+            name, self.group = self.group.name, None
+            with suppress(ServerError):
+                # A server that is gone has no group left to dissolve.
+                wait(self.admin.destroy_group(name))
+
+    def _join(self) -> None:
+        if self.group is None:
+            with suppress(ServerError):
+                # A push that broke off may have left its session open; without one this is refused.
+                wait(self.admin.end_update())
+            self.group = WeightGroup(
+                self.admin, backend=self.backend, address=self.address, timeout_s=self.timeout_s
+            )
+
+    def _leave_broken(self, error: BaseException) -> None:
+        # A broadcast that was cut off leaves bytes in the sockets: the next push must not meet them.
+        if self.group is not None:
+            group, self.group = self.group, None
+            group.abort()
+            attempt(error, self.admin.destroy_group(group.name))
+
+    def _send_all(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        wait(self.admin.begin_update())
+        try:
+            for bucket in buckets(named_tensors, self.bucket_bytes):
+                self._send(bucket)
+        except BaseException as error:
+            attempt(error, self.admin.end_update())
+            raise
+        wait(self.admin.end_update())
+
+    def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
+        assert self.group is not None
+        pieces = [tensor.detach().to(self.device).contiguous().view(-1).view(torch.uint8) for _, tensor in bucket]
+        flat = torch.cat(pieces)
+        receive = self.admin.update_from_distributed(
+            [name for name, _ in bucket],
+            [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            [list(tensor.shape) for _, tensor in bucket],
+            group=self.group.name,
+            load_format="flattened_bucket",
+        )
+        waiting_for = f"a bucket of {len(bucket)} tensors from {bucket[0][0]} on to reach {', '.join(self.admin.urls)}"
+        group = self.group
+        side_by_side(lambda: group.broadcast(flat), receive, self.timeout_s, waiting_for)
+
+    def _prove(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Load the same tensors from disk and compare."""
+        assert self.proof_folder is not None
+        path = self.proof_folder / "broadcast-proof"
+        by_broadcast = self.proof.equal_checksums()
+        write_hf_folder(path, named_tensors, self.hf_folder, bucket_bytes=self.bucket_bytes)
+        try:
+            wait(self.admin.update_from_disk(str(path), flush=self.pause != "in_place"))
+            from_disk = self.proof.equal_checksums()
+        finally:
+            shutil.rmtree(path)
+        same_weights(by_broadcast, from_disk, "the first broadcast", "a load of the same tensors from disk")
+
+
+def side_by_side(work: Callable[[], Any], call: Any, timeout_s: float, waiting_for: str) -> Any:
+    """Run `work` in a thread beside the coroutine `call`; its result, or the first error of either.
+
+    When the call fails the thread is left to its own time limit: it is a daemon and nobody waits for it.
+    """
+
+    async def both() -> Any:
+        ours = asyncio.wrap_future(_in_daemon(work))
+        theirs = asyncio.ensure_future(call)
+        done, unfinished = await asyncio.wait(
+            {ours, theirs}, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION
+        )
+        for one in unfinished:
+            one.cancel()
+        for one in (theirs, ours):
+            if one in done and one.exception() is not None:
+                failure = one.exception()
+                if isinstance(failure, ServerError):
+                    raise failure
+                raise SyncError(f"Failed while waiting for {waiting_for}: {failure}") from failure
+        if unfinished:
+            late = "the servers' reply" if theirs in unfinished else "the broadcast"
+            raise SyncError(f"Waited {timeout_s:g} s for {waiting_for}; {late} is missing.")
+        return ours.result()
+
+    return asyncio.run(both())
+
+
+def _in_daemon(work: Callable[[], Any]) -> Future:
+    result: Future = Future()
+
+    def run() -> None:
+        result.set_running_or_notify_cancel()
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
+
+
+def address_towards(url: str) -> str:
+    """This machine's address as the server at `url` sees it."""
+    place = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((place.hostname or "127.0.0.1", place.port or 80))
+        return probe.getsockname()[0]

@@ -1,0 +1,100 @@
+"""Weights to the servers through a shared folder: safetensors shards, one reload per push, the last two kept."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
+from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
+
+KEPT_VERSIONS = 2
+
+
+class DiskSync:
+    """push() writes folder/actor-v{version} as an HF folder and has every server load it.
+
+    `folder` must be visible to the servers under the same path. Call it on one rank.
+    """
+
+    def __init__(
+        self,
+        urls: Iterable[str],
+        *,
+        folder: Path,
+        hf_folder: Path,
+        bucket_bytes: int = 512 * 2**20,
+        timeout_s: float = 120,
+        pause: PauseMode = "retract",
+    ) -> None:
+        self.admin = ServerAdmin(list(urls), timeout_s=timeout_s)
+        self.folder = Path(folder).absolute()
+        self.hf_folder = Path(hf_folder)
+        self.bucket_bytes = bucket_bytes
+        self.pause = pause
+        self.proof = Proof(self.admin, self.hf_folder)
+
+    def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+        """HF-named tensors -> all servers. Raises SyncError or ServerError; nothing waits longer than timeout_s."""
+        started, sent = time.monotonic(), SentTensors()
+        path = self.folder / f"actor-v{version}"
+        write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)
+        with paused(self.admin, self.pause):
+            wait(self.admin.update_from_disk(str(path), version, flush=self.pause != "in_place"))
+            checksum = self.proof.check(sent, version)
+        self._drop_old()
+        return SyncReport(version, time.monotonic() - started, sent.num_bytes, checksum, proved=False)
+
+    def close(self) -> None:
+        """Nothing is held between pushes."""
+
+    def _drop_old(self) -> None:
+        # By time of writing, not by number: after a resume from an older step the numbers start again lower.
+        folders = sorted(self.folder.glob("actor-v*"), key=lambda path: path.stat().st_mtime_ns)
+        for old in folders[:-KEPT_VERSIONS]:
+            shutil.rmtree(old)
+
+
+def write_hf_folder(
+    path: Path, named_tensors: Iterable[tuple[str, Tensor]], hf_folder: Path, *, bucket_bytes: int
+) -> None:
+    """Shards of about `bucket_bytes`, config and tokenizer copied from `hf_folder`; appears whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    where: dict[str, str] = {}
+    for number, bucket in enumerate(buckets(named_tensors, bucket_bytes)):
+        shard = f"model-{number:05d}.safetensors"
+        # Tensors that share memory are refused by safetensors, hence the copies.
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in bucket}
+        save_file(tensors, str(unfinished / shard), metadata={"format": "pt"})
+        where |= dict.fromkeys(tensors, shard)
+    index = {"metadata": {}, "weight_map": where}
+    (unfinished / "model.safetensors.index.json").write_text(json.dumps(index))
+    for file in Path(hf_folder).iterdir():
+        if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".pt", ".pth"):
+            shutil.copyfile(file, unfinished / file.name)
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(unfinished, path)
+
+
+def buckets(
+    named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Consecutive tensors of one dtype, about `bucket_bytes` together, at least one each."""
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in named_tensors:
+        if bucket and (size + tensor.nbytes > bucket_bytes or tensor.dtype != bucket[0][1].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,185 @@
+"""What a push of weights reports, and the proof that every server holds what was sent.
+
+SGLang hashes its own fused, sharded tensors, so hashes of HF-named tensors cannot be compared with it. Proof instead:
+names and shapes equal those of the actor's HF folder; all servers hash alike, rank by rank; the hashes moved when the
+sent values did; every server reports the version; and the first broadcast hashes like a load of the same tensors
+from disk (`same_weights`, called by BroadcastSync).
+"""
+
+import asyncio
+import hashlib
+import json
+import struct
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
+from megatron_jackpot.rollout.engine import ServerError
+
+T = TypeVar("T")
+Checksums = dict[str, dict[str, str]]
+
+CLEANUP_S = 10
+"""Time limit of a call that cleans up after an error."""
+INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class SyncError(RuntimeError):
+    """The servers do not hold the weights that were sent."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One push. Example: SyncReport(version=3, seconds=0.4, num_bytes=1_707_008, checksum="9f2c...", proved=False)."""
+
+    version: int
+    seconds: float
+    num_bytes: int
+    checksum: str
+    """Hash over all ranks of one server; equal on all servers."""
+    proved: bool
+    """Whether this push was also compared with a load from disk."""
+
+
+class SentTensors:
+    """What went out in one push: names, shapes, bytes and a digest of the values that costs one read of them."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, list[int]] = {}
+        self.num_bytes = 0
+        self._sums: dict[str, int] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if name in self.shapes:
+            raise SyncError(f"Tensor {name} was sent twice in one push.")
+        self.shapes[name] = list(tensor.shape)
+        self.num_bytes += tensor.nbytes
+        bits = tensor.detach().contiguous().view(-1).view(INTEGER_OF_SIZE[tensor.element_size()])
+        self._sums[name] = int(bits.sum(dtype=torch.int64))
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(sorted(self._sums.items())).encode()).hexdigest()
+
+    def watch(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named_tensors:
+            self.add(name, tensor)
+            yield name, tensor
+
+
+class Proof:
+    """Checks after each push; remembers the push before."""
+
+    def __init__(self, admin: ServerAdmin, hf_folder: Path) -> None:
+        self.admin = admin
+        self.expected = hf_shapes(hf_folder)
+        config = json.loads((Path(hf_folder) / "config.json").read_text())
+        # A tied output layer is the embedding again: it may be written and sent, or not.
+        self.may_differ = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+        self._digest: str | None = None
+        self._checksums: Checksums | None = None
+
+    def check(self, sent: SentTensors, version: int) -> str:
+        """Checksum of the servers. Raises SyncError."""
+        check_names(sent.shapes, self.expected, self.may_differ)
+        versions = wait(self.admin.versions())
+        for url, found in zip(self.admin.urls, versions, strict=True):
+            if found != version:
+                raise SyncError(f"Server {url} reports weight version {found} after a push of version {version}.")
+        checksums = self.equal_checksums()
+        if self._digest not in (None, sent.digest) and checksums == self._checksums:
+            raise SyncError(
+                f"The weights sent as version {version} differ from the push before, but the servers' checksums "
+                f"did not move: {self.admin.urls[0]} still serves the old weights."
+            )
+        self._digest, self._checksums = sent.digest, checksums
+        return _overall(checksums)
+
+    def equal_checksums(self) -> Checksums:
+        """The checksums of the servers, which must be equal."""
+        first, *others = wait(self.admin.checksums())
+        for url, other in zip(self.admin.urls[1:], others, strict=True):
+            same_weights(first, other, self.admin.urls[0], url)
+        return first
+
+
+def same_weights(left: Checksums, right: Checksums, left_name: str, right_name: str) -> None:
+    """Raise SyncError naming up to five tensors that differ."""
+    if left.keys() != right.keys():
+        raise SyncError(f"{left_name} has ranks {sorted(left)}, {right_name} has {sorted(right)}.")
+    differing = [
+        f"{rank} {name}"
+        for rank in left
+        for name in sorted(left[rank].keys() | right[rank].keys())
+        if left[rank].get(name) != right[rank].get(name)
+    ]
+    if differing:
+        raise SyncError(
+            f"Weights differ between {left_name} and {right_name} in {len(differing)} tensors: "
+            f"{', '.join(differing[:5])}."
+        )
+
+
+def check_names(
+    sent: dict[str, list[int]], expected: dict[str, list[int]], may_differ: set[str] | frozenset[str] = frozenset()
+) -> None:
+    """SGLang skips names it does not know, so a wrong name would leave old weights in place without an error."""
+    names = (sent.keys() ^ expected.keys()) - may_differ
+    if names:
+        name = min(names)
+        where = "sent but not in" if name in sent else "not sent but in"
+        raise SyncError(f"{len(names)} tensor names differ from the actor's HF folder: {name} was {where} it.")
+    for name in sent.keys() & expected.keys():
+        if sent[name] != expected[name]:
+            raise SyncError(f"{name} was sent as {sent[name]}, the actor's HF folder has {expected[name]}.")
+
+
+def hf_shapes(folder: Path) -> dict[str, list[int]]:
+    """Tensor name -> shape, from the headers of the safetensors in an HF folder."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"actor.path = {folder}: no *.safetensors there. Name the HF folder of the actor.")
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        with file.open("rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size))
+        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+@contextmanager
+def paused(admin: ServerAdmin, mode: PauseMode) -> Iterator[None]:
+    """Servers sample nothing inside. After an error inside, what they were sampling is aborted before they go on:
+    their weights may be half updated."""
+    wait(admin.pause(mode))
+    try:
+        yield
+    except BaseException as error:
+        attempt(error, admin.abort_all())
+        attempt(error, admin.resume())
+        raise
+    wait(admin.resume())
+
+
+def attempt(error: BaseException, call: Coroutine[Any, Any, Any]) -> None:
+    """Make a call that cleans up after `error`; if it fails too, say so in a note of `error`."""
+    try:
+        wait(asyncio.wait_for(call, CLEANUP_S))
+    except (ServerError, TimeoutError) as failure:
+        error.add_note(f"While cleaning up: {failure or f'no reply within {CLEANUP_S} s'}")
+
+
+def wait(call: Coroutine[Any, Any, T]) -> T:
+    """Run one admin call from synchronous code."""
+    return asyncio.run(call)
+
+
+def _overall(checksums: Checksums) -> str:
+    return hashlib.sha256(json.dumps(checksums, sort_keys=True).encode()).hexdigest()

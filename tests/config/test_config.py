@@ -1,0 +1,165 @@
+"""The config refuses what it does not know, says what to do about it, and documents every knob."""
+
+import pytest
+import yaml
+
+from megatron_jackpot import cli
+from megatron_jackpot.config import Config, describe, load_config, parse_config
+
+
+def tree(**sections: dict) -> dict:
+    """The smallest valid config, with sections merged in."""
+    base = {
+        "run": {"folder": "runs/a"},
+        "policy": {"hf": "models/policy"},
+        "actor": {"hf": "models/actor"},
+        "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64},
+        "rollout": {"prompts_per_step": 8, "max_new_tokens": 64},
+        "packing": {"tokens": 256},
+    }
+    for name, knobs in sections.items():
+        base[name] = {**base.get(name, {}), **knobs}
+    return base
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree()))
+    return path
+
+
+def test_unknown_key_names_the_nearest_known_one():
+    with pytest.raises(ValueError, match=r"'rollout.top_k_logps'. Did you mean 'rollout.top_k_logp'\?"):
+        parse_config(tree(rollout={"top_k_logps": 5}))
+
+
+def test_unknown_section_names_the_nearest_known_one():
+    with pytest.raises(ValueError, match=r"'rollouts'. Did you mean 'rollout'\?"):
+        parse_config(tree(rollouts={}))
+
+
+def test_unknown_key_two_levels_down_is_named_in_full():
+    with pytest.raises(ValueError, match=r"'actor.optimizer.learn_rate'"):
+        parse_config(tree(actor={"optimizer": {"learn_rate": 1e-3}}))
+
+
+def test_every_mistake_is_reported_at_once():
+    with pytest.raises(ValueError) as caught:
+        parse_config(tree(run={"steps": 0}, parallel={"tp": "two"}))
+    lines = str(caught.value).splitlines()
+    assert any(line.startswith("run.steps = 0") for line in lines)
+    assert any(line.startswith("parallel.tp = 'two'") for line in lines)
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(config_file):
+    config = load_config(
+        config_file,
+        [
+            "run.steps=3",
+            "run.steps=4",
+            "policy.optimizer.lr=0.01",
+            "servers.urls=[http://127.0.0.1:1, http://127.0.0.1:2]",
+            "parallel.vpp=null",
+            "algorithm.correction.name=tis",
+            "algorithm.correction.cap=3.0",
+        ],
+    )
+    assert config.run.steps == 4
+    assert config.policy.optimizer.lr == 0.01
+    assert config.servers.urls == ("http://127.0.0.1:1", "http://127.0.0.1:2")
+    assert config.algorithm.correction.name == "tis" and config.algorithm.correction.knobs == {"cap": 3.0}
+
+
+@pytest.mark.parametrize("override", ["run.steps", "=3", "run.folder.name=a", "run.steps=[1"])
+def test_malformed_override_is_quoted_in_the_message(config_file, override):
+    with pytest.raises(ValueError, match="Override") as caught:
+        load_config(config_file, [override])
+    assert override in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"cp": 2}}, "Set parallel.cp=1"),
+        ({"parallel": {"vpp": 2}}, "needs parallel.pp > 1"),
+        ({"parallel": {"sequence_parallel": True}}, "needs parallel.tp > 1"),
+        (
+            {"parallel": {"overlap_param_gather": True, "distributed_optimizer": False}},
+            "distributed_optimizer=true",
+        ),
+        (
+            {"precision": {"first_last_layers_bf16": True, "fp8_recipe": "delayed"}},
+            "Use 'tensorwise' or 'blockwise'",
+        ),
+        ({"packing": {"tokens": 127}}, r"packing.tokens = 127 .* = 128.* Raise packing.tokens"),
+        ({"algorithm": {"num_minibatches": 3}}, r"does not divide rollout.prompts_per_step = 8"),
+        ({"data": {"source": "jsonl"}}, "Set data.path=FILE"),
+        ({"data": {"tasks": {}}}, "needs data.tasks"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused_with_the_remedy(sections, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(tree(**sections))
+
+
+def test_missing_required_key_says_how_to_set_it():
+    incomplete = tree()
+    del incomplete["policy"]["hf"]
+    with pytest.raises(ValueError, match=r"'policy.hf' is missing.*policy.hf=VALUE"):
+        parse_config(incomplete)
+
+
+def test_resolved_config_reads_back_as_itself(tmp_path):
+    config = parse_config(
+        tree(algorithm={"correction": {"name": "jackpot", "lam": 1.2}}, servers={"urls": ["http://a:1"]})
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(path) == config
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config(tree()).run.steps = 7
+
+
+def test_every_knob_has_a_meaning_except_the_name_of_a_section():
+    assert [key for key, _, meaning in describe() if not meaning] == []
+
+
+@pytest.mark.parametrize("command", ["train", "launch"])
+def test_help_lists_every_knob_with_its_meaning(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for key, default, meaning in describe(Config):
+        assert f"{key} = {' '.join(default.split())}" in shown
+        assert " ".join(meaning.split()) in shown
+
+
+@pytest.mark.parametrize("command", ["train", "launch"])
+def test_a_mistake_in_the_config_ends_with_code_2_and_no_traceback(command, config_file, capsys):
+    assert cli.main([command, str(config_file), "run.stepz=3"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("megatron-jackpot: ") and "Did you mean 'run.steps'?" in err and "Traceback" not in err
+    )
+
+
+def test_a_missing_file_ends_with_code_2(tmp_path, capsys):
+    assert cli.main(["train", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_on_both_sides_of_an_option():
+    args = cli.parse(["launch", "run.yaml", "a=1", "--nproc", "2", "b=2"])
+    assert (args.overrides, args.nproc) == (["a=1", "b=2"], 2)
+
+
+def test_words_that_are_neither_option_nor_override_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(["launch", "run.yaml", "--nprocs", "2"])
+    assert ended.value.code == 2
+    assert "--nprocs" in capsys.readouterr().err

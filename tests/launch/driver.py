@@ -1,0 +1,79 @@
+"""Runs launch() in a process of its own with small stand-ins for the server and for torchrun.
+
+    python tests/launch/driver.py FOLDER SERVER TRAINER [N]
+
+Every stand-in writes its process id to FOLDER/../pids, so that a test can see whether all of them are gone.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from megatron_jackpot.config import parse_config
+from megatron_jackpot.launch import launch, torchrun
+from megatron_jackpot.rollout.server import ServerProcess, free_port
+
+COMMON = """
+import os, pathlib, signal, subprocess, sys, time
+pids = pathlib.Path(sys.argv[1])
+def note(name): (pids / f"{name}-{os.getpid()}").touch()
+def child(name, **kwargs):
+    body = f"import os, pathlib, time; (pathlib.Path({str(pids)!r}) / f'{name}-{{os.getpid()}}').touch(); time.sleep(300)"
+    return subprocess.Popen([sys.executable, "-c", body], **kwargs)
+def wait_for(name):
+    while not list(pids.glob(name + "-*")): time.sleep(0.02)
+"""
+SERVERS = {
+    "steady": "note('server'); child('scheduler'); wait_for('scheduler'); time.sleep(300)",
+    "dying": "note('server'); child('scheduler'); wait_for('worker'); print('out of memory, said the server', flush=True); sys.exit(9)",
+    "stillborn": "print('no such model', flush=True); sys.exit(4)",
+}
+TRAINERS = {
+    "exits": "note('trainer'); print('step 1'); sys.exit(int(sys.argv[2]))",
+    "works": "note('trainer'); child('worker', start_new_session=True); wait_for('worker'); time.sleep(300)",
+    "stubborn": "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('trainer'); child('worker'); wait_for('worker'); time.sleep(300)",
+    "crashes": "note('trainer'); child('worker', start_new_session=True); wait_for('worker'); os.kill(os.getpid(), signal.SIGKILL)",
+}
+RANK = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo"); total = torch.ones(1); dist.all_reduce(total)
+if dist.get_rank() == 0: print("ranks:", int(total), flush=True)
+note("worker"); time.sleep(300)
+"""
+
+
+def main() -> int:
+    folder, server, trainer, *rest = sys.argv[1:]
+    pids = Path(folder).parent / "pids"
+    pids.mkdir()
+
+    def start(config: object, nproc: int) -> list[ServerProcess]:
+        command = [sys.executable, "-c", COMMON + SERVERS[server], str(pids)]
+        process = ServerProcess(command, port=free_port(), log_path=Path(folder) / "server-0.log")
+        process.start()
+        if server == "stillborn":
+            process.wait_healthy(20)
+        while not list(pids.glob("scheduler-*")):
+            time.sleep(0.02)
+        return [process]
+
+    def command(config_file: Path, nproc: int, urls: object) -> list[str]:
+        if trainer != "torchrun":
+            return [sys.executable, "-c", COMMON + TRAINERS[trainer], str(pids), *rest]
+        script = Path(folder).parent / "rank.py"
+        script.write_text(COMMON + RANK)
+        argv = torchrun(config_file, 2, [])
+        return [*argv[: argv.index("megatron_jackpot.cli") - 1], str(script), str(pids)]
+
+    tree = {
+        "run": {"folder": folder},
+        "policy": {"hf": folder},
+        "actor": {"hf": folder},
+        "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64},
+        "rollout": {"max_new_tokens": 64},
+    }
+    return launch(parse_config(tree), start=start, trainer_command=command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What the launcher refuses before it starts anything, and how it copies output."""
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_jackpot import children, cli
+from megatron_jackpot.config import parse_config
+from megatron_jackpot.launch import check, num_processes, torchrun, visible_gpus
+
+
+@pytest.fixture
+def tree(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return {
+        "run": {"folder": str(tmp_path / "run")},
+        "policy": {"hf": str(tmp_path / "model")},
+        "actor": {"hf": str(tmp_path / "model")},
+        "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64},
+        "rollout": {"max_new_tokens": 64},
+    }
+
+
+def test_a_port_in_use_is_named_and_nothing_is_written(tree, tmp_path, capsys):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen(1)
+        port = holder.getsockname()[1]
+        tree["servers"] = {"port": port}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+        assert cli.main(["launch", str(tmp_path / "run.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert f"Port {port}" in err and "servers.port" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused(tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"already holds a run \(metrics.jsonl\).*Set run.folder"):
+        check(parse_config(tree))
+
+
+def test_a_folder_left_by_a_launch_that_never_trained_is_used_again(tree, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "provenance.json", "train.log", "server-0.log", "server-1.log"):
+        (tmp_path / "run" / name).touch()
+    check(parse_config(tree))
+
+
+def test_a_run_folder_that_is_a_file_is_refused(tree, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        check(parse_config(tree))
+
+
+def test_a_missing_model_folder_is_named(tree, tmp_path):
+    tree["actor"]["hf"] = str(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"actor.hf = .*none holds no config.json"):
+        check(parse_config(tree))
+
+
+def test_nproc_is_the_size_of_one_model_unless_given_and_must_be_a_multiple_of_it(tree):
+    tree["parallel"] = {"tp": 2, "pp": 2}
+    config = parse_config(tree)
+    assert (num_processes(config, None), num_processes(config, 8)) == (4, 8)
+    with pytest.raises(ValueError, match=r"--nproc 6 is not a multiple of tp \* pp \* cp = 4"):
+        check(config, 6)
+    with pytest.raises(ValueError, match="--nproc 0"):
+        check(config, 0)
+
+
+def test_server_urls_reach_every_rank_as_an_override_that_reads_back(tree):
+    urls = ["http://127.0.0.1:30000", "http://127.0.0.1:30001"]
+    argv = torchrun(Path("runs/a/config.yaml"), 2, urls)
+    assert yaml.safe_load(argv[-1].partition("=")[2]) == urls
+    assert argv[-1].startswith("servers.urls=")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [(None, ["0", "1"]), ("1", ["1"]), ("", []), ("-1", []), ("GPU-8f, GPU-2c", ["GPU-8f", "GPU-2c"])],
+)
+def test_visible_gpus_follow_the_environment(chosen, expected, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-8f)'\necho 'GPU 1: H100 (UUID: GPU-2c)'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus() == expected
+
+
+def test_output_reaches_the_terminal_as_it_is_and_the_log_as_it_ends_up(tmp_path, capsys):
+    bar = r"print('\r 10%\r 50%\r\x1b[2K100%'); print('\x1b[32mgreen \u2501\x1b[0m'); print('no newline', end='')"
+    env = {"PYTHONIOENCODING": "utf-8"}
+    child = children.Streamed([sys.executable, "-c", bar], log=tmp_path / "log", env=env)
+    child.popen.wait(20)
+    child.drain(limit_s=5)
+    assert child.code() == 0
+    assert (tmp_path / "log").read_text() == "100%\ngreen \u2501\nno newline"
+    assert "\x1b[32mgreen \u2501" in capsys.readouterr().out

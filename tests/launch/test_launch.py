@@ -1,0 +1,152 @@
+"""The launcher ends exactly what it started, in bounded time, and says what went wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_jackpot.config import load_config
+
+ROOT = Path(__file__).parents[2]
+START_LIMIT_S = 60
+
+
+class Launch:
+    """A launcher in its own process, as a shell would start it."""
+
+    def __init__(self, folder: Path, server: str, trainer: str, *rest: str):
+        self.folder = folder / "run"
+        self.pids_folder = folder / "pids"
+        self.out = folder / "out.txt"
+        driver = [
+            sys.executable,
+            str(ROOT / "tests/launch/driver.py"),
+            str(self.folder),
+            server,
+            trainer,
+            *rest,
+        ]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.popen = subprocess.Popen(driver, stdout=self.out.open("wb"), stderr=subprocess.STDOUT, env=env)
+
+    def wait_for(self, name: str, count: int = 1) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while len(list(self.pids_folder.glob(f"{name}-*"))) < count:
+            assert time.monotonic() < deadline and self.popen.poll() is None, self.text()
+            time.sleep(0.05)
+
+    def code(self, limit_s: float) -> int:
+        return self.popen.wait(timeout=limit_s)
+
+    def text(self) -> str:
+        return self.out.read_text()
+
+    def names(self) -> set[str]:
+        return {path.name.split("-")[0] for path in self.pids_folder.iterdir()}
+
+    def alive(self) -> list[str]:
+        return [path.name for path in self.pids_folder.iterdir() if is_alive(int(path.name.split("-")[1]))]
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def start(tmp_path):
+    started = []
+
+    def starter(*args: str) -> Launch:
+        started.append(Launch(tmp_path, *args))
+        return started[-1]
+
+    yield starter
+    for launch in started:
+        if launch.popen.poll() is None:
+            launch.popen.kill()
+            launch.popen.wait()
+        for path in launch.pids_folder.glob("*-*"):
+            if is_alive(int(path.name.split("-")[1])):
+                os.kill(int(path.name.split("-")[1]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("code", [0, 7])
+def test_the_exit_code_of_torchrun_is_passed_on_and_the_server_is_ended(start, code):
+    launch = start("steady", "exits", str(code))
+    assert launch.code(START_LIMIT_S) == code, launch.text()
+    assert launch.names() == {"server", "scheduler", "trainer"}
+    assert launch.alive() == []
+    assert (launch.folder / "train.log").read_text() == "step 1\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_every_child_and_nothing_else(start, signum):
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    try:
+        launch = start("steady", "works")
+        launch.wait_for("worker")
+        launch.popen.send_signal(signum)
+        assert launch.code(limit_s=20) == 128 + signum, launch.text()
+        assert launch.names() == {"server", "scheduler", "trainer", "worker"}
+        assert launch.alive() == []
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_dead_server_is_reported_with_its_last_lines_and_ends_the_run(start):
+    launch = start("dying", "works")
+    assert launch.code(START_LIMIT_S) == 1
+    assert "ended with exit code 9" in launch.text() and "out of memory, said the server" in launch.text()
+    assert launch.names() == {"server", "scheduler", "trainer", "worker"}
+    assert launch.alive() == []
+
+
+def test_a_server_that_does_not_start_is_reported_and_no_training_begins(start):
+    launch = start("stillborn", "works")
+    assert launch.code(START_LIMIT_S) == 1
+    assert "no such model" in launch.text() and "Traceback" not in launch.text()
+    assert launch.names() == set()
+
+
+def test_workers_of_a_killed_torchrun_are_ended_though_they_lead_their_own_sessions(start):
+    launch = start("steady", "crashes")
+    assert launch.code(START_LIMIT_S) == 128 + signal.SIGKILL
+    assert "worker" in launch.names()
+    assert launch.alive() == []
+
+
+def test_a_second_signal_does_not_wait_for_a_trainer_that_ignores_the_first(start):
+    launch = start("steady", "stubborn")
+    launch.wait_for("worker")
+    launch.popen.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert is_alive(launch.popen.pid)
+    launch.popen.send_signal(signal.SIGINT)
+    assert launch.code(limit_s=10) == 130
+    assert launch.alive() == []
+
+
+def test_real_torchrun_meets_on_loopback_and_leaves_no_rank_behind(start):
+    launch = start("steady", "torchrun")
+    launch.wait_for("worker", count=2)
+    launch.popen.send_signal(signal.SIGINT)
+    assert launch.code(limit_s=50) == 130, launch.text()
+    assert launch.alive() == []
+    assert "ranks: 2" in (launch.folder / "train.log").read_text()
+
+
+def test_the_run_folder_says_what_was_run(start):
+    launch = start("steady", "exits", "0")
+    assert launch.code(START_LIMIT_S) == 0
+    assert load_config(launch.folder / "config.yaml").run.folder == launch.folder
+    written = json.loads((launch.folder / "provenance.json").read_text())
+    assert written["versions"]["torch"] and written["python"].startswith("3.")
+    assert set(written) >= {"commit", "dirty", "command", "time"}

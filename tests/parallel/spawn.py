@@ -1,0 +1,74 @@
+"""Run a function on several gloo ranks of this machine, with a hard time limit."""
+
+import datetime
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *args: Any) -> list[Any]:
+    """[fn(rank, world, *args) for every rank]: fresh processes in one gloo group, a single thread each.
+
+    fn is a module-level function; what it returns must survive torch.save. RANK, LOCAL_RANK and WORLD_SIZE are set
+    as torchrun sets them. Raises RuntimeError with the traceback of
+    the first rank that failed, TimeoutError after timeout_s; either way every child is ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _rank, args=(world, folder, timeout_s, fn, args), nprocs=world, join=False, start_method="spawn"
+        )
+        try:
+            _wait(context, Path(folder), time.monotonic() + timeout_s, timeout_s, fn.__name__)
+        finally:
+            for child in context.processes:
+                if child.is_alive():
+                    child.kill()
+                child.join()
+        return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world)]
+
+
+def _wait(context: Any, folder: Path, deadline: float, timeout_s: float, name: str) -> None:
+    alive = context.processes
+    while any(child.is_alive() for child in alive):
+        errors = sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime)
+        if errors:
+            raise RuntimeError(f"{name} failed on rank {errors[0].name[5:]}:\n{errors[0].read_text()}")
+        if time.monotonic() > deadline:
+            stuck = [rank for rank, child in enumerate(alive) if child.is_alive()]
+            raise TimeoutError(f"{name}: ranks {stuck} were still running after {timeout_s} s.")
+        time.sleep(0.02)
+    errors = sorted(folder.glob("error*"), key=lambda path: path.stat().st_mtime)
+    if errors:
+        raise RuntimeError(f"{name} failed on rank {errors[0].name[5:]}:\n{errors[0].read_text()}")
+    for rank, child in enumerate(alive):
+        if child.exitcode:
+            raise RuntimeError(f"{name}: rank {rank} ended with exit code {child.exitcode}.")
+
+
+def _rank(rank: int, world: int, folder: str, timeout_s: float, fn: Callable[..., Any], args: tuple) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        torch.save(fn(rank, world, *args), Path(folder, f"result{rank}"))
+        dist.destroy_process_group()
+    except BaseException:
+        # Written in one move: the parent must not read half a traceback.
+        Path(folder, f"partial{rank}").write_text(traceback.format_exc())
+        os.replace(Path(folder, f"partial{rank}"), Path(folder, f"error{rank}"))
+        raise SystemExit(1) from None
