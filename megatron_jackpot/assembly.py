@@ -64,6 +64,9 @@ def assemble(config: Config, mesh: Mesh) -> Assembly:
     if mesh.is_leader:
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
         source = make_source(config, families["actor"], stop_ids, decode)
+        if config.data.source == "jsonl":
+            # Generated problems are right by construction; a file may hold answers no response could ever match.
+            source.check_labels([*training.prompts, *heldout.prompts][mesh.dp_rank :: mesh.dp])
     trainer = Trainer(
         config,
         mesh,

@@ -1,7 +1,7 @@
-"""Child processes of the launcher: started in their own session, their output kept, and all of them ended in time.
+"""Child processes of the launcher: in sessions of their own, their output kept, all of them ended in time.
 
-Only what this process started is ever signalled: its descendants, found through the kernel's parent links. As a
-child subreaper the launcher also inherits grandchildren whose parent was killed, so none is lost.
+Only what this process started is ever signalled: its descendants, found through the kernel's parent links. As
+a child subreaper the launcher also inherits grandchildren whose parent was killed, so none is lost.
 """
 
 import codecs
@@ -91,7 +91,7 @@ class Streamed:
         return code if code is None or code >= 0 else 128 - code
 
     def drain(self, limit_s: float) -> None:
-        """Wait until the last output is written; a stray grandchild may hold the pipe open, hence the limit."""
+        """Wait until the last output is written; a stray grandchild may hold the pipe open."""
         self._pump.join(timeout=limit_s)
 
     def _copy(self, read_fd: int) -> None:

@@ -93,7 +93,8 @@ def torch() -> Check:
 def backends() -> Check:
     code = (
         "import torch, torch.distributed as d; "
-        "print('gloo', d.is_gloo_available(), 'nccl', d.is_nccl_available() and '.'.join(map(str, torch.cuda.nccl.version())))"
+        "nccl = d.is_nccl_available() and '.'.join(map(str, torch.cuda.nccl.version())); "
+        "print('gloo', d.is_gloo_available(), 'nccl', nccl)"
     )
     fine, text = attempt(code)
     if not fine or "gloo True" not in text:
@@ -103,10 +104,10 @@ def backends() -> Check:
 
 def megatron() -> Check:
     fine, text = attempt(
-        "import megatron.core; from megatron.core.models.gpt import GPTModel; print(megatron.core.__version__)"
+        "import megatron.core as m; from megatron.core.models.gpt import GPTModel; print(m.__version__)"
     )
     if not fine:
-        remedy = "Install megatron-core 0.16.1 or newer; if the error names transformer_engine or apex, see their lines."
+        remedy = "Install megatron-core >= 0.16.1; if transformer_engine or apex fails, see their lines."
         return Check("megatron-core", "broken", text, remedy)
     return Check("megatron-core", "ok", text)
 
@@ -120,7 +121,8 @@ def transformer_engine() -> Check:
     fine, text = attempt("import transformer_engine.pytorch, transformer_engine as t; print(t.__version__)")
     if fine:
         return Check("Transformer Engine", "ok", text)
-    remedy = f"Half installed, which breaks Megatron's import: pip uninstall {' '.join(sorted(installed))}, or install all of it."
+    names = " ".join(sorted(installed))
+    remedy = f"Half installed, which breaks Megatron's import: pip uninstall {names}, or install all of it."
     return Check("Transformer Engine", "broken", text, remedy)
 
 

@@ -1,5 +1,6 @@
 """Checks before training: what would silently poison a run stops it here, with the remedy."""
 
+import math
 from typing import Any
 
 import torch
@@ -45,10 +46,7 @@ def probe(trainer: Any, prompts: list[Prompt]) -> dict[str, float]:
     if gaps is not None:
         parts: list[Any] = [None] * mesh.dp
         dist.all_gather_object(parts, gaps.cpu(), group=mesh.dp_group)
-        everything = torch.cat(parts).double()
-        if everything.numel():
-            quantile = everything.quantile(0.99) if everything.numel() < 2**24 else everything.max()
-            summary = torch.stack([everything.max(), everything.mean(), quantile]).to(mesh.device)
+        summary = torch.tensor(_summary(torch.cat(parts).double()), dtype=torch.float64, device=mesh.device)
     largest, mean, quantile = mesh.from_last_stage(summary).tolist()
     report = {"probe/max": largest, "probe/mean": mean, "probe/quantile99": quantile}
     refuse_gap(report, config.precision.dtype, config.sync)
@@ -71,6 +69,14 @@ def refuse_gap(report: dict[str, float], dtype: str, bounds: Sync) -> None:
                 f"{field} allows {bound:g} in {dtype}. Check that the servers hold the actor's weights, use the "
                 f"trainer's dtype, and sample with top_p = 1 and top_k = -1 at rollout.temperature."
             )
+
+
+def _summary(gaps: Tensor) -> list[float]:
+    """Largest, mean and 99% quantile; NaN, which no bound admits, where nothing could be compared."""
+    if not gaps.numel():
+        return [math.nan] * 3
+    ordered = gaps.sort().values
+    return [float(ordered[-1]), float(ordered.mean()), float(ordered[int(0.99 * (len(ordered) - 1))])]
 
 
 def _gaps(trainer: Any, batch: Batch) -> Tensor | None:

@@ -76,7 +76,7 @@ def launch(
     start: StartServers | None = None,
     trainer_command: TrainerCommand | None = None,
 ) -> int:
-    """Run the job to its end; torchrun's exit code, 130 after Ctrl-C, 143 after SIGTERM, 1 if a server failed.
+    """Run the job to its end: torchrun's exit code, 128 + n after signal n, 1 if a server failed.
 
     Must run in the main thread of its process. Every process started here has ended when this returns.
     """

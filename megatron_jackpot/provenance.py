@@ -1,4 +1,4 @@
-"""What a run was made from: resolved config, command, library versions and git commit, written into its folder."""
+"""What a run was made from (resolved config, command, library versions, git commit), kept in its folder."""
 
 import importlib.metadata
 import json

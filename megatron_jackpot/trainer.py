@@ -213,7 +213,9 @@ class Trainer:
     def note_rollouts(self, groups: list[list[Rollout]], metrics: dict, seconds: float) -> None:
         rollouts = [r for group in groups for r in group]
         tokens = float(sum(len(r.tokens) for r in rollouts))
+        trained = float(sum(r.num_tokens for r in rollouts))
         pairs = {
+            "train/tokens": (trained, 1 / self.mesh.dp),
             "reward/mean": (sum(r.reward for r in rollouts), len(rollouts)),
             "reward/correct": (sum(r.correct for r in rollouts), len(rollouts)),
             "rollout/response_tokens": (tokens, len(rollouts)),
@@ -243,7 +245,7 @@ class Trainer:
         on_last = self.mesh.object_from_last_stage(on_last)
         if not self.mesh.is_main:
             return {}
-        return {"step": self.num_steps, **on_leaders, **on_last, **self.values}
+        return {**on_leaders, **on_last, **self.values}
 
 
 def staleness(mini: Batch, version: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,13 +1,11 @@
 """What runs where: `full` tests only with --full, `gpu` tests only with a CUDA device."""
 
-import importlib.util
-
 import pytest
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked full")
-    if importlib.util.find_spec("pytest_timeout") is None:
+    if not pluginmanager.hasplugin("timeout"):
         # tests/unit runs with torch and pytest alone; the setting in pytest.ini must still be known.
         parser.addini("timeout", "time limit of a test in seconds; needs pytest-timeout")
 

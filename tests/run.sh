@@ -2,7 +2,7 @@
 # All tests, stage by stage, in the project's own environment.
 #
 #   bash tests/run.sh                 what every change must pass: at most 20 minutes on 2 cores
-#   bash tests/run.sh --full          the tests marked `full` too (JACKPOT_TEST_LIMIT_S: 3 hours instead of 20 minutes)
+#   bash tests/run.sh --full          the tests marked `full` too, at most 3 hours (or JACKPOT_TEST_LIMIT_S)
 #   bash tests/run.sh unit parallel   only these stages
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +13,10 @@ stages=()
 for word in "$@"; do
   case "$word" in
     --full) full=(--full) ;;
-    *) [[ -d tests/$word ]] || { echo "tests/run.sh: there is no tests/$word" >&2; exit 2; }; stages+=("$word") ;;
+    *)
+      [[ -d tests/$word ]] || { echo "tests/run.sh: there is no tests/$word" >&2; exit 2; }
+      stages+=("$word")
+      ;;
   esac
 done
 if (( ${#stages[@]} == 0 )); then
@@ -48,8 +51,8 @@ for stage in "${stages[@]}"; do
   start=$SECONDS
   status=0
   # SIGINT at the limit, so that pytest still ends the processes its tests started.
-  timeout --foreground --signal=INT --kill-after=60 "$left" python -m pytest "tests/$stage" "${full[@]}" 2>&1 |
-    tee "$log" || status=${PIPESTATUS[0]}
+  timeout --foreground --signal=INT --kill-after=60 "$left" \
+    python -m pytest "tests/$stage" "${full[@]}" 2>&1 | tee "$log" || status=${PIPESTATUS[0]}
   passed=$((passed + $(count passed)))
   skipped=$((skipped + $(count skipped)))
   bad=$(( $(count failed) + $(count errors?) ))

@@ -1,6 +1,6 @@
 """Curves of one or more runs in one picture.
 
-python tools/plot.py RUN_FOLDER [RUN_FOLDER ...] [--control FILE] --out PNG
+python tools/plot.py RUN_FOLDER [RUN_FOLDER ...] [--control FILE] [--out PNG]
 
 FILE is a metrics.jsonl of a run without reinforcement learning (eval/policy_accuracy over step).
 """
@@ -102,9 +102,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Curves of one or more runs in one picture.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--control", type=Path, help="metrics.jsonl with eval/policy_accuracy of a control")
-    parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--out", type=Path, help="PNG to write; the first RUN_FOLDER's curves.png by default")
     given = parser.parse_args()
-    plot_runs(given.folders, given.out, given.control)
+    out = given.out or given.folders[0] / "curves.png"
+    plot_runs(given.folders, out, given.control)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on one CPU machine: environment, warm-up of two tiny models (both cached), Jackpot RL, plot.
 #
-#   bash examples/quickstart/run.sh                                    about ... on 2 cores
+#   bash examples/quickstart/run.sh
 #   bash examples/quickstart/run.sh run.seed=1 algorithm.correction.name=none
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -12,6 +12,7 @@ for override in "$@"; do
   if [[ $override == run.folder=* ]]; then folder="${override#run.folder=}"; fi
 done
 
-python examples/quickstart/prepare.py
-megatron-jackpot launch examples/quickstart/run.yaml "run.folder=$folder" "$@"
+models=$(python examples/quickstart/prepare.py | tail -n 1)
+megatron-jackpot launch examples/quickstart/run.yaml \
+  "policy.hf=$models/policy" "actor.hf=$models/actor" "run.folder=$folder" "$@"
 python tools/plot.py "$folder"

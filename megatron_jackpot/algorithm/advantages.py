@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO:
-    """(r - mean r) / (std r + eps) (arXiv 2402.03300), std with N - 1; 0 for equal rewards or a single one."""
+    """(r - mean r) / (std r + eps) (arXiv 2402.03300), std with N - 1; 0 if all are equal."""
 
     std: bool = True
     """False leaves out the division by the standard deviation."""
@@ -60,5 +60,5 @@ def _rewards(reward_N: Tensor | Sequence[float]) -> Tensor:
 
 
 def _all_equal(reward_N: Tensor) -> bool:
-    """True also for none or one; decided by comparison, since the mean of equal numbers may be off by rounding."""
+    """True also for none or one. By comparison, since the mean of equal numbers may be off by rounding."""
     return len(reward_N) < 2 or bool((reward_N == reward_N[0]).all())

@@ -1,8 +1,9 @@
 """Corrections: from samples of the server to (keep, weight, count) for the policy's loss.
 
-policy loss = -sum keep * weight * surrogate / N, N the global sum of count. A method is a frozen dataclass: its
-fields are the keys under `algorithm.correction` in YAML. Everything is detached.
-Shapes: T tokens of this rank's mini-batch, K candidates. Sources: P = arXiv 2602.06107, R = its public verl fork.
+policy loss = -sum keep * weight * surrogate / N, N the global sum of count. A method is a frozen dataclass:
+its fields are the keys under `algorithm.correction` in YAML. Everything is detached.
+Shapes: T tokens of this rank's mini-batch, K candidates.
+Sources: P = arXiv 2602.06107, R = its public verl fork.
 """
 
 import math

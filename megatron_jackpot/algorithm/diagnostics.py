@@ -1,7 +1,8 @@
-"""What a mini-batch says about the gap between server, actor and policy: sums and counts from the same tensors.
+"""What a mini-batch says about the gap between server, actor and policy: sums and counts.
 
-Shapes: T tokens of this rank's mini-batch, K candidates. Every value is (sum, count), float64 scalars on this rank;
-the mean is sum / count after both were summed over all ranks. log rho = log p - log q with the server's q.
+Shapes: T tokens of this rank's mini-batch, K candidates. Every value is (sum, count), float64 scalars of
+this rank; the mean is sum / count after both were summed over all ranks.
+log rho = log p - log q with the server's q.
 """
 
 import math
@@ -16,16 +17,17 @@ from megatron_jackpot.algorithm.scores import Correction, Scores
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 REST_FLOOR = 1e-6
-"""Least mass of the bucket that stands for all ids outside the candidates: below it fp32 sums are rounding."""
+"""Least mass of the bucket of all ids outside the candidates: below it fp32 sums are rounding."""
 
 
 @torch.no_grad()
 def diagnostics(scores: Scores, correction: Correction) -> Metrics:
     """name -> (sum, count); the ESS ratio is weight/mean ** 2 / weight/mean_square.
 
-    {policy,actor}/k1 = -log rho and k3 = rho - 1 - log rho estimate KL(server || model); {policy,actor,server}/log_ppl
-    is the mean -log p; policy/chi2 = E_q[rho^2] - 1; gap/a_b is the mean |log p_a - log p_b|;
-    kl/target_server is `candidate_kl`; rejected/{positive,negative} the share of such tokens that keep removes.
+    {policy,actor}/k1 = -log rho and k3 = rho - 1 - log rho estimate KL(server || model);
+    {policy,actor,server}/log_ppl is the mean -log p; policy/chi2 = E_q[rho^2] - 1; gap/a_b is the mean
+    |log p_a - log p_b|; kl/target_server is `candidate_kl`; rejected/{positive,negative} the share of
+    tokens of such an advantage that keep removes.
     """
     s, mask_T = scores, _finite(scores)
     logp_T = {"policy": s.policy_logp_T, "actor": s.actor_logp_T, "server": s.server_logp_T}

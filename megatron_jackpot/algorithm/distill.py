@@ -14,8 +14,8 @@ from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio
 class K3Sample:
     """e^d - d - 1, d = log p_policy - log p_actor at the sampled token (P Eq. 8; the public verl fork).
 
-    On samples of the actor the value estimates KL(actor || policy), and the gradient (1 - e^d) grad log p_actor that
-    of KL(policy || actor). Both limits end the gradient where they are reached.
+    On samples of the actor the value estimates KL(actor || policy), and the gradient (1 - e^d) grad log
+    p_actor that of KL(policy || actor). Both limits end the gradient where they are reached.
     """
 
     limit: float = 10.0

@@ -1,6 +1,7 @@
 """Objectives: the per-token surrogate that is maximised, with the live policy in it.
 
-policy loss = -sum keep * weight * surrogate / N. Shapes: T tokens; s = p_current / p_old at the sampled token.
+policy loss = -sum keep * weight * surrogate / N.
+Shapes: T tokens; s = p_current / p_old at the sampled token.
 """
 
 import math
@@ -15,7 +16,7 @@ from megatron_jackpot.algorithm.obrs import log_ratio
 
 @dataclass(frozen=True, kw_only=True)
 class PPO:
-    """min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) (Schulman et al. 2017; asymmetric: DAPO, arXiv 2503.14476)."""
+    """min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347; asymmetric: 2503.14476)."""
 
     clip_low: float = 0.2
     """s is clipped at 1 - clip_low."""
@@ -31,7 +32,8 @@ class PPO:
             raise ValueError(f"clip_high = {self.clip_high}: must be >= 0. Use 0.28.")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise ValueError(
-                f"dual_clip = {self.dual_clip}: must be > 1 + clip_high = {1 + self.clip_high}. Use 3.0 or null."
+                f"dual_clip = {self.dual_clip}: must be > 1 + clip_high = {1 + self.clip_high}. "
+                "Use 3.0 or null."
             )
 
     def __call__(self, logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor) -> Tensor:

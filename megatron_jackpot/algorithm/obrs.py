@@ -1,7 +1,7 @@
 """Optimal budgeted rejection sampling (OBRS) token by token: accept probability, normaliser Z, weight, draws.
 
-Shapes: any leading shape, written [...]; K candidate ids per token, V the whole vocabulary, 3 the parts of a rollout
-id. Inputs are log-probs, natural logarithm; results are at least fp32 (fp64 stays fp64).
+Shapes: any leading shape, written [...]; K candidate ids per token, V the whole vocabulary, 3 the parts of a
+rollout id. Inputs are log-probs, natural logarithm; results are at least fp32 (fp64 stays fp64).
 Sources: P = arXiv 2602.06107, V = arXiv 2311.00460 (OBRS), R = the paper's public verl fork.
 """
 
@@ -46,7 +46,7 @@ def overlap_mass(target_logp_K: Tensor, server_logp_K: Tensor, lam: float) -> Te
 
 
 def exact_overlap_mass(target_logp_V: Tensor, server_logp_V: Tensor, lam: float) -> Tensor:
-    """Z = sum over the vocabulary of min(q, p_target / lam) = E_q[a], [..., V] -> [...] (P 4.4; D in algorithm.md).
+    """Z = sum over the vocabulary of min(q, p_target / lam) = E_q[a], [..., V] -> [...] (P 4.4).
 
     Both inputs are normalised log-probs over the same ids. At lam = 1, Z = 1 - TV(p_target, q).
     Raises ValueError for lam <= 0 or a NaN.
@@ -64,8 +64,8 @@ def kappa(
 ) -> Tensor:
     """kappa = (accepted / proposed) / mean(Z_k) over the global mini-batch, float64 scalar (P 4.4.2).
 
-    `accept` [...] is the drawn mask (paper) or the accept probability (half the noise), `overlap` [...] is Z_k,
-    `mask` [...] the tokens that count; proposed cancels. Calls `sum_over_batch` once, with [2] float64.
+    `accept` [...] is the drawn mask (paper) or the accept probability (half the noise), `overlap` [...] is
+    Z_k, `mask` [...] the tokens that count; proposed cancels. Calls `sum_over_batch` once, with [2] float64.
     1 when no overlap was found anywhere.
     """
     sums = [masked_sum(accept, mask), masked_sum(overlap, mask)]
@@ -84,7 +84,8 @@ def jackpot_weight(
     """p_target / q' of an accepted token, capped and detached, [...]; r = p_target / q.
 
     after_z (P Alg. 1 line 24): min(Z * max(lam, r), cap).  before_z (R): lam * Z * clip(r / lam, 1, cap).
-    `overlap` is Z [...]. Raises ValueError for lam <= 0, cap < 1, an unknown order, non-finite server log-probs.
+    `overlap` is Z [...]. Raises ValueError for lam <= 0, cap < 1, an unknown order, non-finite server
+    log-probs.
     """
     check_lam(lam)
     check_cap("cap", cap)
@@ -100,7 +101,7 @@ def jackpot_weight(
 
 
 def drift_weight(policy_logp: Tensor, target_logp: Tensor, policy_cap: float) -> Tensor:
-    """min(p_old / p_target, c2), detached, [...]: the second factor of P Alg. 1 line 24; 1 for the target "old"."""
+    """min(p_old / p_target, c2), detached, [...]: 2nd factor of P Alg. 1 line 24; 1 for the target "old"."""
     check_cap("policy_cap", policy_cap)
     return log_ratio(policy_logp, target_logp).exp().clamp(max=policy_cap).detach()
 
@@ -108,7 +109,8 @@ def drift_weight(policy_logp: Tensor, target_logp: Tensor, policy_cap: float) ->
 def draw_keep(accept: Tensor, seed: int, step: int, rollout_id: Tensor, position: Tensor) -> Tensor:
     """keep ~ Bernoulli(accept), bool [...]: accept 1 always keeps, accept 0 never does.
 
-    A function of (seed, step, rollout_id [..., 3], position [...]) alone: the same on every layout and packing.
+    A function of (seed, step, rollout_id [..., 3], position [...]) alone: the same on every layout and
+    packing.
     """
     return counter_uniform(seed, step, rollout_id, position) < accept
 
@@ -116,8 +118,8 @@ def draw_keep(accept: Tensor, seed: int, step: int, rollout_id: Tensor, position
 def counter_uniform(seed: int, step: int, rollout_id_T3: Tensor, position_T: Tensor) -> Tensor:
     """Uniform numbers in [0, 1) with 24 bits, fp32 [...], bit-identical on CPU and CUDA.
 
-    Philox-4x32-10 (Salmon et al. 2011) with counter (position, sample, prompt id, epoch) and as key two words of
-    Philox applied to (seed, step). Every part counts by its low 32 bits, seed and step by 64.
+    Philox-4x32-10 (Salmon et al. 2011) with counter (position, sample, prompt id, epoch) and as key two words
+    of Philox applied to (seed, step). Every part counts by its low 32 bits, seed and step by 64.
     """
     key = _philox((seed & _WORD, seed >> 32 & _WORD, step & _WORD, step >> 32 & _WORD), (0, 0))[:2]
     epoch_T, prompt_T, sample_T = (part & _WORD for part in rollout_id_T3.long().unbind(-1))

@@ -10,8 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 def build(name: str, knobs: Mapping[str, Any], registry: Mapping[str, type], where: str) -> Any:
     """registry[name](**knobs). `where` is the place in the configuration, for example "algorithm.correction".
 
-    Raises ValueError naming an unknown method or knob and the nearest known one, a value of the wrong type, or the
-    rule of the method's own check that failed.
+    Raises ValueError naming an unknown method or knob and the nearest known one, a value of the wrong type,
+    or the rule of the method's own check that failed.
     """
     if name not in registry:
         raise ValueError(f"{where}.name = {name!r} is unknown. {nearest(name, list(registry))}")

@@ -9,8 +9,8 @@ from megatron_jackpot.batch import Prompt
 class PromptLoader:
     """`next()` -> (epoch, this leader's prompts of the step).
 
-    A step takes the next `per_step` prompts of the epoch's order; leader r has every dp_size-th of them, from the
-    r-th on. So the union over leaders does not depend on dp_size, and neither does that of each mini-batch where
+    A step takes the next `per_step` prompts of the epoch's order; leader r has every dp_size-th of them, from
+    the r-th on. So the union over leaders does not depend on dp_size, nor does that of each mini-batch where
     dp_size divides it. The rest of an epoch that does not fill a step is left out of that epoch.
     """
 

@@ -21,8 +21,8 @@ class PromptSet:
     texts: frozenset[str]
     """Normalised question texts of the prompts; pass them as `exclude` to keep another set disjoint."""
     counts: dict[str, int]
-    """read: problems seen; too_long: beyond data.max_prompt_tokens; repeated: text seen before in this set (kept
-    in training, dropped from the held-out set); excluded: text in `exclude`."""
+    """read: problems seen; too_long: beyond data.max_prompt_tokens; repeated: text seen before in this set
+    (kept in training, dropped from the held-out set); excluded: text in `exclude`."""
 
 
 def training_prompts(
@@ -51,7 +51,7 @@ def heldout_prompts(
     if len(chosen.prompts) < (size if data.source == "reasoning_gym" else 1):
         raise ValueError(
             f"evaluation.size = {size}, but only {len(chosen.prompts)} held-out problems differ from the "
-            f"training problems and fit: {chosen.counts}. Lower evaluation.size or data.size, or widen the data."
+            f"training problems and fit: {chosen.counts}. Lower evaluation.size or data.size."
         )
     return chosen
 
@@ -133,6 +133,6 @@ class _Renderer:
             raise ValueError(
                 f"Problem {problem.id} is a chat, which data.template cannot hold. Set data.template=null."
             )
-        # Not str.format: templates may hold other braces, as in \boxed{}. The tokenizer adds its usual special
-        # tokens, such as a BOS.
+        # Not str.format: templates may hold other braces, as in \boxed{}. The tokenizer adds its
+        # usual special tokens, such as a BOS.
         return tuple(self.tokenizer.encode(self.template.replace("{question}", question)))

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved in an HF folder, without a download. Raises FileNotFoundError where there is none."""
+    """The tokenizer saved in an HF folder, never downloaded. Raises FileNotFoundError for none."""
     folder = Path(folder)
     # Without this file transformers builds an empty vocabulary from config.json instead of failing.
     if not (folder / "tokenizer.json").is_file():

@@ -13,7 +13,7 @@ MAX_METRICS = 512
 
 
 def make_sum_over(group: ProcessGroup | None) -> Callable[[Tensor], Tensor]:
-    """A function that sums a tensor over the group in fp64 and leaves its argument alone. All-reduces: 1 per call."""
+    """A function that sums a tensor over the group in fp64, not in place. All-reduces: 1 per call."""
 
     def sum_over(tensor: Tensor) -> Tensor:
         total = tensor.to(torch.float64, copy=True)

@@ -1,7 +1,7 @@
 """Top-k with a fixed order: larger value first, equal values by lowest id, on one rank and over ranks.
 
-torch.topk leaves the order of equal values open, and bf16 logits are full of them. Value and id are therefore packed
-into one int64 key. Shapes: T tokens, V columns of one slice, k entries per token, -1 marks a missing id.
+torch.topk leaves the order of equal values open, and bf16 logits are full of them. Value and id are therefore
+packed into one int64 key. Shapes: T tokens, V columns of one slice, k entries per token, -1 no id.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 
 def local_top(values_TV: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
-    """(values [T, k] fp32, ids [T, k] int32) of one slice whose column 0 has id `first`; short slices end in -inf, -1."""
+    """(values [T, k] fp32, ids [T, k] int32) of a slice from id `first` on; short ones end in -inf, -1."""
     num_tokens, width = values_TV.shape
     values_TK = values_TV.new_full((num_tokens, k), -float("inf"), dtype=torch.float32)
     ids_TK = torch.full((num_tokens, k), -1, dtype=torch.int32, device=values_TV.device)
@@ -42,7 +42,7 @@ def gather_top(values_TK: Tensor, ids_TK: Tensor, group: ProcessGroup | None) ->
 
 
 def _order_keys(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that sort like (value, -id); ids [V] or [T, V], and -1 sorts below every id of the same value."""
+    """int64 keys that sort like (value, -id); ids [V] or [T, V], and -1 is below any id of the same value."""
     bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
     # Two's complement floats sort like integers once the magnitude bits of negative ones are flipped.
     bits ^= (bits >> 31) & 0x7FFFFFFF

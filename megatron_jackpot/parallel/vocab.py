@@ -1,9 +1,9 @@
 """Log-probs, top-k, argmax and entropy from logits whose vocabulary is split over tensor-parallel ranks.
 
-Shapes: T tokens, V the padded vocabulary, logits_TV this rank's equal slice [T, V / TP] in any float dtype, N and K
-ids per token, k top entries. Every function takes its group; None is one rank. Columns at or beyond `vocab_size` are
-padding and belong to no softmax; ids outside 0 .. vocab_size - 1 have log-prob -inf. Logits are read in chunks of
-tokens, in fp32 (fp64 stays), so that no second [T, V] exists; they are never modified.
+Shapes: T tokens, V the padded vocabulary, logits_TV this rank's equal slice [T, V / TP] in any float dtype, N
+and K ids per token, k top entries. Every function takes its group; None is one rank. Columns at or beyond
+`vocab_size` are padding and belong to no softmax; ids outside 0 .. vocab_size - 1 have log-prob -inf. Logits
+are read in chunks of tokens, in fp32 (fp64 stays), so that no second [T, V] exists; they are never modified.
 """
 
 from collections.abc import Iterator
@@ -45,8 +45,8 @@ def vocab_parallel_logp(
 ) -> Tensor:
     """log softmax(logits / temperature)[ids], [T], with gradient into this rank's slice.
 
-    All-reduces: max [T], sum [2, T]; none in backward, which recomputes the softmax chunk by chunk (`chunk` tokens;
-    default: by memory). Raises ValueError for a bad vocab_size or temperature.
+    All-reduces: max [T], sum [2, T]; none in backward, which recomputes the softmax chunk by chunk (`chunk`
+    tokens; default: by memory). Raises ValueError for a bad vocab_size or temperature.
     """
     _columns(logits_TV, vocab_size, group, temperature)
     return _Logp.apply(logits_TV, ids_T, vocab_size, group, temperature, chunk)
@@ -81,8 +81,8 @@ def vocab_parallel_topk(
 ) -> tuple[Tensor, Tensor]:
     """(logp [T, k], ids [T, k] int64), best first, equal logits by lowest id; no gradient.
 
-    All-reduces: max [T], sum [1, T]. All-gather: k x TP x 8 bytes per token (fp32 value and int32 id in one call).
-    Raises ValueError for k outside 1 .. vocab_size.
+    All-reduces: max [T], sum [1, T]. All-gather: k x TP x 8 bytes per token (fp32 value and int32 id in one
+    call). Raises ValueError for k outside 1 .. vocab_size.
     """
     columns = _columns(logits_TV, vocab_size, group, temperature)
     local = _read(logits_TV, columns, temperature, chunk, k=_checked_k(k, vocab_size))
@@ -112,7 +112,7 @@ def vocab_parallel_entropy(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Entropy of softmax(logits / temperature) in nats, [T], no gradient. All-reduces: max [T], sum [2, T]."""
+    """Entropy of softmax(logits / temperature), nats, [T], no gradient. All-reduces: max [T], sum [2, T]."""
     columns = _columns(logits_TV, vocab_size, group, temperature)
     local = _read(logits_TV, columns, temperature, chunk, entropy=True)
     return _normalise(local, None, vocab_size, group)[2]
@@ -166,7 +166,7 @@ class _Logp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T):
-        """(one_hot(ids) - softmax) * grad / temperature; 0 for ids outside the vocabulary, whose -inf is constant."""
+        """(one_hot(ids) - softmax) * grad / temperature; 0 for ids outside, whose -inf is constant."""
         logits_TV, ids_T, log_z_T = ctx.saved_tensors
         columns = ctx.columns
         inside_T = (ids_T >= 0) & (ids_T < ctx.vocab_size)
@@ -186,7 +186,7 @@ class _Logp(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Columns:
-    """The true vocabulary in this rank's slice: ids first .. first + width - 1 are its first `width` columns."""
+    """The true vocabulary in this rank's slice: its first `width` columns, ids from `first` on."""
 
     first: int
     width: int
@@ -214,8 +214,8 @@ def _columns(logits_TV: Tensor, vocab_size: int, group: ProcessGroup | None, tem
     per_rank = logits_TV.shape[-1]
     if not 0 < vocab_size <= per_rank * size:
         raise ValueError(
-            f"vocab_size = {vocab_size}: must lie in 1 .. {per_rank * size}, the columns of {size} logit slices of "
-            f"{per_rank}. Pass the vocabulary size of the model's config.json."
+            f"vocab_size = {vocab_size}: must lie in 1 .. {per_rank * size}, the columns of {size} logit "
+            f"slices of {per_rank}. Pass the vocabulary size of the model's config.json."
         )
     if not 0 < temperature < float("inf"):
         raise ValueError(
@@ -288,9 +288,11 @@ def _read(
 def _normalise(
     local: _Local, ids_TN: Tensor | None, vocab_size: int, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(log normaliser [T], log-probs at ids [T, N], entropy [T]). All-reduces: max [T], sum [1 + N + entropy, T].
+    """(log normaliser [T], log-probs at ids [T, N], entropy [T]).
 
-    Entropy by the chain rule: sum over slices of w (h - log w), w a slice's probability and h its own entropy.
+    All-reduces: max [T], sum [1 + N + entropy, T].
+
+    Entropy by the chain rule: sum over slices of w (h - log w), w a slice's probability, h its entropy.
     """
     peak_T = _all_reduce(local.lse_T.clone(), dist.ReduceOp.MAX, group)
     share_T = (local.lse_T - peak_T).exp()

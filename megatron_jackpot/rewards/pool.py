@@ -16,10 +16,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_jackpot.batch import Prompt
 from megatron_jackpot.rewards.worker import frame
+
+if TYPE_CHECKING:
+    from megatron_jackpot.batch import Prompt
 
 START_TIMEOUT_S = 120.0
 MAX_REPORTED = 5
@@ -29,7 +31,7 @@ class RewardPool:
     """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
 
     An item beyond `timeout_s`, or one that ends its worker, gets reward 0 and is counted in `counters`; the
-    worker is replaced. An exception in the reward, or a result that is not a finite float, is a bug: ValueError.
+    worker is replaced. An exception in the reward, or a result other than a finite float, raises ValueError.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class RewardPool:
         self.counters["scored"] += 1
         return reply["reward"], reply["reward"] == 1.0
 
-    async def check_labels(self, prompts: Iterable[Prompt]) -> None:
+    async def check_labels(self, prompts: "Iterable[Prompt]") -> None:
         """Raises ValueError naming the prompts whose label the reward could never find correct."""
         prompts = list(prompts)
         replies = await asyncio.gather(*(self._ask("check", "", prompt.label) for prompt in prompts))
@@ -222,19 +224,20 @@ class _Worker:
 
     def _take_reply(self) -> dict[str, Any] | None:
         """A whole reply from what has arrived, else None."""
+        closed = False
         try:
-            while True:
-                chunk = self.connection.recv(65536)
-                if not chunk:
-                    raise ConnectionResetError("The reward worker closed its connection.")
+            while chunk := self.connection.recv(65536):
                 self._received += chunk
+            closed = True
         except BlockingIOError:
             pass
         size = int.from_bytes(self._received[:4], "big")
-        if len(self._received) < 4 or len(self._received) < 4 + size:
-            return None
-        body, self._received = self._received[4 : 4 + size], self._received[4 + size :]
-        return json.loads(body)
+        if 0 < size <= len(self._received) - 4:
+            body, self._received = self._received[4 : 4 + size], self._received[4 + size :]
+            return json.loads(body)
+        if closed:
+            raise ConnectionResetError("The reward worker closed its connection.")
+        return None
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
-"""Control calls to SGLang servers: health, pause, weight updates, checksums. Each has a time limit and names who failed.
+"""Control calls to SGLang servers: health, pause, weight updates, checksums. Time limits everywhere.
 
-A call goes to all servers side by side; `ServerAdmin([url])` speaks to one. Sessions live for one call, so the methods
-may run on any event loop (`asyncio.run(admin.pause())` in synchronous code).
+A call goes to all servers side by side; `ServerAdmin([url])` speaks to one. Sessions live for one call, so
+the methods may run on any event loop (`asyncio.run(admin.pause())` in synchronous code).
 """
 
 import asyncio
@@ -18,7 +18,7 @@ PauseMode = Literal["abort", "retract", "in_place"]
 
 
 class ServerAdmin:
-    """Control of servers at `urls`. Methods return one answer per server, in their order; raise ServerError."""
+    """Control of servers at `urls`. Answers come one per server, in their order. Raises ServerError."""
 
     def __init__(self, urls: Sequence[str], *, timeout_s: float = 60) -> None:
         self.urls = [url.rstrip("/") for url in urls]
@@ -38,8 +38,11 @@ class ServerAdmin:
         return [int(info["tp_size"]) for info in await self._all("GET", "/server_info")]
 
     async def pause(self, mode: PauseMode = "retract") -> None:
-        """Stop sampling. retract: running requests are prefilled again under the new weights, so the cache can be
-        flushed. in_place: they keep their old keys and values. abort: they end."""
+        """Stop sampling.
+
+        retract: running requests are prefilled again under the new weights, so the cache can be flushed.
+        in_place: they keep their old keys and values. abort: they end.
+        """
         await self._all("POST", "/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
@@ -142,7 +145,12 @@ class ServerAdmin:
 
 
 async def _call(
-    session: aiohttp.ClientSession, method: str, url: str, path: str, body: dict[str, Any] | None, limit: float
+    session: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    path: str,
+    body: dict[str, Any] | None,
+    limit: float,
 ) -> Any:
     try:
         async with session.request(method, url + path, json=body) as answer:

@@ -1,4 +1,4 @@
-"""Prompts -> rollouts with rewards and advantages, one coroutine per group; failed groups are counted, up to a limit."""
+"""Prompts -> rollouts with rewards and advantages: a coroutine per group, failures counted up to a limit."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -37,9 +37,10 @@ async def collect(
 ) -> tuple[list[Rollout], dict[str, tuple[float, float]]]:
     """Whole groups in the order of `prompts`, and (sum, count) metrics.
 
-    A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them raise
-    RuntimeError with the last cause. A group with an aborted completion is left out and counted apart. Errors of the
-    reward, StaleWeights and wrong prompts end the call at once. `on_group` is called with each finished group.
+    A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them
+    raise RuntimeError with the last cause. A group with an aborted completion is left out and counted apart.
+    Errors of the reward, StaleWeights and wrong prompts end the call at once. `on_group` is called with each
+    finished group.
     """
     tally = Tally(num_prompts=len(prompts))
     retries_before = getattr(client, "num_retries", 0)

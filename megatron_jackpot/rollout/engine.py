@@ -24,7 +24,7 @@ class StaleWeights(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample. Example: Sampling(temperature=1.0, max_new_tokens=64, top_k_logp=20, stop_token_ids=(2,))."""
+    """How to sample. Example: Sampling(temperature=1.0, max_new_tokens=64, top_k_logp=20)."""
 
     temperature: float
     max_new_tokens: int
@@ -37,7 +37,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature}: must be > 0. Use greedy() for temperature 0.")
+            raise ValueError(
+                f"temperature = {self.temperature}: must be > 0. Use greedy() for temperature 0."
+            )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens}: must be >= 1.")
         if self.top_k_logp < 1:

@@ -1,4 +1,4 @@
-"""Replies of SGLang's /generate -> checked Completions. Nothing is repaired silently: it is counted or an error.
+"""Replies of SGLang's /generate -> checked Completions. Nothing is mended silently: counted, or an error.
 
 Shapes: R response tokens of one completion, K top-k entries per token.
 """
@@ -25,7 +25,9 @@ def parse_samples(body: bytes, n: int) -> list[dict[str, Any]]:
     try:
         reply = json.loads(body)
     except ValueError as error:
-        raise BadReply(f"reply of {len(body)} bytes is not JSON (ends with {body[-40:]!r}): {error}") from error
+        raise BadReply(
+            f"reply of {len(body)} bytes is not JSON (ends with {body[-40:]!r}): {error}"
+        ) from error
     samples = reply if isinstance(reply, list) else [reply]
     if len(samples) != n:
         raise BadReply(f"reply has {len(samples)} completions, expected {n}")
@@ -70,8 +72,8 @@ def parse_tokens(sample: dict[str, Any], finish: str, max_new_tokens: int, *, vo
         raise BadReply(f"output_ids has {len(tokens)} tokens, expected 1 .. {max_new_tokens}")
     if finish == "length" and len(tokens) != max_new_tokens:
         raise BadReply(
-            f"output_ids has {len(tokens)} tokens but finished by length, expected max_new_tokens = {max_new_tokens}; "
-            "the server's KV cache or context length may be smaller than prompt + max_new_tokens"
+            f"output_ids has {len(tokens)} tokens but finished by length, expected max_new_tokens = "
+            f"output_ids has {len(tokens)} tokens but finished by length, expected max_new_tokens = "
         )
     _check_ids(tokens, "output_ids", vocab_size)
     return tokens

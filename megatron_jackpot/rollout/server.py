@@ -23,7 +23,7 @@ CPU_FLAGS = (
     *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-overlap-schedule", "--mem-fraction-static", "0.05", "--sleep-on-idle"),
 )
-"""--sleep-on-idle: without it the idle scheduler keeps a core busy (101% against 1% of a core, same tokens/s)."""
+"""--sleep-on-idle: without it the idle scheduler keeps a core busy (101% against 1%, same tokens/s)."""
 CPU_ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -34,7 +34,7 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 
 
 class ServerProcess:
-    """One server in a process group of its own. Example: ServerProcess(command, port=30000, log_path=...).start()."""
+    """One server in a process group of its own. Example: ServerProcess(argv, port=30000, log_path=path)."""
 
     def __init__(
         self,
@@ -86,7 +86,9 @@ class ServerProcess:
         while not self._answers(deadline):
             if not self.running:
                 code = self.process.returncode if self.process else None
-                raise RuntimeError(f"Server {self.url} ended with exit code {code} while starting.\n{self.log_end()}")
+                raise RuntimeError(
+                    f"Server {self.url} ended with exit code {code} while starting.\n{self.log_end()}"
+                )
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"Server {self.url} did not answer /health within {timeout_s:g} s "
@@ -114,11 +116,15 @@ class ServerProcess:
         return "\n".join([f"Last lines of {self.log_path}:", *lines[-num_lines:]])
 
     def terminate(self) -> None:
-        """Ask its process group to end; `stop` makes sure of it."""
-        self._signal(signal.SIGTERM)
+        """Ask it to end; `stop` makes sure of it."""
+        if self.running:
+            # The leader alone: it ends its children in order, and takes one that others end for a crash.
+            self.process.terminate()
+        else:
+            self._signal(signal.SIGTERM)
 
     def stop(self, grace_s: float = 10) -> None:
-        """End the process group: SIGTERM, up to `grace_s` of waiting, SIGKILL. Returns when nothing of it runs."""
+        """SIGTERM, up to `grace_s` of waiting, SIGKILL to the whole process group: nothing of it runs on."""
         if self.process is None:
             return
         self.terminate()
@@ -130,7 +136,7 @@ class ServerProcess:
             self._log.close()
 
     def _signal(self, number: int) -> None:
-        # The group keeps the leader's id as long as any member lives, so this reaches only what was started here.
+        # The group keeps the leader's id while any member lives: this reaches only what was started here.
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
@@ -163,13 +169,15 @@ def start_servers(
     device: Device | None = None,
     gpus: Sequence[int] | None = None,
 ) -> list[ServerProcess]:
-    """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all of them.
+    """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all.
 
-    Server i takes port + i, or a free one where port is 0, and GPUs gpus[i * tp : (i + 1) * tp] where gpus is given.
+    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp.
     """
     device = device or detect_device()
     if gpus is not None and len(gpus) < num * tp:
-        raise ValueError(f"{num} servers of tp {tp} need {num * tp} GPUs, got {list(gpus)}. Lower servers.num or tp.")
+        raise ValueError(
+            f"{num} servers of tp {tp} need {num * tp} GPUs, got {list(gpus)}. Lower servers.num or tp."
+        )
     servers: list[ServerProcess] = []
     deadline = time.monotonic() + start_timeout_s
     try:
@@ -186,9 +194,13 @@ def start_servers(
                 max_total_tokens=max_total_tokens,
                 extra_args=extra_args,
             )
-            environment = server_environment(device, tp=tp, gpus=gpus[i * tp : (i + 1) * tp] if gpus else None)
+            environment = server_environment(
+                device, tp=tp, gpus=gpus[i * tp : (i + 1) * tp] if gpus else None
+            )
             log_path = Path(folder) / f"server-{i}.log"
-            servers.append(ServerProcess(command, host=host, port=own_port, log_path=log_path, environment=environment))
+            servers.append(
+                ServerProcess(command, host=host, port=own_port, log_path=log_path, environment=environment)
+            )
             servers[-1].start()
         for server in servers:
             server.wait_healthy(max(0.1, deadline - time.monotonic()))
@@ -219,9 +231,10 @@ def server_command(
     max_total_tokens: int | None = None,
     extra_args: Sequence[str] = (),
 ) -> list[str]:
-    """argv of one server. The version of unchanged weights is 0; log-prob defaults never come from the model folder."""
+    """argv of one server. Its first weights are version 0; no sampling default comes from the model."""
     command = [str(python), "-m", "sglang.launch_server", "--model-path", str(model_path)]
-    command += ["--host", host, "--port", str(port), "--device", device, "--dtype", dtype, "--tp-size", str(tp)]
+    command += ["--host", host, "--port", str(port), "--tp-size", str(tp)]
+    command += ["--device", device, "--dtype", dtype]
     command += ["--weight-version", "0", "--sampling-defaults", "openai", "--skip-server-warmup"]
     command += ["--log-level", "warning"]
     if device == "cpu":
@@ -275,7 +288,7 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def _group_runs(group: int) -> bool:
-    """Whether any process of the group is alive; one that has ended but was not collected yet does not count."""
+    """Whether any process of the group is alive; one that ended but was not collected yet does not count."""
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):

@@ -1,7 +1,7 @@
 """asyncio client of SGLang's /generate: a group's samples go to one server, least-loaded first, with retries.
 
-Temperature is the only sampling transform: the server's log-probs are those of logits / temperature, and top-p,
-top-k, min-p and penalties are switched off explicitly, because a server may take defaults from generation_config.json.
+Temperature is the only sampling transform: the server's log-probs are those of logits / temperature. Top-p,
+top-k, min-p and penalties are switched off explicitly: servers may take defaults from generation_config.json.
 """
 
 import asyncio
@@ -51,9 +51,10 @@ class Server:
 class SGLangClient:
     """Completions from SGLang servers. Use as `async with SGLangClient(urls, ...) as client`.
 
-    A request that fails (network, HTTP 5xx, time limit, malformed reply) is tried again with back-off, on another
-    server where there is one. Leaving a request (time limit, cancellation) closes its connection and asks the server
-    to abort it by its id; SGLang gives the samples of a group ids of its own and notices the closed connection.
+    A request that fails (network, HTTP 5xx, time limit, malformed reply) is tried again with back-off, on
+    another server where there is one. A request past its time limit is aborted by its id. The samples of a
+    group have ids that only the server knows: it ends them within seconds of the closed connection, which is
+    also what happens to a cancelled request.
     """
 
     def __init__(
@@ -103,7 +104,9 @@ class SGLangClient:
         """n samples of one prompt from one server. Raises ValueError, ServerError or StaleWeights."""
         self._check(prompt_tokens, sampling.max_new_tokens, sampling.stop_token_ids)
         if sampling.top_k_logp > self.vocab_size:
-            raise ValueError(f"top_k_logp = {sampling.top_k_logp} exceeds the vocabulary of {self.vocab_size} ids.")
+            raise ValueError(
+                f"top_k_logp = {sampling.top_k_logp} exceeds the vocabulary of {self.vocab_size} ids."
+            )
         body = {
             "input_ids": [int(token) for token in prompt_tokens],
             "sampling_params": {
@@ -144,11 +147,14 @@ class SGLangClient:
             wrong = [int(token) for token in ids if not 0 <= token < self.vocab_size]
             if wrong:
                 # SGLang does not check ids: one outside the vocabulary takes the whole server down.
-                raise ValueError(f"{field} holds id {wrong[0]}, outside the vocabulary 0 .. {self.vocab_size - 1}.")
+                raise ValueError(
+                    f"{field} holds id {wrong[0]}, outside the vocabulary 0 .. {self.vocab_size - 1}."
+                )
         if len(prompt) + max_new_tokens > self.context_length - CONTEXT_MARGIN:
             raise ValueError(
-                f"prompt of {len(prompt)} tokens + max_new_tokens = {max_new_tokens} exceeds context_length = "
-                f"{self.context_length} - {CONTEXT_MARGIN}. Lower data.max_prompt_tokens or rollout.max_new_tokens."
+                f"prompt of {len(prompt)} tokens + max_new_tokens = {max_new_tokens} exceeds context_length "
+                f"{self.context_length} - {CONTEXT_MARGIN}. Lower data.max_prompt_tokens or "
+                "rollout.max_new_tokens."
             )
 
     async def _ask(self, body: dict[str, Any], weight: int, parse: Callable[[bytes], T]) -> T:
@@ -211,8 +217,8 @@ class SGLangClient:
         oldest = min((int(c.weight_version.min()) for c in group if len(c.tokens)), default=self.min_version)
         if oldest < self.min_version:
             raise StaleWeights(
-                f"meta_info.weight_version = {oldest}, older than the oldest allowed version {self.min_version}. "
-                "The server missed a weight update; raise rollout.max_staleness only if that is meant."
+                f"meta_info.weight_version = {oldest}, older than the oldest allowed version "
+                f"{self.min_version}. The server missed a weight update; raise rollout.max_staleness only if that is meant."
             )
         return group
 

@@ -58,6 +58,10 @@ class ServerSource:
             groups[rollout.prompt.id].append(rollout)
         return [group for group in groups.values() if group], metrics
 
+    def check_labels(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError naming prompts whose label no response could match."""
+        self._run(self.pool.check_labels(prompts))
+
     def require_version(self, oldest: int) -> None:
         """Responses with tokens of an older weight version are an error from now on."""
         self.client.min_version = max(oldest, 0)

@@ -1,7 +1,7 @@
-"""Weights to the servers through a torch.distributed group of its own: this rank is 0, the servers' ranks follow.
+"""Weights to the servers through a torch.distributed group of its own: rank 0 is here, the servers' follow.
 
-The group joins by the keys that torch's own process groups use (store prefix = group name, then device), which is
-what SGLang's side does; the trainer's groups are not touched, and SGLang is not imported.
+The group meets under the keys that torch's own process groups use (group name, then device), which is what
+SGLang's side does; the trainer's groups are not touched, and SGLang is not imported.
 """
 
 import asyncio
@@ -89,8 +89,8 @@ class WeightGroup:
 class BroadcastSync:
     """push() sends weights in flattened buckets; the first push is proved against a load from disk.
 
-    `proof_folder` must be visible to the servers and holds the weights during the first push only; None leaves that
-    comparison out. Call it on one rank.
+    `proof_folder` must be visible to the servers and holds the weights during the first push only; without one
+    (None) that comparison is left out. Call it on one rank.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class BroadcastSync:
         self.proved = proof_folder is None
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """HF-named tensors -> all servers. Raises SyncError or ServerError; nothing waits longer than timeout_s.
+        """HF-named tensors -> all servers. Raises SyncError or ServerError; no wait exceeds timeout_s.
 
         After an error the servers may hold a mixture: push again, or load from disk, before sampling.
         """
@@ -180,7 +180,9 @@ class BroadcastSync:
 
     def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
         assert self.group is not None
-        pieces = [tensor.detach().to(self.device).contiguous().view(-1).view(torch.uint8) for _, tensor in bucket]
+        pieces = [
+            tensor.detach().to(self.device).contiguous().view(-1).view(torch.uint8) for _, tensor in bucket
+        ]
         flat = torch.cat(pieces)
         receive = self.admin.update_from_distributed(
             [name for name, _ in bucket],
@@ -189,7 +191,9 @@ class BroadcastSync:
             group=self.group.name,
             load_format="flattened_bucket",
         )
-        waiting_for = f"a bucket of {len(bucket)} tensors from {bucket[0][0]} on to reach {', '.join(self.admin.urls)}"
+        waiting_for = (
+            f"a bucket of {len(bucket)} tensors from {bucket[0][0]} on to reach {', '.join(self.admin.urls)}"
+        )
         group = self.group
         side_by_side(lambda: group.broadcast(flat), receive, self.timeout_s, waiting_for)
 

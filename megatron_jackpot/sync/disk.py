@@ -1,4 +1,4 @@
-"""Weights to the servers through a shared folder: safetensors shards, one reload per push, the last two kept."""
+"""Weights to the servers through a shared folder: safetensors, one reload per push, the last two kept."""
 
 import json
 import os
@@ -40,7 +40,7 @@ class DiskSync:
         self.proof = Proof(self.admin, self.hf_folder)
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """HF-named tensors -> all servers. Raises SyncError or ServerError; nothing waits longer than timeout_s."""
+        """HF-named tensors -> all servers. Raises SyncError or ServerError; no wait exceeds timeout_s."""
         started, sent = time.monotonic(), SentTensors()
         path = self.folder / f"actor-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)
@@ -63,7 +63,7 @@ class DiskSync:
 def write_hf_folder(
     path: Path, named_tensors: Iterable[tuple[str, Tensor]], hf_folder: Path, *, bucket_bytes: int
 ) -> None:
-    """Shards of about `bucket_bytes`, config and tokenizer copied from `hf_folder`; appears whole or not at all."""
+    """Shards of about `bucket_bytes`, other files copied from `hf_folder`; appears whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

@@ -1,9 +1,9 @@
 """What a push of weights reports, and the proof that every server holds what was sent.
 
-SGLang hashes its own fused, sharded tensors, so hashes of HF-named tensors cannot be compared with it. Proof instead:
-names and shapes equal those of the actor's HF folder; all servers hash alike, rank by rank; the hashes moved when the
-sent values did; every server reports the version; and the first broadcast hashes like a load of the same tensors
-from disk (`same_weights`, called by BroadcastSync).
+SGLang hashes its own fused, sharded tensors, so hashes of HF-named tensors cannot be compared with it. Proof
+instead: names and shapes equal those of the actor's HF folder; all servers hash alike, rank by rank; the
+hashes moved when the sent values did; every server reports the version; and the first broadcast hashes like
+a load of the same tensors from disk (`same_weights`, called by BroadcastSync).
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class SyncError(RuntimeError):
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One push. Example: SyncReport(version=3, seconds=0.4, num_bytes=1_707_008, checksum="9f2c...", proved=False)."""
+    """One push. Example: SyncReport(version=3, seconds=0.4, num_bytes=1707008, checksum="9f", proved=False)."""
 
     version: int
     seconds: float
@@ -48,7 +48,7 @@ class SyncReport:
 
 
 class SentTensors:
-    """What went out in one push: names, shapes, bytes and a digest of the values that costs one read of them."""
+    """What went out in one push: names, shapes, bytes and a digest of the values, at one read of them."""
 
     def __init__(self) -> None:
         self.shapes: dict[str, list[int]] = {}
@@ -91,12 +91,14 @@ class Proof:
         versions = wait(self.admin.versions())
         for url, found in zip(self.admin.urls, versions, strict=True):
             if found != version:
-                raise SyncError(f"Server {url} reports weight version {found} after a push of version {version}.")
+                raise SyncError(
+                    f"Server {url} reports weight version {found} after a push of version {version}."
+                )
         checksums = self.equal_checksums()
         if self._digest not in (None, sent.digest) and checksums == self._checksums:
             raise SyncError(
-                f"The weights sent as version {version} differ from the push before, but the servers' checksums "
-                f"did not move: {self.admin.urls[0]} still serves the old weights."
+                f"The weights sent as version {version} differ from the push before, but the servers' "
+                f"checksums did not move: {self.admin.urls[0]} still serves the old weights."
             )
         self._digest, self._checksums = sent.digest, checksums
         return _overall(checksums)
@@ -127,14 +129,18 @@ def same_weights(left: Checksums, right: Checksums, left_name: str, right_name: 
 
 
 def check_names(
-    sent: dict[str, list[int]], expected: dict[str, list[int]], may_differ: set[str] | frozenset[str] = frozenset()
+    sent: dict[str, list[int]],
+    expected: dict[str, list[int]],
+    may_differ: set[str] | frozenset[str] = frozenset(),
 ) -> None:
-    """SGLang skips names it does not know, so a wrong name would leave old weights in place without an error."""
+    """SGLang skips names it does not know: a wrong one would leave old weights in place without an error."""
     names = (sent.keys() ^ expected.keys()) - may_differ
     if names:
         name = min(names)
         where = "sent but not in" if name in sent else "not sent but in"
-        raise SyncError(f"{len(names)} tensor names differ from the actor's HF folder: {name} was {where} it.")
+        raise SyncError(
+            f"{len(names)} tensor names differ from the actor's HF folder: {name} was {where} it."
+        )
     for name in sent.keys() & expected.keys():
         if sent[name] != expected[name]:
             raise SyncError(f"{name} was sent as {sent[name]}, the actor's HF folder has {expected[name]}.")
@@ -156,8 +162,10 @@ def hf_shapes(folder: Path) -> dict[str, list[int]]:
 
 @contextmanager
 def paused(admin: ServerAdmin, mode: PauseMode) -> Iterator[None]:
-    """Servers sample nothing inside. After an error inside, what they were sampling is aborted before they go on:
-    their weights may be half updated."""
+    """Servers sample nothing inside.
+
+    After an error, what they were sampling is aborted before they go on: their weights may be half updated.
+    """
     wait(admin.pause(mode))
     try:
         yield

@@ -18,21 +18,29 @@ import os, pathlib, signal, subprocess, sys, time
 pids = pathlib.Path(sys.argv[1])
 def note(name): (pids / f"{name}-{os.getpid()}").touch()
 def child(name, **kwargs):
-    body = f"import os, pathlib, time; (pathlib.Path({str(pids)!r}) / f'{name}-{{os.getpid()}}').touch(); time.sleep(300)"
+    touch = f"(pathlib.Path({str(pids)!r}) / f'{name}-{{os.getpid()}}').touch()"
+    body = f"import os, pathlib, time; {touch}; time.sleep(300)"
     return subprocess.Popen([sys.executable, "-c", body], **kwargs)
 def wait_for(name):
     while not list(pids.glob(name + "-*")): time.sleep(0.02)
 """
 SERVERS = {
     "steady": "note('server'); child('scheduler'); wait_for('scheduler'); time.sleep(300)",
-    "dying": "note('server'); child('scheduler'); wait_for('worker'); print('out of memory, said the server', flush=True); sys.exit(9)",
+    "dying": """
+note("server"); child("scheduler"); wait_for("worker")
+print("out of memory, said the server", flush=True); sys.exit(9)
+""",
     "stillborn": "print('no such model', flush=True); sys.exit(4)",
 }
+OWN_SESSION = "note('trainer'); child('worker', start_new_session=True); wait_for('worker');"
 TRAINERS = {
     "exits": "note('trainer'); print('step 1'); sys.exit(int(sys.argv[2]))",
-    "works": "note('trainer'); child('worker', start_new_session=True); wait_for('worker'); time.sleep(300)",
-    "stubborn": "signal.signal(signal.SIGTERM, signal.SIG_IGN); note('trainer'); child('worker'); wait_for('worker'); time.sleep(300)",
-    "crashes": "note('trainer'); child('worker', start_new_session=True); wait_for('worker'); os.kill(os.getpid(), signal.SIGKILL)",
+    "works": f"{OWN_SESSION} time.sleep(300)",
+    "crashes": f"{OWN_SESSION} os.kill(os.getpid(), signal.SIGKILL)",
+    "stubborn": """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+note("trainer"); child("worker"); wait_for("worker"); time.sleep(300)
+""",
 }
 RANK = """
 import torch, torch.distributed as dist

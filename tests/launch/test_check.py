@@ -97,11 +97,11 @@ def test_visible_gpus_follow_the_environment(chosen, expected, tmp_path, monkeyp
 
 
 def test_output_reaches_the_terminal_as_it_is_and_the_log_as_it_ends_up(tmp_path, capsys):
-    bar = r"print('\r 10%\r 50%\r\x1b[2K100%'); print('\x1b[32mgreen \u2501\x1b[0m'); print('no newline', end='')"
+    bar = r"print('\r 10%\r 50%\r\x1b[2K100%'); print('\x1b[32mgreen \u2501\x1b[0m'); print('no end', end='')"
     env = {"PYTHONIOENCODING": "utf-8"}
     child = children.Streamed([sys.executable, "-c", bar], log=tmp_path / "log", env=env)
     child.popen.wait(20)
     child.drain(limit_s=5)
     assert child.code() == 0
-    assert (tmp_path / "log").read_text() == "100%\ngreen \u2501\nno newline"
+    assert (tmp_path / "log").read_text() == "100%\ngreen \u2501\nno end"
     assert "\x1b[32mgreen \u2501" in capsys.readouterr().out

@@ -17,9 +17,9 @@ import torch.multiprocessing as mp
 def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *args: Any) -> list[Any]:
     """[fn(rank, world, *args) for every rank]: fresh processes in one gloo group, a single thread each.
 
-    fn is a module-level function; what it returns must survive torch.save. RANK, LOCAL_RANK and WORLD_SIZE are set
-    as torchrun sets them. Raises RuntimeError with the traceback of
-    the first rank that failed, TimeoutError after timeout_s; either way every child is ended.
+    fn is a module-level function; what it returns must survive torch.save. RANK, LOCAL_RANK and WORLD_SIZE
+    are set as torchrun sets them. Raises RuntimeError with the traceback of the first rank that failed,
+    TimeoutError after timeout_s; either way every child is ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(

@@ -1,4 +1,4 @@
-"""Corrections, their metrics and the registry, against formulas in plain Python and against the laws of OBRS."""
+"""Corrections and their metrics, against formulas in plain Python and against the laws of OBRS."""
 
 import math
 import threading
@@ -7,11 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_jackpot.algorithm.corrections import CORRECTIONS, Jackpot, NoCorrection, TruncatedIS
-from megatron_jackpot.algorithm.diagnostics import candidate_kl, candidate_kl_after, diagnostics, global_quantiles
+from megatron_jackpot.algorithm.corrections import Jackpot, NoCorrection, TruncatedIS
+from megatron_jackpot.algorithm.diagnostics import (
+    candidate_kl,
+    candidate_kl_after,
+    diagnostics,
+    global_quantiles,
+)
 from megatron_jackpot.algorithm.objectives import PPO
 from megatron_jackpot.algorithm.obrs import counter_uniform
-from megatron_jackpot.algorithm.registry import build
 from megatron_jackpot.algorithm.scores import Scores
 
 V, K, T = 40, 12, 300
@@ -33,9 +37,14 @@ def make_scores(seed=0, gap=0.7, dtype=torch.float32, num_candidates=K):
     policy = (target + noise(0.2)).log_softmax(-1)
     token = torch.multinomial(server.exp(), 1, generator=generator)
     server_top, ids = server.topk(num_candidates, -1)
-    at = {name: x.gather(-1, token)[:, 0].to(dtype) for name, x in dict(s=server, t=target, a=actor, p=policy).items()}
+    at = {
+        name: x.gather(-1, token)[:, 0].to(dtype)
+        for name, x in dict(s=server, t=target, a=actor, p=policy).items()
+    }
     index = torch.arange(T)
-    ids[:, -2:], server_top[:, -2:] = (-1, -math.inf) if num_candidates < V else (ids[:, -2:], server_top[:, -2:])
+    ids[:, -2:], server_top[:, -2:] = (
+        (-1, -math.inf) if num_candidates < V else (ids[:, -2:], server_top[:, -2:])
+    )
     target_top = target.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
     return Scores(
         policy_logp_T=at["p"],
@@ -56,7 +65,9 @@ def make_scores(seed=0, gap=0.7, dtype=torch.float32, num_candidates=K):
 
 def part(s, index):
     """The tokens of `s` at an index, as another rank or another packing would hold them."""
-    return replace(s, **{name: value[index] for name, value in vars(s).items() if isinstance(value, torch.Tensor)})
+    return replace(
+        s, **{name: value[index] for name, value in vars(s).items() if isinstance(value, torch.Tensor)}
+    )
 
 
 def on_ranks(scores, correction):
@@ -91,7 +102,7 @@ def mean(pair):
 
 
 def reference(s, knobs):
-    """keep, weight and N of Jackpot, token by token in Python floats, from algorithm.md sections 1, 3 and 4."""
+    """keep, weight and N of Jackpot, token by token in Python floats (algorithm.md sections 1, 3 and 4)."""
     c = Jackpot(**knobs)
     rows = []
     uniform = counter_uniform(c.seed, s.step, s.rollout_id_T3, s.position_T).tolist()
@@ -99,7 +110,9 @@ def reference(s, knobs):
         if not s.mask_T[t]:
             continue
         p, q, old = (math.exp(x[t].item()) for x in (s.target_logp_T, s.server_logp_T, s.policy_logp_T))
-        pairs = zip(s.candidate_server_logp_TK[t].tolist(), s.candidate_target_logp_TK[t].tolist(), strict=True)
+        pairs = zip(
+            s.candidate_server_logp_TK[t].tolist(), s.candidate_target_logp_TK[t].tolist(), strict=True
+        )
         z_k = sum(min(math.exp(a), math.exp(b) / c.lam) for a, b in pairs)
         accept = min(1.0, p / (c.lam * q))
         rows.append((t, p / q, old / p, accept, uniform[t] < accept, z_k))
@@ -179,7 +192,10 @@ def test_expected_mask_is_the_mean_of_bernoulli_masks_over_seeds():
     want = Jackpot(mask="expected", **fixed)(s, identity).weight_T
     drawn = torch.stack([Jackpot(seed=seed, **fixed)(s, identity).weight_T for seed in range(400)]).double()
     error = (drawn.mean(0) - want).abs()
-    assert (error <= 5.5 * drawn.std(0) / 20 + 1e-6).all()
+    rho = drawn.max(0).values.clamp(min=1e-3)
+    accept = (want / rho).clamp(0, 1)
+    assert (accept[s.mask_T] < 0.9).any()
+    assert (error / rho <= 5 * (accept * (1 - accept) / 400).sqrt() + 5 / 400).all()
 
 
 def test_expected_mask_does_not_depend_on_the_seed():
@@ -197,7 +213,9 @@ SPLITS = (
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=["halves", "interleaved", "reversed", "one empty rank"])
-@pytest.mark.parametrize("correction", [Jackpot(), Jackpot(mask="expected", lam=0.7), TruncatedIS(), NoCorrection()])
+@pytest.mark.parametrize(
+    "correction", [Jackpot(), Jackpot(mask="expected", lam=0.7), TruncatedIS(), NoCorrection()]
+)
 def test_keep_weight_count_and_metrics_do_not_depend_on_the_split(split, correction):
     s = make_scores()
     whole = correction(s, identity)
@@ -301,7 +319,9 @@ def test_diagnostics_are_their_formulas():
     result = Jackpot()(s, identity)
     got = {name: mean(pair) for name, pair in diagnostics(s, result).items()}
     mask = s.mask_T
-    p, a, q, advantage = (x[mask].double() for x in (s.policy_logp_T, s.actor_logp_T, s.server_logp_T, s.advantage_T))
+    p, a, q, advantage = (
+        x[mask].double() for x in (s.policy_logp_T, s.actor_logp_T, s.server_logp_T, s.advantage_T)
+    )
     weight, keep = result.weight_T[mask].double(), result.keep_T[mask]
     want = {
         "policy/k1": (q - p).mean(),
@@ -345,43 +365,10 @@ def test_candidate_kl_is_exact_over_all_ids_and_a_lower_bound_on_some():
 def test_global_quantiles_are_quantiles_of_the_union():
     values = torch.rand(5000, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(5000) % 3 > 0
-    for level, got in zip((0.01, 0.5, 1.0), global_quantiles(values, mask, (0.01, 0.5, 1.0), identity), strict=True):
+    for level, got in zip(
+        (0.01, 0.5, 1.0), global_quantiles(values, mask, (0.01, 0.5, 1.0), identity), strict=True
+    ):
         exact = torch.quantile(values[mask], level, interpolation="higher").item()
         assert exact - 1e-3 <= got.item() <= exact + 1.1e-3
     ones = torch.ones(4)
     assert global_quantiles(ones, ones > 0, (0.01,), identity)[0] == 1
-
-
-def test_build_turns_yaml_keys_into_the_method():
-    built = build("jackpot", {"lam": 1, "cap": "4e0", "policy_cap": None}, CORRECTIONS, "algorithm.correction")
-    assert built == Jackpot(lam=1.0, cap=4.0, policy_cap=None) and isinstance(built.lam, float)
-    assert build("none", {}, CORRECTIONS, "algorithm.correction") == NoCorrection()
-
-
-@pytest.mark.parametrize(
-    ("name", "knobs", "message"),
-    [
-        ("jackpt", {}, "algorithm.correction.name = 'jackpt' is unknown. Did you mean 'jackpot'?"),
-        ("zzz", {}, "algorithm.correction.name = 'zzz' is unknown. Known: jackpot, none, tis."),
-        (
-            "jackpot",
-            {"lambda": 1.0},
-            "Unknown knob 'algorithm.correction.lambda' of 'jackpot'. Did you mean 'lam'?",
-        ),
-        ("none", {"cap": 1}, "Unknown knob 'algorithm.correction.cap' of 'none'. It has no knobs."),
-        ("tis", {"cap": "big"}, "algorithm.correction.cap = 'big': must be of type float, got str."),
-        ("tis", {"cap": True}, "algorithm.correction.cap = True: must be of type float, got bool."),
-        ("tis", {"cap": [2]}, "algorithm.correction.cap = [2]: must be of type float, got list."),
-        ("jackpot", {"seed": 0.5}, "algorithm.correction.seed = 0.5: must be of type int, got float."),
-        ("tis", {"cap": 0.5}, "algorithm.correction.cap = 0.5: must be >= 1. Use .inf to switch the cap off."),
-        ("jackpot", {"lam": 0}, "algorithm.correction.lam = 0.0: must be a finite number > 0."),
-        ("jackpot", {"policy_cap": 0.9}, "algorithm.correction.policy_cap = 0.9: must be >= 1."),
-        ("jackpot", {"mask": "expcted"}, "algorithm.correction.mask = 'expcted': must be one of"),
-        ("jackpot", {"z": "exact"}, "algorithm.correction.z = 'exact': the scoring pass does not compute it yet."),
-        ("jackpot", {"kappa_from": "both"}, "algorithm.correction.kappa_from = 'both': must be one of"),
-    ],
-)
-def test_every_mistake_in_the_yaml_is_named_with_its_remedy(name, knobs, message):
-    with pytest.raises(ValueError) as caught:
-        build(name, knobs, CORRECTIONS, "algorithm.correction")
-    assert str(caught.value).startswith(message)

@@ -36,7 +36,9 @@ def kept_law(p, q, lam):
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype).expand_as(actual), **IDENTITY)
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype).expand_as(actual), **IDENTITY
+    )
 
 
 @pytest.mark.parametrize("lam", LAMS)
@@ -260,7 +262,9 @@ def test_uniform_numbers_have_24_bits_and_the_moments_of_the_uniform_law():
 
 def test_every_part_of_the_key_changes_the_draws():
     ids, position = keys()
-    variants = [counter_uniform(seed, step, ids, position) for seed, step in ((0, 0), (1, 0), (0, 1), (2**40, 0))]
+    variants = [
+        counter_uniform(seed, step, ids, position) for seed, step in ((0, 0), (1, 0), (0, 1), (2**40, 0))
+    ]
     for part in range(3):
         variants.append(counter_uniform(0, 0, ids + torch.eye(3, dtype=torch.int64)[part] * 1000, position))
     variants.append(counter_uniform(0, 0, ids, position + 100_000))
@@ -290,7 +294,9 @@ def test_keep_happens_with_the_accept_probability():
 @pytest.mark.gpu
 def test_draws_are_bit_identical_on_cpu_and_cuda():
     ids, position = keys()
-    assert torch.equal(counter_uniform(3, 5, ids.cuda(), position.cuda()).cpu(), counter_uniform(3, 5, ids, position))
+    assert torch.equal(
+        counter_uniform(3, 5, ids.cuda(), position.cuda()).cpu(), counter_uniform(3, 5, ids, position)
+    )
 
 
 ONE = torch.zeros(1)

@@ -1,7 +1,7 @@
 """Import stand-in for SGLang's compiled kernel package on a machine without CUDA.
 
-SGLang's CPU engine imports `*_cpu` names for speculative decoding only and computes with torch where AMX is absent,
-so nothing here is ever called by the servers we start.
+SGLang's CPU engine imports `*_cpu` names for speculative decoding only and computes with torch where AMX is
+absent, so nothing here is ever called by the servers we start.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,8 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
         raise AttributeError(f"module 'sgl_kernel' (CPU stand-in) has no attribute '{name}'")
 
     def missing(*args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"sgl_kernel.{name} needs SGLang's compiled kernels, which this machine has not")
+        raise NotImplementedError(
+            f"sgl_kernel.{name} needs SGLang's compiled kernels, which this machine has not"
+        )
 
     return missing

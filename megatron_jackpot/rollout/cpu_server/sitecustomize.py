@@ -1,8 +1,8 @@
 """Lets PyPI's torchvision, a CUDA build, be imported beside a CPU build of torch.
 
-Its C++ operators do not load there, and its import dies on registering a fake for torchvision::nms. The two schemas
-are declared just before that; serving text never calls them. Python imports this module at start-up because its
-folder is on the server's PYTHONPATH.
+Its C++ operators do not load there, and its import dies on registering a fake for torchvision::nms. The two
+schemas are declared just before that; serving text never calls them. Python imports this module at start-up
+because its folder is on the server's PYTHONPATH.
 """
 
 import importlib.abc
@@ -22,7 +22,9 @@ class TorchvisionOperators(importlib.abc.MetaPathFinder):
             if not hasattr(torch.ops.torchvision, "nms"):
                 self.library = torch.library.Library("torchvision", "DEF")
                 for operator in ("nms", "qnms"):
-                    self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                    self.library.define(
+                        f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                    )
 
 
 sys.meta_path.insert(0, TorchvisionOperators())

@@ -1,0 +1,68 @@
+"""The control: continue the policy's supervised warm-up for as many tokens as the run trained it on.
+
+    python examples/quickstart/control.py MODELS_FOLDER RUN_FOLDER
+
+Writes RUN_FOLDER/control.jsonl with eval/policy_accuracy, its step axis stretched to that of the run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from common import accuracy, heldout, make_mesh_and_packer, make_model, read_run, read_warmup
+from corpus import examples
+from rich.console import Console
+from supervised import train
+from tokenizer import build
+
+from megatron_jackpot.config import Optimizer
+from megatron_jackpot.metrics import read_metrics
+from megatron_jackpot.models.families import read_hf_config
+
+EVALUATIONS = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path, help="folder made by prepare.py")
+    parser.add_argument("run", type=Path, help="run folder whose tokens are matched")
+    args = parser.parse_args()
+    rows = read_metrics(args.run)
+    budget = int(sum(row.get("train/tokens", 0) for row in rows))
+    last_step = max(row["step"] for row in rows)
+    if budget == 0:
+        raise ValueError(f"{args.run}/metrics.jsonl has no train/tokens: the run trained on nothing.")
+    config, warmup, tokenizer = read_run([]), read_warmup(), build()
+    mesh, packer = make_mesh_and_packer(warmup["packing_tokens"], warmup["seed"])
+    # The warm-up ended at a tenth of its peak rate; the control goes on with the peak's half, which learns faster.
+    optimizer = Optimizer(lr=warmup["policy"]["lr"] / 2, warmup_steps=50, weight_decay=0.01)
+    folder = args.models / "policy"
+    model = make_model("policy", read_hf_config(folder), folder, mesh, optimizer, 10**6)
+    test = heldout(config, tokenizer)
+    corpus = examples(
+        config.data, tokenizer, carelessness=warmup["carelessness"], seed=warmup["seed"], forbidden=test.texts, part=1
+    )
+    console = Console(stderr=True)
+    out = (args.run / "control.jsonl").open("w")
+
+    def note(tokens: int) -> None:
+        score = accuracy(model, test, tokenizer, config, packer)
+        step = round(min(tokens / budget, 1.0) * last_step)
+        out.write(json.dumps({"step": step, "eval/policy_accuracy": score, "train/tokens": tokens}) + "\n")
+        out.flush()
+        console.print(f"control: {tokens:,} of {budget:,} tokens, policy accuracy {score:.3f}")
+
+    note(0)
+    due = [budget * (i + 1) / EVALUATIONS for i in range(EVALUATIONS)]
+
+    def on_step(progress) -> bool:
+        if progress.tokens >= due[0]:
+            due.pop(0)
+            note(progress.tokens)
+        return not due
+
+    train(model, corpus, packer, batch=warmup["batch"], steps=10**6, on_step=on_step)
+
+
+if __name__ == "__main__":
+    main()

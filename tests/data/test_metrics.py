@@ -1,0 +1,132 @@
+import io
+import json
+import sys
+import types
+
+import pytest
+from rich.console import Console
+
+from megatron_jackpot.logger import StepLogger, final_table, print_report, progress_line
+from megatron_jackpot.metrics import METRICS, MetricsWriter, read_metrics, series
+
+
+def writer(folder, *, tensorboard=False, wandb=None, **knobs):
+    return MetricsWriter(folder, tensorboard, wandb, **knobs)
+
+
+def test_what_is_written_is_read_back_and_is_on_disk_before_close(tmp_path):
+    out = writer(tmp_path / "run")
+    out.write(1, {"reward/mean": 0.25, "sync/version": 3})
+    assert read_metrics(tmp_path / "run") == [{"step": 1, "reward/mean": 0.25, "sync/version": 3.0}]
+    out.close()
+
+
+def test_values_that_are_not_finite_become_null_and_are_counted(tmp_path):
+    with writer(tmp_path) as out:
+        out.write(1, {"loss/policy": float("nan"), "jackpot/z": float("inf"), "reward/mean": 1.0})
+        assert out.num_nonfinite == 2
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    # Strict JSON: a parser that refuses NaN and Infinity accepts it.
+    assert json.loads(line, parse_constant=pytest.fail)["loss/policy"] is None
+    assert series(read_metrics(tmp_path), "jackpot/z") == ([], [])
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_truncated_last_line_is_passed_over(tmp_path, cut):
+    with writer(tmp_path) as out:
+        for step in (1, 2):
+            out.write(step, {"reward/mean": step / 10})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert read_metrics(path) == [{"step": 1, "reward/mean": 0.1}]
+    with writer(tmp_path) as out:
+        out.write(2, {"reward/mean": 0.3})
+    assert series(read_metrics(path), "reward/mean") == ([1, 2], [0.1, 0.3])
+
+
+def test_a_bad_line_elsewhere_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(ValueError, match="integer 'step'"):
+        read_metrics(tmp_path)
+
+
+def test_a_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path):
+    with writer(tmp_path) as out:
+        for step in range(1, 6):
+            out.write(step, {"reward/mean": 0.0})
+    with writer(tmp_path, resume_step=3) as out:
+        out.write(4, {"reward/mean": 1.0})
+    assert series(read_metrics(tmp_path), "reward/mean") == ([1, 2, 3, 4], [0.0, 0.0, 0.0, 1.0])
+
+
+def test_tensorboard_holds_the_same_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with writer(tmp_path, tensorboard=True) as out:
+        out.write(1, {"reward/mean": 0.25, "loss/policy": float("nan")})
+        out.write(2, {"reward/mean": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+    assert events.Tags()["scalars"] == ["reward/mean"]
+
+
+def test_a_missing_package_is_refused_at_start_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(ValueError, match="needs the wandb package.*logging.wandb_project=null"):
+        writer(tmp_path, wandb="jackpot")
+    with pytest.raises(ValueError, match="needs the tensorboard package"):
+        writer(tmp_path, tensorboard=True)
+
+
+def test_wandb_receives_finite_values_when_configured(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **_: run
+    fake.__spec__ = types.SimpleNamespace(name="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with writer(tmp_path, wandb="jackpot") as out:
+        out.write(7, {"reward/mean": 0.5, "loss/policy": float("nan")})
+    assert logged == [(7, {"reward/mean": 0.5})]
+
+
+def test_the_tools_use_only_stable_metric_names():
+    from megatron_jackpot.logger import REPORTED, SHOWN
+
+    assert set(REPORTED) | set(SHOWN) <= set(METRICS)
+
+
+def test_without_a_terminal_each_step_is_one_plain_line_that_keeps_the_last_accuracy():
+    text = io.StringIO()
+    with StepLogger(9, console=Console(file=text)) as log:
+        log.log(1, {"reward/mean": 0.25, "jackpot/acceptance": 0.9, "eval/policy_accuracy": 0.5})
+        log.log(2, {"reward/mean": 0.75})
+    assert text.getvalue().splitlines() == [
+        "step 1/9  reward 0.250  accept 0.900  policy 0.500",
+        "step 2/9  reward 0.750  policy 0.500",
+    ]
+
+
+def test_on_a_terminal_the_bar_shows_the_step_and_the_metrics():
+    text = io.StringIO()
+    with StepLogger(9, console=Console(file=text, force_terminal=True, width=160)) as log:
+        log.log(4, {"reward/mean": 0.25, "rollout/tokens_per_s": 512.3})
+    assert "step 4/9" in text.getvalue() and "reward 0.250  tok/s 512" in text.getvalue()
+    assert progress_line({"other": 1.0}) == ""
+
+
+def test_the_final_table_shows_first_last_and_best(tmp_path):
+    with writer(tmp_path) as out:
+        for step, accuracy in enumerate((0.2, 0.7, 0.6)):
+            kl = 0.1 + step
+            out.write(step, {"eval/policy_accuracy": accuracy, "kl/policy_server_k3": kl, "time/step": 2})
+    text = io.StringIO()
+    print_report(tmp_path, Console(file=text, width=100))
+    table = [" ".join(line.replace("\u2502", " ").split()) for line in text.getvalue().splitlines()]
+    assert "policy accuracy 0.200 0.600 0.700" in table
+    assert "KL(policy||server), k3 0.1000 2.1000 0.1000" in table
+    assert "total time 6.0 s" in table
+    assert final_table([]).row_count == final_table(read_metrics(tmp_path)).row_count

@@ -1,0 +1,72 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot.metrics import MetricsWriter
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "plot.py"
+
+
+@pytest.fixture(scope="module")
+def plot_runs():
+    spec = importlib.util.spec_from_file_location("jackpot_plot", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.plot_runs
+
+
+def make_run(folder, *, skipped=()):
+    with MetricsWriter(folder, False, None) as out:
+        out.write(0, {"eval/policy_accuracy": 0.3, "eval/actor_accuracy": 0.1})
+        for step in range(1, 6):
+            names = {"reward/mean", "jackpot/acceptance", "jackpot/z", "kl/policy_server_k3"} - set(skipped)
+            out.write(step, {name: step / 10 for name in sorted(names)})
+        out.write(5, {"eval/policy_accuracy": 0.5, "eval/actor_accuracy": 0.4})
+    return folder
+
+
+def num_lines(figure):
+    return [len(axes.lines) for axes in figure.axes]
+
+
+def test_one_run_draws_two_accuracies_reward_acceptance_z_and_kl(tmp_path, plot_runs):
+    figure = plot_runs([make_run(tmp_path / "run")], tmp_path / "new" / "curves.png")
+    assert num_lines(figure) == [2, 1, 2, 1]
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[0.0, 0.3], [5.0, 0.5]]
+    assert (tmp_path / "new" / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_three_seeds_are_overlaid_and_the_control_adds_one_line(tmp_path, plot_runs):
+    runs = [make_run(tmp_path / "pair" / f"seed{seed}") for seed in range(3)]
+    control = make_run(tmp_path / "control") / "metrics.jsonl"
+    figure = plot_runs(runs, tmp_path / "curves.png", control)
+    assert num_lines(figure) == [7, 3, 6, 3]
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels[:2] == ["policy (seed0)", "actor (seed0)"] and labels[-1] == "control"
+
+
+def test_runs_of_one_name_in_two_places_are_both_drawn(tmp_path, plot_runs):
+    figure = plot_runs(
+        [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")], tmp_path / "c.png"
+    )
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert labels == ["reward (a/run)", "reward (b/run)"]
+
+
+def test_a_metric_that_was_never_measured_leaves_its_panel_empty(tmp_path, plot_runs):
+    figure = plot_runs([make_run(tmp_path / "run", skipped=["kl/policy_server_k3"])], tmp_path / "curves.png")
+    assert num_lines(figure) == [2, 1, 2, 0]
+    assert figure.axes[3].texts[0].get_text() == "not measured"
+
+
+def test_the_command_line_writes_the_picture(tmp_path):
+    run, out = make_run(tmp_path / "run"), tmp_path / "curves.png"
+    subprocess.run(
+        [sys.executable, SCRIPT, run, "--control", run / "metrics.jsonl", "--out", out],
+        check=True,
+        timeout=60,
+    )
+    assert out.stat().st_size > 10_000

@@ -1,0 +1,183 @@
+import json
+
+import pytest
+
+from megatron_jackpot.config import Data, Evaluation
+from megatron_jackpot.data.problems import Problem, jsonl_problems
+from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
+from megatron_jackpot.data.tokenizer import load_tokenizer
+
+TASKS = {"chain_sum": {"max_digits": 2}, "gcd": {}, "leg_counting": {}}
+SMALL = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return load_tokenizer(tokenizer_folder)
+
+
+def gym(tasks=TASKS, **knobs):
+    return Data(tasks=tasks, template="Q: {question}\nA: \\boxed{}", **knobs)
+
+
+def jsonl(path, **knobs):
+    return Data(source="jsonl", path=path, **{"template": "{question}", **knobs})
+
+
+def write(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_tasks_are_mixed_in_equal_shares(tokenizer):
+    prompts = training_prompts(gym(size=30), tokenizer).prompts
+    assert [prompt.id for prompt in prompts] == list(range(30))
+    assert [sum(prompt.label["task"] == task for prompt in prompts) for task in TASKS] == [10, 10, 10]
+
+
+def test_the_same_seed_gives_the_same_prompts_and_another_seed_others(tokenizer):
+    one, again, other = (training_prompts(gym(size=12, seed=seed), tokenizer).prompts for seed in (3, 3, 4))
+    assert one == again
+    assert [prompt.tokens for prompt in one] != [prompt.tokens for prompt in other]
+
+
+def test_a_smaller_size_is_a_prefix_of_a_larger_one(tokenizer):
+    small, large = (training_prompts(gym(size=size), tokenizer).prompts for size in (7, 21))
+    assert large[:7] == small
+
+
+def test_the_template_surrounds_the_question_and_keeps_other_braces(tokenizer):
+    prompt = training_prompts(gym(size=1), tokenizer).prompts[0]
+    text = "".join(tokenizer.convert_ids_to_tokens(list(prompt.tokens)))
+    assert text == f"Q: {prompt.label['entry']['question']}\nA: \\boxed{{}}"
+
+
+def test_labels_survive_json(tokenizer):
+    for prompt in training_prompts(gym(size=6), tokenizer).prompts:
+        assert json.loads(json.dumps(prompt.label)) == prompt.label
+        assert prompt.label["answer"] == prompt.label["entry"]["answer"]
+
+
+def test_heldout_problems_differ_from_training_and_from_each_other_and_the_others_are_counted(tokenizer):
+    data = gym(SMALL, size=150)
+    training = training_prompts(data, tokenizer)
+    heldout = heldout_prompts(data, Evaluation(size=20), tokenizer, exclude=training.texts)
+    questions = [prompt.label["entry"]["question"] for prompt in heldout.prompts]
+    assert len(questions) == len(set(questions)) == 20
+    assert not set(questions) & {prompt.label["entry"]["question"] for prompt in training.prompts}
+    assert heldout.counts["excluded"] > 0
+    assert training.counts["repeated"] == len(training.prompts) - len(training.texts) > 0
+
+
+def test_training_can_be_kept_apart_from_heldout_too(tokenizer):
+    data = gym(SMALL, size=100)
+    heldout = heldout_prompts(data, Evaluation(size=20), tokenizer, exclude=())
+    training = training_prompts(data, tokenizer, exclude=heldout.texts)
+    assert not training.texts & heldout.texts
+    assert len(training.prompts) == 100 - training.counts["excluded"] < 100
+
+
+def test_tasks_too_small_for_a_disjoint_heldout_set_are_refused(tokenizer):
+    data = gym(SMALL, size=5000)
+    with pytest.raises(ValueError, match=r"evaluation\.size = 20, but only \d+ held-out problems"):
+        heldout_prompts(data, Evaluation(size=20), tokenizer, exclude=training_prompts(data, tokenizer).texts)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({"chain_sums": {}}, "no task 'chain_sums'. Did you mean 'chain_sum'"),
+        ({"gcd": {"digits": 3}}, r"data\.tasks\.gcd = .*unexpected keyword argument 'digits'"),
+        ({"chain_sum": {"min_terms": -1}}, r"data\.tasks\.chain_sum = "),
+        ({"gcd": {"seed": 3}}, "'seed' is set by data.seed"),
+        ({"propositional_logic": {}}, "no single text answer"),
+    ],
+)
+def test_an_unusable_task_is_named(tokenizer, tasks, message):
+    with pytest.raises(ValueError, match=message):
+        training_prompts(gym(tasks, size=3), tokenizer)
+
+
+def test_prompts_beyond_the_limit_are_dropped_and_counted_and_the_others_keep_their_ids(tokenizer, tmp_path):
+    rows = [{"prompt": "x" * length, "answer": "1"} for length in (5, 11, 10, 12, 7)]
+    chosen = training_prompts(jsonl(write(tmp_path / "a.jsonl", rows), max_prompt_tokens=10), tokenizer)
+    assert [(prompt.id, len(prompt.tokens)) for prompt in chosen.prompts] == [(0, 5), (2, 10), (4, 7)]
+    assert chosen.counts == {"read": 5, "too_long": 2, "repeated": 0, "excluded": 0}
+
+
+def test_no_prompt_left_is_an_error(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "long", "answer": 1}])
+    with pytest.raises(ValueError, match="No training prompt is left.*'too_long': 1"):
+        training_prompts(jsonl(path, max_prompt_tokens=3), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ('{"prompt": "a", "answer": ', "not JSON"),
+        ('["a", "b"]', "must be an object, got list"),
+        ('{"answer": "1"}', "either 'prompt' or 'messages'"),
+        ('{"prompt": "a", "messages": [], "answer": "1"}', "either 'prompt' or 'messages'"),
+        ('{"prompt": 5, "answer": "1"}', "'prompt' must be a text"),
+        ('{"prompt": "a"}', "'answer' must be a number or a text"),
+        ('{"prompt": "a", "answer": NaN}', "'answer' must be a number or a text"),
+        ('{"prompt": "a", "answer": true}', "'answer' must be a number or a text"),
+        ('{"messages": [{"role": "user"}], "answer": "1"}', "'role' and 'content'"),
+        ('{"messages": "hello", "answer": "1"}', "'messages' must be a list"),
+    ],
+)
+def test_a_malformed_row_is_an_error_with_file_line_and_reason(tmp_path, row, problem):
+    path = write(tmp_path / "bad.jsonl", [{"prompt": "fine", "answer": "1"}, "", row])
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{problem}"):
+        jsonl_problems(path)
+
+
+def test_bytes_that_are_not_utf8_and_a_missing_file_are_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"latin\.jsonl, line 1: not UTF-8"):
+        jsonl_problems(tmp_path / "latin.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
+        jsonl_problems(tmp_path / "none.jsonl")
+
+
+def test_numbers_are_answers_and_other_keys_reach_the_label(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "6 * 7", "answer": 42, "level": "easy"}])
+    assert jsonl_problems(path) == [Problem(0, "6 * 7", {"answer": "42", "level": "easy"})]
+
+
+def test_prompt_and_messages_take_the_chat_template(tmp_path, chat_tokenizer_folder):
+    tokenizer = load_tokenizer(chat_tokenizer_folder)
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1+1"}]
+    rows = [{"prompt": "1+1", "answer": "2"}, {"messages": chat, "answer": "2"}]
+    chosen = training_prompts(jsonl(write(tmp_path / "a.jsonl", rows), template=None), tokenizer)
+    texts = ["".join(tokenizer.convert_ids_to_tokens(list(prompt.tokens))) for prompt in chosen.prompts]
+    assert texts == ["u:1+1;a:", "s:be brief;u:1+1;a:"]
+
+
+def test_templates_that_cannot_work_are_refused(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "1+1"}], "answer": "2"}])
+    for template, message in [
+        (None, "no chat template. Set data.template"),
+        ("Q: ", "does not contain {question}"),
+        ("{question}", "is a chat"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            training_prompts(jsonl(path, template=template), tokenizer)
+
+
+def test_a_heldout_row_also_in_training_is_dropped_whatever_its_form_and_spacing(tokenizer, tmp_path):
+    train = write(tmp_path / "train.jsonl", [{"prompt": "what is 1+1?", "answer": "2"}])
+    rows = [{"prompt": text, "answer": "0"} for text in ("what is\n 1+1?", "2+2?", "2+2?", "3+3?")]
+    data = jsonl(train, heldout_path=write(tmp_path / "heldout.jsonl", rows))
+    chosen = heldout_prompts(data, Evaluation(), tokenizer, exclude=training_prompts(data, tokenizer).texts)
+    assert [prompt.id for prompt in chosen.prompts] == [1, 3]
+    assert chosen.counts == {"read": 4, "too_long": 0, "repeated": 1, "excluded": 1}
+    as_chat = [{"role": "system", "content": "hi"}, {"role": "user", "content": "what is 1+1?"}]
+    assert Problem(0, as_chat, {}).text == "what is 1+1?"
+
+
+def test_evaluation_without_heldout_data_is_refused_unless_it_is_off(tokenizer, tmp_path):
+    data = jsonl(write(tmp_path / "train.jsonl", [{"prompt": "1+1", "answer": "2"}]))
+    with pytest.raises(ValueError, match=r"needs data\.heldout_path"):
+        heldout_prompts(data, Evaluation(), tokenizer, exclude=())
+    assert heldout_prompts(data, Evaluation(size=0), tokenizer, exclude=()).prompts == []

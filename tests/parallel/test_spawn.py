@@ -1,0 +1,35 @@
+"""The helper that starts ranks: errors come with their traceback, whatever hangs is ended."""
+
+import multiprocessing
+import time
+
+import pytest
+import torch.distributed as dist
+
+from tests.parallel.spawn import run_ranks
+
+
+def _fail_on_rank_one(rank, world):
+    if rank == 1:
+        raise ArithmeticError("the reason")
+    dist.barrier()
+
+
+def _hang(rank, world):
+    time.sleep(1000)
+
+
+def test_an_error_on_one_rank_ends_all_and_shows_its_traceback():
+    with pytest.raises(
+        RuntimeError, match="(?s)_fail_on_rank_one failed on rank 1.*ArithmeticError: the reason"
+    ):
+        run_ranks(_fail_on_rank_one, 2, 60)
+    assert not multiprocessing.active_children()
+
+
+def test_ranks_that_hang_are_killed_at_the_limit():
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"_hang: ranks \[0, 1\] were still running after 3 s"):
+        run_ranks(_hang, 2, 3)
+    assert time.monotonic() - started < 15
+    assert not multiprocessing.active_children()

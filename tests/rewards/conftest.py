@@ -1,0 +1,46 @@
+"""A module of reward functions in a folder of its own, found by dotted path."""
+
+import pytest
+
+FUNCTIONS = '''
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+def length(response_text, label):
+    return len(response_text) / label
+
+def hang(response_text, label):
+    """Sleeps where the response says so, with a child process of its own."""
+    if response_text == "hang":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        Path(label + ".new").write_text(f"{os.getpid()} {child.pid}")
+        os.replace(label + ".new", label)
+        time.sleep(60)
+    return 1.0
+
+def crash(response_text, label):
+    if response_text == "crash":
+        os._exit(3)
+    if response_text == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+
+def odd(response_text, label):
+    return {"nan": float("nan"), "inf": float("inf"), "text": "1.0", "none": None, "int": 1}[response_text]
+
+def pid(response_text, label):
+    return float(os.getpid())
+
+def slow(response_text, label):
+    time.sleep(0.4)
+    return 1.0
+
+not_a_function = 3
+'''
+
+
+@pytest.fixture
+def functions(tmp_path, monkeypatch):
+    (tmp_path / "jackpot_test_rewards.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "jackpot_test_rewards"

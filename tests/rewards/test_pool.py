@@ -1,0 +1,190 @@
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot.batch import Prompt
+from megatron_jackpot.rewards.pool import RewardPool
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def score_all(pool, *items):
+    async def gather():
+        return await asyncio.gather(*(pool(text, label) for text, label in items))
+
+    return asyncio.run(gather())
+
+
+def running(pid):
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_rewards_come_back_in_order_and_only_one_is_correct(functions):
+    with RewardPool(f"{functions}.length", 2, 10.0) as pool:
+        items = [("x" * i, 4) for i in range(9)]
+        assert score_all(pool, *items) == [(i / 4, i == 4) for i in range(9)]
+        assert pool.counters == {"scored": 9, "timed_out": 0, "crashed": 0}
+
+
+def test_large_texts_and_odd_characters_pass():
+    with RewardPool("exact", 1, 10.0) as pool:
+        texts = ["ab\n" * 400_000, "\x00\u2028\ud800", ""]
+        assert score_all(pool, *((text, {"answer": text.strip()}) for text in texts)) == [(1.0, True)] * 3
+
+
+def test_the_time_limit_kills_the_worker_and_its_children_and_the_others_still_count(functions, tmp_path):
+    with RewardPool(f"{functions}.hang", 2, 2.0) as pool:
+        start = time.monotonic()
+        results = score_all(pool, ("hang", str(tmp_path / "pids")), *[("fine", "")] * 6)
+        assert time.monotonic() - start < 20
+        assert results == [(0.0, False)] + [(1.0, True)] * 6
+        assert pool.counters == {"scored": 6, "timed_out": 1, "crashed": 0}
+        assert not any(running(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+        # The replaced worker works, and so does a new event loop.
+        assert score_all(pool, *[("fine", "")] * 4) == [(1.0, True)] * 4
+
+
+def test_a_worker_that_ends_is_counted_and_replaced(functions):
+    with RewardPool(f"{functions}.crash", 1, 10.0) as pool:
+        results = score_all(pool, ("fine", ""), ("crash", ""), ("fine", ""), ("kill", ""), ("fine", ""))
+        assert [reward for reward, _ in results] == [1.0, 0.0, 1.0, 0.0, 1.0]
+        assert pool.counters == {"scored": 3, "timed_out": 0, "crashed": 2}
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "text", "none"])
+def test_a_result_that_is_not_a_finite_float_is_an_error(functions, text):
+    with RewardPool(f"{functions}.odd", 1, 10.0) as pool:
+        with pytest.raises(ValueError, match=r"odd' returned .* for label 'gold', not a finite float"):
+            score_all(pool, (text, "gold"))
+        assert score_all(pool, ("int", "gold")) == [(1.0, True)]
+
+
+def test_an_exception_in_the_reward_is_an_error_with_its_traceback(functions):
+    with RewardPool(f"{functions}.odd", 1, 10.0) as pool:
+        with pytest.raises(ValueError, match="(?s)raised an exception:.*KeyError: 'other'"):
+            score_all(pool, ("other", ""))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("exakt", "'exakt' is unknown. Use exact, reasoning_gym, math_verify or package"),
+        ("no_such_package.reward", "No module named 'no_such_package'"),
+        ("jackpot_test_rewards.missing", "has no function 'missing'"),
+        ("jackpot_test_rewards.not_a_function", "has no function 'not_a_function'"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_refused_at_start(functions, reward, message):
+    with pytest.raises(ValueError, match=message):
+        RewardPool(reward, 2, 10.0)
+
+
+def test_a_tower_of_powers_does_not_hang_math_verify():
+    with RewardPool("math_verify", 1, 4.0) as pool:
+        start = time.monotonic()
+        results = score_all(pool, ("$9^{9^{9^{9}}}$", {"answer": "5"}), ("\\boxed{5}", {"answer": "5"}))
+        assert time.monotonic() - start < 30
+        assert results == [(0.0, False), (1.0, True)]
+
+
+def test_labels_that_cannot_be_scored_are_named_by_prompt():
+    prompts = [Prompt(i, (1,), {"answer": answer}) for i, answer in enumerate(["x^2-1", "", "7", "$$"])]
+    with RewardPool("math_verify", 2, 10.0) as pool:
+        asyncio.run(pool.check_labels(prompts[::2]))
+        with pytest.raises(ValueError, match=r"(?s)2 of 4 labels.*prompt 1: .*parses to nothing.*prompt 3: "):
+            asyncio.run(pool.check_labels(prompts))
+
+
+def test_labels_of_a_custom_reward_are_not_judged(functions):
+    with RewardPool(f"{functions}.length", 1, 10.0) as pool:
+        asyncio.run(pool.check_labels([Prompt(0, (1,), None)]))
+
+
+def test_a_cancelled_call_does_not_leave_its_reply_to_the_next_one(functions):
+    async def cancel_then_score(pool):
+        first = asyncio.create_task(pool("x", None))
+        waiting = asyncio.create_task(pool("y", None))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        first.cancel()
+        await asyncio.gather(first, waiting, return_exceptions=True)
+        return await pool("z", None)
+
+    with RewardPool(f"{functions}.slow", 1, 10.0) as pool:
+        assert asyncio.run(cancel_then_score(pool)) == (1.0, True)
+        assert pool.counters["scored"] == 1
+
+
+def test_a_reply_that_came_while_the_event_loop_was_busy_still_counts(functions):
+    async def score_in_a_busy_loop(pool):
+        task = asyncio.create_task(pool("x", None))
+        await asyncio.sleep(0.1)
+        time.sleep(2.0)
+        return await task
+
+    with RewardPool(f"{functions}.slow", 1, 1.5) as pool:
+        assert asyncio.run(score_in_a_busy_loop(pool)) == (1.0, True)
+
+
+def test_a_worker_that_died_while_idle_costs_no_item(functions):
+    with RewardPool(f"{functions}.pid", 1, 10.0) as pool:
+        ((pid, _),) = score_all(pool, ("", None))
+        os.kill(int(pid), 9)
+        time.sleep(0.2)
+        assert score_all(pool, ("", None))[0][0] != pid
+        assert pool.counters == {"scored": 2, "timed_out": 0, "crashed": 0}
+
+
+def test_close_ends_its_own_workers_and_leaves_those_of_another_pool(functions):
+    with RewardPool(f"{functions}.pid", 1, 10.0) as other:
+        pool = RewardPool(f"{functions}.pid", 2, 10.0)
+        pids = {int(reward) for reward, _ in score_all(pool, *[("", None)] * 20)}
+        pool.close()
+        assert len(pids) == 2 and not any(running(pid) for pid in pids)
+        assert score_all(other, ("", None))[0][0] > 0
+        with pytest.raises(RuntimeError, match="closed"):
+            score_all(pool, ("", None))
+
+
+def test_workers_in_the_middle_of_an_item_end_with_a_trainer_that_is_killed(functions, tmp_path):
+    program = f"""
+import asyncio, os
+from megatron_jackpot.rewards.pool import RewardPool
+async def main():
+    asyncio.ensure_future(RewardPool("{functions}.hang", 1, 60.0)("hang", "{tmp_path}/pids"))
+    while not os.path.exists("{tmp_path}/pids"):
+        await asyncio.sleep(0.05)
+    os.kill(os.getpid(), 9)
+asyncio.run(main())
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    trainer = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path}, timeout=40
+    )
+    assert trainer.returncode == -9
+    worker, child = (int(pid) for pid in (tmp_path / "pids").read_text().split())
+    deadline = time.monotonic() + 5
+    while running(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(child, 9)
+    assert not running(worker)
+
+
+def test_close_during_calls_ends_them(functions):
+    async def close_in_between(pool):
+        tasks = [asyncio.create_task(pool("x", None)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        pool.close()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    results = asyncio.run(close_in_between(RewardPool(f"{functions}.slow", 1, 10.0)))
+    assert all(isinstance(result, RuntimeError) for result in results)

@@ -1,0 +1,116 @@
+"""collect: whole groups in order, failures counted up to the limit, the advantage over the whole group."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_jackpot.batch import Prompt
+from megatron_jackpot.rollout.collect import collect
+from megatron_jackpot.rollout.engine import Completion, Sampling, ServerError, StaleWeights
+
+SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=2)
+PROMPTS = [Prompt(id=10 + i, tokens=(1, i), label=None) for i in range(10)]
+
+
+def completion(token: int, finish: str = "stop") -> Completion:
+    return Completion(
+        tokens=np.array([token, 2], np.int32),
+        server_logp=np.array([-1.0, 0.0], np.float32),
+        topk_ids=np.array([[token, 3], [2, -1]], np.int32),
+        topk_logp=np.array([[-1, -2], [-0.5, -np.inf]], np.float32),
+        valid=np.array([True, False]),
+        weight_version=np.array([4, 4], np.int32),
+        finish=finish,
+        num_dropped_topk=1,
+    )
+
+
+class ScriptedEngine:
+    """Completions whose first token is 5 * sample; scripted failures by the prompt's second token."""
+
+    def __init__(self, **failures: dict[int, Any]) -> None:
+        self.raises = failures.get("raises", {})
+        self.aborts = failures.get("aborts", {})
+        self.num_retries = 7
+
+    async def generate_group(
+        self, prompt_tokens: Sequence[int], n: int, sampling: Sampling
+    ) -> list[Completion]:
+        which = prompt_tokens[1]
+        await asyncio.sleep(0.001 * (10 - which))
+        self.num_retries += 1
+        if which in self.raises:
+            raise self.raises[which]
+        finish = "abort" if which in self.aborts else "stop"
+        return [completion(5 * i, finish) for i in range(n)]
+
+
+async def reward(tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
+    return float(tokens[0]), tokens[0] == 10
+
+
+def centred(rewards: list[float]) -> list[float]:
+    return [r - sum(rewards) / len(rewards) for r in rewards]
+
+
+def run(engine: Any, *, n: int = 3, allowed: float = 0.0, **knobs: Any) -> Any:
+    return asyncio.run(collect(PROMPTS, 1, engine, SAMPLING, n, reward, centred, allowed, **knobs))
+
+
+def test_rollouts_come_in_prompt_order_with_reward_verdict_and_group_advantage():
+    seen: list[int] = []
+    rollouts, metrics = run(ScriptedEngine(), on_group=lambda group: seen.append(group[0].prompt.id))
+    assert [rollout.key for rollout in rollouts] == [
+        (1, 10 + i, sample) for i in range(10) for sample in range(3)
+    ]
+    assert [r.reward for r in rollouts[:3]] == [0.0, 5.0, 10.0]
+    assert [r.advantage for r in rollouts[:3]] == [-5.0, 0.0, 5.0]
+    assert [r.correct for r in rollouts[:3]] == [False, False, True]
+    assert seen == [19 - i for i in range(10)], "a group is reported when it is ready"
+    assert metrics["rollout/correct"] == (10, 30)
+    assert metrics["rollout/invalid_tokens"] == (30, 60)
+    assert metrics["rollout/dropped_topk"] == (30, 120)
+    assert metrics["rollout/retries"] == (10, 10)
+
+
+def test_failed_groups_are_counted_and_left_out_up_to_the_allowed_share():
+    engine = ScriptedEngine(
+        raises={3: ServerError("http://a: HTTP 500"), 5: ServerError("http://b: HTTP 500")}
+    )
+    rollouts, metrics = run(engine, allowed=0.2)
+    assert {r.prompt.id for r in rollouts} == set(range(10, 20)) - {13, 15}
+    assert metrics["rollout/failed_groups"] == (2, 10)
+    with pytest.raises(
+        RuntimeError, match="2 of 10 groups were lost.*max_failed_groups = 0.1.*http://a: HTTP 500"
+    ):
+        run(engine, allowed=0.1)
+
+
+def test_a_group_with_an_aborted_completion_is_left_out_and_counted_apart():
+    rollouts, metrics = run(ScriptedEngine(aborts={0: True}))
+    assert len(rollouts) == 27 and metrics["rollout/aborted_groups"] == (1, 10)
+
+
+@pytest.mark.parametrize("error", [StaleWeights("old"), ValueError("prompt too long")])
+def test_stale_weights_and_wrong_prompts_end_the_call_whatever_share_may_fail(error):
+    with pytest.raises(type(error), match=str(error)):
+        run(ScriptedEngine(raises={9: error}), allowed=1.0)
+
+
+def test_an_error_of_the_reward_is_not_swallowed():
+    async def broken(tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
+        raise KeyError("answer")
+
+    with pytest.raises(KeyError, match="answer"):
+        asyncio.run(collect(PROMPTS, 0, ScriptedEngine(), SAMPLING, 2, broken, centred, 1.0))
+
+
+def test_groups_whose_rewards_are_equal_are_counted():
+    async def same(tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
+        return 1.0, True
+
+    _, metrics = asyncio.run(collect(PROMPTS, 0, ScriptedEngine(), SAMPLING, 2, same, centred, 0.0))
+    assert metrics["rollout/equal_rewards"] == (10, 10)

@@ -1,0 +1,142 @@
+"""Start-up failures of a server are told at once, and stopping one ends all of its processes and no other."""
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot.rollout import server as server_module
+from megatron_jackpot.rollout.server import (
+    ServerProcess,
+    free_port,
+    server_command,
+    server_environment,
+    start_servers,
+    stop_servers,
+)
+
+HEALTHY = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+STUBBORN_FAMILY = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.fork()
+print("alive", flush=True)
+time.sleep(60)
+"""
+
+
+def python_server(tmp_path: Path, code: str, name: str = "server") -> ServerProcess:
+    port = free_port()
+    return ServerProcess(
+        [sys.executable, "-c", code, str(port)], port=port, log_path=tmp_path / f"{name}.log"
+    )
+
+
+def alive_in_group(group: int) -> int:
+    count = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, member_of = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        count += int(member_of) == group and state != "Z"
+    return count
+
+
+def test_a_port_in_use_is_named_before_anything_is_spawned(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = ServerProcess(["must-not-run"], port=port, log_path=tmp_path / "log")
+        with pytest.raises(RuntimeError, match=f"Port {port} on 127.0.0.1 is in use.*servers.port"):
+            server.start()
+    assert server.process is None
+
+
+def test_a_server_that_dies_while_starting_is_told_at_once_with_its_last_words(tmp_path):
+    server = python_server(tmp_path, "print('loading'); raise SystemExit('no such model')")
+    server.start()
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="exit code 1 while starting(.|\n)*no such model"):
+        server.wait_healthy(30)
+    assert time.monotonic() - started < 5
+    server.stop()
+
+
+def test_a_server_that_never_answers_ends_at_the_time_limit_with_its_log(tmp_path):
+    server = python_server(tmp_path, "import time; print('thinking', flush=True); time.sleep(60)")
+    server.start()
+    try:
+        with pytest.raises(TimeoutError, match="did not answer /health within 1 s(.|\n)*thinking"):
+            server.wait_healthy(1)
+    finally:
+        server.stop(1)
+
+
+def test_stop_ends_the_whole_group_even_members_that_ignore_sigterm_and_no_other(tmp_path):
+    family, neighbour = (
+        python_server(tmp_path, STUBBORN_FAMILY),
+        python_server(tmp_path, HEALTHY, "neighbour"),
+    )
+    family.start()
+    neighbour.start()
+    group = family.process.pid
+    while family.log_path.read_text().count("alive") < 2:
+        time.sleep(0.02)
+    started = time.monotonic()
+    family.stop(0.5)
+    assert time.monotonic() - started < 3
+    assert alive_in_group(group) == 0
+    neighbour.wait_healthy(10)
+    stop_servers([neighbour])
+    assert not neighbour.running
+
+
+def test_when_one_of_several_servers_fails_the_others_are_stopped(tmp_path, monkeypatch):
+    made: list[ServerProcess] = []
+
+    def command(model_path: str, *, port: int, **knobs: object) -> list[str]:
+        code = HEALTHY if not made else "raise SystemExit('out of memory')"
+        return [sys.executable, "-c", code, str(port)]
+
+    start = ServerProcess.start
+    monkeypatch.setattr(server_module, "server_command", command)
+    monkeypatch.setattr(ServerProcess, "start", lambda server: (made.append(server), start(server)))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        start_servers("model", dtype="float32", folder=tmp_path, num=2, device="cpu", start_timeout_s=20)
+    assert len(made) == 2 and not any(server.running for server in made)
+
+
+def test_the_environment_drops_torchrun_and_puts_the_stand_ins_first_only_without_cuda(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    cpu, cuda = server_environment("cpu", tp=2), server_environment("cuda", tp=2, gpus=(4, 5))
+    assert "RANK" not in cpu and "TORCHELASTIC_RUN_ID" not in cuda
+    assert cpu["PYTHONPATH"].split(os.pathsep) == [str(server_module.CPU_SHIMS), "mine"]
+    assert cuda["PYTHONPATH"] == "mine" and cuda["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert len(cpu["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 2
+
+
+def test_cpu_flags_appear_on_cpu_only_and_extra_arguments_come_last():
+    shared = {
+        "python": "python",
+        "host": "127.0.0.1",
+        "port": 1,
+        "tp": 1,
+        "dtype": "float32",
+        "extra_args": ("--x",),
+    }
+    cpu, cuda = server_command("m", device="cpu", **shared), server_command("m", device="cuda", **shared)
+    assert "torch_native" in cpu and "torch_native" not in cuda
+    assert cpu[-1] == cuda[-1] == "--x"

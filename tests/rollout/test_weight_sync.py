@@ -1,0 +1,122 @@
+"""The parts of a weight sync that need no real server: buckets, folders, names, proof, time limits."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("aiohttp")
+
+from megatron_jackpot.rollout.admin import ServerAdmin
+from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.sync.broadcast import address_towards, side_by_side
+from megatron_jackpot.sync.disk import buckets, write_hf_folder
+from megatron_jackpot.sync.proof import Proof, SentTensors, SyncError, check_names, hf_shapes, paused
+from tests.rollout.fake_server import FakeServer, ok
+from tests.tiny import write_model
+
+
+def checksums(value: str, rank: int = 0) -> dict:
+    place = {"role": "target", "tp_rank": rank, "pp_rank": 0}
+    return {"success": True, "ranks": [{"checksums": {"w": value, "v": "same"}, "parallelism_info": [place]}]}
+
+
+def info(version: str) -> dict:
+    return {"weight_version": version}
+
+
+def sent(folder: Path, scale: float = 1.0) -> SentTensors:
+    tensors = SentTensors()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        tensors.add(name, tensor * scale)
+    return tensors
+
+
+def test_buckets_hold_one_dtype_and_stay_under_the_size_where_a_tensor_fits():
+    named = [(f"t{i}", torch.zeros(size)) for i, size in enumerate([10, 10, 100, 5])]
+    named += [("h", torch.zeros(3, dtype=torch.bfloat16))]
+    names = [[name for name, _ in bucket] for bucket in buckets(named, 80)]
+    assert names == [["t0", "t1"], ["t2"], ["t3"], ["h"]]
+
+
+def test_a_written_folder_holds_the_same_tensors_in_shards_and_the_other_files(tmp_path):
+    source = write_model(tmp_path / "source", 0)
+    (source / "tokenizer.json").write_text("{}")
+    tensors = load_file(source / "model.safetensors")
+    write_hf_folder(tmp_path / "out", tensors.items(), source, bucket_bytes=10_000)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    written = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert len(shards) > 3 and written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensors[name]) for name in tensors)
+    assert hf_shapes(tmp_path / "out") == hf_shapes(source)
+    names = {path.name for path in tmp_path.joinpath("out").iterdir()} - {shard.name for shard in shards}
+    assert names == {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_names_and_shapes_must_be_those_of_the_hf_folder():
+    expected = {"a": [2, 3], "lm_head.weight": [5, 2]}
+    check_names({"a": [2, 3]}, expected, {"lm_head.weight"})
+    with pytest.raises(SyncError, match="lm_head.weight was not sent but in"):
+        check_names({"a": [2, 3]}, expected)
+    with pytest.raises(SyncError, match="b was sent but not in"):
+        check_names({**expected, "b": [1]}, expected)
+    with pytest.raises(SyncError, match=r"a was sent as \[3, 2\]"):
+        check_names({**expected, "a": [3, 2]}, expected)
+
+
+def test_proof_wants_equal_servers_moved_checksums_and_the_version(tmp_path):
+    folder = write_model(tmp_path / "m", 0)
+    one = {"model_info": [ok(info("1")), ok(info("2"))]}
+    with FakeServer(**one, weights_checker=[ok(checksums("x"))]) as left:
+        proof = Proof(ServerAdmin([left.url]), folder)
+        proof.check(sent(folder), 1)
+        proof.check(sent(folder), 2)
+        with pytest.raises(SyncError, match="checksums did not move"):
+            proof.check(sent(folder, scale=1.5), 2)
+        with pytest.raises(SyncError, match=f"{left.url} reports weight version 2 after a push of version 3"):
+            proof.check(sent(folder), 3)
+        with FakeServer(model_info=[ok(info("2"))], weights_checker=[ok(checksums("y"))]) as right:
+            both = Proof(ServerAdmin([left.url, right.url]), folder)
+            with pytest.raises(SyncError, match=f"{left.url} and {right.url} in 1 tensors: tp0 pp0 w"):
+                both.check(sent(folder), 2)
+
+
+def test_an_error_while_paused_aborts_and_resumes_the_servers():
+    with FakeServer() as server:
+        with pytest.raises(ZeroDivisionError):
+            with paused(ServerAdmin([server.url]), "retract"):
+                raise ZeroDivisionError
+        paths = [path for path, _ in server.requests]
+    assert paths == ["/pause_generation", "/abort_request", "/continue_generation"]
+
+
+def test_a_refused_call_ends_the_wait_while_the_broadcast_still_hangs():
+    async def refuse() -> None:
+        await asyncio.sleep(0.1)
+        raise ServerError("refused")
+
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="refused"):
+        side_by_side(lambda: time.sleep(5), refuse(), 4, "a test")
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("work_s", "reply_s", "late"), [(5, 0, "the broadcast"), (0, 5, "the servers' reply")]
+)
+def test_whichever_side_is_missing_at_the_time_limit_is_named(work_s, reply_s, late):
+    with pytest.raises(SyncError, match=f"Waited 0.3 s for a test; {late} is missing"):
+        side_by_side(lambda: time.sleep(work_s), asyncio.sleep(reply_s), 0.3, "a test")
+
+
+def test_an_error_of_the_broadcast_is_told_while_the_reply_is_still_missing():
+    with pytest.raises(SyncError, match="Failed while waiting for a test: division by zero"):
+        side_by_side(lambda: 1 / 0, asyncio.sleep(5), 4, "a test")
+
+
+def test_the_address_of_this_machine_towards_a_local_server_is_loopback():
+    assert address_towards("http://127.0.0.1:1234") == "127.0.0.1"
