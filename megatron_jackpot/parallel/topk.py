@@ -43,7 +43,8 @@ def gather_top(values_TK: Tensor, ids_TK: Tensor, group: ProcessGroup | None) ->
 
 def _order_keys(values: Tensor, ids: Tensor) -> Tensor:
     """int64 keys that sort like (value, -id); ids [V] or [T, V], and -1 is below any id of the same value."""
-    bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal to 0.0
+    # + 0.0 turns -0.0 into 0.0, and makes the copy that is changed in place below.
+    bits = (values + 0.0).view(torch.int32)
     # Two's complement floats sort like integers once the magnitude bits of negative ones are flipped.
     bits ^= (bits >> 31) & 0x7FFFFFFF
     keys = bits.long()

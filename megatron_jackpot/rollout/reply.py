@@ -73,7 +73,7 @@ def parse_tokens(sample: dict[str, Any], finish: str, max_new_tokens: int, *, vo
     if finish == "length" and len(tokens) != max_new_tokens:
         raise BadReply(
             f"output_ids has {len(tokens)} tokens but finished by length, expected max_new_tokens = "
-            f"output_ids has {len(tokens)} tokens but finished by length, expected max_new_tokens = "
+            f"{max_new_tokens}; the server's KV cache or context may be smaller than prompt + max_new_tokens"
         )
     _check_ids(tokens, "output_ids", vocab_size)
     return tokens

@@ -218,7 +218,8 @@ class SGLangClient:
         if oldest < self.min_version:
             raise StaleWeights(
                 f"meta_info.weight_version = {oldest}, older than the oldest allowed version "
-                f"{self.min_version}. The server missed a weight update; raise rollout.max_staleness only if that is meant."
+                f"{self.min_version}. The server missed a weight update; raise rollout.max_staleness only if "
+                "that is meant."
             )
         return group
 

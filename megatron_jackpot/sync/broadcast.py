@@ -89,8 +89,8 @@ class WeightGroup:
 class BroadcastSync:
     """push() sends weights in flattened buckets; the first push is proved against a load from disk.
 
-    `proof_folder` must be visible to the servers and holds the weights during the first push only; without one
-    (None) that comparison is left out. Call it on one rank.
+    `proof_folder` must be visible to the servers and holds weights during the first push only; None leaves
+    the comparison out. Call it on one rank.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ class SyncError(RuntimeError):
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One push. Example: SyncReport(version=3, seconds=0.4, num_bytes=1707008, checksum="9f", proved=False)."""
+    """One push. Example: SyncReport(version=3, seconds=0.4, num_bytes=800, checksum="9f", proved=False)."""
 
     version: int
     seconds: float
