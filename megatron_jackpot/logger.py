@@ -12,7 +12,7 @@ from megatron_jackpot.metrics import Row, read_metrics, series
 SHOWN = {
     "reward/mean": ("reward", "{:.3f}"),
     "jackpot/acceptance": ("accept", "{:.3f}"),
-    "kl/policy_server_k3": ("KL", "{:.4f}"),
+    "kl/target_server": ("KL", "{:.4f}"),
     "rollout/tokens_per_s": ("tok/s", "{:.0f}"),
     "eval/policy_accuracy": ("policy", "{:.3f}"),
     "eval/actor_accuracy": ("actor", "{:.3f}"),
@@ -25,7 +25,7 @@ REPORTED = {
     "reward/mean": ("reward", "{:.3f}", max),
     "jackpot/acceptance": ("acceptance", "{:.3f}", max),
     "jackpot/z": ("Z", "{:.3f}", max),
-    "kl/policy_server_k3": ("KL(policy||server), k3", "{:.4f}", min),
+    "kl/target_server": ("KL(policy||server)", "{:.4f}", min),
     "rollout/tokens_per_s": ("rollout tokens/s", "{:.0f}", max),
     "sync/server_version": ("weight version on the server", "{:.0f}", max),
 }

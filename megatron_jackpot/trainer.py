@@ -216,9 +216,6 @@ class Trainer:
         trained = float(sum(r.num_tokens for r in rollouts))
         pairs = {
             "train/tokens": (trained, 1 / self.mesh.dp),
-            "reward/mean": (sum(r.reward for r in rollouts), len(rollouts)),
-            "reward/correct": (sum(r.correct for r in rollouts), len(rollouts)),
-            "rollout/response_tokens": (tokens, len(rollouts)),
             "rollout/tokens_per_s": (tokens, seconds / self.mesh.dp),
             **metrics,
         }

@@ -38,17 +38,18 @@ find_interpreter() {
 
 # PHASE COMMAND...: run it with its output in $log, a line of progress every 10 s, and the seconds at the end.
 phase() {
-  local phase="$1" start=$SECONDS next=10 child doing status=0
+  local phase="$1" start=$SECONDS next=10 offset child doing status=0
   local steps='(Collecting|Downloading|Building|Installing)[^,;(]{,60}'
   shift
+  offset=$(wc -c <"$log")
   "$@" >>"$log" 2>&1 9>&- &
   child=$!
   trap 'kill $child 2>/dev/null; wait $child; exit 130' INT TERM HUP
   while kill -0 "$child" 2>/dev/null; do
     sleep 0.5
     if (( SECONDS - start >= next )); then
-      doing=$(grep -aoE "$steps" "$log" | tail -n 1 || true)
-      say "$phase: $((SECONDS - start)) s, $(du -sm "$folder" | cut -f1) MB on disk, $doing"
+      doing=$(tail -c "+$((offset + 1))" "$log" | grep -aoE "$steps" | tail -n 1 || true)
+      say "$phase: $((SECONDS - start)) s, $(du -sm "$folder" | cut -f1) MB on disk${doing:+, $doing}"
       next=$((next + 10))
     fi
   done

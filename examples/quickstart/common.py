@@ -16,6 +16,7 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.vocab import vocab_parallel_argmax
 
 HERE = Path(__file__).parent
+DEVELOPMENT_SEED = 9_000_000
 
 
 def read_warmup() -> dict[str, Any]:
@@ -26,10 +27,12 @@ def read_run(overrides: list[str]) -> Config:
     return load_config(HERE / "run.yaml", overrides)
 
 
-def heldout(config: Config, tokenizer) -> PromptSet:
-    """The problems that the run evaluates on; the same as in the run because the same code draws them."""
-    exclude = training_prompts(config.data, tokenizer).texts
-    return heldout_prompts(config.data, config.evaluation, tokenizer, exclude=exclude)
+def heldout(config: Config, tokenizer) -> tuple[PromptSet, PromptSet]:
+    """(test, development): the problems the run evaluates on, drawn by the same code, and others for the warm-up."""
+    training = training_prompts(config.data, tokenizer).texts
+    test = heldout_prompts(config.data, config.evaluation, tokenizer, exclude=training)
+    knobs = config.evaluation.model_copy(update={"seed": DEVELOPMENT_SEED, "size": 200})
+    return test, heldout_prompts(config.data, knobs, tokenizer, exclude=training | test.texts)
 
 
 def make_mesh_and_packer(tokens: int, seed: int) -> tuple[Mesh, Packer]:

@@ -38,9 +38,14 @@ def main() -> None:
     optimizer = Optimizer(lr=warmup["policy"]["lr"] / 2, warmup_steps=50, weight_decay=0.01)
     folder = args.models / "policy"
     model = make_model("policy", read_hf_config(folder), folder, mesh, optimizer, 10**6)
-    test = heldout(config, tokenizer)
+    test, development = heldout(config, tokenizer)
     corpus = examples(
-        config.data, tokenizer, carelessness=warmup["carelessness"], seed=warmup["seed"], forbidden=test.texts, part=1
+        config.data,
+        tokenizer,
+        carelessness=warmup["carelessness"],
+        seed=warmup["seed"],
+        forbidden=test.texts | development.texts,
+        part=1,
     )
     console = Console(stderr=True)
     out = (args.run / "control.jsonl").open("w")

@@ -13,6 +13,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 import yaml
 from common import HERE, accuracy, heldout, make_mesh_and_packer, make_model, read_run, read_warmup
 from corpus import examples
@@ -69,11 +70,16 @@ def warm_up(
     """Train one model and write its HF folder; returns what is worth knowing about it."""
     knobs, tokenizer = warmup[name], build()
     steps, lr = knobs["steps"], knobs["lr"]
-    optimizer = Optimizer(lr=lr, min_lr=lr / 10, warmup_steps=50, decay="cosine", weight_decay=0.01)
+    optimizer = Optimizer(lr=lr, min_lr=lr / 10, warmup_steps=50, decay=knobs["decay"], weight_decay=0.01)
+    torch.manual_seed(warmup["seed"])
     model = make_model(name, hf_config(knobs["hf"], tokenizer), None, mesh, optimizer, steps)
-    test = heldout(config, tokenizer)
+    test, development = heldout(config, tokenizer)
     corpus = examples(
-        config.data, tokenizer, carelessness=warmup["carelessness"], seed=warmup["seed"], forbidden=test.texts
+        config.data,
+        tokenizer,
+        carelessness=warmup["carelessness"],
+        seed=warmup["seed"],
+        forbidden=test.texts | development.texts,
     )
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -81,10 +87,15 @@ def warm_up(
     with Bar(*columns, console=console) as bar:
         task = bar.add_task(f"warm-up of the {name}", total=steps)
 
-        def on_step(progress) -> None:
+        def on_step(progress) -> bool:
             nonlocal last
             last = progress
             bar.update(task, completed=progress.step, description=f"warm-up of the {name}, loss {progress.loss:.3f}")
+            if progress.step % 100:
+                return False
+            score = accuracy(model, development, tokenizer, config, packer)
+            bar.console.print(f"{name}: step {progress.step}, loss {progress.loss:.3f}, accuracy {score:.3f}")
+            return "stop_at" in knobs and score >= knobs["stop_at"]
 
         train(model, corpus, packer, batch=warmup["batch"], steps=steps, on_step=on_step)
     seconds = time.perf_counter() - started

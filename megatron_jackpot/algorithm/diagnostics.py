@@ -24,7 +24,7 @@ REST_FLOOR = 1e-6
 def diagnostics(scores: Scores, correction: Correction) -> Metrics:
     """name -> (sum, count); the ESS ratio is weight/mean ** 2 / weight/mean_square.
 
-    {policy,actor}/k1 = -log rho and k3 = rho - 1 - log rho estimate KL(server || model);
+    kl/server_{policy,actor}_k1 = -log rho and _k3 = rho - 1 - log rho estimate KL(server || model);
     {policy,actor,server}/log_ppl is the mean -log p; policy/chi2 = E_q[rho^2] - 1; gap/a_b is the mean
     |log p_a - log p_b|; kl/target_server is `candidate_kl`; rejected/{positive,negative} the share of
     tokens of such an advantage that keep removes.
@@ -34,8 +34,8 @@ def diagnostics(scores: Scores, correction: Correction) -> Metrics:
     metrics: Metrics = {}
     for model in ("policy", "actor"):
         log_rho_T = log_ratio(logp_T[model], logp_T["server"])
-        metrics[f"{model}/k1"] = mean_over(-log_rho_T, mask_T)
-        metrics[f"{model}/k3"] = mean_over(log_rho_T.expm1() - log_rho_T, mask_T)
+        metrics[f"kl/server_{model}_k1"] = mean_over(-log_rho_T, mask_T)
+        metrics[f"kl/server_{model}_k3"] = mean_over(log_rho_T.expm1() - log_rho_T, mask_T)
     rho_T = log_ratio(s.policy_logp_T, s.server_logp_T).double().exp()
     metrics["policy/chi2"] = mean_over(rho_T.square() - 1, mask_T)
     for model, value_T in logp_T.items():

@@ -116,8 +116,8 @@ def _metrics(tally: Tally, groups: list[list[Rollout]], retries: int) -> dict[st
     tokens = sum(len(rollout.tokens) for rollout in rollouts)
     count = len(rollouts)
     return {
-        "rollout/reward": (sum(r.reward for r in rollouts), count),
-        "rollout/correct": (sum(r.correct for r in rollouts), count),
+        "reward/mean": (sum(r.reward for r in rollouts), count),
+        "reward/correct": (sum(r.correct for r in rollouts), count),
         "rollout/response_tokens": (tokens, count),
         "rollout/truncated": (sum(r.finish == "length" for r in rollouts), count),
         "rollout/invalid_tokens": (sum(int((~r.valid).sum()) for r in rollouts), tokens),

@@ -122,7 +122,7 @@ def test_the_final_table_shows_first_last_and_best(tmp_path):
     with writer(tmp_path) as out:
         for step, accuracy in enumerate((0.2, 0.7, 0.6)):
             kl = 0.1 + step
-            out.write(step, {"eval/policy_accuracy": accuracy, "kl/policy_server_k3": kl, "time/step": 2})
+            out.write(step, {"eval/policy_accuracy": accuracy, "kl/target_server": kl, "time/step": 2})
     text = io.StringIO()
     print_report(tmp_path, Console(file=text, width=100))
     table = [" ".join(line.replace("\u2502", " ").split()) for line in text.getvalue().splitlines()]

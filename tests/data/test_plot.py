@@ -22,7 +22,7 @@ def make_run(folder, *, skipped=()):
     with MetricsWriter(folder, False, None) as out:
         out.write(0, {"eval/policy_accuracy": 0.3, "eval/actor_accuracy": 0.1})
         for step in range(1, 6):
-            names = {"reward/mean", "jackpot/acceptance", "jackpot/z", "kl/policy_server_k3"} - set(skipped)
+            names = {"reward/mean", "jackpot/acceptance", "jackpot/z", "kl/target_server"} - set(skipped)
             out.write(step, {name: step / 10 for name in sorted(names)})
         out.write(5, {"eval/policy_accuracy": 0.5, "eval/actor_accuracy": 0.4})
     return folder
@@ -57,7 +57,7 @@ def test_runs_of_one_name_in_two_places_are_both_drawn(tmp_path, plot_runs):
 
 
 def test_a_metric_that_was_never_measured_leaves_its_panel_empty(tmp_path, plot_runs):
-    figure = plot_runs([make_run(tmp_path / "run", skipped=["kl/policy_server_k3"])], tmp_path / "curves.png")
+    figure = plot_runs([make_run(tmp_path / "run", skipped=["kl/target_server"])], tmp_path / "curves.png")
     assert num_lines(figure) == [2, 1, 2, 0]
     assert figure.axes[3].texts[0].get_text() == "not measured"
 

@@ -324,10 +324,10 @@ def test_diagnostics_are_their_formulas():
     )
     weight, keep = result.weight_T[mask].double(), result.keep_T[mask]
     want = {
-        "policy/k1": (q - p).mean(),
-        "policy/k3": ((p - q).exp() - 1 - (p - q)).mean(),
-        "actor/k1": (q - a).mean(),
-        "actor/k3": ((a - q).exp() - 1 - (a - q)).mean(),
+        "kl/server_policy_k1": (q - p).mean(),
+        "kl/server_policy_k3": ((p - q).exp() - 1 - (p - q)).mean(),
+        "kl/server_actor_k1": (q - a).mean(),
+        "kl/server_actor_k3": ((a - q).exp() - 1 - (a - q)).mean(),
         "policy/chi2": (p - q).exp().square().mean() - 1,
         "policy/log_ppl": -p.mean(),
         "actor/log_ppl": -a.mean(),

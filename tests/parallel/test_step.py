@@ -1,0 +1,175 @@
+"""What must hold inside a step, whatever the layout: the order of updates, the scores, the way a mini-batch is skipped."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_jackpot.algorithm.corrections import CORRECTIONS
+from megatron_jackpot.config import Parallel
+from megatron_jackpot.losses import policy_loss
+from megatron_jackpot.models.mesh import init_mesh
+from megatron_jackpot.scoring import slice_scores
+from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
+from tests.parallel.spawn import run_ranks
+from tests.tiny import ACTOR, POLICY, groups, write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_model(folder / "policy", 0, **POLICY)
+    write_model(folder / "actor", 1, **ACTOR)
+    return folder
+
+
+def _on_one_rank(rank: int, world: int, folder: str) -> dict:
+    trainer = load_trainer(make_config(Layout(num_minibatches=2), Path(folder)))
+    return {
+        "old": _policy_old_is_the_pass_before_any_update(trainer),
+        "teacher": _teacher_is_what_was_scored(trainer),
+        "plain": _plain_grpo(trainer),
+        "scale": _loss_of_one_micro_batch_against_four(trainer),
+    }
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder: Path) -> dict:
+    return run_ranks(_on_one_rank, 1, 180, str(folder))[0]
+
+
+def _policy_old_is_the_pass_before_any_update(trainer) -> dict:
+    batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
+    before = trainer.scorer.logp(trainer.policy, batch)
+    seen = []
+    update = trainer.update_policy
+
+    def recorded(mini, scores, correction, denominator):
+        current = trainer.scorer.logp(trainer.policy, mini).flatten()
+        seen.append((scores.policy_logp_T.clone(), current, mini.mask_MT.flatten()))
+        update(mini, scores, correction, denominator)
+
+    trainer.update_policy = recorded
+    trainer.learn(batch)
+    trainer.update_policy = update
+    tokens = batch.tokens_MT.shape[1]
+    start = seen[0][0].numel() // tokens
+    mask = seen[1][2]
+    return {
+        "equal": torch.equal(seen[1][0][mask], before[start:].flatten()[mask]),
+        "moved": float((seen[1][1] - seen[1][0])[mask].abs().max()),
+        "first": float((seen[0][1] - seen[0][0])[seen[0][2]].abs().max()),
+    }
+
+
+def _teacher_is_what_was_scored(trainer) -> bool:
+    batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
+    scores = trainer.scorer(batch, step=0, actor_version=0)
+    mini = batch.split()[0]
+    first = slice_scores(scores, 0, mini.tokens_MT.numel())
+    trainer.update_actor(mini, first, 10.0)
+    again = trainer.scorer.logp(trainer.policy, mini).flatten()
+    return torch.equal(again[mini.mask_MT.flatten()], first.policy_logp_T[mini.mask_MT.flatten()])
+
+
+def _plain_grpo(trainer) -> dict:
+    """Rollouts whose proposal is the policy itself, with the whole vocabulary as candidates."""
+    vocab = trainer.policy.family.vocab_size
+    rollouts = groups(range(NUM_PROMPTS), top_k=vocab)
+    batch = trainer.packer.pack(rollouts, vocab)
+    logp = trainer.policy.score(
+        batch, lambda logits, m: {"logp": logits[:, :vocab].double().log_softmax(-1).float()}
+    )["logp"]
+    ids = torch.arange(vocab).expand(*batch.tokens_MT.shape, vocab)
+    sampled = logp.gather(-1, batch.labels_MT[..., None])[..., 0]
+    batch = replace(batch, server_logp_MT=sampled, topk_ids_MTK=ids, topk_logp_MTK=logp, num_minibatches=1)
+    scores = trainer.scorer(batch, step=0, actor_version=0)
+    jackpot = trainer.correction(scores, trainer.sum_over_batch)
+    none = CORRECTIONS["none"]()(scores, trainer.sum_over_batch)
+    results = {}
+    for name, correction in (("jackpot", jackpot), ("none", none)):
+        loss = _policy_loss(trainer, batch, scores, correction)
+        results[name] = _loss_and_gradients(trainer, batch, loss)
+    mask = scores.mask_T
+    return {"kept": bool(jackpot.keep_T[mask].all()), "num": int(mask.sum()), **results}
+
+
+def _policy_loss(trainer, batch, scores, correction):
+    return policy_loss(
+        batch, scores, correction, float(correction.count), trainer.objective, trainer.scorer.vocab(trainer.policy)
+    )
+
+
+def _loss_and_gradients(trainer, batch, loss) -> tuple[float, dict[str, torch.Tensor]]:
+    chunk = trainer.policy.chunks[0]
+    chunk.zero_grad_buffer()
+    total = 0.0
+    for _, sums in trainer.policy._run(batch, loss, forward_only=False):
+        total += float(sums["policy"])
+    return total, {name: p.main_grad.clone() for name, p in chunk.module.named_parameters()}
+
+
+def _loss_of_one_micro_batch_against_four(trainer) -> dict:
+    """The same four sequences as one micro-batch and as four: Megatron must not divide by their number."""
+    four = [[r] for r in groups(range(1))[0]]
+    out = {}
+    for enabled in (True, False):
+        trainer.packer.enabled, trainer.packer.num_minibatches = enabled, 1
+        batch = trainer.packer.pack(four, TOP_K)
+        scores = trainer.scorer(batch, step=0, actor_version=0)
+        correction = trainer.correction(scores, trainer.sum_over_batch)
+        loss, gradients = _loss_and_gradients(trainer, batch, _policy_loss(trainer, batch, scores, correction))
+        out[batch.num_microbatches] = (loss, float(sum(g.double().pow(2).sum() for g in gradients.values())))
+    trainer.packer.enabled, trainer.packer.num_minibatches = True, 2
+    return out
+
+
+def test_policy_old_of_the_second_mini_batch_is_the_pass_before_any_update(one_rank: dict) -> None:
+    assert one_rank["old"]["equal"]
+    assert one_rank["old"]["first"] == 0.0
+    assert one_rank["old"]["moved"] > 1e-3
+
+
+def test_the_teacher_of_the_actor_is_the_policy_that_was_scored_bit_for_bit(one_rank: dict) -> None:
+    assert one_rank["teacher"] is True
+
+
+def test_plain_grpo_is_recovered_when_the_server_is_the_policy(one_rank: dict) -> None:
+    plain = one_rank["plain"]
+    assert plain["kept"] and plain["num"] > 100
+    (jackpot_loss, jackpot_gradients), (none_loss, none_gradients) = plain["jackpot"], plain["none"]
+    np.testing.assert_allclose(jackpot_loss, none_loss, rtol=1e-5, atol=1e-7)
+    for name, gradient in none_gradients.items():
+        torch.testing.assert_close(jackpot_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_and_gradient_do_not_depend_on_the_number_of_micro_batches(one_rank: dict) -> None:
+    scale = one_rank["scale"]
+    assert sorted(scale) == [1, 4]
+    np.testing.assert_allclose(scale[1], scale[4], rtol=1e-5)
+
+
+def _skip_on_two_stages(rank: int, world: int, folder: str) -> tuple[float, float]:
+    """A batch without one valid token, then a good one: both stages must take the same way."""
+    trainer = load_trainer(make_config(Layout(pp=2), Path(folder)))
+    mine = groups(range(NUM_PROMPTS)) if trainer.mesh.is_leader else None
+    invalid = mine and [[replace(r, valid=np.zeros_like(r.valid)) for r in group] for group in mine]
+    trainer.learn(trainer.packer.pack(invalid, TOP_K))
+    skipped = trainer.values.get("batch/skipped", 0.0)
+    trainer.values = {}
+    trainer.learn(trainer.packer.pack(mine, TOP_K))
+    return skipped, trainer.values["grad_norm/policy"]
+
+
+def test_a_mini_batch_without_valid_tokens_is_skipped_by_every_pipeline_stage(folder: Path) -> None:
+    (first, norm), (last, last_norm) = run_ranks(_skip_on_two_stages, 2, 120, str(folder))
+    assert first == last == 1.0
+    assert norm == last_norm > 0
+
+
+def test_tp_that_does_not_divide_the_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="does not divide the 2 ranks"):
+        init_mesh(Parallel(tp=3), 0)
