@@ -40,9 +40,7 @@ def measure(trainer, steps: int) -> tuple[dict[str, dict[str, list[float]]], lis
         batch = trainer.packer.pack(groups, trainer.config.rollout.top_k_logp)
         for arm in ARMS if step % 2 else ARMS[::-1]:
             trainer.correction = CORRECTIONS[arm]()
-            trainer.sums, trainer.values = {}, dict.fromkeys(
-                [f"time/{phase}" for phase in PHASES], 0.0
-            )
+            trainer.sums, trainer.values = {}, dict.fromkeys([f"time/{phase}" for phase in PHASES], 0.0)
             trainer.learn(batch)
             # The first batch warms caches and is not counted.
             for phase in PHASES if step else ():
@@ -67,11 +65,16 @@ def report(seconds: dict[str, dict[str, list[float]]], tokens: list[float]) -> N
     table.add_row("step", f"{medians['jackpot']:.4f}", "", f"{medians['none']:.4f}", "")
     console = Console()
     console.print(table)
-    console.print(f"tokens/s of a Jackpot step (prompt and response): {statistics.median(tokens) / medians['jackpot']:.0f}")
+    console.print(
+        f"tokens/s of a Jackpot step (prompt and response): {statistics.median(tokens) / medians['jackpot']:.0f}"
+    )
     ratio = statistics.median(a / b for a, b in zip(totals["jackpot"], totals["none"], strict=True))
     console.print(f"ratio of a Jackpot step to a none step, same batches: {ratio:.3f}")
     learn = {
-        arm: [total - a - b for total, a, b in zip(totals[arm], seconds[arm]["rollout"], seconds[arm]["sync"], strict=True)]
+        arm: [
+            total - a - b
+            for total, a, b in zip(totals[arm], seconds[arm]["rollout"], seconds[arm]["sync"], strict=True)
+        ]
         for arm in ARMS
     }
     ratio = statistics.median(a / b for a, b in zip(learn["jackpot"], learn["none"], strict=True))
@@ -90,7 +93,9 @@ def main() -> None:
         servers = start_actor_servers(config, 1)
         try:
             urls = [server.url for server in servers]
-            config = config.model_copy(update={"servers": config.servers.model_copy(update={"urls": tuple(urls)})})
+            config = config.model_copy(
+                update={"servers": config.servers.model_copy(update={"urls": tuple(urls)})}
+            )
             assembly = assemble(config, init_mesh(config.parallel, config.run.seed))
             report(*measure(assembly.trainer, args.steps))
             assembly.close()

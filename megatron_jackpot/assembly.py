@@ -110,11 +110,15 @@ def stop_token_ids(eos: int | None, family: Family) -> tuple[int, ...]:
     listed = family.hf_config.get("eos_token_id")
     ids = {eos, *(listed if isinstance(listed, list) else [listed])} - {None}
     if not ids:
-        raise ValueError("Neither the tokenizer nor config.json names an eos token: responses would never end.")
+        raise ValueError(
+            "Neither the tokenizer nor config.json names an eos token: responses would never end."
+        )
     return tuple(sorted(ids))
 
 
-def make_source(config: Config, actor: Family, stop_ids: tuple[int, ...], decode: functools.partial) -> ServerSource:
+def make_source(
+    config: Config, actor: Family, stop_ids: tuple[int, ...], decode: functools.partial
+) -> ServerSource:
     """Client, reward pool and sampling of one DP leader."""
     rollout = config.rollout
     client = SGLangClient(

@@ -109,7 +109,9 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> "Batch":
         """Micro-batches start .. stop - 1 as a batch with one mini-batch."""
-        kept = {f.name: getattr(self, f.name)[start:stop] for f in fields(self) if f.name != "num_minibatches"}
+        kept = {
+            f.name: getattr(self, f.name)[start:stop] for f in fields(self) if f.name != "num_minibatches"
+        }
         return Batch(**kept, num_minibatches=1)
 
     def split(self) -> "list[Batch]":
@@ -118,5 +120,9 @@ class Batch:
         return [self.rows(i * size, (i + 1) * size) for i in range(self.num_minibatches)]
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor" or f.type is Tensor}
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if f.type == "Tensor" or f.type is Tensor
+        }
         return replace(self, **moved, cu_seqlens=tuple(c.to(device) for c in self.cu_seqlens))

@@ -15,7 +15,9 @@ from megatron_jackpot.algorithm.registry import nearest
 class Section(BaseModel):
     """A frozen block of knobs; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class Method(BaseModel):
@@ -266,13 +268,19 @@ class Config(Section):
     def _fields_agree(self) -> "Config":
         p, n = self.parallel, self.algorithm.num_minibatches
         if p.cp != 1:
-            raise ValueError(f"parallel.cp = {p.cp}: packed context parallelism is not supported. Set parallel.cp=1.")
+            raise ValueError(
+                f"parallel.cp = {p.cp}: packed context parallelism is not supported. Set parallel.cp=1."
+            )
         if p.vpp is not None and p.pp == 1:
             raise ValueError(f"parallel.vpp = {p.vpp} needs parallel.pp > 1, got 1. Set parallel.vpp=null.")
         if p.sequence_parallel and p.tp == 1:
-            raise ValueError("parallel.sequence_parallel = true needs parallel.tp > 1, got 1. Set it to false.")
+            raise ValueError(
+                "parallel.sequence_parallel = true needs parallel.tp > 1, got 1. Set it to false."
+            )
         if p.overlap_param_gather and not p.distributed_optimizer:
-            raise ValueError("parallel.overlap_param_gather = true needs parallel.distributed_optimizer=true.")
+            raise ValueError(
+                "parallel.overlap_param_gather = true needs parallel.distributed_optimizer=true."
+            )
         if self.precision.first_last_layers_bf16 and self.precision.fp8_recipe == "delayed":
             raise ValueError(
                 "precision.first_last_layers_bf16 = true does not go with precision.fp8_recipe = 'delayed'. "

@@ -37,7 +37,13 @@ def policy_loss(
 
 
 def actor_loss(
-    mini: Batch, teacher: Scores, knobs: Actor, distill: Any, denominator: float, objective: Objective, vocab: dict
+    mini: Batch,
+    teacher: Scores,
+    knobs: Actor,
+    distill: Any,
+    denominator: float,
+    objective: Objective,
+    vocab: dict,
 ) -> Loss:
     """PPO on the same samples, weighted by min(p_actor_old/q, C), plus lambda_distill times distillation, Eq. 6-8.
 

@@ -25,7 +25,9 @@ SHORTEST_PADDING = 64
 class Packer:
     """Packs a step's rollouts for every rank of the mesh."""
 
-    def __init__(self, mesh: Mesh, *, tokens: int, enabled: bool, num_minibatches: int, vpp: int | None) -> None:
+    def __init__(
+        self, mesh: Mesh, *, tokens: int, enabled: bool, num_minibatches: int, vpp: int | None
+    ) -> None:
         self.mesh = mesh
         multiple = math.lcm(16, mesh.tp)
         self.tokens = math.ceil(tokens / multiple) * multiple
@@ -69,7 +71,9 @@ class Packer:
                 segment += len(content)
         longest = max(len(row[-1]) for row in packed)
         ends = [np.pad(row[-1], (0, longest - len(row[-1])), constant_values=-1) for row in packed]
-        columns = [torch.from_numpy(np.stack(column)) for column in zip(*(row[:-1] for row in packed), strict=True)]
+        columns = [
+            torch.from_numpy(np.stack(column)) for column in zip(*(row[:-1] for row in packed), strict=True)
+        ]
         return [*columns, torch.from_numpy(np.stack(ends))]
 
 

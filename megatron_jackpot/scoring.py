@@ -12,7 +12,11 @@ from torch import Tensor
 from megatron_jackpot.algorithm.scores import Scores
 from megatron_jackpot.batch import Batch
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.parallel.vocab import vocab_parallel_gather_logp, vocab_parallel_logp, vocab_parallel_scores
+from megatron_jackpot.parallel.vocab import (
+    vocab_parallel_gather_logp,
+    vocab_parallel_logp,
+    vocab_parallel_scores,
+)
 
 MINUS_INFINITY = float("-inf")
 
@@ -20,7 +24,9 @@ MINUS_INFINITY = float("-inf")
 class Scorer:
     """Scores batches with policy and actor; results exist on the last pipeline stage only."""
 
-    def __init__(self, policy: MegatronModel, actor: MegatronModel, *, temperature: float, top_k: int) -> None:
+    def __init__(
+        self, policy: MegatronModel, actor: MegatronModel, *, temperature: float, top_k: int
+    ) -> None:
         self.policy = policy
         self.actor = actor
         self.top_k = top_k

@@ -132,7 +132,9 @@ class Trainer:
             groups, metrics = self.source.collect(epoch, prompts)
             self.note_rollouts(groups, metrics, time.perf_counter() - started)
         rollout = self.config.rollout
-        self.mesh.wait_for_leaders(f"rollout-{self.num_steps}", rollout.request_timeout_s * (rollout.retries + 2))
+        self.mesh.wait_for_leaders(
+            f"rollout-{self.num_steps}", rollout.request_timeout_s * (rollout.retries + 2)
+        )
         return groups
 
     def minibatches(self, batch: Batch, old: Scores | None) -> Iterator[tuple[Batch, Scores | None]]:
@@ -164,7 +166,9 @@ class Trainer:
             self.add_sums(staleness(mini, self.num_steps))
         num_policy, num_actor = self.mesh.from_last_stage(counts).tolist()
         if not (math.isfinite(num_policy) and math.isfinite(num_actor)):
-            raise RuntimeError(f"step {self.num_steps}: denominators are not finite: {num_policy}, {num_actor}.")
+            raise RuntimeError(
+                f"step {self.num_steps}: denominators are not finite: {num_policy}, {num_actor}."
+            )
         return correction, num_policy, num_actor
 
     def update_actor(self, mini: Batch, scores: Scores | None, denominator: float) -> None:
@@ -219,11 +223,15 @@ class Trainer:
             "rollout/tokens_per_s": (tokens, seconds / self.mesh.dp),
             **metrics,
         }
-        self.rollout_sums = {k: (torch.tensor(float(a)), torch.tensor(float(b))) for k, (a, b) in pairs.items()}
+        self.rollout_sums = {
+            k: (torch.tensor(float(a)), torch.tensor(float(b))) for k, (a, b) in pairs.items()
+        }
 
     def note_update(self, name: str, report: UpdateReport) -> None:
         if not math.isfinite(report.grad_norm):
-            raise RuntimeError(f"step {self.num_steps}: grad_norm/{name} is {report.grad_norm}; the run stops here.")
+            raise RuntimeError(
+                f"step {self.num_steps}: grad_norm/{name} is {report.grad_norm}; the run stops here."
+            )
         one = torch.ones([], dtype=torch.float64, device=self.mesh.device)
         self.add_sums({f"loss/{key}": (total, one / self.mesh.dp) for key, total in report.sums.items()})
         self.values[f"grad_norm/{name}"] = report.grad_norm

@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from megatron_jackpot.batch import Prompt, Rollout
 
 POLICY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
-ACTOR = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, tie_word_embeddings=True)
+ACTOR = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, tie_word_embeddings=True
+)
 
 
 def hf_config(**changes: object) -> dict:
@@ -98,3 +100,21 @@ def rollout(prompt_id: int, sample: int, *, vocab: int = 61, top_k: int = 8) -> 
 
 def groups(prompt_ids: range, samples: int = 4, top_k: int = 8) -> list[list[Rollout]]:
     return [[rollout(p, s, top_k=top_k) for s in range(samples)] for p in prompt_ids]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A character tokenizer of 50 tokens with <eos> = 2 and a chat template."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>"]
+    vocab = {token: i for i, token in enumerate(special + list("0123456789+-*/=?.,: \nabcdefghijklmnopqrstuvwxyz"))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="?"
+    )
+    fast.chat_template = "{% for m in messages %}{{m.content}}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    fast.save_pretrained(folder)

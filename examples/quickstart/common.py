@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from megatron_jackpot.config import Config, Optimizer, Parallel, Precision, load_config
 from megatron_jackpot.data.prompts import PromptSet, heldout_prompts, training_prompts
 from megatron_jackpot.models.engine import MegatronModel

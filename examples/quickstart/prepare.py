@@ -90,7 +90,9 @@ def warm_up(
         def on_step(progress) -> bool:
             nonlocal last
             last = progress
-            bar.update(task, completed=progress.step, description=f"warm-up of the {name}, loss {progress.loss:.3f}")
+            bar.update(
+                task, completed=progress.step, description=f"warm-up of the {name}, loss {progress.loss:.3f}"
+            )
             if progress.step % 100:
                 return False
             score = accuracy(model, development, tokenizer, config, packer)

@@ -41,16 +41,22 @@ def check_precision(precision: Precision, *, te: bool, capability: tuple[int, in
         return
     asked = f"precision.fp8 = '{precision.fp8}'"
     if capability is None:
-        raise ValueError(f"{asked} needs a GPU with fp8 (compute capability 8.9 or newer), got none. Set it to null.")
+        raise ValueError(
+            f"{asked} needs a GPU with fp8 (compute capability 8.9 or newer), got none. Set it to null."
+        )
     if capability < (8, 9):
         raise ValueError(f"{asked} needs compute capability 8.9 or newer, got {capability}. Set it to null.")
     if not te:
-        raise ValueError(f"{asked} needs Transformer Engine, which does not import here. Install the [gpu] extra.")
+        raise ValueError(
+            f"{asked} needs Transformer Engine, which does not import here. Install the [gpu] extra."
+        )
     if precision.dtype != "bfloat16":
         raise ValueError(f"{asked} needs precision.dtype='bfloat16', got '{precision.dtype}'.")
 
 
-def transformer_config(family: Family, parallel: Parallel, precision: Precision, *, te: bool) -> TransformerConfig:
+def transformer_config(
+    family: Family, parallel: Parallel, precision: Precision, *, te: bool
+) -> TransformerConfig:
     """Megatron's configuration of one model. Raises ValueError where the layout does not divide the model."""
     _check_layout(family, parallel)
     dtype = DTYPES[precision.dtype]
@@ -183,7 +189,9 @@ def _check_layout(family: Family, parallel: Parallel) -> None:
     hf = family.hf_config
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
         if hf[field] % parallel.tp:
-            raise ValueError(f"parallel.tp = {parallel.tp} does not divide config.json's {field} = {hf[field]}.")
+            raise ValueError(
+                f"parallel.tp = {parallel.tp} does not divide config.json's {field} = {hf[field]}."
+            )
     stages = parallel.pp * (parallel.vpp or 1)
     if family.num_layers % stages:
         raise ValueError(

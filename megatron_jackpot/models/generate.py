@@ -58,7 +58,9 @@ def _next_tokens(
     batch = _pack(sequences, bins, tokens).to(model.mesh.device)
     scored = model.score(batch, lambda logits, _: {"id": argmax(logits)})
     shape = batch.tokens_MT.shape
-    ids_MT = torch.empty(shape, dtype=torch.int64, device=model.mesh.device) if scored is None else scored["id"]
+    ids_MT = (
+        torch.empty(shape, dtype=torch.int64, device=model.mesh.device) if scored is None else scored["id"]
+    )
     ids_MT = model.mesh.from_last_stage(ids_MT.contiguous()).cpu()
     following = [0] * len(sequences)
     for row, content in enumerate(bins):

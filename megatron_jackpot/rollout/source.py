@@ -83,7 +83,9 @@ class ServerSource:
 
         async def ask() -> list[list[int]]:
             stop = self.sampling.stop_token_ids
-            return await asyncio.gather(*(self.client.greedy(p.tokens, max_new_tokens, stop) for p in prompts))
+            return await asyncio.gather(
+                *(self.client.greedy(p.tokens, max_new_tokens, stop) for p in prompts)
+            )
 
         return [list(answer) for answer in self._run(ask())]
 

@@ -22,7 +22,9 @@ def export(model: MegatronModel) -> dict[str, Tensor]:
             kind, layer = model.family.find(name)
             if model.mesh.is_main:
                 tensors = model.family.unshard(kind, layer, shards)
-                hf_tensors.update({key: value.detach().to("cpu", copy=True) for key, value in tensors.items()})
+                hf_tensors.update(
+                    {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+                )
     return hf_tensors
 
 

@@ -39,7 +39,9 @@ class Layout:
 
 def make_config(layout: Layout, folder: Path) -> Config:
     overlap = dict(overlap_grad_reduce=layout.overlap, overlap_param_gather=layout.overlap)
-    parallel = dict(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, sequence_parallel=layout.sp, timeout_s=60, **overlap)
+    parallel = dict(
+        tp=layout.tp, pp=layout.pp, vpp=layout.vpp, sequence_parallel=layout.sp, timeout_s=60, **overlap
+    )
     optimizer = dict(lr=1e-3, clip_grad=1e6)
     return parse_config(
         dict(
@@ -47,10 +49,14 @@ def make_config(layout: Layout, folder: Path) -> Config:
             policy=dict(hf=str(folder / "policy"), optimizer=optimizer),
             actor=dict(hf=str(folder / "actor"), optimizer=optimizer, distill_weight=0.5),
             data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=16),
-            rollout=dict(prompts_per_step=NUM_PROMPTS, samples_per_prompt=4, max_new_tokens=16, top_k_logp=TOP_K),
+            rollout=dict(
+                prompts_per_step=NUM_PROMPTS, samples_per_prompt=4, max_new_tokens=16, top_k_logp=TOP_K
+            ),
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
-                correction=dict(layout.correction), num_minibatches=layout.num_minibatches, target=layout.target
+                correction=dict(layout.correction),
+                num_minibatches=layout.num_minibatches,
+                target=layout.target,
             ),
             parallel=parallel,
             precision=dict(dtype="float32"),

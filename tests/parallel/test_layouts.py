@@ -11,7 +11,14 @@ from tests.parallel.layouts import Layout, run_layout
 from tests.parallel.spawn import run_ranks
 from tests.tiny import ACTOR, POLICY, write_model
 
-NUMBERS = ("loss/policy", "loss/actor", "loss/distill", "jackpot/kappa", "grad_norm/policy", "grad_norm/actor")
+NUMBERS = (
+    "loss/policy",
+    "loss/actor",
+    "loss/distill",
+    "jackpot/kappa",
+    "grad_norm/policy",
+    "grad_norm/actor",
+)
 TOLERANCE = 1e-5
 
 WORLD_2 = (

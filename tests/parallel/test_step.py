@@ -98,7 +98,12 @@ def _plain_grpo(trainer) -> dict:
 
 def _policy_loss(trainer, batch, scores, correction):
     return policy_loss(
-        batch, scores, correction, float(correction.count), trainer.objective, trainer.scorer.vocab(trainer.policy)
+        batch,
+        scores,
+        correction,
+        float(correction.count),
+        trainer.objective,
+        trainer.scorer.vocab(trainer.policy),
     )
 
 
@@ -120,7 +125,9 @@ def _loss_of_one_micro_batch_against_four(trainer) -> dict:
         batch = trainer.packer.pack(four, TOP_K)
         scores = trainer.scorer(batch, step=0, actor_version=0)
         correction = trainer.correction(scores, trainer.sum_over_batch)
-        loss, gradients = _loss_and_gradients(trainer, batch, _policy_loss(trainer, batch, scores, correction))
+        loss, gradients = _loss_and_gradients(
+            trainer, batch, _policy_loss(trainer, batch, scores, correction)
+        )
         out[batch.num_microbatches] = (loss, float(sum(g.double().pow(2).sum() for g in gradients.values())))
     trainer.packer.enabled, trainer.packer.num_minibatches = True, 2
     return out

@@ -12,5 +12,7 @@ def family_of(hf_config: dict) -> Family:
     """The family of a parsed config.json. Raises ValueError naming the architectures that are known."""
     names = hf_config.get("architectures") or ["(no architectures key)"]
     if names[0] not in FAMILIES:
-        raise ValueError(f"config.json: architecture {names[0]} is not supported. Known: {', '.join(FAMILIES)}.")
+        raise ValueError(
+            f"config.json: architecture {names[0]} is not supported. Known: {', '.join(FAMILIES)}."
+        )
     return FAMILIES[names[0]](hf_config)

@@ -19,7 +19,9 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """config.json of an HF folder. Raises ValueError naming the folder when it is missing or malformed."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer.")
+        raise ValueError(
+            f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer."
+        )
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -81,7 +83,10 @@ class Family(ABC):
 
     @property
     def head_dim(self) -> int:
-        return self.hf_config.get("head_dim") or self.hf_config["hidden_size"] // self.hf_config["num_attention_heads"]
+        return (
+            self.hf_config.get("head_dim")
+            or self.hf_config["hidden_size"] // self.hf_config["num_attention_heads"]
+        )
 
     def find(self, megatron_name: str) -> tuple[Kind, int | None]:
         """(kind, layer) of a Megatron parameter with a global layer index. Raises KeyError for unknown names."""

@@ -16,9 +16,15 @@ class Qwen3(Family):
     def transformer_fields(self) -> dict[str, Any]:
         """Raises ValueError for a field that changes the mathematics and is not supported."""
         hf = self.hf_config
-        for field, wanted in {"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}.items():
+        for field, wanted in {
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "hidden_act": "silu",
+        }.items():
             if hf.get(field, wanted) != wanted:
-                raise ValueError(f"config.json: {field} = {hf[field]!r} is not supported for Qwen3, only {wanted!r}.")
+                raise ValueError(
+                    f"config.json: {field} = {hf[field]!r} is not supported for Qwen3, only {wanted!r}."
+                )
         if hf.get("attention_dropout", 0.0) != 0.0:
             raise ValueError(
                 f"config.json: attention_dropout = {hf['attention_dropout']} must be 0: with dropout the trainer's "
