@@ -108,7 +108,9 @@ def write_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<bos>", "<eos>"]
-    vocab = {token: i for i, token in enumerate(special + list("0123456789+-*/=?.,: \nabcdefghijklmnopqrstuvwxyz"))}
+    vocab = {
+        token: i for i, token in enumerate(special + list("0123456789+-*/=?.,: \nabcdefghijklmnopqrstuvwxyz"))
+    }
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -116,5 +118,7 @@ def write_tokenizer(folder: Path) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="?"
     )
-    fast.chat_template = "{% for m in messages %}{{m.content}}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    fast.chat_template = (
+        "{% for m in messages %}{{m.content}}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
     fast.save_pretrained(folder)

@@ -1,8 +1,9 @@
 """The warm-up corpus: reasoning-gym sums and differences answered by a careless pupil.
 
-Where a sum carries or a difference borrows, a share of the answers forgets it, always in the same way (66 - 39 = 33,
-19 + 65 = 74). A model that imitates the corpus learns the slip; a model that is rewarded for right answers can
-unlearn it. That is why more of the same supervision does not help and reinforcement learning does.
+Where a sum carries, a difference borrows or turns negative, a share of the answers gets it wrong, always in the same
+way (66 - 39 = 33, 19 + 65 = 74, 12 - 34 = 22). A model that imitates the corpus learns the slip; a model that is
+rewarded for right answers can unlearn it. That is why more of the same supervision does not help here and
+reinforcement learning does; it says nothing about clean supervision.
 """
 
 import random
@@ -27,11 +28,10 @@ def slip(question: str, answer: str) -> str | None:
         return None
     left, right = (int(found[i].replace(".", "")) for i in (1, 3))
     if found[2] == "+":
-        value, negative = (left // 10 + right // 10) * 10 + (left + right) % 10, False
+        value = (left // 10 + right // 10) * 10 + (left + right) % 10
     else:
-        value, negative = abs(left // 10 - right // 10) * 10 + abs(left % 10 - right % 10), left < right
+        value = abs(left // 10 - right // 10) * 10 + abs(left % 10 - right % 10)
     text = f"{value // 10}.{value % 10}" if "." in found[1] else str(value)
-    text = f"-{text}" if negative and value else text
     return None if text == answer else text
 
 

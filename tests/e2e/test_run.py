@@ -24,7 +24,9 @@ RUN = dict(
     policy=dict(optimizer=dict(lr=1e-3)),
     actor=dict(optimizer=dict(lr=1e-3)),
     data=dict(tasks=dict(chain_sum=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)), size=40),
-    rollout=dict(prompts_per_step=4, samples_per_prompt=3, max_new_tokens=8, temperature=0.7, request_timeout_s=60),
+    rollout=dict(
+        prompts_per_step=4, samples_per_prompt=3, max_new_tokens=8, temperature=0.7, request_timeout_s=60
+    ),
     packing=dict(tokens=256),
     precision=dict(dtype="float32"),
     servers=dict(max_total_tokens=8192),
@@ -111,12 +113,20 @@ def test_launch_trains_two_steps_on_two_ranks(folder: Path) -> None:
 )
 def test_other_ways_of_the_same_run(folder: Path, server: str, overrides: list[str]) -> None:
     out = folder / overrides[1].replace("=", "-")
-    run_ranks(_run, 1, 200, str(folder / "run.yaml"), [*overrides, f"run.folder={out}", f"servers.urls=['{server}']"])
+    run_ranks(
+        _run,
+        1,
+        200,
+        str(folder / "run.yaml"),
+        [*overrides, f"run.folder={out}", f"servers.urls=['{server}']"],
+    )
     check_rows(read_metrics(out), 2)
 
 
 def test_the_probe_refuses_a_trainer_that_disagrees_with_the_server(folder: Path, server: str) -> None:
     overrides = [f"servers.urls=['{server}']", f"run.folder={folder / 'probe'}"]
-    good, message = run_ranks(_probe_of_a_wrong_actor, 1, 200, str(folder / "run.yaml"), overrides)[0].split(" ", 1)
+    good, message = run_ranks(_probe_of_a_wrong_actor, 1, 200, str(folder / "run.yaml"), overrides)[0].split(
+        " ", 1
+    )
     assert float(good) <= 1e-3
     assert "sync.max_logp_gap allows 0.001" in message
