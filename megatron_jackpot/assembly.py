@@ -33,6 +33,10 @@ from megatron_jackpot.sync.disk import DiskSync
 from megatron_jackpot.trainer import Trainer
 
 
+class Refused(ValueError):
+    """The input cannot work; the message names the field and the remedy."""
+
+
 @dataclass(frozen=True)
 class Assembly:
     """A trainer, and the prompts it is checked and judged by."""
@@ -162,9 +166,12 @@ def make_sync(config: Config) -> DiskSync | BroadcastSync:
 
 
 def run(config: Config) -> None:
-    """One rank of a training run, from the first check to the final table."""
-    mesh = init_mesh(config.parallel, config.run.seed)
-    assembly = assemble(config, mesh)
+    """One rank of a training run, from the first check to the final table. Raises Refused before the first step."""
+    try:
+        mesh = init_mesh(config.parallel, config.run.seed)
+        assembly = assemble(config, mesh)
+    except (ValueError, FileNotFoundError) as error:
+        raise Refused(*error.args) from error
     try:
         with contextlib.ExitStack() as outputs:
             report = _report(config, mesh, outputs)

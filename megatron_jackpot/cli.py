@@ -78,9 +78,12 @@ def refuse(error: Exception) -> int:
 
 
 def _train(config: Config) -> int:
-    from megatron_jackpot.assembly import run
+    from megatron_jackpot.assembly import Refused, run
 
-    run(config)
+    try:
+        run(config)
+    except Refused as error:
+        return refuse(error)
     return 0
 
 

@@ -35,7 +35,7 @@ PANELS = (
 def plot_runs(folders: list[Path], out: Path, control: Path | None = None) -> Figure:
     """Write the picture of the runs' metrics to `out` (PNG) and return the figure."""
     runs = list(zip(_names(folders), map(read_metrics, folders), strict=True))
-    figure = Figure(figsize=(11, 7), dpi=130, layout="constrained")
+    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, metrics) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for i, (name, rows) in enumerate(runs):
@@ -86,7 +86,7 @@ def _finish(axes: Axes, title: str) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none", ncols=2)
     else:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color=CONTROL)
 

@@ -34,7 +34,7 @@ def main() -> None:
         raise ValueError(f"{args.run}/metrics.jsonl has no train/tokens: the run trained on nothing.")
     config, warmup, tokenizer = read_run([]), read_warmup(), build()
     mesh, packer = make_mesh_and_packer(warmup["packing_tokens"], warmup["seed"])
-    optimizer = Optimizer(lr=warmup["policy"]["lr"] / 2, warmup_steps=50, weight_decay=0.01)
+    optimizer = Optimizer(lr=warmup["policy"]["lr"] / 10, warmup_steps=50, weight_decay=0.01)
     folder = args.models / "policy"
     model = make_model("policy", read_hf_config(folder), folder, mesh, optimizer, 10**6)
     test, development = heldout(config, tokenizer)

@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_jackpot.config import Parallel, Precision
@@ -174,7 +174,10 @@ class _SafetensorsFolder:
         self.folder = folder
         self.where: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            handle = safe_open(path, framework="pt")
+            try:
+                handle = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is truncated or not a safetensors file: {error}.") from error
             self.where.update({name: handle for name in handle.keys()})
         if not self.where:
             raise ValueError(f"{folder} holds no *.safetensors file.")

@@ -1,6 +1,7 @@
 """What the launcher refuses before it starts anything, and how it copies output."""
 
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -105,3 +106,13 @@ def test_output_reaches_the_terminal_as_it_is_and_the_log_as_it_ends_up(tmp_path
     assert child.code() == 0
     assert (tmp_path / "log").read_text() == "100%\ngreen \u2501\nno end"
     assert "\x1b[32mgreen \u2501" in capsys.readouterr().out
+
+
+def test_a_rank_that_cannot_work_says_why_without_a_traceback(tree, tmp_path):
+    tree["servers"] = {"urls": ["http://127.0.0.1:1"]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "megatron_jackpot.cli", "train", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "tokenizer" in done.stderr and str(tmp_path / "model") in done.stderr
+    assert "Traceback" not in done.stderr

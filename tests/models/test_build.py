@@ -1,0 +1,218 @@
+"""HF folder -> Megatron chunks -> HF folder: what is refused, that nothing is lost, and HF's own log-probs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+from safetensors.torch import load_file, save_file
+
+from megatron_jackpot.config import Parallel, Precision
+from megatron_jackpot.models.build import (
+    check_precision,
+    have_transformer_engine,
+    padded_vocab_size,
+    transformer_config,
+)
+from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.mesh import init_mesh
+from megatron_jackpot.packing import Packer
+from megatron_jackpot.parallel.vocab import vocab_parallel_logp
+from megatron_jackpot.sync.export import export
+from tests.parallel.spawn import run_ranks
+from tests.tiny import groups, hf_config, write_model
+
+FP8 = Precision(dtype="bfloat16", fp8="hybrid")
+
+
+@pytest.mark.parametrize(
+    ("precision", "te", "capability", "message"),
+    [
+        (FP8, True, None, "needs a GPU with fp8"),
+        (FP8, True, (8, 0), r"8\.9 or newer, got \(8, 0\)"),
+        (FP8, False, (9, 0), "needs Transformer Engine"),
+        (Precision(dtype="float32", fp8="hybrid"), True, (9, 0), "needs precision.dtype='bfloat16'"),
+        (Precision(dtype="bfloat16", fp8_param=True), True, (9, 0), "fp8_param = true needs precision.fp8"),
+    ],
+)
+def test_fp8_that_cannot_work_is_refused(precision, te, capability, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_precision(precision, te=te, capability=capability)
+
+
+def test_fp8_on_hopper_reaches_megatrons_configuration() -> None:
+    check_precision(FP8, te=True, capability=(9, 0))
+    precision = FP8.model_copy(update={"fp8_recipe": "tensorwise", "first_last_layers_bf16": True})
+    config = transformer_config(family_of(hf_config()), Parallel(), precision, te=True)
+    assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == ("hybrid", "tensorwise", True)
+    assert config.params_dtype == torch.bfloat16
+
+
+def test_transformer_engine_is_used_only_where_it_imports_and_cuda_is_there() -> None:
+    assert have_transformer_engine() == (HAVE_TE and torch.cuda.is_available())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout = 0.1 must be 0"),
+    ],
+)
+def test_a_field_that_changes_the_mathematics_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        family_of(hf_config(**changes)).transformer_fields()
+
+
+def test_rope_is_read_in_both_forms_of_transformers_and_scaling_is_refused() -> None:
+    assert family_of(hf_config(rope_theta=5e5)).rope_theta == 5e5
+    nested = hf_config(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    del nested["rope_theta"]
+    assert family_of(nested).rope_theta == 1e6
+    for field in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ValueError, match="rope scaling 'yarn'"):
+            _ = family_of(hf_config(**{field: {"rope_type": "yarn", "factor": 4.0}})).rope_theta
+
+
+def test_an_unknown_architecture_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="GemmaForCausalLM is not supported. Known: Qwen3ForCausalLM"):
+        family_of(hf_config(architectures=["GemmaForCausalLM"]))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (Parallel(tp=4), "tp = 4 does not divide config.json's num_key_value_heads = 2"),
+        (Parallel(tp=3), "tp = 3 does not divide config.json's num_attention_heads = 4"),
+        (Parallel(pp=3), "does not divide num_hidden_layers = 4"),
+        (Parallel(pp=2, vpp=4), r"2 \* 4 does not divide num_hidden_layers = 4"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_model_is_refused(parallel: Parallel, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        transformer_config(family_of(hf_config()), parallel, Precision(dtype="float32"), te=False)
+
+
+def test_both_models_share_one_padded_vocabulary_that_every_tp_divides() -> None:
+    for tp in (1, 2, 3, 8):
+        size = padded_vocab_size([61, 97], tp)
+        assert size >= 97 and size % (16 * tp) == 0
+
+
+def test_a_config_that_is_missing_or_malformed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="config.json is missing"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        read_hf_config(tmp_path)
+
+
+def _load(folder: Path, parallel: Parallel) -> MegatronModel:
+    family = family_of(read_hf_config(folder))
+    return MegatronModel.load(
+        "policy",
+        family,
+        folder,
+        mesh=init_mesh(parallel, 0),
+        parallel=parallel,
+        precision=Precision(dtype="float32"),
+        padded_vocab=padded_vocab_size([family.vocab_size], parallel.tp),
+    )
+
+
+def _refusal(rank: int, world: int, folder: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        _load(Path(folder), Parallel())
+    return str(caught.value)
+
+
+def _without(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _cut(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "holds no *.safetensors file"),
+        (lambda f: _without(f, "model.norm.weight"), "tensor 'model.norm.weight' is in no safetensors file"),
+        (lambda f: _cut(f, "model.norm.weight"), "model.norm.weight gives (63,)"),
+        (_truncate, "model.safetensors is truncated"),
+    ],
+    ids=["no file", "a tensor missing", "a tensor of another shape", "truncated"],
+)
+def test_a_folder_that_is_incomplete_is_refused_by_name(tmp_path: Path, spoil, message: str) -> None:
+    folder = write_model(tmp_path / "model", 0)
+    spoil(folder)
+    assert message in run_ranks(_refusal, 1, 60, str(folder))[0]
+
+
+def _round_trip(rank: int, world: int, folder: str, tp: int, pp: int) -> bool | None:
+    model = _load(Path(folder), Parallel(tp=tp, pp=pp))
+    exported = export(model)
+    if rank:
+        return None
+    original = load_file(Path(folder) / "model.safetensors")
+    assert exported.keys() == original.keys()
+    return all(torch.equal(exported[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
+def test_loading_and_exporting_returns_every_tensor_bit_for_bit(
+    tmp_path, tied: bool, tp: int, pp: int
+) -> None:
+    folder = write_model(tmp_path / "model", 0, tie_word_embeddings=tied)
+    assert run_ranks(_round_trip, tp * pp, 120, str(folder), tp, pp)[0] is True
+
+
+def _gap_to_transformers(rank: int, world: int, folder: str) -> float:
+    from transformers import AutoModelForCausalLM
+
+    model = _load(Path(folder), Parallel())
+    rollouts = groups(range(6))
+    batch = Packer(model.mesh, tokens=256, enabled=True, num_minibatches=1, vpp=None).pack(rollouts, 8)
+
+    def read(logits_TV: torch.Tensor, m: int) -> dict[str, torch.Tensor]:
+        args = dict(vocab_size=model.family.vocab_size, group=model.mesh.tp_group)
+        return {"logp": vocab_parallel_logp(logits_TV, batch.labels_MT[m], **args)}
+
+    mine = model.score(batch, read)["logp"]
+    # Every sequence on its own, without padding and without packing.
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    gap, compared = 0.0, 0
+    for m in range(batch.num_microbatches):
+        edges = batch.cu_seqlens[m].tolist()
+        for start, stop in zip(edges, edges[1:], strict=False):
+            mask = batch.mask_MT[m, start:stop]
+            with torch.no_grad():
+                logp = reference(batch.tokens_MT[m, start:stop][None]).logits[0].float().log_softmax(-1)
+            theirs = logp.gather(-1, batch.labels_MT[m, start:stop, None]).squeeze(-1)
+            gap = max([gap, *(theirs - mine[m, start:stop])[mask].abs().tolist()])
+            compared += int(mask.sum())
+    assert compared == sum(int(r.valid.sum()) for group in rollouts for r in group)
+    return gap
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logp_of_packed_sequences_equals_hf_transformers_one_by_one(tmp_path: Path, tied: bool) -> None:
+    folder = write_model(tmp_path / "model", 0, tie_word_embeddings=tied)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["tie_word_embeddings"] == tied
+    assert run_ranks(_gap_to_transformers, 1, 120, str(folder))[0] <= 2e-5
