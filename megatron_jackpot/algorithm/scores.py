@@ -58,3 +58,22 @@ class Correction:
     """float64 scalar, this rank's contribution to the denominator N (summed over DP x CP by the caller)."""
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """name -> (sum, count) on this rank; divided once, after a global sum."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The constants of one micro-batch beside the live log-probs: what an objective may look at.
+
+    A rollout never spans two micro-batches, so sums over a segment are complete.
+    """
+
+    old_logp_T: Tensor
+    """log p_old of the sampled token: the model that is trained, at the start of the step."""
+    server_logp_T: Tensor
+    """log q of the sampled token."""
+    advantage_T: Tensor
+    """The rollout's advantage on each of its tokens."""
+    mask_T: Tensor
+    """bool, the tokens that count."""
+    segment_T: Tensor
+    """int64, which rollout of this rank a token belongs to; -1 on padding."""
