@@ -27,7 +27,7 @@ PANELS = (
     ),
     ("Reward of the rollouts", {"reward/mean": ("reward", OTHER)}),
     ("Acceptance and Z", {"jackpot/acceptance": ("acceptance", POLICY), "jackpot/z": ("Z", ACTOR)}),
-    ("KL(policy || server), k3", {"kl/target_server": ("KL", OTHER)}),
+    ("KL(policy || server), top-k", {"kl/target_server": ("KL", OTHER)}),
 )
 """Title -> metric -> (label, colour). The colour is the metric, the line style the run."""
 

@@ -1,7 +1,9 @@
 import io
 import json
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -127,6 +129,11 @@ def test_the_final_table_shows_first_last_and_best(tmp_path):
     print_report(tmp_path, Console(file=text, width=100))
     table = [" ".join(line.replace("\u2502", " ").split()) for line in text.getvalue().splitlines()]
     assert "policy accuracy 0.200 0.600 0.700" in table
-    assert "KL(policy||server), k3 0.1000 2.1000 0.1000" in table
+    assert "KL(policy||server) 0.1000 2.1000 0.1000" in table
     assert "total time 6.0 s" in table
     assert final_table([]).row_count == final_table(read_metrics(tmp_path)).row_count
+
+
+def test_every_metric_that_tools_rely_on_is_defined_in_the_documents():
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    assert METRICS.keys() <= set(re.findall(r"`([^`]+)`", text))

@@ -70,7 +70,7 @@ def test_rollouts_come_in_prompt_order_with_reward_verdict_and_group_advantage()
     assert [r.advantage for r in rollouts[:3]] == [-5.0, 0.0, 5.0]
     assert [r.correct for r in rollouts[:3]] == [False, False, True]
     assert seen == [19 - i for i in range(10)], "a group is reported when it is ready"
-    assert metrics["rollout/correct"] == (10, 30)
+    assert metrics["reward/correct"] == (10, 30)
     assert metrics["rollout/invalid_tokens"] == (30, 60)
     assert metrics["rollout/dropped_topk"] == (30, 120)
     assert metrics["rollout/retries"] == (10, 10)
