@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_jackpot.algorithm.corrections import CORRECTIONS
+from megatron_jackpot.algorithm.corrections import make_correction
 from megatron_jackpot.assembly import assemble
 from megatron_jackpot.config import load_config
 from megatron_jackpot.launch import start_actor_servers
@@ -39,7 +39,7 @@ def measure(trainer, steps: int) -> tuple[dict[str, dict[str, list[float]]], lis
         shared = {phase: trainer.values[f"time/{phase}"] for phase in ("rollout", "sync")}
         batch = trainer.packer.pack(groups, trainer.config.rollout.top_k_logp)
         for arm in ARMS if step % 2 else ARMS[::-1]:
-            trainer.correction = CORRECTIONS[arm]()
+            trainer.methods.correction = make_correction(arm, {}, 0)
             trainer.sums, trainer.values = {}, dict.fromkeys([f"time/{phase}" for phase in PHASES], 0.0)
             trainer.learn(batch)
             # The first batch warms caches and is not counted.

@@ -8,8 +8,6 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_jackpot.algorithm.advantages import ADVANTAGES
-from megatron_jackpot.algorithm.registry import build
 from megatron_jackpot.batch import Prompt
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
@@ -18,6 +16,7 @@ from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megatron_jackpot.evaluation import evaluate
 from megatron_jackpot.gates import check_families, probe
 from megatron_jackpot.logger import StepLogger, print_report
+from megatron_jackpot.methods import Methods
 from megatron_jackpot.metrics import MetricsWriter
 from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel
@@ -57,6 +56,7 @@ class Assembly:
 
 def assemble(config: Config, mesh: Mesh) -> Assembly:
     """Raises ValueError or FileNotFoundError naming the field for anything that cannot work."""
+    methods = Methods.from_config(config)
     check_same_tokenizer(config.policy.hf, config.actor.hf)
     tokenizer = load_tokenizer(config.policy.hf)
     families = load_families(config)
@@ -67,13 +67,14 @@ def assemble(config: Config, mesh: Mesh) -> Assembly:
     source = None
     if mesh.is_leader:
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-        source = make_source(config, families["actor"], stop_ids, decode)
+        source = make_source(config, methods, families["actor"], stop_ids, decode)
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever match.
             source.check_labels([*training.prompts, *heldout.prompts][mesh.dp_rank :: mesh.dp])
     trainer = Trainer(
         config,
         mesh,
+        methods,
         policy,
         actor,
         loader=PromptLoader(
@@ -121,7 +122,7 @@ def stop_token_ids(eos: int | None, family: Family) -> tuple[int, ...]:
 
 
 def make_source(
-    config: Config, actor: Family, stop_ids: tuple[int, ...], decode: functools.partial
+    config: Config, methods: Methods, actor: Family, stop_ids: tuple[int, ...], decode: functools.partial
 ) -> ServerSource:
     """Client, reward pool and sampling of one DP leader."""
     rollout = config.rollout
@@ -139,11 +140,9 @@ def make_source(
         top_k_logp=rollout.top_k_logp,
         stop_token_ids=stop_ids,
     )
-    method = config.algorithm.advantage
-    advantage = build(method.name, method.knobs, ADVANTAGES, "algorithm.advantage")
 
-    def as_list(rewards: Sequence[float]) -> list[float]:
-        return advantage(rewards).tolist()
+    def advantages(rewards: Sequence[float]) -> list[float]:
+        return methods.advantage(rewards).tolist()
 
     return ServerSource(
         client,
@@ -151,7 +150,7 @@ def make_source(
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
         max_failed_groups=rollout.max_failed_groups,
-        advantage=as_list,
+        advantage=advantages,
         decode=decode,
     )
 
@@ -165,10 +164,13 @@ def make_sync(config: Config) -> DiskSync | BroadcastSync:
     return BroadcastSync(config.servers.urls, proof_folder=folder, backend=sync.backend, **shared)
 
 
-def run(config: Config) -> None:
-    """One rank of a training run, from the first check to the final table. Raises Refused before the first step."""
+def run(config: Config, mesh: Mesh | None = None) -> None:
+    """One rank of a training run, from the first check to the final table. Raises Refused before the first step.
+
+    `mesh` is one that is there already, of the same layout.
+    """
     try:
-        mesh = init_mesh(config.parallel, config.run.seed)
+        mesh = mesh or init_mesh(config.parallel, config.run.seed)
         assembly = assemble(config, mesh)
     except (ValueError, FileNotFoundError) as error:
         raise Refused(*error.args) from error

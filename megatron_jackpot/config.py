@@ -66,10 +66,14 @@ class Actor(Section):
     """Cap of the truncated importance weight p_actor_old/q on the actor's own PPO loss (Eq. 6)."""
     rl_weight: float = Field(1.0, ge=0)
     """Weight of the actor's PPO loss; 0 trains the actor by distillation alone."""
+    objective: Method = Method(name="ppo")
+    """Per-token surrogate of the actor's own loss: a method of algorithm.objective."""
     distill: Method = Method(name="k3_sample")
-    """Distillation towards the policy."""
+    """Distillation towards the policy: k3_sample, forward_topk, forward_full or reverse_full."""
     distill_weight: float = Field(1.0, ge=0)
     """lambda_distill, the weight of the distillation loss."""
+    distill_target_kl: float | None = Field(None, gt=0)
+    """Set-point of KL(policy || server) that steers lambda_distill from distill_weight on; null keeps it."""
 
 
 class Parallel(Section):
@@ -186,9 +190,9 @@ class Packing(Section):
 
 class Algorithm(Section):
     correction: Method = Method(name="jackpot")
-    """From server samples to the policy's loss: none, tis or jackpot, with its own knobs."""
+    """From server samples to the policy's loss: docs/corrections.md; jackpot takes a `preset` too."""
     objective: Method = Method(name="ppo")
-    """Per-token surrogate of policy and actor."""
+    """Per-token surrogate of the policy: docs/objectives.md."""
     advantage: Method = Method(name="grpo")
     """Advantage from a group's rewards."""
     num_minibatches: int = Field(1, ge=1)
@@ -307,18 +311,37 @@ class Config(Section):
 def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read YAML, apply `a.b=value` overrides (values are YAML), check everything.
 
+    `base: FILE`, relative to the YAML, is a file whose keys count where the YAML has none; a method counts whole.
     Raises ValueError naming the field, the value and what to do, FileNotFoundError for a missing file.
     """
-    text = Path(path).read_text()
+    tree = _read_tree(Path(path), ())
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def _read_tree(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise ValueError(f"{path}: base files form a circle. Remove one of their `base` keys.")
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of sections, got {type(tree).__name__}.")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_config(tree)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return _merge(_read_tree(path.parent / str(base), (*above, path.resolve())), tree)
+
+
+def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in tree.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict) and "name" not in value
+        merged[key] = _merge(below, value) if both else value
+    return merged
 
 
 def parse_config(tree: dict[str, Any]) -> Config:

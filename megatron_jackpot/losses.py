@@ -1,27 +1,27 @@
 """The two losses of a step, as closures that Megatron's schedules call once per micro-batch on the last stage."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.obrs import log_ratio
-from megatron_jackpot.algorithm.scores import Correction, Scores
+from megatron_jackpot.algorithm.scores import Correction, Scores, Tokens
 from megatron_jackpot.batch import Batch
 from megatron_jackpot.config import Actor
+from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.engine import Loss
-from megatron_jackpot.parallel.vocab import vocab_parallel_logp
-
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+from megatron_jackpot.models.head import FrozenHead
+from megatron_jackpot.parallel.divergence import vocab_parallel_kl
+from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
 
 
 def policy_loss(
-    mini: Batch, scores: Scores, correction: Correction, denominator: float, objective: Objective, vocab: dict
+    mini: Batch, scores: Scores, correction: Correction, denominator: float, objective: Any, vocab: dict
 ) -> Loss:
     """-sum keep * weight * surrogate / N, Eq. 5; p_current is live, everything else is a constant.
 
-    `denominator` is N over the whole mini-batch: DP x CP ranks and micro-batches.
+    `objective` is prepared; `denominator` is N over the whole mini-batch: DP x CP ranks and micro-batches.
     """
     shape = mini.tokens_MT.shape
     old_MT, keep_MT = scores.policy_logp_T.view(shape), correction.keep_T.view(shape)
@@ -29,37 +29,79 @@ def policy_loss(
 
     def loss(logits_TV: Tensor, m: int) -> tuple[Tensor, dict[str, Tensor]]:
         logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], **vocab)
-        surrogate_T = objective(logp_T, old_MT[m], mini.advantage_MT[m])
+        tokens = tokens_of(mini, old_MT, m)
+        surrogate_T = objective(logp_T, tokens)
         value = -torch.where(keep_MT[m], weight_MT[m] * surrogate_T, 0.0).sum() / denominator
-        return value, {"policy": value.detach()}
+        measured = objective.metrics(logp_T.detach(), tokens)
+        return value, {
+            "policy": value.detach(),
+            **{f"objective/{name}": torch.stack(pair) for name, pair in measured.items()},
+        }
 
     return loss
 
 
 def actor_loss(
     mini: Batch,
-    teacher: Scores,
+    scores: Scores,
     knobs: Actor,
-    distill: Any,
+    methods: Methods,
     denominator: float,
-    objective: Objective,
     vocab: dict,
+    teacher: FrozenHead | None,
 ) -> Loss:
     """PPO on the same samples, weighted by min(p_actor_old/q, C), plus lambda_distill times distillation, Eq. 6-8.
 
-    All valid tokens count: the actor's samples are its own, nothing is rejected.
+    All valid tokens count: the actor's samples are its own, nothing is rejected. `teacher` has the policy's
+    logits of this mini-batch, for a distillation over the whole vocabulary.
     """
     shape = mini.tokens_MT.shape
-    old_MT, policy_MT = teacher.actor_logp_T.view(shape), teacher.policy_logp_T.view(shape)
+    old_MT = scores.actor_logp_T.view(shape)
     weight_MT = log_ratio(old_MT, mini.server_logp_MT).exp().clamp(max=knobs.tis_cap)
+    distill_weight = methods.distill_weight
 
     def loss(logits_TV: Tensor, m: int) -> tuple[Tensor, dict[str, Tensor]]:
         logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], **vocab)
-        surrogate_T = weight_MT[m] * objective(logp_T, old_MT[m], mini.advantage_MT[m])
         mask_T = mini.mask_MT[m]
-        rl = -torch.where(mask_T, surrogate_T, 0.0).sum() / denominator
-        kl = torch.where(mask_T, distill(logp_T, policy_MT[m]), 0.0).sum() / denominator
-        value = knobs.rl_weight * rl + knobs.distill_weight * kl
+        surrogate_T = methods.actor_objective(logp_T, tokens_of(mini, old_MT, m))
+        rl = -torch.where(mask_T, weight_MT[m] * surrogate_T, 0.0).sum() / denominator
+        distilled_T = distillation(methods.distill, mini, scores, teacher, vocab, logits_TV, logp_T, m)
+        kl = torch.where(mask_T, distilled_T, 0.0).sum() / denominator
+        value = knobs.rl_weight * rl + distill_weight * kl
         return value, {"actor": value.detach(), "actor_rl": rl.detach(), "distill": kl.detach()}
 
     return loss
+
+
+def distillation(
+    method: Any,
+    mini: Batch,
+    scores: Scores,
+    teacher: FrozenHead | None,
+    vocab: dict,
+    logits_TV: Tensor,
+    logp_T: Tensor,
+    m: int,
+) -> Tensor:
+    """Loss [T] of `method` on micro-batch m, fed with what it needs: see algorithm/distill.py."""
+    shape = mini.tokens_MT.shape
+    if method.needs == "sampled":
+        return method(logp_T, scores.policy_logp_T.view(shape)[m])
+    if method.needs == "candidates":
+        ids_TK = scores.candidate_ids_TK.unflatten(0, shape)[m]
+        policy_TK = scores.candidate_target_logp_TK.unflatten(0, shape)[m]
+        return method(vocab_parallel_logp_at(logits_TV, ids_TK, **vocab), policy_TK)
+    assert teacher is not None, "the scorer keeps the policy's head where distillation needs logits"
+    vocab = teacher.common(vocab)
+    return method(vocab_parallel_kl(logits_TV, teacher.logits(m), direction=method.direction, **vocab))
+
+
+def tokens_of(mini: Batch, old_MT: Tensor, m: int) -> Tokens:
+    """What an objective may look at in micro-batch m: rejected tokens too, so that a response's ratio is whole."""
+    return Tokens(
+        old_logp_T=old_MT[m],
+        server_logp_T=mini.server_logp_MT[m],
+        advantage_T=mini.advantage_MT[m],
+        mask_T=mini.mask_MT[m],
+        segment_T=mini.segment_MT[m],
+    )

@@ -3,6 +3,7 @@
 Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2K candidates.
 """
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from megatron_jackpot.algorithm.scores import Scores
 from megatron_jackpot.batch import Batch
 from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.head import FrozenHead, record_head
+from megatron_jackpot.parallel.divergence import vocab_parallel_overlap
 from megatron_jackpot.parallel.vocab import (
     vocab_parallel_gather_logp,
     vocab_parallel_logp,
@@ -25,18 +28,36 @@ class Scorer:
     """Scores batches with policy and actor; results exist on the last pipeline stage only."""
 
     def __init__(
-        self, policy: MegatronModel, actor: MegatronModel, *, temperature: float, top_k: int
+        self,
+        policy: MegatronModel,
+        actor: MegatronModel,
+        *,
+        temperature: float,
+        top_k: int,
+        keep_head: bool = False,
     ) -> None:
         self.policy = policy
         self.actor = actor
         self.top_k = top_k
         self.temperature = temperature
+        self.keep_head = keep_head
+        """Keep the policy's last hidden states of a pass in `head`, for a teacher over the whole vocabulary."""
+        self.head: FrozenHead | None = None
 
-    def __call__(self, batch: Batch, *, step: int, actor_version: int) -> Scores | None:
-        """Both models on the whole batch, flattened to [M * T, ...]; once, before any update."""
-        policy = self.policy.score(batch, partial(self._read_policy, batch))
+    def __call__(
+        self, batch: Batch, *, step: int, actor_version: int, exact_lam: float | None = None
+    ) -> Scores | None:
+        """Both models on the whole batch, flattened to [M * T, ...]; once, before any update.
+
+        `exact_lam` asks for Z over the whole vocabulary at that lam.
+        """
+        keep = self.keep_head or exact_lam is not None
+        with record_head(self.policy) if keep else nullcontext() as head:
+            policy = self.policy.score(batch, partial(self._read_policy, batch))
         ids_MTC = None if policy is None else union_of_candidates(batch.topk_ids_MTK, policy["topk_ids"])
-        actor = self.actor.score(batch, partial(self._read_actor, batch, ids_MTC))
+        exact = None if exact_lam is None else (head, exact_lam)
+        actor = self.actor.score(batch, partial(self._read_actor, batch, ids_MTC, exact))
+        self.head = head if self.keep_head else None
         if policy is None or actor is None or ids_MTC is None:
             return None
         target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
@@ -52,9 +73,14 @@ class Scorer:
             rollout_id_T3=batch.rollout_id_MT3.flatten(0, 1),
             position_T=batch.position_MT.flatten(),
             advantage_T=batch.advantage_MT.flatten(),
+            correct_T=batch.correct_MT.flatten(),
+            token_T=batch.labels_MT.flatten(),
+            microbatch_T=_microbatch(batch).flatten(),
             candidate_ids_TK=ids_MTC.flatten(0, 1),
+            candidate_shared_TK=_shared(ids_MTC, policy["topk_ids"]).flatten(0, 1),
             candidate_target_logp_TK=target_MTC.masked_fill(padding, MINUS_INFINITY).flatten(0, 1),
             candidate_server_logp_TK=server_MTC.masked_fill(padding, MINUS_INFINITY).flatten(0, 1),
+            exact_overlap_T=None if exact_lam is None else actor["exact_overlap"].flatten(),
             step=step,
         )
 
@@ -69,6 +95,13 @@ class Scorer:
             target_logp_T=fresh["logp"].flatten(),
             candidate_target_logp_TK=fresh["candidates_logp"].flatten(0, 1),
         )
+
+    def teacher(self, scores: Scores, mini: Batch) -> FrozenHead | None:
+        """The policy's logits on a mini-batch of the last pass; None unless `keep_head`."""
+        if self.head is None:
+            return None
+        first = int(scores.microbatch_T[0])
+        return self.head.rows(first, first + mini.num_microbatches)
 
     def logp(self, model: MegatronModel, batch: Batch) -> Tensor | None:
         """log-prob [M, T] of every label under one model, None off the last stage."""
@@ -97,14 +130,25 @@ class Scorer:
         )
 
     def _read_actor(
-        self, batch: Batch, ids_MTC: Tensor | None, logits_TV: Tensor, index: int
+        self,
+        batch: Batch,
+        ids_MTC: Tensor | None,
+        exact: tuple[FrozenHead, float] | None,
+        logits_TV: Tensor,
+        index: int,
     ) -> dict[str, Tensor]:
         assert ids_MTC is not None, "readers run on the last stage only"
         policy_only_TK = ids_MTC[index, :, batch.topk_ids_MTK.shape[-1] :]
-        return dict(
+        read = dict(
             logp=self._logp(self.actor, logits_TV, batch.labels_MT[index]),
             topk_logp=vocab_parallel_gather_logp(logits_TV, policy_only_TK, **self.vocab(self.actor)),
         )
+        if exact is not None:
+            head, lam = exact
+            read["exact_overlap"] = vocab_parallel_overlap(
+                head.logits(index), logits_TV, lam=lam, **head.common(self.vocab(self.actor))
+            )
+        return read
 
     def _read_target(
         self, mini: Batch, ids_MTC: Tensor | None, logits_TV: Tensor, index: int
@@ -128,6 +172,20 @@ def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tenso
     """[M, T, 2K]: the server's ids, then the policy's with those already listed replaced by -1."""
     listed = (policy_ids_MTK[..., :, None] == server_ids_MTK[..., None, :]).any(-1)
     return torch.cat([server_ids_MTK, policy_ids_MTK.masked_fill(listed, -1)], dim=-1)
+
+
+def _shared(ids_MTC: Tensor, policy_ids_MTK: Tensor) -> Tensor:
+    """[M, T, 2K] bool: the server's ids that the policy's top-k holds too."""
+    num_server = ids_MTC.shape[-1] - policy_ids_MTK.shape[-1]
+    server_ids = ids_MTC[..., :num_server]
+    both = (server_ids[..., :, None] == policy_ids_MTK[..., None, :]).any(-1) & (server_ids >= 0)
+    return torch.cat([both, torch.zeros_like(policy_ids_MTK, dtype=torch.bool)], -1)
+
+
+def _microbatch(batch: Batch) -> Tensor:
+    """[M, T] int64: the micro-batch of every token."""
+    index_M = torch.arange(batch.num_microbatches, device=batch.tokens_MT.device)
+    return index_M[:, None].expand_as(batch.tokens_MT)
 
 
 def slice_scores(scores: Scores | None, start: int, stop: int) -> Scores | None:

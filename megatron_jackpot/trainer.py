@@ -9,16 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.diagnostics import diagnostics
-from megatron_jackpot.algorithm.distill import DISTILL
-from megatron_jackpot.algorithm.objectives import OBJECTIVES
-from megatron_jackpot.algorithm.registry import build
 from megatron_jackpot.algorithm.scores import Correction, Scores
 from megatron_jackpot.batch import Batch, Prompt, Rollout
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.losses import actor_loss, policy_loss
+from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.engine import MegatronModel, UpdateReport
 from megatron_jackpot.packing import Packer
 from megatron_jackpot.parallel.context import Mesh
@@ -54,6 +51,7 @@ class Trainer:
         self,
         config: Config,
         mesh: Mesh,
+        methods: Methods,
         policy: MegatronModel,
         actor: MegatronModel,
         *,
@@ -61,28 +59,24 @@ class Trainer:
         source: Source | None = None,
         sync: Push | None = None,
     ) -> None:
-        algorithm = config.algorithm
         self.config, self.mesh = config, mesh
         self.policy, self.actor = policy, actor
         self.loader, self.source, self.sync = loader, source, sync
+        self.methods = methods
         self.scorer = Scorer(
-            policy, actor, temperature=config.rollout.temperature, top_k=config.rollout.top_k_logp
+            policy,
+            actor,
+            temperature=config.rollout.temperature,
+            top_k=config.rollout.top_k_logp,
+            keep_head=self.methods.distill.needs == "logits",
         )
         self.packer = Packer(
             mesh,
             tokens=config.packing.tokens,
             enabled=config.packing.enabled,
-            num_minibatches=algorithm.num_minibatches,
+            num_minibatches=config.algorithm.num_minibatches,
             vpp=config.parallel.vpp,
         )
-        knobs = dict(algorithm.correction.knobs)
-        if algorithm.correction.name == "jackpot":
-            knobs.setdefault("seed", config.run.seed)
-        self.correction = build(algorithm.correction.name, knobs, CORRECTIONS, "algorithm.correction")
-        self.objective = build(
-            algorithm.objective.name, algorithm.objective.knobs, OBJECTIVES, "algorithm.objective"
-        )
-        self.distill = build(config.actor.distill.name, config.actor.distill.knobs, DISTILL, "actor.distill")
         self.sum_over_batch = make_sum_over(mesh.dp_group)
         self.num_steps = 0
         """Finished steps; also the version of the actor's weights."""
@@ -107,7 +101,12 @@ class Trainer:
         """The paper's update on a packed batch."""
         batch = batch.to(self.mesh.device)
         with self.timer("score"):
-            old = self.scorer(batch, step=self.num_steps, actor_version=self.num_steps)
+            old = self.scorer(
+                batch,
+                step=self.num_steps,
+                actor_version=self.num_steps,
+                exact_lam=self.methods.exact_lam,
+            )
         for mini, scores in self.minibatches(batch, old):
             with self.timer("correct"):
                 correction, num_policy, num_actor = self.correct(mini, scores)
@@ -135,7 +134,9 @@ class Trainer:
         self.mesh.wait_for_leaders(
             f"rollout-{self.num_steps}", rollout.request_timeout_s * (rollout.retries + 2)
         )
-        return groups
+        if groups is None:
+            return None
+        return self.methods.advantages_over_batch(groups, self.sum_over_batch, self.mesh.device)
 
     def minibatches(self, batch: Batch, old: Scores | None) -> Iterator[tuple[Batch, Scores | None]]:
         """Mini-batches with their scores: a slice, or for the target "current" a fresh pass of the policy."""
@@ -158,11 +159,13 @@ class Trainer:
         correction = None
         counts = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         if scores is not None:
-            correction = self.correction(scores, self.sum_over_batch)
+            correction = self.methods.correction(scores, self.sum_over_batch)
             counts = torch.stack([correction.count.double(), scores.mask_T.sum().double()])
             counts = self.sum_over_batch(counts)
             self.add_sums(correction.metrics)
-            self.add_sums(diagnostics(scores, correction))
+            gap = diagnostics(scores, correction)
+            self.add_sums(gap)
+            self.add_sums(self.methods.steer(scores, gap["kl/target_server"], self.sum_over_batch))
             self.add_sums(staleness(mini, self.num_steps))
         num_policy, num_actor = self.mesh.from_last_stage(counts).tolist()
         if not (math.isfinite(num_policy) and math.isfinite(num_actor)):
@@ -174,21 +177,27 @@ class Trainer:
     def update_actor(self, mini: Batch, scores: Scores | None, denominator: float) -> None:
         if not self.config.algorithm.train_actor:
             return
-        vocab = self.scorer.vocab(self.actor)
         loss: Any = None
         if scores is not None:
             loss = actor_loss(
-                mini, scores, self.config.actor, self.distill, denominator, self.objective, vocab
+                mini,
+                scores,
+                self.config.actor,
+                self.methods,
+                denominator,
+                self.scorer.vocab(self.actor),
+                self.scorer.teacher(scores, mini),
             )
         self.note_update("actor", self.actor.update(mini, loss))
 
     def update_policy(
         self, mini: Batch, scores: Scores | None, correction: Correction | None, denominator: float
     ) -> None:
-        vocab = self.scorer.vocab(self.policy)
         loss: Any = None
         if scores is not None and correction is not None:
-            loss = policy_loss(mini, scores, correction, denominator, self.objective, vocab)
+            objective = self.methods.objective.prepare(scores, self.sum_over_batch)
+            vocab = self.scorer.vocab(self.policy)
+            loss = policy_loss(mini, scores, correction, denominator, objective, vocab)
         self.note_update("policy", self.policy.update(mini, loss))
 
     def push(self) -> None:
@@ -233,7 +242,10 @@ class Trainer:
                 f"step {self.num_steps}: grad_norm/{name} is {report.grad_norm}; the run stops here."
             )
         one = torch.ones([], dtype=torch.float64, device=self.mesh.device)
-        self.add_sums({f"loss/{key}": (total, one / self.mesh.dp) for key, total in report.sums.items()})
+        for key, total in report.sums.items():
+            # A loss is a share of the whole already; a pair is a sum and its count.
+            pair = {f"loss/{key}": (total, one / self.mesh.dp)} if total.dim() == 0 else {key: total.unbind()}
+            self.add_sums(pair)
         self.values[f"grad_norm/{name}"] = report.grad_norm
         self.values[f"lr/{name}"] = report.lr
 
@@ -247,6 +259,8 @@ class Trainer:
         """Every metric of the step on the main rank; {} elsewhere. Call it on every rank."""
         on_leaders = reduce_metrics(self.rollout_sums, self.mesh.dp_group) if self.mesh.is_leader else {}
         on_last = reduce_metrics(self.sums, self.mesh.dp_group) if self.mesh.is_last_stage else {}
+        if on_last.get("weight/mean_square"):
+            on_last["weight/ess"] = on_last["weight/mean"] ** 2 / on_last["weight/mean_square"]
         on_last = self.mesh.object_from_last_stage(on_last)
         if not self.mesh.is_main:
             return {}

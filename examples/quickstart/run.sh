@@ -3,16 +3,19 @@
 #
 #   bash examples/quickstart/run.sh
 #   bash examples/quickstart/run.sh run.seed=1 algorithm.correction.name=none
+#   bash examples/quickstart/run.sh examples/ablations/correction_icepop.yaml run.seed=1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/env.sh
 
-folder="runs/quickstart-$(date +%Y%m%d-%H%M%S)"
+config=examples/quickstart/run.yaml
+if [[ ${1:-} == *.yaml ]]; then config=$1; shift; fi
+folder="runs/$(basename "$(dirname "$config")")-$(date +%Y%m%d-%H%M%S)"
 for override in "$@"; do
   if [[ $override == run.folder=* ]]; then folder="${override#run.folder=}"; fi
 done
 
 models=$(python examples/quickstart/prepare.py | tail -n 1)
-megatron-jackpot launch examples/quickstart/run.yaml \
+megatron-jackpot launch "$config" \
   "policy.hf=$models/policy" "actor.hf=$models/actor" "run.folder=$folder" "$@"
 python tools/plot.py "$folder"

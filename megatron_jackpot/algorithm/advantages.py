@@ -1,6 +1,7 @@
 """Advantages from the rewards of one group: all completions of one prompt, before any token is rejected.
 
-Shapes: N completions of the group. Computed in fp64, returned in fp32.
+Shapes: N completions, of one group in a call and of this rank's batch in `over_batch`. Computed in fp64,
+returned in fp32.
 """
 
 from collections.abc import Sequence
@@ -9,9 +10,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_jackpot.algorithm.scores import SumOverBatch
+
+
+class Advantage:
+    """A formula over one group, and for some a second step over the whole batch."""
+
+    def __call__(self, reward_N: Tensor | Sequence[float]) -> Tensor:
+        """Advantages [N], fp32; 0 for equal rewards or a single one. ValueError if one is not finite."""
+        reward_N = _rewards(reward_N)
+        if _all_equal(reward_N):
+            return torch.zeros_like(reward_N, dtype=torch.float32)
+        return self.of_group(reward_N).float()
+
+    def of_group(self, reward_N: Tensor) -> Tensor:
+        """Advantages [N] of finite fp64 rewards that are not all equal."""
+        raise NotImplementedError
+
+    def over_batch(self, advantage_N: Tensor, sum_over_batch: SumOverBatch) -> Tensor:
+        """Advantages [N] of all completions of this rank once every group is known; here unchanged."""
+        return advantage_N
+
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO:
+class GRPO(Advantage):
     """(r - mean r) / (std r + eps) (arXiv 2402.03300), std with N - 1; 0 if all are equal."""
 
     std: bool = True
@@ -20,32 +42,67 @@ class GRPO:
     """Added to the standard deviation."""
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise ValueError(f"eps = {self.eps}: must be > 0. Use 1e-6.")
+        _check_eps(self.eps)
 
-    def __call__(self, reward_N: Tensor | Sequence[float]) -> Tensor:
-        """Advantages [N], fp32. Raises ValueError for a reward that is not finite."""
-        reward_N = _rewards(reward_N)
-        if _all_equal(reward_N):
-            return torch.zeros_like(reward_N, dtype=torch.float32)
+    def of_group(self, reward_N: Tensor) -> Tensor:
         centred_N = reward_N - reward_N.mean()
-        return (centred_N / (reward_N.std() + self.eps) if self.std else centred_N).float()
+        return centred_N / (reward_N.std() + self.eps) if self.std else centred_N
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOO:
+class DrGRPO(Advantage):
+    """r - mean r, no standard deviation (arXiv 2503.20783).
+
+    The paper also divides every response's sum of losses by one fixed length instead of its own. The global
+    token mean of our losses stands in for that: there too a token's weight does not depend on its response's
+    length.
+    """
+
+    def of_group(self, reward_N: Tensor) -> Tensor:
+        return reward_N - reward_N.mean()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOO(Advantage):
     """r_i - mean of the other rewards (arXiv 2402.14740); 0 for equal rewards or a single one."""
 
-    def __call__(self, reward_N: Tensor | Sequence[float]) -> Tensor:
-        """Advantages [N], fp32. Raises ValueError for a reward that is not finite."""
-        reward_N = _rewards(reward_N)
-        if _all_equal(reward_N):
-            return torch.zeros_like(reward_N, dtype=torch.float32)
+    def of_group(self, reward_N: Tensor) -> Tensor:
         others_N = (reward_N.sum() - reward_N) / (len(reward_N) - 1)
-        return (reward_N - others_N).float()
+        return reward_N - others_N
 
 
-ADVANTAGES = {"grpo": GRPO, "rloo": RLOO}
+@dataclass(frozen=True, kw_only=True)
+class ReinforcePP(Advantage):
+    """REINFORCE++ with baseline: r - mean r of the group, / (std over the batch + eps) (arXiv 2501.03262).
+
+    The statistics weigh each completion once, whatever its length, and divide by their number. The mean over
+    the batch is 0 because every group's is; it enters the variance, and is not subtracted so that 0 stays 0.
+    """
+
+    eps: float = 1e-6
+    """Added to the standard deviation."""
+
+    def __post_init__(self) -> None:
+        _check_eps(self.eps)
+
+    def of_group(self, reward_N: Tensor) -> Tensor:
+        return reward_N - reward_N.mean()
+
+    def over_batch(self, advantage_N: Tensor, sum_over_batch: SumOverBatch) -> Tensor:
+        """A / (std over the batch + eps), [N] fp32. Calls `sum_over_batch` once, with [3] float64."""
+        wide_N = advantage_N.double()
+        sums = torch.stack([wide_N.sum(), wide_N.square().sum(), torch.ones_like(wide_N).sum()])
+        total, squares, count = sum_over_batch(sums).unbind()
+        variance = (squares / count - (total / count).square()).clamp(min=0.0)
+        return (wide_N / (variance.sqrt() + self.eps)).float()
+
+
+ADVANTAGES = {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO, "reinforce++": ReinforcePP}
+
+
+def _check_eps(eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"eps = {eps}: must be > 0. Use 1e-6.")
 
 
 def _rewards(reward_N: Tensor | Sequence[float]) -> Tensor:

@@ -26,8 +26,8 @@ def diagnostics(scores: Scores, correction: Correction) -> Metrics:
 
     kl/server_{policy,actor}_k1 = -log rho and _k3 = rho - 1 - log rho estimate KL(server || model);
     {policy,actor,server}/log_ppl is the mean -log p; policy/chi2 = E_q[rho^2] - 1; gap/a_b is the mean
-    |log p_a - log p_b|; kl/target_server is `candidate_kl`; rejected/{positive,negative} the share of
-    tokens of such an advantage that keep removes.
+    |log p_a - log p_b|; kl/target_server is `candidate_kl`; rejected/{positive,negative,correct,wrong} the
+    share of tokens with such an advantage or verdict that keep removes.
     """
     s, mask_T = scores, _finite(scores)
     logp_T = {"policy": s.policy_logp_T, "actor": s.actor_logp_T, "server": s.server_logp_T}
@@ -48,6 +48,8 @@ def diagnostics(scores: Scores, correction: Correction) -> Metrics:
     rejected_T = ~correction.keep_T
     metrics["rejected/positive"] = mean_over(rejected_T, s.mask_T & (s.advantage_T > 0))
     metrics["rejected/negative"] = mean_over(rejected_T, s.mask_T & (s.advantage_T < 0))
+    metrics["rejected/correct"] = mean_over(rejected_T, s.mask_T & s.correct_T)
+    metrics["rejected/wrong"] = mean_over(rejected_T, s.mask_T & ~s.correct_T)
     kl_T = candidate_kl(s.candidate_target_logp_TK, s.candidate_server_logp_TK)
     metrics["kl/target_server"] = mean_over(kl_T, s.mask_T)
     return metrics

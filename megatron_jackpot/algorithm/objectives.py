@@ -1,21 +1,28 @@
-"""Objectives: the per-token surrogate that is maximised, with the live policy in it.
+"""Objectives: the per-token surrogate that is maximised, with the live policy in it; formulas in docs/objectives.md.
 
 policy loss = -sum keep * weight * surrogate / N.
-Shapes: T tokens; s = p_current / p_old at the sampled token.
+Shapes: T tokens; s = p / p_old at the sampled token, p the live policy.
 """
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.diagnostics import Metrics, mean_over
-from megatron_jackpot.algorithm.obrs import log_ratio
+from megatron_jackpot.algorithm.objectives_base import (
+    Inside,
+    Objective,
+    check_that,
+    clip_removed,
+    clipped,
+    segment_mean,
+)
+from megatron_jackpot.algorithm.objectives_masked import BAPO, M2PO, DPPOBinaryKL, DPPOBinaryTV
+from megatron_jackpot.algorithm.objectives_sequence import GSPO, TOPR, MinPRO
+from megatron_jackpot.algorithm.obrs import check_cap, log_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPO:
+class PPO(Objective):
     """min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) (arXiv 1707.06347; asymmetric: 2503.14476)."""
 
     clip_low: float = 0.2
@@ -26,40 +33,107 @@ class PPO:
     """For A < 0 the surrogate is at least dual_clip * A (arXiv 1912.09729); null switches it off."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low = {self.clip_low}: must lie in [0, 1]. Use 0.2.")
-        if not self.clip_high >= 0:
-            raise ValueError(f"clip_high = {self.clip_high}: must be >= 0. Use 0.28.")
-        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
-            raise ValueError(
-                f"dual_clip = {self.dual_clip}: must be > 1 + clip_high = {1 + self.clip_high}. "
-                "Use 3.0 or null."
-            )
+        check_that(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "lie in [0, 1]", "Use 0.2.")
+        check_that(self.clip_high >= 0, "clip_high", self.clip_high, "be >= 0", "Use 0.28.")
+        if self.dual_clip is not None:
+            rule = f"be > 1 + clip_high = {1 + self.clip_high}"
+            ok = self.dual_clip > 1 + self.clip_high
+            check_that(ok, "dual_clip", self.dual_clip, rule, "Use 3.0 or null.")
 
-    def __call__(self, logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor) -> Tensor:
-        """The surrogate [T], to be maximised; gradient flows into logp_T only."""
-        advantage_T = advantage_T.detach()
-        ratio_T = log_ratio(logp_T, old_logp_T.detach()).exp()
-        clipped_T = ratio_T.clamp(1 - self.clip_low, 1 + self.clip_high)
-        surrogate_T = torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
-        if self.dual_clip is None:
-            return surrogate_T
-        floor_T = torch.where(advantage_T < 0, self.dual_clip * advantage_T, -math.inf)
-        return torch.maximum(surrogate_T, floor_T)
+    def surrogate(self, t: Inside) -> Tensor:
+        return clipped(t.log_ratio_T().exp(), t.advantage_T, *self._bounds())
 
-    @torch.no_grad()
-    def metrics(self, logp_T: Tensor, old_logp_T: Tensor, advantage_T: Tensor, mask_T: Tensor) -> Metrics:
-        """name -> (sum, count) over the mask: share of tokens whose gradient the clip removes, s, and k3."""
-        log_ratio_T = log_ratio(logp_T, old_logp_T)
-        ratio_T = log_ratio_T.exp()
-        high_T = (ratio_T > 1 + self.clip_high) & (advantage_T > 0)
-        low_T = (ratio_T < 1 - self.clip_low) & (advantage_T < 0)
-        dual_T = (ratio_T > (self.dual_clip or math.inf)) & (advantage_T < 0)
-        return {
-            "clip_fraction": mean_over(high_T | low_T | dual_T, mask_T),
-            "ratio": mean_over(ratio_T, mask_T),
-            "update_k3": mean_over(log_ratio_T.expm1() - log_ratio_T, mask_T),
-        }
+    def removed(self, t: Inside) -> Tensor:
+        return clip_removed(t.log_ratio_T().exp(), t.advantage_T, *self._bounds())
+
+    def _bounds(self) -> tuple[float, float, float | None]:
+        return 1 - self.clip_low, 1 + self.clip_high, self.dual_clip
 
 
-OBJECTIVES = {"ppo": PPO}
+@dataclass(frozen=True, kw_only=True)
+class DecoupledPPO(PPO):
+    """sg(min(p_old / q, cap)) times PPO, p_old being the proximal policy (arXiv 2505.24298, AReaL).
+
+    It carries its own weight p_old / q: only with correction "none".
+    """
+
+    clip_high: float = 0.2
+    """s is clipped at 1 + clip_high."""
+    cap: float = 5.0
+    """Upper bound of p_old / q; .inf switches it off, as in the paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_cap("cap", self.cap)
+
+    @property
+    def corrects(self) -> bool:
+        return True
+
+    def surrogate(self, t: Inside) -> Tensor:
+        weight_T = log_ratio(t.old_logp_T, t.server_logp_T).exp().clamp(max=self.cap)
+        return weight_T * super().surrogate(t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPSM(PPO):
+    """PPO without rollouts that have A < 0 and mean log(p_old / p) > delta (slime, --use-opsm)."""
+
+    delta: float = 1e-4
+    """Largest k1 estimate of KL(old || current) per token that a rollout with A < 0 may have."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_that(self.delta >= 0, "delta", self.delta, "be >= 0", "Use 1e-4.")
+
+    def surrogate(self, t: Inside) -> Tensor:
+        return super().surrogate(t).masked_fill(self._dropped(t), 0.0)
+
+    def removed(self, t: Inside) -> Tensor:
+        return super().removed(t) | self._dropped(t)
+
+    def _dropped(self, t: Inside) -> Tensor:
+        kl_T = segment_mean(-t.log_ratio_T().detach(), t)
+        return t.valid_T & (t.advantage_T < 0) & (kl_T > self.delta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(Objective):
+    """sg(clip(s, 1 - clip_low, 1 + clip_high)) A log p (arXiv 2506.13585, Eq. 4-5): no token loses its gradient."""
+
+    clip_low: float = 1.0
+    """The weight is at least 1 - clip_low; 1 means no lower bound, as in the paper."""
+    clip_high: float = 4.0
+    """The weight is at most 1 + clip_high."""
+
+    def __post_init__(self) -> None:
+        check_that(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "lie in [0, 1]", "Use 1.0.")
+        check_that(self.clip_high >= 0, "clip_high", self.clip_high, "be >= 0", "Use 4.0.")
+
+    def surrogate(self, t: Inside) -> Tensor:
+        weight_T = t.log_ratio_T().detach().exp().clamp(1 - self.clip_low, 1 + self.clip_high)
+        return weight_T * t.advantage_T * t.logp_T
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce(Objective):
+    """A log p: the policy gradient without ratio or clip (Williams 1992)."""
+
+    def surrogate(self, t: Inside) -> Tensor:
+        return t.advantage_T * t.logp_T
+
+
+OBJECTIVES = {
+    "ppo": PPO,
+    "decoupled_ppo": DecoupledPPO,
+    "opsm": OPSM,
+    "cispo": CISPO,
+    "reinforce": Reinforce,
+    "gspo": GSPO,
+    "topr": TOPR,
+    "minpro": MinPRO,
+    "dppo_tv": DPPOBinaryTV,
+    "dppo_kl": DPPOBinaryKL,
+    "bapo": BAPO,
+    "m2po": M2PO,
+}

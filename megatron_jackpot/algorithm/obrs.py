@@ -73,6 +73,34 @@ def kappa(
     return torch.where(total_overlap > 0, accepted / total_overlap, 1.0)
 
 
+def tail_correction(
+    accept: Tensor,
+    sampled_is_candidate: Tensor,
+    target_logp_K: Tensor,
+    server_logp_K: Tensor,
+    overlap: Tensor,
+    lam: float,
+    mask: Tensor,
+    sum_over_batch: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """(Z_k + eta B [...], eta float64 scalar), B = min(Q', P'/lam) the most that the ids outside can add.
+
+    Q' = 1 - sum q and P' = 1 - sum p over the candidates [..., K] whose q is known; eta = sum of a over sampled
+    tokens that are no such candidate / sum B over the global mini-batch, clipped to [0, 1]. `overlap` [...] is
+    Z_k, `accept` [...] the accept probability, `mask` [...] the tokens that count.
+    Calls `sum_over_batch` once, with [2] float64. eta is 0 where nothing is outside anywhere.
+    """
+    check_lam(lam)
+    server = precise(server_logp_K)
+    target = precise(target_logp_K).masked_fill(server == -math.inf, -math.inf)
+    rest_q, rest_p = ((1 - logp.exp().sum(-1)).clamp(min=0.0) for logp in (server, target))
+    bound = torch.minimum(rest_q, rest_p / lam)
+    sums = [masked_sum(accept, mask & ~sampled_is_candidate), masked_sum(bound, mask)]
+    outside, total_bound = sum_over_batch(torch.stack(sums)).unbind()
+    eta = torch.where(total_bound > 0, outside / total_bound, 0.0).clamp(0.0, 1.0)
+    return (overlap + eta * bound).to(overlap).clamp(max=overlap_limit(lam)), eta
+
+
 def jackpot_weight(
     target_logp: Tensor,
     server_logp: Tensor,

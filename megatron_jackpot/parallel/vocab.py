@@ -48,8 +48,26 @@ def vocab_parallel_logp(
     All-reduces: max [T], sum [2, T]; none in backward, which recomputes the softmax chunk by chunk (`chunk`
     tokens; default: by memory). Raises ValueError for a bad vocab_size or temperature.
     """
-    _columns(logits_TV, vocab_size, group, temperature)
-    return _Logp.apply(logits_TV, ids_T, vocab_size, group, temperature, chunk)
+    own_columns(logits_TV, vocab_size, group, temperature)
+    return _Logp.apply(logits_TV, ids_T[:, None], vocab_size, group, temperature, chunk)[:, 0]
+
+
+def vocab_parallel_logp_at(
+    logits_TV: Tensor,
+    ids_TK: Tensor,
+    *,
+    vocab_size: int,
+    group: ProcessGroup | None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """log softmax(logits / temperature) at ids [T, K], with gradient into this rank's slice.
+
+    An id of -1 has log-prob -inf and no gradient; an id may occur twice. All-reduces: max [T], sum
+    [1 + K, T]; none in backward. Raises ValueError for a bad vocab_size or temperature.
+    """
+    own_columns(logits_TV, vocab_size, group, temperature)
+    return _Logp.apply(logits_TV, ids_TK, vocab_size, group, temperature, chunk)
 
 
 @torch.no_grad()
@@ -63,7 +81,7 @@ def vocab_parallel_gather_logp(
     chunk: int | None = None,
 ) -> Tensor:
     """log softmax(logits / temperature) at ids [T, K], no gradient. All-reduces: max [T], sum [1 + K, T]."""
-    columns = _columns(logits_TV, vocab_size, group, temperature)
+    columns = own_columns(logits_TV, vocab_size, group, temperature)
     local = _read(logits_TV, columns, temperature, chunk, ids_TN=ids_TK)
     _, logp_TK, _ = _normalise(local, ids_TK, vocab_size, group)
     return logp_TK
@@ -84,7 +102,7 @@ def vocab_parallel_topk(
     All-reduces: max [T], sum [1, T]. All-gather: k x TP x 8 bytes per token (fp32 value and int32 id in one
     call). Raises ValueError for k outside 1 .. vocab_size.
     """
-    columns = _columns(logits_TV, vocab_size, group, temperature)
+    columns = own_columns(logits_TV, vocab_size, group, temperature)
     local = _read(logits_TV, columns, temperature, chunk, k=_checked_k(k, vocab_size))
     log_z_T, _, _ = _normalise(local, None, vocab_size, group)
     top_TK, ids_TK = gather_top(local.top_TK, local.top_ids_TK, group)
@@ -96,10 +114,10 @@ def vocab_parallel_argmax(
     logits_TV: Tensor, *, vocab_size: int, group: ProcessGroup | None, chunk: int | None = None
 ) -> Tensor:
     """The most probable id [T], int64, the lowest of equal ones. All-gather: TP x 8 bytes per token."""
-    columns = _columns(logits_TV, vocab_size, group, 1.0)
+    columns = own_columns(logits_TV, vocab_size, group, 1.0)
     top_T1, ids_T1 = _allocate_top(logits_TV, 1)
-    for rows in _chunks(logits_TV, chunk):
-        top_T1[rows], ids_T1[rows] = local_top(_scaled(logits_TV[rows], columns, 1.0), 1, columns.first)
+    for rows in token_chunks(logits_TV, chunk):
+        top_T1[rows], ids_T1[rows] = local_top(scaled_rows(logits_TV[rows], columns, 1.0), 1, columns.first)
     return gather_top(top_T1, ids_T1, group)[1][:, 0]
 
 
@@ -113,7 +131,7 @@ def vocab_parallel_entropy(
     chunk: int | None = None,
 ) -> Tensor:
     """Entropy of softmax(logits / temperature), nats, [T], no gradient. All-reduces: max [T], sum [2, T]."""
-    columns = _columns(logits_TV, vocab_size, group, temperature)
+    columns = own_columns(logits_TV, vocab_size, group, temperature)
     local = _read(logits_TV, columns, temperature, chunk, entropy=True)
     return _normalise(local, None, vocab_size, group)[2]
 
@@ -135,7 +153,7 @@ def vocab_parallel_scores(
 
     All-reduces: max [T], sum [2 + K + entropy, T]. All-gather where k > 0: k x TP x 8 bytes per token.
     """
-    columns = _columns(logits_TV, vocab_size, group, temperature)
+    columns = own_columns(logits_TV, vocab_size, group, temperature)
     all_ids_TN = labels_T[:, None] if ids_TK is None else torch.cat([labels_T[:, None], ids_TK], -1)
     num_top = _checked_k(k, vocab_size) if k else 0
     local = _read(logits_TV, columns, temperature, chunk, ids_TN=all_ids_TN, k=num_top, entropy=entropy)
@@ -155,37 +173,37 @@ def vocab_parallel_scores(
 
 class _Logp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TV, ids_T, vocab_size, group, temperature, chunk):
-        ctx.columns = _columns(logits_TV, vocab_size, group, temperature)
+    def forward(ctx, logits_TV, ids_TN, vocab_size, group, temperature, chunk):
+        ctx.columns = own_columns(logits_TV, vocab_size, group, temperature)
         ctx.vocab_size, ctx.temperature, ctx.chunk = vocab_size, temperature, chunk
-        local = _read(logits_TV, ctx.columns, temperature, chunk, ids_TN=ids_T[:, None])
-        log_z_T, logp_T1, _ = _normalise(local, ids_T[:, None], vocab_size, group)
-        ctx.save_for_backward(logits_TV, ids_T, log_z_T)
-        return logp_T1[:, 0]
+        local = _read(logits_TV, ctx.columns, temperature, chunk, ids_TN=ids_TN)
+        log_z_T, logp_TN, _ = _normalise(local, ids_TN, vocab_size, group)
+        ctx.save_for_backward(logits_TV, ids_TN, log_z_T)
+        return logp_TN
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_T):
-        """(one_hot(ids) - softmax) * grad / temperature; 0 for ids outside, whose -inf is constant."""
-        logits_TV, ids_T, log_z_T = ctx.saved_tensors
+    def backward(ctx, grad_TN):
+        """(sum one_hot(id) * grad - softmax * sum grad) / temperature; ids outside count for nothing."""
+        logits_TV, ids_TN, log_z_T = ctx.saved_tensors
         columns = ctx.columns
-        inside_T = (ids_T >= 0) & (ids_T < ctx.vocab_size)
-        grad_T = torch.where(inside_T, grad_T, 0.0) / ctx.temperature
+        inside_TN = (ids_TN >= 0) & (ids_TN < ctx.vocab_size)
+        grad_TN = torch.where(inside_TN, grad_TN, 0.0) / ctx.temperature
+        sum_T1 = grad_TN.sum(-1, keepdim=True)
         grad_logits_TV = torch.empty_like(logits_TV)
-        for rows in _chunks(logits_TV, ctx.chunk):
-            scaled = _scaled(logits_TV[rows], columns, ctx.temperature)
-            softmax = (scaled - log_z_T[rows, None]).exp_()
-            softmax.mul_(-grad_T[rows, None])
+        for rows in token_chunks(logits_TV, ctx.chunk):
+            softmax = scaled_rows(logits_TV[rows], columns, ctx.temperature) - log_z_T[rows, None]
+            softmax.exp_().mul_(-sum_T1[rows])
             if columns.width:
-                local_id, owned = columns.locate(ids_T[rows, None])
-                softmax.scatter_add_(1, local_id, torch.where(owned, grad_T[rows, None], 0.0))
+                local_id, owned = columns.locate(ids_TN[rows])
+                softmax.scatter_add_(1, local_id, torch.where(owned, grad_TN[rows], 0.0))
             grad_logits_TV[rows, : columns.width] = softmax
             grad_logits_TV[rows, columns.width :] = 0
         return grad_logits_TV, None, None, None, None, None
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     """The true vocabulary in this rank's slice: its first `width` columns, ids from `first` on."""
 
     first: int
@@ -209,7 +227,9 @@ class _Local:
     entropy_T: Tensor | None
 
 
-def _columns(logits_TV: Tensor, vocab_size: int, group: ProcessGroup | None, temperature: float) -> _Columns:
+def own_columns(
+    logits_TV: Tensor, vocab_size: int, group: ProcessGroup | None, temperature: float
+) -> Columns:
     rank, size = (0, 1) if group is None else (group.rank(), group.size())
     per_rank = logits_TV.shape[-1]
     if not 0 < vocab_size <= per_rank * size:
@@ -222,7 +242,7 @@ def _columns(logits_TV: Tensor, vocab_size: int, group: ProcessGroup | None, tem
             f"temperature = {temperature}: must be a finite number > 0. Use the sampling temperature."
         )
     first = rank * per_rank
-    return _Columns(first, min(max(vocab_size - first, 0), per_rank))
+    return Columns(first, min(max(vocab_size - first, 0), per_rank))
 
 
 def _checked_k(k: int, vocab_size: int) -> int:
@@ -231,7 +251,7 @@ def _checked_k(k: int, vocab_size: int) -> int:
     return k
 
 
-def _chunks(logits_TV: Tensor, chunk: int | None) -> Iterator[slice]:
+def token_chunks(logits_TV: Tensor, chunk: int | None) -> Iterator[slice]:
     """Slices of tokens. The default holds an fp32 chunk to 8 MB on CPU and 64 MB on CUDA."""
     num_tokens, per_rank = logits_TV.shape
     elements = 2**24 if logits_TV.is_cuda else 2**21
@@ -240,7 +260,7 @@ def _chunks(logits_TV: Tensor, chunk: int | None) -> Iterator[slice]:
         yield slice(start, min(start + chunk, num_tokens))
 
 
-def _scaled(logits: Tensor, columns: _Columns, temperature: float) -> Tensor:
+def scaled_rows(logits: Tensor, columns: Columns, temperature: float) -> Tensor:
     """The true columns divided by the temperature, at least fp32. Only here is anything divided by it.
 
     May be a view of the logits: not to be modified.
@@ -257,7 +277,7 @@ def _allocate_top(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _read(
     logits_TV: Tensor,
-    columns: _Columns,
+    columns: Columns,
     temperature: float,
     chunk: int | None,
     *,
@@ -272,8 +292,8 @@ def _read(
     picked_TN = None if ids_TN is None else logits_TV.new_zeros(ids_TN.shape, dtype=dtype)
     top_TK, top_ids_TK = _allocate_top(logits_TV, k) if k else (None, None)
     entropy_T = torch.zeros_like(lse_T) if entropy else None
-    for rows in _chunks(logits_TV, chunk):
-        scaled = _scaled(logits_TV[rows], columns, temperature)
+    for rows in token_chunks(logits_TV, chunk):
+        scaled = scaled_rows(logits_TV[rows], columns, temperature)
         lse_T[rows] = scaled.logsumexp(-1)
         if ids_TN is not None and columns.width:
             column, owned = columns.locate(ids_TN[rows])
@@ -294,7 +314,7 @@ def _normalise(
 
     Entropy by the chain rule: sum over slices of w (h - log w), w a slice's probability, h its entropy.
     """
-    peak_T = _all_reduce(local.lse_T.clone(), dist.ReduceOp.MAX, group)
+    peak_T = all_reduce(local.lse_T.clone(), dist.ReduceOp.MAX, group)
     share_T = (local.lse_T - peak_T).exp()
     parts = [share_T[None]]
     if ids_TN is not None:
@@ -302,7 +322,7 @@ def _normalise(
     if local.entropy_T is not None:
         # A slice of padding alone has lse -inf and share 0.
         parts.append(torch.where(share_T > 0, share_T * (local.entropy_T - local.lse_T), 0.0)[None])
-    sums = _all_reduce(torch.cat(parts), dist.ReduceOp.SUM, group)
+    sums = all_reduce(torch.cat(parts), dist.ReduceOp.SUM, group)
     log_z_T = peak_T + sums[0].log()
     logp_TN = entropy_T = None
     if ids_TN is not None:
@@ -314,7 +334,7 @@ def _normalise(
     return log_z_T, logp_TN, entropy_T
 
 
-def _all_reduce(tensor: Tensor, op: dist.ReduceOp, group: ProcessGroup | None) -> Tensor:
+def all_reduce(tensor: Tensor, op: dist.ReduceOp, group: ProcessGroup | None) -> Tensor:
     """In place; nothing on one rank."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)

@@ -177,7 +177,10 @@ class _Worker:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"Reward worker {self.process.pid} was not ready in time.")
-            select.select([self.connection], [], [], left)
+            # Not select(): a trainer may hold more than 1024 descriptors.
+            poll = select.poll()
+            poll.register(self.connection, select.POLLIN)
+            poll.poll(left * 1000)
 
     async def ready(self, timeout_s: float) -> None:
         """A replaced worker is awaited by the next item that gets it, outside that item's own time limit."""

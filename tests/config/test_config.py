@@ -163,3 +163,24 @@ def test_words_that_are_neither_option_nor_override_are_refused(capsys):
         cli.parse(["launch", "run.yaml", "--nprocs", "2"])
     assert ended.value.code == 2
     assert "--nprocs" in capsys.readouterr().err
+
+
+def test_a_base_file_counts_where_the_file_itself_has_no_key(tmp_path):
+    tree = {
+        "run": {"folder": "a", "steps": 5},
+        "policy": {"hf": "p"},
+        "actor": {"hf": "a"},
+        "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64},
+        "rollout": {"max_new_tokens": 64},
+        "algorithm": {"correction": {"name": "jackpot", "lam": 2.0}},
+    }
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "base.yaml").write_text(yaml.safe_dump(tree))
+    more = {"base": "below/base.yaml", "run": {"steps": 7}, "algorithm": {"correction": {"name": "tis"}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(more))
+    config = load_config(tmp_path / "run.yaml", ["run.seed=3"])
+    assert (str(config.run.folder), config.run.steps, config.run.seed) == ("a", 7, 3)
+    assert config.algorithm.correction.name == "tis" and config.algorithm.correction.knobs == {}
+    (tmp_path / "below" / "base.yaml").write_text("base: ../run.yaml")
+    with pytest.raises(ValueError, match="form a circle"):
+        load_config(tmp_path / "run.yaml")

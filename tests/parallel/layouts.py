@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_jackpot.config import Config, parse_config
+from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
@@ -31,6 +32,7 @@ class Layout:
     overlap: bool = False
     correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
     target: str = "old"
+    distill: str = "k3_sample"
 
     @property
     def world(self) -> int:
@@ -47,7 +49,12 @@ def make_config(layout: Layout, folder: Path) -> Config:
         dict(
             run=dict(folder=str(folder / "run"), seed=5),
             policy=dict(hf=str(folder / "policy"), optimizer=optimizer),
-            actor=dict(hf=str(folder / "actor"), optimizer=optimizer, distill_weight=0.5),
+            actor=dict(
+                hf=str(folder / "actor"),
+                optimizer=optimizer,
+                distill_weight=0.5,
+                distill=dict(name=layout.distill),
+            ),
             data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=16),
             rollout=dict(
                 prompts_per_step=NUM_PROMPTS, samples_per_prompt=4, max_new_tokens=16, top_k_logp=TOP_K
@@ -76,7 +83,7 @@ def load_trainer(config: Config) -> Trainer:
             precision=config.precision, padded_vocab=padded,
         )  # fmt: skip
         models[name].add_optimizer(section.optimizer, 10)
-    return Trainer(config, mesh, models["policy"], models["actor"])
+    return Trainer(config, mesh, Methods.from_config(config), models["policy"], models["actor"])
 
 
 def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
@@ -85,7 +92,7 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
     trainer = load_trainer(config)
     mesh = trainer.mesh
     keeps: dict = {}
-    trainer.correction = _recording(trainer.correction, keeps)
+    trainer.methods.correction = _recording(trainer.methods.correction, keeps)
     metrics: dict = {}
     for _ in range(steps):
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None

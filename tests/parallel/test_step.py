@@ -86,7 +86,7 @@ def _plain_grpo(trainer) -> dict:
     sampled = logp.gather(-1, batch.labels_MT[..., None])[..., 0]
     batch = replace(batch, server_logp_MT=sampled, topk_ids_MTK=ids, topk_logp_MTK=logp, num_minibatches=1)
     scores = trainer.scorer(batch, step=0, actor_version=0)
-    jackpot = trainer.correction(scores, trainer.sum_over_batch)
+    jackpot = trainer.methods.correction(scores, trainer.sum_over_batch)
     none = CORRECTIONS["none"]()(scores, trainer.sum_over_batch)
     results = {}
     for name, correction in (("jackpot", jackpot), ("none", none)):
@@ -102,7 +102,7 @@ def _policy_loss(trainer, batch, scores, correction):
         scores,
         correction,
         float(correction.count),
-        trainer.objective,
+        trainer.methods.objective,
         trainer.scorer.vocab(trainer.policy),
     )
 
@@ -124,7 +124,7 @@ def _loss_of_one_micro_batch_against_four(trainer) -> dict:
         trainer.packer.enabled, trainer.packer.num_minibatches = enabled, 1
         batch = trainer.packer.pack(four, TOP_K)
         scores = trainer.scorer(batch, step=0, actor_version=0)
-        correction = trainer.correction(scores, trainer.sum_over_batch)
+        correction = trainer.methods.correction(scores, trainer.sum_over_batch)
         loss, gradients = _loss_and_gradients(
             trainer, batch, _policy_loss(trainer, batch, scores, correction)
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_jackpot.algorithm.corrections import Jackpot, NoCorrection, TruncatedIS
+from megatron_jackpot.algorithm.corrections import Jackpot, NoCorrection, TokenIS
 from megatron_jackpot.algorithm.diagnostics import (
     candidate_kl,
     candidate_kl_after,
@@ -16,7 +16,7 @@ from megatron_jackpot.algorithm.diagnostics import (
 )
 from megatron_jackpot.algorithm.objectives import PPO
 from megatron_jackpot.algorithm.obrs import counter_uniform
-from megatron_jackpot.algorithm.scores import Scores
+from megatron_jackpot.algorithm.scores import Scores, Tokens
 
 V, K, T = 40, 12, 300
 
@@ -56,7 +56,11 @@ def make_scores(seed=0, gap=0.7, dtype=torch.float32, num_candidates=K):
         rollout_id_T3=torch.stack([index * 0, index // 50, index // 25 % 2], -1),
         position_T=index % 25,
         advantage_T=torch.randn(T, generator=generator),
+        correct_T=index % 3 == 0,
+        token_T=token[:, 0],
+        microbatch_T=index // 100,
         candidate_ids_TK=ids,
+        candidate_shared_TK=(ids >= 0) & (target_top >= target.topk(num_candidates, -1)[0][:, -1:].float()),
         candidate_target_logp_TK=target_top.to(dtype),
         candidate_server_logp_TK=server_top.to(dtype),
         step=3,
@@ -176,7 +180,14 @@ def test_plain_grpo_is_recovered_when_server_and_target_agree(dtype, z_correctio
         logp_T = (s.server_logp_T + 0.3 * torch.sin(torch.arange(T))).requires_grad_()
         result = correction(s, identity)
         assert torch.equal(result.keep_T, s.mask_T)  # nothing rejected
-        surrogate_T = PPO()(logp_T, s.policy_logp_T, s.advantage_T)
+        tokens = Tokens(
+            old_logp_T=s.policy_logp_T,
+            server_logp_T=s.server_logp_T,
+            advantage_T=s.advantage_T,
+            mask_T=s.mask_T,
+            segment_T=s.segment_T,
+        )
+        surrogate_T = PPO()(logp_T, tokens)
         loss = -(torch.where(result.keep_T, result.weight_T * surrogate_T, 0.0)).sum() / result.count
         loss.backward()
         losses.append(loss.detach())
@@ -214,7 +225,7 @@ SPLITS = (
 
 @pytest.mark.parametrize("split", SPLITS, ids=["halves", "interleaved", "reversed", "one empty rank"])
 @pytest.mark.parametrize(
-    "correction", [Jackpot(), Jackpot(mask="expected", lam=0.7), TruncatedIS(), NoCorrection()]
+    "correction", [Jackpot(), Jackpot(mask="expected", lam=0.7), TokenIS(), NoCorrection()]
 )
 def test_keep_weight_count_and_metrics_do_not_depend_on_the_split(split, correction):
     s = make_scores()
@@ -258,17 +269,17 @@ def test_jackpot_metrics_are_what_they_say():
 def test_tis_truncates_old_policy_over_server_and_none_weighs_nothing():
     s = make_scores()
     ratio = (s.policy_logp_T - s.server_logp_T).exp()
-    tis = TruncatedIS(cap=1.5)(s, identity)
+    tis = TokenIS(cap=1.5)(s, identity)
     torch.testing.assert_close(tis.weight_T, torch.where(s.mask_T, ratio.clamp(max=1.5), 0.0))
     want = (ratio[s.mask_T] > 1.5).float().mean().item()
-    assert mean(tis.metrics["tis/cap_fraction"]) == pytest.approx(want) and 0 < want < 1
+    assert mean(tis.metrics["is/cap_fraction"]) == pytest.approx(want) and 0 < want < 1
     none = NoCorrection()(s, identity)
     assert torch.equal(none.weight_T, s.mask_T.float())
     for result in (tis, none):
         assert torch.equal(result.keep_T, s.mask_T) and result.count == s.mask_T.sum()
 
 
-@pytest.mark.parametrize("correction", [NoCorrection(), TruncatedIS(), Jackpot(), Jackpot(mask="expected")])
+@pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
 def test_nothing_outside_the_mask_matters_not_even_nan(correction):
     s = make_scores()
     broken = {}
@@ -283,7 +294,7 @@ def test_nothing_outside_the_mask_matters_not_even_nan(correction):
         assert mean({**got.metrics, **diagnostics(spoiled, got)}[name]) == pytest.approx(mean(pair)), name
 
 
-@pytest.mark.parametrize("correction", [NoCorrection(), TruncatedIS(), Jackpot(), Jackpot(mask="expected")])
+@pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
 def test_a_token_the_policy_cannot_produce_is_dropped_but_counted(correction):
     s = make_scores()
     for name in ("policy_logp_T", "target_logp_T"):
@@ -295,7 +306,7 @@ def test_a_token_the_policy_cannot_produce_is_dropped_but_counted(correction):
     assert all(math.isfinite(mean(pair)) for pair in diagnostics(s, result).values())
 
 
-@pytest.mark.parametrize("correction", [NoCorrection(), TruncatedIS(), Jackpot()])
+@pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot()])
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_server_logp_inside_the_mask_that_is_not_finite_is_an_error(correction, value):
     s = make_scores()
@@ -305,7 +316,7 @@ def test_a_server_logp_inside_the_mask_that_is_not_finite_is_an_error(correction
         correction(replace(s, server_logp_T=server_logp_T), identity)
 
 
-@pytest.mark.parametrize("correction", [NoCorrection(), TruncatedIS(), Jackpot(), Jackpot(mask="expected")])
+@pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
 def test_corrections_carry_no_gradient(correction):
     s = make_scores()
     live = {name: v.requires_grad_() for name, v in vars(s).items() if name.endswith(("logp_T", "logp_TK"))}
@@ -339,6 +350,8 @@ def test_diagnostics_are_their_formulas():
         "weight/mean_square": weight.square().mean(),
         "rejected/positive": (~keep)[advantage > 0].double().mean(),
         "rejected/negative": (~keep)[advantage < 0].double().mean(),
+        "rejected/correct": (~keep)[s.correct_T[mask]].double().mean(),
+        "rejected/wrong": (~keep)[~s.correct_T[mask]].double().mean(),
     }
     assert got.keys() == want.keys() | {"kl/target_server"}
     for name, value in want.items():

@@ -1,0 +1,274 @@
+"""Objectives with a trust region around the sampling policy: divergence masks, adaptive bounds, second moments.
+
+Shapes: T tokens; r = p / q at the sampled token, p the live policy, q the server's probability.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_jackpot.algorithm.diagnostics import Metrics
+from megatron_jackpot.algorithm.objectives_base import (
+    ANCHORS,
+    Anchor,
+    Inside,
+    Objective,
+    check_that,
+    clip_removed,
+    clipped,
+    unprepared,
+    valid_log_ratio,
+)
+from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, check_cap
+from megatron_jackpot.algorithm.registry import check_choice
+from megatron_jackpot.algorithm.scores import Scores, SumOverBatch, Tokens
+
+KL_FLOOR = 1e-8
+"""Added to 1 - p and 1 - q before the logarithm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPO(Objective):
+    """M sg(min(r, cap)) A log p with M = 0 where the update would leave the region further (arXiv 2602.04879)."""
+
+    cap: float = 20.0
+    """Upper bound of r."""
+    anchor: Anchor = "server"
+    """Region and ratio are around q (only with correction "none") or around p_old (with any correction)."""
+
+    def __post_init__(self) -> None:
+        check_cap("cap", self.cap)
+        check_choice("anchor", self.anchor, ANCHORS)
+        for name in ("delta_low", "delta_high"):
+            value = getattr(self, name)
+            check_that(value >= 0, name, value, "be >= 0", f"Use {type(self).__dict__[name]}.")
+
+    @property
+    def corrects(self) -> bool:
+        return self.anchor == "server"
+
+    def surrogate(self, t: Inside) -> Tensor:
+        weight_T = t.log_ratio_T(self.anchor).detach().exp().clamp(max=self.cap)
+        return weight_T.masked_fill(self.removed(t), 0.0) * t.advantage_T * t.logp_T
+
+    def _pair(self, t: Inside) -> tuple[Tensor, Tensor]:
+        """(log p, log of the anchor's probability), float64, detached."""
+        anchor_T = t.old_logp_T if self.anchor == "old" else t.server_logp_T
+        return t.logp_T.detach().double(), anchor_T.double()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPOBinaryTV(DPPO):
+    """Drops A > 0 where p - q > delta_high and A < 0 where q - p > delta_low."""
+
+    delta_low: float = 0.15
+    """Largest fall of the sampled token's probability."""
+    delta_high: float = 0.15
+    """Largest rise of the sampled token's probability."""
+
+    def removed(self, t: Inside) -> Tensor:
+        logp_T, anchor_T = self._pair(t)
+        rise_T = logp_T.exp() - anchor_T.exp()
+        return torch.where(t.advantage_T > 0, rise_T > self.delta_high, -rise_T > self.delta_low)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPPOBinaryKL(DPPO):
+    """The same with q log(q/p) + (1-q) log((1-q)/(1-p)) as the distance, and p on the far side of q."""
+
+    delta_low: float = 0.05
+    """Largest KL of a token whose probability fell."""
+    delta_high: float = 0.05
+    """Largest KL of a token whose probability rose."""
+
+    def removed(self, t: Inside) -> Tensor:
+        logp_T, anchor_T = self._pair(t)
+        rest_p_T, rest_q_T = (KL_FLOOR - torch.expm1(x_T) for x_T in (logp_T, anchor_T))
+        kl_T = anchor_T.exp() * (anchor_T - logp_T) - torch.expm1(anchor_T) * (rest_q_T / rest_p_T).log()
+        rose_T = (kl_T > self.delta_high) & (logp_T > anchor_T)
+        fell_T = (kl_T > self.delta_low) & (logp_T < anchor_T)
+        return torch.where(t.advantage_T > 0, rose_T, fell_T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BAPO(Objective):
+    """min(r A, clip(r, low, high) A), the bounds moved for each mini-batch (arXiv 2510.18927 and its code).
+
+    With P = sum over A >= 0 of min(r, high) A and N = sum over A < 0 of max(r, low) |A|, low and then high grow
+    step by step until P / (P + N) >= positive_share. Only with correction "none": r corrects for q.
+    """
+
+    positive_share: float = 0.5
+    """Wanted share of positive contributions."""
+    low_start: float = 0.6
+    """First lower bound of r."""
+    low_end: float = 0.9
+    """Last lower bound of r."""
+    low_step: float = 0.05
+    high_start: float = 1.2
+    """First upper bound of r."""
+    high_end: float = 3.0
+    """Last upper bound of r."""
+    high_step: float = 0.05
+    dual_clip: float | None = None
+    """For A < 0 the surrogate is at least dual_clip * A; null switches it off, the published code has 3.0."""
+
+    def __post_init__(self) -> None:
+        share, low, high = self.positive_share, self.low_end, self.high_start
+        check_that(0 < share < 1, "positive_share", share, "lie in (0, 1)", "Use 0.5.")
+        ok = 0 <= self.low_start <= low <= 1
+        check_that(ok, "low_end", low, f"lie in [low_start = {self.low_start}, 1]", "Use 0.6 to 0.9.")
+        ok = 1 <= high <= self.high_end < math.inf
+        check_that(ok, "high_start", high, f"lie in [1, high_end = {self.high_end}]", "Use 1.2 to 3.0.")
+        for name in ("low_step", "high_step"):
+            check_that(getattr(self, name) >= 1e-3, name, getattr(self, name), "be >= 0.001", "Use 0.05.")
+        if self.dual_clip is not None:
+            rule = f"be >= high_end = {self.high_end}"
+            check_that(self.dual_clip >= self.high_end, "dual_clip", self.dual_clip, rule, "Use null.")
+
+    @property
+    def corrects(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedBAPO":
+        """The same method with its bounds. Sums over the batch once: P and N for every bound."""
+        lows = _steps(self.low_start, self.low_end, self.low_step)
+        highs = _steps(self.high_start, self.high_end, self.high_step)
+        log_ratio_T, valid_T = valid_log_ratio(scores)
+        ratio_T = log_ratio_T.double().exp()
+        advantage_T = torch.where(valid_T, scores.advantage_T, 0.0).double()
+        gain_T, pain_T = advantage_T.clamp(min=0), (-advantage_T).clamp(min=0)
+        sums = [(ratio_T.clamp(max=high) * gain_T).sum() for high in highs]
+        sums += [(ratio_T.clamp(min=low) * pain_T).sum() for low in lows]
+        totals = sum_over_batch(torch.stack(sums)).tolist()
+        gains, pains = totals[: len(highs)], totals[len(highs) :]
+
+        def met(gain: float, pain: float) -> bool:
+            return gain >= self.positive_share * (gain + pain)
+
+        at = next((i for i, pain in enumerate(pains) if met(gains[0], pain)), len(lows) - 1)
+        to = next((i for i, gain in enumerate(gains) if met(gain, pains[at])), len(highs) - 1)
+        return PreparedBAPO(**_knobs(self, BAPO), low=lows[at], high=highs[to])
+
+    def surrogate(self, t: Inside) -> Tensor:
+        raise unprepared("bapo")
+
+    def removed(self, t: Inside) -> Tensor:
+        raise unprepared("bapo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedBAPO(BAPO):
+    """BAPO with the bounds of one mini-batch."""
+
+    low: float
+    high: float
+
+    def surrogate(self, t: Inside) -> Tensor:
+        ratio_T = t.log_ratio_T("server").exp()
+        return clipped(ratio_T, t.advantage_T, self.low, self.high, self.dual_clip)
+
+    def removed(self, t: Inside) -> Tensor:
+        ratio_T = t.log_ratio_T("server").exp()
+        return clip_removed(ratio_T, t.advantage_T, self.low, self.high, self.dual_clip)
+
+    def metrics(self, logp_T: Tensor, tokens: Tokens) -> Metrics:
+        numbers = {"bapo_low": self.low, "bapo_high": self.high}
+        return super().metrics(logp_T, tokens) | _constants(numbers, logp_T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class M2PO(Objective):
+    """M r A with M = 0 on the largest |log r| until the mean of log^2 r is <= budget (arXiv 2510.01161).
+
+    Only with correction "none": r corrects for q.
+    """
+
+    budget: float = 0.04
+    """Largest second moment of log r over the tokens in scope that are kept."""
+    scope: Literal["outward", "all"] = "outward"
+    """Tokens that are counted and may be dropped: those that the update moves further away (A > 0 with r > 1,
+    A < 0 with r < 1; the authors' code) or all (AReaL)."""
+
+    def __post_init__(self) -> None:
+        ok = 0 < self.budget < math.inf
+        check_that(ok, "budget", self.budget, "be a finite number > 0", "Use 0.04.")
+        check_choice("scope", self.scope, ("outward", "all"))
+
+    @property
+    def corrects(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedM2PO":
+        """The same method with the largest |log r| it keeps. Sums over the batch once: a histogram."""
+        log_ratio_T, valid_T = valid_log_ratio(scores)
+        counted_T = valid_T & self.in_scope(log_ratio_T, scores.advantage_T)
+        distance_T = torch.where(counted_T, log_ratio_T, 0.0).double().abs()
+        edges = _edges(distance_T.device)
+        bin_T = torch.bucketize(distance_T, edges)
+        terms_T2 = torch.stack([counted_T.double(), distance_T.square()], -1)
+        histogram = torch.zeros(len(edges), 2, dtype=torch.float64, device=edges.device)
+        histogram = sum_over_batch(histogram.index_add_(0, bin_T, terms_T2))
+        count, moment = histogram.cumsum(0).unbind(-1)
+        num_kept = int((moment <= self.budget * count).sum())
+        last = edges[num_kept - 1].item() if num_kept else 0.0
+        threshold = math.inf if num_kept == len(edges) else last
+        return PreparedM2PO(**_knobs(self, M2PO), threshold=threshold)
+
+    def in_scope(self, log_ratio_T: Tensor, advantage_T: Tensor) -> Tensor:
+        if self.scope == "all":
+            return torch.ones_like(log_ratio_T, dtype=torch.bool)
+        return (log_ratio_T * advantage_T) > 0
+
+    def surrogate(self, t: Inside) -> Tensor:
+        raise unprepared("m2po")
+
+    def removed(self, t: Inside) -> Tensor:
+        raise unprepared("m2po")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedM2PO(M2PO):
+    """M2PO with the threshold of one mini-batch."""
+
+    threshold: float
+
+    def surrogate(self, t: Inside) -> Tensor:
+        ratio_T = t.log_ratio_T("server").exp()
+        return (ratio_T * t.advantage_T).masked_fill(self.removed(t), 0.0)
+
+    def removed(self, t: Inside) -> Tensor:
+        log_ratio_T = t.log_ratio_T("server").detach()
+        far_T = log_ratio_T.double().abs() > self.threshold
+        return t.valid_T & far_T & self.in_scope(log_ratio_T, t.advantage_T)
+
+    def metrics(self, logp_T: Tensor, tokens: Tokens) -> Metrics:
+        numbers = {"m2po_threshold": min(self.threshold, LOG_RATIO_LIMIT)}
+        return super().metrics(logp_T, tokens) | _constants(numbers, logp_T)
+
+
+def _edges(device: torch.device) -> Tensor:
+    """Upper edges of bins of |log r|, each 0.3% wide, from 1e-4 to the clamp of log-ratios."""
+    edges = torch.logspace(-4, math.log10(LOG_RATIO_LIMIT), 4096, dtype=torch.float64, device=device)
+    edges[-1] = LOG_RATIO_LIMIT
+    return edges
+
+
+def _steps(start: float, end: float, step: float) -> list[float]:
+    num = math.ceil((end - start) / step - 1e-9)
+    return [start + i * step for i in range(num)] + [end]
+
+
+def _knobs(method: Objective, public: type) -> dict[str, Any]:
+    return {item.name: getattr(method, item.name) for item in fields(public)}
+
+
+def _constants(numbers: dict[str, float], like: Tensor) -> Metrics:
+    """Numbers as (sum, count) with count 1."""
+    made = {name: torch.tensor([value, 1.0], dtype=torch.float64) for name, value in numbers.items()}
+    return {name: tuple(pair.to(like.device).unbind()) for name, pair in made.items()}

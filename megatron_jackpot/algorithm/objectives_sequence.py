@@ -1,0 +1,106 @@
+"""Objectives whose ratio looks at more of the rollout than the token itself.
+
+Shapes: T tokens; i the rollout of token t, |i| its number of valid tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_jackpot.algorithm.objectives_base import (
+    ANCHORS,
+    Anchor,
+    Inside,
+    Objective,
+    check_that,
+    clip_removed,
+    clipped,
+    earlier_minimum,
+    segment_mean,
+    segment_sum,
+)
+from megatron_jackpot.algorithm.obrs import check_cap
+from megatron_jackpot.algorithm.registry import check_choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPO(Objective):
+    """PPO on s_i = exp(mean_t log(p / p_old)), as sg(s_i) p / sg(p) on each token (arXiv 2507.18071, Eq. 13-14).
+
+    With equal weights on a rollout's tokens this is the gradient of the plain form (Eq. 5); written per token,
+    a token that the correction removes gets no gradient from its neighbours.
+    """
+
+    clip_low: float = 3e-4
+    """s_i is clipped at 1 - clip_low."""
+    clip_high: float = 4e-4
+    """s_i is clipped at 1 + clip_high."""
+
+    def __post_init__(self) -> None:
+        check_that(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "lie in [0, 1]", "Use 3e-4.")
+        check_that(self.clip_high >= 0, "clip_high", self.clip_high, "be >= 0", "Use 4e-4.")
+
+    def surrogate(self, t: Inside) -> Tensor:
+        ratio_T = self._ratio(t) * (t.logp_T - t.logp_T.detach()).exp()
+        return clipped(ratio_T, t.advantage_T, 1 - self.clip_low, 1 + self.clip_high, None)
+
+    def removed(self, t: Inside) -> Tensor:
+        return clip_removed(self._ratio(t), t.advantage_T, 1 - self.clip_low, 1 + self.clip_high, None)
+
+    @torch.no_grad()
+    def _ratio(self, t: Inside) -> Tensor:
+        return segment_mean(t.log_ratio_T(), t).exp().to(t.logp_T.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TOPR(Objective):
+    """A log p for A >= 0, sg(min(p(y)/q(y), 1)) A log p for A < 0, y the whole rollout (arXiv 2503.14286)."""
+
+    level: Literal["sequence", "token"] = "sequence"
+    """The ratio of the whole rollout, as in the paper, or of the token alone (ours)."""
+    anchor: Anchor = "server"
+    """The ratio is p / q (only with correction "none") or p / p_old (with any correction)."""
+
+    def __post_init__(self) -> None:
+        check_choice("level", self.level, ("sequence", "token"))
+        check_choice("anchor", self.anchor, ANCHORS)
+
+    @property
+    def corrects(self) -> bool:
+        return self.anchor == "server"
+
+    def surrogate(self, t: Inside) -> Tensor:
+        log_ratio_T = t.log_ratio_T(self.anchor).detach()
+        if self.level == "sequence":
+            log_ratio_T = segment_sum(log_ratio_T, t.segment_T)
+        taper_T = log_ratio_T.clamp(max=0.0).exp().to(t.logp_T.dtype)
+        return torch.where(t.advantage_T < 0, taper_T, 1.0) * t.advantage_T * t.logp_T
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinPRO(Objective):
+    """sg(min(r_t min_{j<t} r_j, cap)) A log p, r = p / q token by token (arXiv 2601.22718).
+
+    The product stands in for the prefix ratio r_1 ... r_t; the first token of a rollout has r_1.
+    """
+
+    cap: float = 5.0
+    """Upper bound of the weight (ours); .inf switches it off."""
+    anchor: Anchor = "server"
+    """The ratio is p / q (only with correction "none") or p / p_old (with any correction)."""
+
+    def __post_init__(self) -> None:
+        check_cap("cap", self.cap)
+        check_choice("anchor", self.anchor, ANCHORS)
+
+    @property
+    def corrects(self) -> bool:
+        return self.anchor == "server"
+
+    def surrogate(self, t: Inside) -> Tensor:
+        log_ratio_T = t.log_ratio_T(self.anchor).detach()
+        log_weight_T = log_ratio_T + earlier_minimum(log_ratio_T, t)
+        weight_T = log_weight_T.exp().clamp(max=self.cap).to(t.logp_T.dtype)
+        return weight_T * t.advantage_T * t.logp_T

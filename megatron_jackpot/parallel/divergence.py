@@ -1,0 +1,213 @@
+"""Overlap and KL of two distributions whose logits are split over tensor-parallel ranks by vocabulary.
+
+Shapes and keyword arguments as in vocab.py: T tokens, logits [T, V/TP], padding columns belong to no softmax,
+the temperature divides both models' logits. One of the two may be a function from a slice of tokens to their
+logits: it is called chunk by chunk, without gradient, for the same slices on every rank, so that its [T, V]
+never exists. The logits that are a tensor set the precision: fp64 or else fp32. NaN logits make NaN results.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from megatron_jackpot.algorithm.obrs import check_lam, overlap_limit
+from megatron_jackpot.parallel.vocab import Columns, all_reduce, own_columns, scaled_rows, token_chunks
+
+Logits = Tensor | Callable[[slice], Tensor]
+"""Logits [T, V/TP], or what computes those of a slice of tokens, the same ones at every call."""
+
+Direction = Literal["forward", "reverse"]
+
+
+@torch.no_grad()
+def vocab_parallel_overlap(
+    target_logits: Logits,
+    server_logits: Tensor,
+    *,
+    lam: float,
+    vocab_size: int,
+    group: ProcessGroup | None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Z = sum over the vocabulary of min(q, p_target / lam), [T], at most min(1, 1/lam); no gradient.
+
+    All-reduces: max [2, T], sum [2, T], sum [T]. Reads both logits twice: a function is called twice per
+    chunk. Raises ValueError for a bad lam, vocab_size or temperature, and for slices of different width.
+    """
+    check_lam(lam)
+    knobs = dict(vocab_size=vocab_size, group=group, temperature=temperature, chunk=chunk)
+    pair = _Pair(server_logits, target_logits, **knobs)
+    lse_2T = pair.per_token(2)
+    for rows, server, target in pair:
+        lse_2T[0, rows] = server.logsumexp(-1)
+        lse_2T[1, rows] = target.logsumexp(-1)
+    peak_2T = all_reduce(lse_2T.clone(), dist.ReduceOp.MAX, group)
+    log_z_2T = peak_2T + all_reduce((lse_2T - peak_2T).exp_(), dist.ReduceOp.SUM, group).log_()
+    # lam belongs to the normaliser: p / lam = exp(logit - log Z - log lam).
+    log_z_2T[1] += math.log(lam)
+    overlap_T = pair.per_token(1)[0]
+    for rows, server, target in pair:
+        server_logp = server - log_z_2T[0, rows, None]
+        scaled_target = target - log_z_2T[1, rows, None]
+        overlap_T[rows] = torch.minimum(server_logp, scaled_target, out=server_logp).exp_().sum(-1)
+    return all_reduce(overlap_T, dist.ReduceOp.SUM, group).clamp_(max=overlap_limit(lam))
+
+
+def vocab_parallel_kl(
+    student_logits_TV: Tensor,
+    teacher_logits: Logits,
+    *,
+    direction: Direction,
+    vocab_size: int,
+    group: ProcessGroup | None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """KL over the vocabulary, [T], with gradient into the student's slice; the teacher is a constant.
+
+    forward is KL(teacher || student), reverse KL(student || teacher); inf where the second has probability 0
+    and the first has not. All-reduces: max [2, T], sum [3, T]; none in backward, which reads both logits once
+    more and allocates the gradient [T, V/TP] in the student's dtype. A function is called once per chunk in
+    forward and once in backward. Raises ValueError for an unknown direction, a bad vocab_size or temperature,
+    and for slices of different width.
+    """
+    if direction not in get_args(Direction):
+        raise ValueError(
+            f"direction = {direction!r}: must be 'forward' or 'reverse'. "
+            "Use 'forward' for KL(teacher || student)."
+        )
+    knobs = dict(vocab_size=vocab_size, group=group, temperature=temperature, chunk=chunk)
+    if isinstance(teacher_logits, Tensor):
+        teacher_logits = teacher_logits.detach()
+    return _KL.apply(student_logits_TV, teacher_logits, direction == "forward", knobs)
+
+
+class _KL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits_TV, teacher_logits, forward_kl, knobs):
+        ctx.forward_kl, ctx.knobs = forward_kl, knobs
+        pair = _Pair(student_logits_TV, teacher_logits, **knobs)
+        log_z_student_T, log_z_teacher_T, kl_T = _kl(pair, forward_kl)
+        # A tensor is saved so that autograd notices when it is changed before backward.
+        is_tensor = isinstance(teacher_logits, Tensor)
+        ctx.teacher_logits = None if is_tensor else teacher_logits
+        teacher_TV = teacher_logits if is_tensor else None
+        ctx.save_for_backward(student_logits_TV, teacher_TV, log_z_student_T, log_z_teacher_T, kl_T)
+        return kl_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T):
+        """forward: student - teacher; reverse: student * (log(student / teacher) - KL); then / temperature.
+
+        Where a reverse KL is inf its gradient is NaN.
+        """
+        student_TV, teacher_TV, log_z_student_T, log_z_teacher_T, kl_T = ctx.saved_tensors
+        pair = _Pair(student_TV, ctx.teacher_logits if teacher_TV is None else teacher_TV, **ctx.knobs)
+        grad_T = grad_T / pair.temperature
+        grad_logits_TV = torch.empty_like(student_TV)
+        for rows, student, teacher in pair:
+            student_logp = student - log_z_student_T[rows, None]
+            teacher_logp = teacher - log_z_teacher_T[rows, None]
+            if ctx.forward_kl:
+                slope = student_logp.exp_().sub_(teacher_logp.exp_())
+            else:
+                excess = torch.sub(student_logp, teacher_logp, out=teacher_logp).sub_(kl_T[rows, None])
+                slope = _weighted(student_logp.exp_(), excess)
+            grad_logits_TV[rows, : pair.columns.width] = slope.mul_(grad_T[rows, None])
+            grad_logits_TV[rows, pair.columns.width :] = 0
+        return grad_logits_TV, None, None, None
+
+
+def _kl(pair: "_Pair", forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(log normaliser of the first, of the second, KL), each [T]. All-reduces: max [2, T], sum [3, T].
+
+    By the chain rule, KL = sum over slices of w (KL within the slice + log(w / v)), w and v the probabilities
+    of a slice: each logit meets the normaliser of its own slice, and a small KL is a sum of small terms.
+    """
+    lse_2T, within_T = pair.per_token(2), pair.per_token(1)[0]
+    for rows, first, second in pair:
+        lse_2T[0, rows], lse_2T[1, rows] = first.logsumexp(-1), second.logsumexp(-1)
+        logp = first - _finite(lse_2T[0, rows, None])
+        other_logp = second - _finite(lse_2T[1, rows, None])
+        if forward_kl:
+            logp, other_logp = other_logp, logp
+        log_ratio = torch.sub(logp, other_logp, out=other_logp)
+        within_T[rows] = _weighted(logp.exp_(), log_ratio).sum(-1)
+    peak_2T = all_reduce(lse_2T.clone(), dist.ReduceOp.MAX, pair.group)
+    log_share_2T = lse_2T - peak_2T
+    share_2T = log_share_2T.exp()
+    w, v = (1, 0) if forward_kl else (0, 1)
+    # A slice of padding alone has share 0.
+    kl_T = _weighted(share_2T[w].clone(), within_T + log_share_2T[w] - log_share_2T[v])
+    sums_3T = all_reduce(torch.cat([share_2T, kl_T[None]]), dist.ReduceOp.SUM, pair.group)
+    log_sum_2T = sums_3T[:2].log()
+    kl_T = (sums_3T[2] / sums_3T[w] - log_sum_2T[w] + log_sum_2T[v]).clamp_(min=0.0)
+    log_z_2T = peak_2T + log_sum_2T
+    return log_z_2T[0], log_z_2T[1], kl_T
+
+
+class _Pair:
+    """Two models' logits: iterating yields (rows, first, second), the true columns over the temperature.
+
+    The first is a tensor and knows the number of tokens. What is yielded may be a view of the logits.
+    """
+
+    def __init__(
+        self,
+        first_TV: Tensor,
+        second: Logits,
+        *,
+        vocab_size: int,
+        group: ProcessGroup | None,
+        temperature: float,
+        chunk: int | None,
+    ) -> None:
+        self.columns: Columns = own_columns(first_TV, vocab_size, group, temperature)
+        self.first_TV, self.second = first_TV, second
+        self.dtype = torch.float64 if first_TV.dtype == torch.float64 else torch.float32
+        self.group, self.temperature, self.chunk = group, temperature, chunk
+        if isinstance(second, Tensor):
+            self._check(second, first_TV.shape[0])
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        for rows in token_chunks(self.first_TV, self.chunk):
+            if isinstance(self.second, Tensor):
+                second = self.second[rows]
+            else:
+                second = self._check(self.second(rows), rows.stop - rows.start)
+            yield rows, self._read(self.first_TV[rows]), self._read(second)
+
+    def per_token(self, num: int) -> Tensor:
+        """Empty [num, T] in the precision of the results."""
+        return self.first_TV.new_empty((num, self.first_TV.shape[0]), dtype=self.dtype)
+
+    def _read(self, logits: Tensor) -> Tensor:
+        return scaled_rows(logits, self.columns, self.temperature).to(self.dtype)
+
+    def _check(self, logits: Tensor, num_tokens: int) -> Tensor:
+        wanted = (num_tokens, self.first_TV.shape[1])
+        if tuple(logits.shape) != wanted:
+            raise ValueError(
+                f"logits of shape {tuple(logits.shape)}: must have that of the other model, {wanted}. Pad "
+                "both vocabularies to one size, so that a rank's slices hold the same ids."
+            )
+        return logits
+
+
+def _weighted(prob: Tensor, value: Tensor) -> Tensor:
+    """prob * value in place of prob, 0 where prob is 0 even if the value is not finite."""
+    absent = prob == 0
+    return prob.mul_(value).masked_fill_(absent, 0.0)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """0 in place of -inf: in a slice without probability every log-prob stays -inf instead of NaN."""
+    return lse.masked_fill(lse == -float("inf"), 0.0)

@@ -1,0 +1,46 @@
+"""Two tiny models, a configuration, and one server that whole runs share."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_jackpot.rollout.server import start_servers, stop_servers
+from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
+
+RUN = dict(
+    policy=dict(optimizer=dict(lr=1e-3)),
+    actor=dict(optimizer=dict(lr=1e-3)),
+    data=dict(tasks=dict(chain_sum=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)), size=40),
+    rollout=dict(
+        prompts_per_step=4, samples_per_prompt=3, max_new_tokens=8, temperature=0.7, request_timeout_s=60
+    ),
+    packing=dict(tokens=256),
+    precision=dict(dtype="float32"),
+    servers=dict(max_total_tokens=8192),
+    sync=dict(probe_every=1, timeout_s=60),
+    evaluation=dict(every=1, size=4, max_new_tokens=4),
+)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("e2e")
+    for name, seed, shape in (("policy", 0, POLICY), ("actor", 1, ACTOR)):
+        write_tokenizer(write_model(folder / name, seed, **shape))
+    tree = {**RUN, "run": dict(folder=str(folder / "run"), steps=2)}
+    tree["policy"] = {**RUN["policy"], "hf": str(folder / "policy")}
+    tree["actor"] = {**RUN["actor"], "hf": str(folder / "actor")}
+    tree["data"] = {**RUN["data"], "template": None, "max_prompt_tokens": 100}
+    # The questions of chain_sum hold capitals, which this tokenizer reads as '?'; nothing here depends on it.
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(folder: Path):
+    servers = start_servers(
+        folder / "actor", dtype="float32", folder=folder, max_total_tokens=8192, start_timeout_s=180
+    )
+    yield servers[0].url
+    stop_servers(servers)

@@ -1,0 +1,76 @@
+"""Every file of examples/ablations trains two steps, all on one server and in one process group."""
+
+import math
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot.algorithm.advantages import ADVANTAGES
+from megatron_jackpot.algorithm.corrections import CORRECTIONS
+from megatron_jackpot.algorithm.distill import DISTILL
+from megatron_jackpot.algorithm.objectives import OBJECTIVES
+from megatron_jackpot.assembly import run
+from megatron_jackpot.config import Parallel, load_config
+from megatron_jackpot.metrics import read_metrics
+from megatron_jackpot.models.mesh import init_mesh
+from tests.parallel.spawn import run_ranks
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+FILES = sorted((Path(__file__).parents[2] / "examples" / "ablations").glob("*.yaml"))
+BASE = "base: ../quickstart/run.yaml"
+
+
+def _run_all(rank: int, world: int, folder: str, server: str) -> dict[str, list[dict]]:
+    """name -> metrics of a run with the file's changes to the tests' own tiny run."""
+    rows = {}
+    mesh = init_mesh(Parallel(), 0)
+    for path in FILES:
+        file = Path(folder) / path.name
+        file.write_text(path.read_text().replace(BASE, f"base: {folder}/run.yaml"))
+        out = Path(folder) / "ablations" / path.stem
+        overrides = [
+            f"servers.urls=['{server}']",
+            f"run.folder={out}",
+            "sync.method=disk",
+            "logging.tensorboard=false",
+        ]
+        started = time.perf_counter()
+        try:
+            run(load_config(file, [*overrides, "sync.probe_every=1000", "rollout.prompts_per_step=4"]), mesh)
+        except Exception as error:
+            raise RuntimeError(f"{path.name} failed") from error
+        print(f"{path.stem}: {time.perf_counter() - started:.1f} s", flush=True)
+        rows[path.stem] = read_metrics(out)
+    return rows
+
+
+def test_every_method_has_a_file_and_every_file_trains(folder: Path, server: str) -> None:
+    for path in FILES:
+        assert BASE in path.read_text().splitlines(), path
+        config = load_config(path, ["policy.hf=a", "actor.hf=b"])
+        assert config.run.steps > 2, path
+    rows = run_ranks(_run_all, 1, 560, str(folder), server)[0]
+    assert rows.keys() == {path.stem for path in FILES}
+    for name, steps in rows.items():
+        assert [row["step"] for row in steps] == [0, 1, 2], name
+        for row in steps[1:]:
+            assert math.isfinite(row["loss/policy"]) and math.isfinite(row["loss/actor"]), name
+            assert row["grad_norm/actor"] > 0, name
+    documented = re.findall(r"`([^`]+)`", (FILES[0].parents[2] / "docs" / "metrics.md").read_text())
+    written = {key for steps in rows.values() for row in steps for key in row} - {"step"}
+    assert written <= set(documented), written - set(documented)
+    named = {
+        kind: {
+            load_config(path, ["policy.hf=a", "actor.hf=b"]).algorithm.__dict__[kind].name for path in FILES
+        }
+        for kind in ("correction", "objective", "advantage")
+    }
+    assert named["correction"] == set(CORRECTIONS)
+    assert named["objective"] == set(OBJECTIVES)
+    assert named["advantage"] == set(ADVANTAGES)
+    assert {load_config(path, ["policy.hf=a", "actor.hf=b"]).actor.distill.name for path in FILES} == set(
+        DISTILL
+    )
