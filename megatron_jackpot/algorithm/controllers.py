@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from megatron_jackpot.algorithm.acceptance import (
+from megatron_jackpot.algorithm.obrs import (
     LAM_MAX,
     LAM_MIN,
     check_acceptance,

@@ -18,6 +18,10 @@ from torch.distributed import ProcessGroup
 from megatron_jackpot.parallel.topk import gather_top, local_top
 
 
+LOGP_FLOOR = -1e30
+"""Where a probability is 0 its logarithm is cut here, so that their product is 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VocabScores:
     """What one no-grad pass over the logits yields; None where it was not asked for."""
@@ -121,7 +125,6 @@ def vocab_parallel_argmax(
     return gather_top(top_T1, ids_T1, group)[1][:, 0]
 
 
-@torch.no_grad()
 def vocab_parallel_entropy(
     logits_TV: Tensor,
     *,
@@ -130,10 +133,12 @@ def vocab_parallel_entropy(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> Tensor:
-    """Entropy of softmax(logits / temperature), nats, [T], no gradient. All-reduces: max [T], sum [2, T]."""
-    columns = own_columns(logits_TV, vocab_size, group, temperature)
-    local = _read(logits_TV, columns, temperature, chunk, entropy=True)
-    return _normalise(local, None, vocab_size, group)[2]
+    """Entropy of softmax(logits / temperature), nats, [T], with gradient into this rank's slice.
+
+    All-reduces: max [T], sum [2, T]; none in backward, which recomputes the softmax chunk by chunk.
+    """
+    own_columns(logits_TV, vocab_size, group, temperature)
+    return _Entropy.apply(logits_TV, vocab_size, group, temperature, chunk)
 
 
 @torch.no_grad()
@@ -200,6 +205,30 @@ class _Logp(torch.autograd.Function):
             grad_logits_TV[rows, : columns.width] = softmax
             grad_logits_TV[rows, columns.width :] = 0
         return grad_logits_TV, None, None, None, None, None
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TV, vocab_size, group, temperature, chunk):
+        ctx.columns = own_columns(logits_TV, vocab_size, group, temperature)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        local = _read(logits_TV, ctx.columns, temperature, chunk, entropy=True)
+        log_z_T, _, entropy_T = _normalise(local, None, vocab_size, group)
+        ctx.save_for_backward(logits_TV, log_z_T, entropy_T)
+        return entropy_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_T):
+        """-softmax * (log softmax + entropy) * grad / temperature."""
+        logits_TV, log_z_T, entropy_T = ctx.saved_tensors
+        grad_T = grad_T / ctx.temperature
+        grad_logits_TV = torch.zeros_like(logits_TV)
+        for rows in token_chunks(logits_TV, ctx.chunk):
+            logp = scaled_rows(logits_TV[rows], ctx.columns, ctx.temperature) - log_z_T[rows, None]
+            slope = (logp.clamp(min=LOGP_FLOOR) + entropy_T[rows, None]).mul_(logp.exp())
+            grad_logits_TV[rows, : ctx.columns.width] = slope.mul_(-grad_T[rows, None])
+        return grad_logits_TV, None, None, None, None
 
 
 @dataclass(frozen=True)

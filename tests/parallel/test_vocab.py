@@ -88,6 +88,9 @@ def compute(case, group, rank, size):
         "backward": lambda: torch.autograd.grad(
             vocab_parallel_logp(slice_TV, ids_TN[:, 0], **hot), slice_TV, torch.linspace(-1, 1, T)
         )[0],
+        "entropy backward": lambda: torch.autograd.grad(
+            vocab_parallel_entropy(slice_TV, **hot), slice_TV, torch.linspace(-1, 1, T)
+        )[0],
     }
     results, sent = {}, {}
     for name, call in calls.items():
@@ -96,7 +99,7 @@ def compute(case, group, rank, size):
     logp_T = results["logp"]
     with Sent() as sent["backward alone"]:
         logp_T.sum().backward()
-    results["logp"] = logp_T.detach()
+    results["logp"], results["entropy"] = logp_T.detach(), results["entropy"].detach()
     return results, sent
 
 
@@ -195,10 +198,11 @@ def test_all_ranks_hold_the_same_bits(outcomes):
 
 def test_gradient_slices_together_are_the_serial_gradient(outcomes):
     case, serial, parallel = outcomes
-    whole = torch.cat([results["backward"] for results, _ in parallel], -1)
     tolerance = dict(rtol=1e-5, atol=1e-6) if case["dtype"] == torch.float32 else dict(rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(whole, serial["backward"], **tolerance)
-    assert (whole[:, case["vocab_size"] :] == 0).all()
+    for name in ("backward", "entropy backward"):
+        whole = torch.cat([results[name] for results, _ in parallel], -1)
+        torch.testing.assert_close(whole, serial[name], **tolerance)
+        assert (whole[:, case["vocab_size"] :] == 0).all()
 
 
 def test_topk_gathers_k_times_tp_times_8_bytes_per_token(outcomes):

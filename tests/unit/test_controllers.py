@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_jackpot.algorithm.acceptance import lambda_for_acceptance
 from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
+from megatron_jackpot.algorithm.obrs import lambda_for_acceptance
 
 
 def alone(sums):

@@ -15,13 +15,14 @@ from megatron_jackpot.algorithm.obrs import (
     jackpot_weight,
     kappa,
     overlap_mass,
+    tail_correction,
 )
 
 LAMS = (0.2, 0.5, 0.8, 1.0, 1.25, 2.0, 5.0)
 IDENTITY = dict(rtol=1e-12, atol=1e-12)
 
 
-def draws(num=500, vocab=50, seed=0):
+def draws(num=3000, vocab=50, seed=0):
     """Random (log p, log q) [num, vocab] in fp64: peaked and flat rows, all ratios inside the +-20 clamp."""
     generator = torch.Generator().manual_seed(seed)
     sharpness = 0.2 + 2.3 * torch.rand(2, num, 1, generator=generator, dtype=torch.float64)
@@ -120,6 +121,46 @@ def test_identity_3_expected_weight_is_the_truncated_ratio_times_z(lam, cap):
     close(before_z, torch.minimum(z * ratio, z * lam * cap))
 
 
+@pytest.mark.parametrize("lam", LAMS)
+def test_identities_1_and_3_hold_in_fp32_to_1e_5(lam):
+    p, q = (x.float() for x in draws())
+    z = exact_overlap_mass(p, q, lam)[:, None]
+    assert z.dtype == torch.float32
+    accept, weight = accept_prob(p, q, lam), jackpot_weight(p, q, z, lam, math.inf)
+    total = (q.exp() * accept / z * weight).sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=0)
+    capped = accept * jackpot_weight(p, q, z, lam, 3.0)
+    torch.testing.assert_close(capped, (z * (p - q).exp()).clamp(max=3.0), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("lam", LAMS)
+def test_the_tail_correction_lies_between_its_bounds_and_is_exact_where_nothing_is_left_out(lam):
+    p, q = draws(num=400)
+    token = torch.multinomial(q.exp(), 1, generator=torch.Generator().manual_seed(3))
+    accept = accept_prob(p.gather(-1, token), q.gather(-1, token), lam)[:, 0]
+    mask = torch.arange(400) % 7 > 0
+    exact = exact_overlap_mass(p, q, lam)
+    errors = {}
+    for k in (10, 50):
+        inside = token[:, 0] < k
+        z_k = overlap_mass(p[:, :k], q[:, :k], lam)
+        z, eta = tail_correction(accept, inside, p[:, :k], q[:, :k], z_k, lam, mask, lambda sums: sums)
+        rest_q, rest_p = (1 - x[:, :k].exp().sum(-1) for x in (q, p))
+        assert 0 <= eta <= 1 and (z >= z_k - 1e-12).all()
+        assert (z <= z_k + torch.minimum(rest_q, rest_p / lam).clamp(min=0) + 1e-12).all()
+        errors[k] = ((z - exact).abs().mean(), (z_k - exact).abs().mean())
+    assert errors[10][0] < 0.5 * errors[10][1]
+    assert errors[50][0] < 1e-12
+    # An id whose q is not known counts as left out, of p as of q.
+    unknown = q[:, :10].clone()
+    unknown[:, 5:] = -math.inf
+    z_5 = overlap_mass(p[:, :5], q[:, :5], lam)
+    args = (accept, token[:, 0] < 5)
+    five = tail_correction(*args, p[:, :5], q[:, :5], z_5, lam, mask, lambda sums: sums)
+    ten = tail_correction(*args, p[:, :10], unknown, z_5, lam, mask, lambda sums: sums)
+    close(ten[0], five[0])
+
+
 def test_identity_4_small_lam_is_truncated_importance_sampling():
     p, q = draws()
     lam = 1e-8  # below every ratio: everything is kept
@@ -178,13 +219,13 @@ def test_candidates_can_only_lose_overlap_and_padding_adds_none():
     p, q = draws()
     full = exact_overlap_mass(p, q, 1.0)
     part = overlap_mass(p[:, :20], q[:, :20], 1.0)
-    padding = torch.full((500, 7), -math.inf, dtype=torch.float64)
+    padding = torch.full((len(p), 7), -math.inf, dtype=torch.float64)
     assert (part <= full).all()
     close(overlap_mass(torch.cat([p[:, :20], padding], -1), torch.cat([q[:, :20], padding], -1), 1.0), part)
 
 
 def test_any_leading_shape_gives_the_same_numbers():
-    p, q = draws()
+    p, q = draws(num=500)
     z = overlap_mass(p, q, 0.8)
     cube = (5, 10, 10, 50)
     close(overlap_mass(p.view(cube), q.view(cube), 0.8), z.view(5, 10, 10))

@@ -104,6 +104,18 @@ def test_logp_passes_gradcheck(temperature):
     assert torch.autograd.gradcheck(lambda x: vocab_parallel_logp(x, ids_T, **knobs), logits_TV)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropy_passes_gradcheck_and_a_vanishing_probability_has_no_gradient(temperature):
+    logits_TV = make_logits(torch.float64)[:6].requires_grad_()
+    knobs = dict(SERIAL, temperature=temperature, chunk=4)
+    assert torch.autograd.gradcheck(lambda x: vocab_parallel_entropy(x, **knobs), logits_TV)
+    sharp_TV = make_logits()[:6].masked_fill(torch.arange(make_logits().shape[1]) == 3, -math.inf)
+    sharp_TV.requires_grad_()
+    vocab_parallel_entropy(sharp_TV, **knobs).sum().backward()
+    assert sharp_TV.grad.isfinite().all() and (sharp_TV.grad[:, 3] == 0).all()
+    assert (sharp_TV.grad[:, VOCAB:] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_is_that_of_log_softmax_zero_on_padding_and_in_the_dtype_of_the_logits(dtype):
     logits_TV = make_logits(dtype).requires_grad_()
