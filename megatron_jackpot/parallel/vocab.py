@@ -17,7 +17,6 @@ from torch.distributed import ProcessGroup
 
 from megatron_jackpot.parallel.topk import gather_top, local_top
 
-
 LOGP_FLOOR = -1e30
 """Where a probability is 0 its logarithm is cut here, so that their product is 0."""
 

@@ -198,7 +198,8 @@ def test_all_ranks_hold_the_same_bits(outcomes):
 
 def test_gradient_slices_together_are_the_serial_gradient(outcomes):
     case, serial, parallel = outcomes
-    tolerance = dict(rtol=1e-5, atol=1e-6) if case["dtype"] == torch.float32 else dict(rtol=1e-2, atol=1e-3)
+    # log p + entropy cancels where the entropy's gradient is small: a few roundings of a logit of size 10.
+    tolerance = dict(rtol=1e-5, atol=5e-6) if case["dtype"] == torch.float32 else dict(rtol=1e-2, atol=1e-3)
     for name in ("backward", "entropy backward"):
         whole = torch.cat([results[name] for results, _ in parallel], -1)
         torch.testing.assert_close(whole, serial[name], **tolerance)
