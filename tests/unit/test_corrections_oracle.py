@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_jackpot.algorithm.advantages import GRPO
 from megatron_jackpot.algorithm.corrections import CORRECTIONS, make_correction
+from megatron_jackpot.algorithm.objectives import PPO
+from megatron_jackpot.algorithm.scores import Tokens
 from tests.unit.test_corrections import identity, make_scores, on_ranks, part
 
 CASES = [
@@ -188,3 +191,29 @@ def test_a_non_finite_log_prob_of_the_server_is_refused_and_outside_the_mask_ign
     broken[inside] = -math.inf
     with pytest.raises(ValueError, match="server_logp = .*must be finite"):
         make_correction(name, {}, 0)(replace(s, server_logp_T=broken), identity)
+
+
+def test_group_baselines_are_those_of_every_response_rejected_or_not():
+    """Advantages come from the rewards of the whole group; rejecting all tokens of a response moves none of them."""
+    s = scores()
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    advantage_S = GRPO()(rewards)
+    s = replace(s, advantage_T=advantage_S[s.segment_T])
+    gone_T = s.mask_T & (s.segment_T == 0)
+    rejecting = replace(s, target_logp_T=torch.where(gone_T, -60.0, s.target_logp_T))
+    method = make_correction("jackpot", {"z_correction": "none", "policy_cap": None}, 0)
+    kept, without = method(s, identity), method(rejecting, identity)
+    assert kept.keep_T[gone_T].any() and not without.keep_T[gone_T].any()
+    others_T = s.mask_T & ~gone_T
+    tokens = Tokens(
+        old_logp_T=s.policy_logp_T,
+        server_logp_T=s.server_logp_T,
+        advantage_T=rejecting.advantage_T,
+        mask_T=s.mask_T,
+        segment_T=s.segment_T,
+    )
+    surrogate_T = PPO()(s.policy_logp_T, tokens)
+    torch.testing.assert_close(surrogate_T[others_T], advantage_S[s.segment_T][others_T])
+    alone_S = GRPO()(rewards[1:])
+    assert (alone_S - advantage_S[1:]).abs().max() > 0.1  # a baseline after rejection would be another one
+    assert torch.equal(kept.weight_T[others_T], without.weight_T[others_T])
