@@ -22,6 +22,8 @@ NUM_BINS = 4096
 """Of log r between the bounds: width .0008, which puts the acceptance off by at most a quarter of that."""
 RATIO_UNIT = 2.0**-26
 """r is rounded to a multiple of this, so that float64 sums are exact in any order and over any split."""
+_ROUNDING = 1e-6
+"""Of the mean acceptance: rounding of r and of 1 / lam; an acceptance this near a bound's is reachable."""
 
 ClipOrder = Literal["after_z", "before_z"]
 
@@ -170,9 +172,9 @@ def lambda_for_acceptance(
     def mean_accept(log_lam: float) -> float:
         return torch.minimum(count, total / math.exp(log_lam)).sum().item() / num_tokens
 
-    if mean_accept(low) < acceptance:
+    if mean_accept(low) < acceptance - _ROUNDING:
         return lam_min, False
-    if mean_accept(high) > acceptance:
+    if mean_accept(high) > acceptance + _ROUNDING:
         return lam_max, False
     for _ in range(50):
         middle = (low + high) / 2
