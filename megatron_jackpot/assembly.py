@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_jackpot import checkpoint
 from megatron_jackpot.batch import Prompt
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
@@ -172,11 +173,15 @@ def run(config: Config, mesh: Mesh | None = None) -> None:
     try:
         mesh = mesh or init_mesh(config.parallel, config.run.seed)
         assembly = assemble(config, mesh)
+        if config.run.resume:
+            troubles = checkpoint.resume(assembly.trainer, config.run.folder)
+            if mesh.is_main:
+                print(*troubles, f"resumed after step {assembly.trainer.num_steps}", sep="\n", flush=True)
     except (ValueError, FileNotFoundError) as error:
         raise Refused(*error.args) from error
     try:
         with contextlib.ExitStack() as outputs:
-            report = _report(config, mesh, outputs)
+            report = _report(config, mesh, assembly.trainer.num_steps, outputs)
             _train(assembly, report)
     finally:
         assembly.close()
@@ -190,23 +195,29 @@ Report = Callable[[int, dict[str, float]], None]
 def _train(assembly: Assembly, report: Report) -> None:
     trainer, config = assembly.trainer, assembly.trainer.config
     trainer.push()
-    metrics = {**probe(trainer, assembly.probes), **evaluate(trainer, assembly.heldout, assembly.stop_ids)}
-    report(0, metrics)
-    for step in range(1, config.run.steps + 1):
+    metrics = probe(trainer, assembly.probes)
+    if trainer.num_steps == 0:
+        report(0, {**metrics, **evaluate(trainer, assembly.heldout, assembly.stop_ids)})
+    for step in range(trainer.num_steps + 1, config.run.steps + 1):
         metrics = trainer.step()
         if step % config.sync.probe_every == 0:
             metrics |= probe(trainer, assembly.probes)
         if assembly.heldout and (step % config.evaluation.every == 0 or step == config.run.steps):
             metrics |= evaluate(trainer, assembly.heldout, assembly.stop_ids)
         report(step, metrics)
+        if config.run.save_every and (step % config.run.save_every == 0 or step == config.run.steps):
+            checkpoint.save(trainer, config.run.folder, config.run.keep)
 
 
-def _report(config: Config, mesh: Mesh, outputs: contextlib.ExitStack) -> Report:
+def _report(config: Config, mesh: Mesh, done: int, outputs: contextlib.ExitStack) -> Report:
     """Metrics files and progress on the main rank, nothing elsewhere."""
     if not mesh.is_main:
         return lambda step, metrics: None
     knobs = config.logging
-    writer = outputs.enter_context(MetricsWriter(config.run.folder, knobs.tensorboard, knobs.wandb_project))
+    resume_step = done if config.run.resume else None
+    writer = outputs.enter_context(
+        MetricsWriter(config.run.folder, knobs.tensorboard, knobs.wandb_project, resume_step=resume_step)
+    )
     progress = outputs.enter_context(StepLogger(config.run.steps, progress=knobs.progress))
 
     def report(step: int, metrics: dict[str, float]) -> None:

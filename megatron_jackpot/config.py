@@ -6,10 +6,10 @@ The text under a field is its documentation: `megatron-jackpot train --help` pri
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_jackpot.algorithm.registry import nearest
+from megatron_jackpot.yaml_tree import apply_override, read_tree
 
 
 class Section(BaseModel):
@@ -251,6 +251,12 @@ class Run(Section):
     """Rollout batches."""
     seed: int = 0
     """Seed of prompt order, random draws and initialisation."""
+    save_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints of both models, optimizers and the loader; null saves none."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that stay on disk."""
+    resume: bool = False
+    """Continue from the newest whole checkpoint in the folder."""
 
 
 class Config(Section):
@@ -314,34 +320,10 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
     `base: FILE`, relative to the YAML, is a file whose keys count where the YAML has none; a method counts whole.
     Raises ValueError naming the field, the value and what to do, FileNotFoundError for a missing file.
     """
-    tree = _read_tree(Path(path), ())
+    tree = read_tree(Path(path))
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     return parse_config(tree)
-
-
-def _read_tree(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in above:
-        raise ValueError(f"{path}: base files form a circle. Remove one of their `base` keys.")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a mapping of sections, got {type(tree).__name__}.")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    return _merge(_read_tree(path.parent / str(base), (*above, path.resolve())), tree)
-
-
-def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in tree.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict) and "name" not in value
-        merged[key] = _merge(below, value) if both else value
-    return merged
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -350,24 +332,6 @@ def parse_config(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(item) for item in error.errors())) from error
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"Override '{override}' is not of the form section.key=value.")
-    *parents, last = key.split(".")
-    for parent in parents:
-        node = tree.get(parent)
-        if node is None:
-            node = tree[parent] = {}
-        if not isinstance(node, dict):
-            raise ValueError(f"Override '{override}': '{parent}' holds {node!r}, which is not a section.")
-        tree = node
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"Override '{override}' has a value that is not YAML: {error}") from error
 
 
 def _explain(item: Any) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_jackpot import children
 from megatron_jackpot.config import Config
-from megatron_jackpot.provenance import CONFIG_FILE, PROVENANCE_FILE, record
+from megatron_jackpot.provenance import CONFIG_FILE, PROVENANCE_FILE, checkpoints, record
 from megatron_jackpot.rollout.server import ServerProcess, port_is_free, start_servers, stop_servers
 
 TRAINER_GRACE_S = 40.0
@@ -60,7 +60,12 @@ def check(config: Config, nproc: int | None = None) -> None:
                     f"Port {port} on {config.servers.host} is in use: no server can start there. "
                     "Set servers.port to a free one, or to 0 to have one chosen."
                 )
-    _check_folder(config.run.folder)
+    if not config.run.resume:
+        _check_folder(config.run.folder)
+    elif not checkpoints(config.run.folder):
+        raise ValueError(
+            f"run.resume = true, but run.folder = {config.run.folder} holds no checkpoint. Set run.resume=false."
+        )
 
 
 def num_processes(config: Config, nproc: int | None) -> int:
@@ -248,5 +253,5 @@ def _check_folder(folder: Path) -> None:
     if foreign:
         raise ValueError(
             f"run.folder = {folder} already holds a run ({', '.join(foreign[:4])}). "
-            "Set run.folder to a new folder, or delete this one."
+            "Set run.folder to a new folder, delete this one, or continue it with run.resume=true."
         )

@@ -1,7 +1,7 @@
 """The methods of a run, built from the configuration once, and the controllers that move two of their knobs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,13 +77,31 @@ class Methods:
                 *(torch.where(scores.mask_T, x, 0.0) for x in (scores.target_logp_T, scores.server_logp_T))
             )
             lam = self.acceptance.update(log_ratio_T, scores.mask_T, sum_over_batch)
-            self.correction = replace(self.correction, lam=lam)
-            self.exact_lam = None if self.exact_lam is None else lam
+            self._use_lam(lam)
         if self.adaptive is not None:
             total, count = sum_over_batch(torch.stack(kl)).tolist()
             self.distill_weight = self.adaptive.update(total / count if count else math.nan)
             metrics["actor/distill_weight"] = (one * self.distill_weight, one)
         return metrics
+
+    def controllers(self) -> dict[str, Any]:
+        """name -> controller, those that the configuration asks for."""
+        both = {"acceptance": self.acceptance, "adaptive": self.adaptive}
+        return {name: controller for name, controller in both.items() if controller is not None}
+
+    def load_controllers(self, states: Mapping[str, Mapping[str, float]]) -> None:
+        """Continue where a checkpoint was taken; a controller that it does not know starts afresh."""
+        for name, controller in self.controllers().items():
+            if name in states:
+                controller.load_state_dict(states[name])
+        if self.acceptance is not None:
+            self._use_lam(self.acceptance.lam)
+        if self.adaptive is not None:
+            self.distill_weight = self.adaptive.weight
+
+    def _use_lam(self, lam: float) -> None:
+        self.correction = replace(self.correction, lam=lam)
+        self.exact_lam = None if self.exact_lam is None else lam
 
     def advantages_over_batch(
         self, groups: list[list[Rollout]], sum_over_batch: SumOverBatch, device: torch.device

@@ -15,6 +15,8 @@ import yaml
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the published checkpoints in a run's folder."""
 LIBRARIES = (
     "torch",
     "megatron-core",
@@ -86,3 +88,8 @@ def _git(folder: Path, *args: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first."""
+    return sorted((Path(run_folder) / CHECKPOINTS).glob("step-*"))

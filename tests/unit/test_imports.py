@@ -16,7 +16,8 @@ ALLOWED = {
     # Pure math: torch, the standard library and itself.
     "algorithm": {"torch", f"{PACKAGE}.algorithm"},
     "parallel": {"torch", f"{PACKAGE}.parallel", f"{PACKAGE}.algorithm"},
-    "config": {"pydantic", "yaml", f"{PACKAGE}.algorithm.registry"},
+    "config": {"pydantic", f"{PACKAGE}.algorithm.registry", f"{PACKAGE}.yaml_tree"},
+    "yaml_tree": {"yaml"},
     "batch": {"numpy", "torch"},
 }
 """Layer -> everything it may import beside the standard library."""
