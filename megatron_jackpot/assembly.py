@@ -153,7 +153,13 @@ def make_source(
 
     return ServerSource(
         client,
-        RewardPool(config.data.reward, config.data.reward_workers, config.data.reward_timeout_s),
+        RewardPool(
+            config.data.reward,
+            config.data.reward_workers,
+            config.data.reward_timeout_s,
+            memory_bytes=int(config.data.reward_memory_gb * 2**30),
+            network=config.data.reward_network,
+        ),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
         max_failed_groups=rollout.max_failed_groups,
@@ -186,13 +192,15 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         mesh = mesh or init_mesh(config.parallel, config.run.seed)
         stop = stop or StopRequest(config.run)
         assembly = assemble(config, mesh, stop.reason)
-        resumed = _resume(config, assembly.trainer)
     except (ValueError, FileNotFoundError) as error:
         raise Refused(*error.args) from error
     try:
+        resumed = _resume(config, assembly.trainer)
         with contextlib.ExitStack() as outputs:
             report, account = _outputs(config, mesh, assembly.trainer, resumed, outputs)
             finished = _train(assembly, Saver(mesh, config.run), report, account)
+    except Refused:
+        raise
     except Exception as error:
         assembly.trainer.watchdog.dump(f"{type(error).__name__}: {error}")
         raise
@@ -215,7 +223,10 @@ def _resume(config: Config, trainer: Trainer) -> bool:
     run, mesh = config.run, trainer.mesh
     if not run.resume or (run.resume == "auto" and not mesh.from_main(checkpoints(run.folder))):
         return False
-    troubles = checkpoint.resume(trainer, run.folder)
+    try:
+        troubles = checkpoint.resume(trainer, run.folder)
+    except ValueError as error:
+        raise Refused(*error.args) from error
     if mesh.is_main:
         kept = len(trainer.collector.kept)
         more = f", with {kept} groups of the next one" if kept else ""
