@@ -221,6 +221,10 @@ Account = Callable[[int], object]
 def _resume(config: Config, trainer: Trainer) -> bool:
     """Load the newest checkpoint if the run is to go on from one; whether it did."""
     run, mesh = config.run, trainer.mesh
+    try:
+        checkpoint.check_room(trainer, run)
+    except ValueError as error:
+        raise Refused(*error.args) from error
     if not run.resume or (run.resume == "auto" and not mesh.from_main(checkpoints(run.folder))):
         return False
     try:
