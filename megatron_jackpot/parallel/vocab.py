@@ -4,6 +4,7 @@ Shapes: T tokens, V the padded vocabulary, logits_TV this rank's equal slice [T,
 and K ids per token, k top entries. Every function takes its group; None is one rank. Columns at or beyond
 `vocab_size` are padding and belong to no softmax; ids outside 0 .. vocab_size - 1 have log-prob -inf. Logits
 are read in chunks of tokens, in fp32 (fp64 stays), so that no second [T, V] exists; they are never modified.
+On CUDA Triton's kernels read them in one pass instead (dispatch.py); `chunk` is then without effect.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.topk import gather_top, local_top
 
 LOGP_FLOOR = -1e30
@@ -118,10 +120,8 @@ def vocab_parallel_argmax(
 ) -> Tensor:
     """The most probable id [T], int64, the lowest of equal ones. All-gather: TP x 8 bytes per token."""
     columns = own_columns(logits_TV, vocab_size, group, 1.0)
-    top_T1, ids_T1 = _allocate_top(logits_TV, 1)
-    for rows in token_chunks(logits_TV, chunk):
-        top_T1[rows], ids_T1[rows] = local_top(scaled_rows(logits_TV[rows], columns, 1.0), 1, columns.first)
-    return gather_top(top_T1, ids_T1, group)[1][:, 0]
+    local = _read(logits_TV, columns, 1.0, chunk, k=1)
+    return gather_top(local.top_TK, local.top_ids_TK, group)[1][:, 0]
 
 
 def vocab_parallel_entropy(
@@ -193,6 +193,10 @@ class _Logp(torch.autograd.Function):
         columns = ctx.columns
         inside_TN = (ids_TN >= 0) & (ids_TN < ctx.vocab_size)
         grad_TN = torch.where(inside_TN, grad_TN, 0.0) / ctx.temperature
+        kernels = dispatch.fused(logits_TV)
+        if kernels is not None:
+            args = (logits_TV, ids_TN, grad_TN, log_z_T, columns.first, columns.width, ctx.temperature)
+            return kernels.logp_backward(*args), None, None, None, None, None
         sum_T1 = grad_TN.sum(-1, keepdim=True)
         grad_logits_TV = torch.empty_like(logits_TV)
         for rows in token_chunks(logits_TV, ctx.chunk):
@@ -222,6 +226,10 @@ class _Entropy(torch.autograd.Function):
         """-softmax * (log softmax + entropy) * grad / temperature."""
         logits_TV, log_z_T, entropy_T = ctx.saved_tensors
         grad_T = grad_T / ctx.temperature
+        kernels = dispatch.fused(logits_TV)
+        if kernels is not None:
+            args = (logits_TV, log_z_T, entropy_T, grad_T, ctx.columns.width, ctx.temperature)
+            return kernels.entropy_backward(*args), None, None, None, None
         grad_logits_TV = torch.zeros_like(logits_TV)
         for rows in token_chunks(logits_TV, ctx.chunk):
             logp = scaled_rows(logits_TV[rows], ctx.columns, ctx.temperature) - log_z_T[rows, None]
@@ -314,6 +322,13 @@ def _read(
     entropy: bool = False,
 ) -> _Local:
     """One pass over this rank's slice: logsumexp, logits at ids (0 where not owned), top-k, entropy."""
+    kernels = dispatch.fused(logits_TV)
+    if kernels is not None:
+        asked = dict(ids_TN=ids_TN, k=k, entropy=entropy)
+        lse_T, picked_TN, top, entropy_T = kernels.read(
+            logits_TV, columns.first, columns.width, temperature, **asked
+        )
+        return _Local(lse_T, picked_TN, *top, entropy_T)
     num_tokens = logits_TV.shape[0]
     dtype = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
     lse_T = logits_TV.new_empty(num_tokens, dtype=dtype)
