@@ -93,6 +93,8 @@ class Parallel(Section):
     """Overlap gradient reduction with the backward pass."""
     overlap_param_gather: bool = False
     """Overlap the parameter all-gather with the next forward pass (distributed optimizer)."""
+    recompute: bool = False
+    """Keep only the input of every layer and run its forward again in backward: less memory, a third more work."""
     timeout_s: float = Field(600, gt=0)
     """Time limit of every collective."""
 
@@ -295,6 +297,11 @@ class Config(Section):
             raise ValueError(
                 "precision.first_last_layers_bf16 = true does not go with precision.fp8_recipe = 'delayed'. "
                 "Use 'tensorwise' or 'blockwise'."
+            )
+        if self.precision.fp8_param and not p.distributed_optimizer:
+            raise ValueError(
+                "precision.fp8_param = true needs parallel.distributed_optimizer=true: Megatron's other optimizer "
+                "does not know fp8 parameters."
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.packing.tokens:
