@@ -141,7 +141,7 @@ def _update(rank: int, world: int, folder: str, tp: int, recompute: bool) -> dic
     return dict(weights=export(model), norm=report.grad_norm, loss=report.sums["loss"], forwards=len(saved))
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_recomputed_activations_give_the_same_step_bit_for_bit(tmp_path: Path, tp: int) -> None:
     folder = str(write_model(tmp_path / "model", 0))
     kept, again = (run_ranks(_update, tp, 120, folder, tp, recompute)[0] for recompute in (False, True))
