@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from megatron_jackpot.sync.export import export
 from tests.tiny import groups, write_model
 
 pytestmark = pytest.mark.gpu
-# Local attention on CUDA refuses packed sequences, so the reference is the same layers in fp32.
+FP32_GAP = dict(mean=1e-3, largest=1e-2)
 BF16_GAP = dict(mean=0.05, largest=0.5)
 FP8_GAP = dict(mean=0.3, largest=3.0)
 RECIPES = ("delayed", "tensorwise", "blockwise")
@@ -96,6 +97,15 @@ def fp8(recipe: str, **knobs) -> Precision:
 
 def test_transformer_engine_is_what_runs() -> None:
     assert engine.layers_for(engine.this_device()) == "transformer_engine"
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", FP32_GAP), ("bfloat16", BF16_GAP)])
+def test_transformer_engines_layers_score_as_the_local_ones(folder, dtype, bound) -> None:
+    precision = Precision(dtype=dtype)
+    fast = run(folder, precision, Model.logp)
+    with mock.patch.object(engine, "layers_for", lambda device: "local"):
+        local = run(folder, precision, Model.logp)
+    assert_within(gap(fast, local), bound)
 
 
 def test_packed_sequences_score_as_they_do_one_by_one_and_bf16_is_near_fp32(folder) -> None:
