@@ -6,29 +6,12 @@ The text under a field is its documentation: `megatron-jackpot train --help` pri
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_jackpot.algorithm.registry import nearest
+from megatron_jackpot.config_base import Method, Section
+from megatron_jackpot.config_run import Guards, Run
 from megatron_jackpot.yaml_tree import apply_override, read_tree
-
-
-class Section(BaseModel):
-    """A frozen block of knobs; unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class Method(BaseModel):
-    """A method of a registry: `name` and that method's own fields as keys, checked by the method itself."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    name: str
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class Optimizer(Section):
@@ -135,6 +118,10 @@ class Data(Section):
     """exact, reasoning_gym, math_verify, or a dotted path to a function (response_text, label) -> float."""
     reward_workers: int = Field(2, ge=1)
     """Worker processes of the reward pool."""
+    reward_memory_gb: float = Field(4.0, gt=0)
+    """Memory one reward worker may take; beyond it the reward is 0 and the event is counted."""
+    reward_network: bool = False
+    """Leave the reward workers their network, for a reward that asks a service."""
     reward_timeout_s: float = Field(10.0, gt=0)
     """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
 
@@ -156,6 +143,10 @@ class Servers(Section):
     """dtype of the server's weights; null follows precision.dtype."""
     start_timeout_s: float = Field(300, gt=0)
     """Time limit for a server to answer /health."""
+    max_restarts: int = Field(5, ge=0)
+    """How often `launch` starts one server again after it ended or stopped answering."""
+    hang_s: float = Field(120, gt=0)
+    """Seconds without an answer to /health after which `launch` ends a server and starts it again."""
     max_total_tokens: int | None = Field(None, ge=1)
     """KV-cache size in tokens; null lets SGLang decide."""
     extra_args: tuple[str, ...] = ()
@@ -248,21 +239,6 @@ class Logging(Section):
     """Weights & Biases project; needs the wandb package."""
 
 
-class Run(Section):
-    folder: Path
-    """Everything the run writes goes here."""
-    steps: int = Field(100, ge=1)
-    """Rollout batches."""
-    seed: int = 0
-    """Seed of prompt order, random draws and initialisation."""
-    save_every: int | None = Field(None, ge=1)
-    """Steps between checkpoints of both models, optimizers and the loader; null saves none."""
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints that stay on disk."""
-    resume: bool = False
-    """Continue from the newest whole checkpoint in the folder."""
-
-
 class Config(Section):
     run: Run
     policy: Policy
@@ -276,6 +252,7 @@ class Config(Section):
     precision: Precision = Precision()
     sync: Sync = Sync()
     evaluation: Evaluation = Evaluation()
+    guard: Guards = Guards()
     logging: Logging = Logging()
 
     @model_validator(mode="after")
