@@ -76,6 +76,8 @@ class Parallel(Section):
     """Overlap gradient reduction with the backward pass."""
     overlap_param_gather: bool = False
     """Overlap the parameter all-gather with the next forward pass (distributed optimizer)."""
+    recompute: bool = False
+    """Keep only the input of every layer and run its forward again in backward: less memory, a third more work."""
     timeout_s: float = Field(600, gt=0)
     """Time limit of every collective."""
 
@@ -91,6 +93,8 @@ class Precision(Section):
     """Keep the parameters in fp8 as well."""
     first_last_layers_bf16: bool = False
     """Keep the first and last layers in bf16 under fp8 (not with the delayed recipe)."""
+    max_trained_gap: float = Field(0.1, gt=0)
+    """Largest mean |trained logp - scored logp| in a step's first mini-batch; above it the run stops."""
 
 
 class Data(Section):
@@ -272,6 +276,11 @@ class Config(Section):
             raise ValueError(
                 "precision.first_last_layers_bf16 = true does not go with precision.fp8_recipe = 'delayed'. "
                 "Use 'tensorwise' or 'blockwise'."
+            )
+        if self.precision.fp8_param and not p.distributed_optimizer:
+            raise ValueError(
+                "precision.fp8_param = true needs parallel.distributed_optimizer=true: Megatron's other optimizer "
+                "does not know fp8 parameters."
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.packing.tokens:

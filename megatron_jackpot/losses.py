@@ -15,6 +15,9 @@ from megatron_jackpot.models.head import FrozenHead
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
 
+TRAINED_GAP = "gap/trained_scored"
+"""Mean |log s|, s = trained / scored probability: not 0 before the first update only where the numerics moved."""
+
 
 def policy_loss(
     mini: Batch, scores: Scores, correction: Correction, denominator: float, objective: Any, vocab: dict
@@ -33,8 +36,11 @@ def policy_loss(
         surrogate_T = objective(logp_T, tokens)
         value = -torch.where(keep_MT[m], weight_MT[m] * surrogate_T, 0.0).sum() / denominator
         measured = objective.metrics(logp_T.detach(), tokens)
+        mask_T = mini.mask_MT[m]
+        gap_T = torch.where(mask_T, (logp_T.detach() - old_MT[m]).abs(), 0.0)
         return value, {
             "policy": value.detach(),
+            TRAINED_GAP: torch.stack([gap_T.sum(), mask_T.sum()]),
             **{f"objective/{name}": torch.stack(pair) for name, pair in measured.items()},
         }
 

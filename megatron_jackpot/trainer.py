@@ -18,7 +18,7 @@ from megatron_jackpot.collector import Collector, Source, StopRun
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.guard import Guard
-from megatron_jackpot.losses import actor_loss, policy_loss
+from megatron_jackpot.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.engine import MegatronModel, UpdateReport
 from megatron_jackpot.packing import Packer
@@ -79,6 +79,8 @@ class Trainer:
         self.num_steps = 0
         """Finished steps; also the version of the actor's weights."""
         self.num_probes = 0
+        self.policy_moved = False
+        """True once the policy was updated after the scoring pass of this step."""
         self.num_pushes = 0
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.rollout_sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -99,6 +101,7 @@ class Trainer:
     def learn(self, batch: Batch) -> None:
         """The paper's update on a packed batch."""
         batch = batch.to(self.mesh.device)
+        self.policy_moved = False
         with self.timer("score"):
             old = self.scorer(
                 batch,
@@ -205,7 +208,28 @@ class Trainer:
             objective = self.methods.objective.prepare(scores, self.sum_over_batch)
             vocab = self.scorer.vocab(self.policy)
             loss = policy_loss(mini, scores, correction, denominator, objective, vocab)
-        self.note_update("policy", self.policy.update(mini, loss, partial(self.guard.note, "policy")))
+        report = self.policy.update(mini, loss, partial(self.guard.note, "policy"))
+        gap = report.sums.pop(TRAINED_GAP, None)
+        self.note_update("policy", report)
+        if gap is not None and not self.policy_moved:
+            self.check_trained_gap(gap)
+        self.policy_moved = True
+
+    def check_trained_gap(self, gap: Tensor) -> None:
+        """Refuse numerics in which training sees other log-probs than scoring did, of the same weights.
+
+        Under delayed fp8 scaling the scales move between the two passes. Raises RuntimeError above
+        precision.max_trained_gap.
+        """
+        self.add_sums({TRAINED_GAP: gap.unbind()})
+        mean, largest = float(gap[0] / gap[1].clamp(min=1)), self.config.precision.max_trained_gap
+        # NaN is for the guard.
+        if mean > largest:
+            raise RuntimeError(
+                f"step {self.num_steps}: {TRAINED_GAP} = {mean:.4g} in the first mini-batch, above "
+                f"precision.max_trained_gap = {largest}. Use another precision.fp8_recipe ('tensorwise', 'blockwise'), "
+                "or bf16."
+            )
 
     def push(self) -> None:
         """The actor's weights to the servers, stamped with the number of finished steps."""

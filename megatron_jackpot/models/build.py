@@ -18,40 +18,10 @@ from torch import Tensor
 from megatron_jackpot.config import Parallel, Precision
 from megatron_jackpot.models import cpu
 from megatron_jackpot.models.families import Family
+from megatron_jackpot.models.precision import fp8_fields, recompute_fields
 from megatron_jackpot.parallel.context import Mesh
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def have_transformer_engine() -> bool:
-    """True where Transformer Engine imports and CUDA is there, that is where the TE spec is used."""
-    from megatron.core.models.gpt import gpt_layer_specs
-
-    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
-
-
-def check_precision(precision: Precision, *, te: bool, capability: tuple[int, int] | None) -> None:
-    """Refuse fp8 that Megatron would silently ignore.
-
-    `capability` is torch.cuda.get_device_capability() or None without CUDA. Raises ValueError with the remedy.
-    """
-    if precision.fp8 is None:
-        if precision.fp8_param:
-            raise ValueError("precision.fp8_param = true needs precision.fp8='hybrid' or 'e4m3', got null.")
-        return
-    asked = f"precision.fp8 = '{precision.fp8}'"
-    if capability is None:
-        raise ValueError(
-            f"{asked} needs a GPU with fp8 (compute capability 8.9 or newer), got none. Set it to null."
-        )
-    if capability < (8, 9):
-        raise ValueError(f"{asked} needs compute capability 8.9 or newer, got {capability}. Set it to null.")
-    if not te:
-        raise ValueError(
-            f"{asked} needs Transformer Engine, which does not import here. Install the [gpu] extra."
-        )
-    if precision.dtype != "bfloat16":
-        raise ValueError(f"{asked} needs precision.dtype='bfloat16', got '{precision.dtype}'.")
 
 
 def transformer_config(
@@ -60,13 +30,10 @@ def transformer_config(
     """Megatron's configuration of one model. Raises ValueError where the layout does not divide the model."""
     _check_layout(family, parallel)
     dtype = DTYPES[precision.dtype]
-    fp8: dict[str, Any] = {}
-    if precision.fp8 is not None:
-        fp8 = dict(fp8=precision.fp8, fp8_recipe=precision.fp8_recipe, fp8_param=precision.fp8_param)
-        fp8["first_last_layers_bf16"] = precision.first_last_layers_bf16
     return TransformerConfig(
         **family.transformer_fields(),
-        **fp8,
+        **fp8_fields(precision),
+        **recompute_fields(parallel),
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp,

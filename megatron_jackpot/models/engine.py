@@ -29,12 +29,11 @@ from megatron_jackpot.batch import Batch
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.models.build import (
     build_chunks,
-    check_precision,
-    have_transformer_engine,
     load_weights,
     transformer_config,
 )
 from megatron_jackpot.models.families import Family
+from megatron_jackpot.models.precision import check_precision, layers_for, this_device
 from megatron_jackpot.parallel.context import Mesh
 
 Reader = Callable[[Tensor, int], dict[str, Tensor]]
@@ -80,9 +79,9 @@ class MegatronModel:
         padded_vocab: int,
     ) -> "MegatronModel":
         """The model of an HF folder, for scoring; folder None keeps Megatron's random initialisation."""
-        te = have_transformer_engine()
-        capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-        check_precision(precision, te=te, capability=capability)
+        device = this_device()
+        check_precision(precision, device, family, parallel.tp)
+        te = layers_for(device) == "transformer_engine"
         config = transformer_config(family, parallel, precision, te=te)
         chunks = build_chunks(family, config, mesh, padded_vocab=padded_vocab, te=te)
         if folder is not None:

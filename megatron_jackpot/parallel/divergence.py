@@ -4,6 +4,7 @@ Shapes and keyword arguments as in vocab.py: T tokens, logits [T, V/TP], padding
 the temperature divides both models' logits. One of the two may be a function from a slice of tokens to their
 logits: it is called chunk by chunk, without gradient, for the same slices on every rank, so that its [T, V]
 never exists. The logits that are a tensor set the precision: fp64 or else fp32. NaN logits make NaN results.
+On CUDA Triton's kernels read both logits (dispatch.py), all tokens at once where both are tensors.
 """
 
 import math
@@ -17,12 +18,16 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_jackpot.algorithm.obrs import check_lam, overlap_limit
+from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.vocab import Columns, all_reduce, own_columns, scaled_rows, token_chunks
 
 Logits = Tensor | Callable[[slice], Tensor]
 """Logits [T, V/TP], or what computes those of a slice of tokens, the same ones at every call."""
 
 Direction = Literal["forward", "reverse"]
+
+FUSED_ELEMENTS = 2**27
+"""Logits that a function is asked for at a time where kernels read them: 256 MB in bf16."""
 
 
 @torch.no_grad()
@@ -46,17 +51,14 @@ def vocab_parallel_overlap(
     pair = _Pair(server_logits, target_logits, **knobs)
     lse_2T = pair.per_token(2)
     for rows, server, target in pair:
-        lse_2T[0, rows] = server.logsumexp(-1)
-        lse_2T[1, rows] = target.logsumexp(-1)
+        lse_2T[0, rows], lse_2T[1, rows] = pair.lse(server, target)
     peak_2T = all_reduce(lse_2T.clone(), dist.ReduceOp.MAX, group)
     log_z_2T = peak_2T + all_reduce((lse_2T - peak_2T).exp_(), dist.ReduceOp.SUM, group).log_()
     # lam belongs to the normaliser: p / lam = exp(logit - log Z - log lam).
     log_z_2T[1] += math.log(lam)
     overlap_T = pair.per_token(1)[0]
     for rows, server, target in pair:
-        server_logp = server - log_z_2T[0, rows, None]
-        scaled_target = target - log_z_2T[1, rows, None]
-        overlap_T[rows] = torch.minimum(server_logp, scaled_target, out=server_logp).exp_().sum(-1)
+        overlap_T[rows] = pair.overlap(server, target, log_z_2T[:, rows])
     return all_reduce(overlap_T, dist.ReduceOp.SUM, group).clamp_(max=overlap_limit(lam))
 
 
@@ -112,17 +114,11 @@ class _KL(torch.autograd.Function):
         student_TV, teacher_TV, log_z_student_T, log_z_teacher_T, kl_T = ctx.saved_tensors
         pair = _Pair(student_TV, ctx.teacher_logits if teacher_TV is None else teacher_TV, **ctx.knobs)
         grad_T = grad_T / pair.temperature
+        log_z_2T = torch.stack([log_z_student_T, log_z_teacher_T])
         grad_logits_TV = torch.empty_like(student_TV)
         for rows, student, teacher in pair:
-            student_logp = student - log_z_student_T[rows, None]
-            teacher_logp = teacher - log_z_teacher_T[rows, None]
-            if ctx.forward_kl:
-                slope = student_logp.exp_().sub_(teacher_logp.exp_())
-            else:
-                excess = torch.sub(student_logp, teacher_logp, out=teacher_logp).sub_(kl_T[rows, None])
-                slope = _weighted(student_logp.exp_(), excess)
-            grad_logits_TV[rows, : pair.columns.width] = slope.mul_(grad_T[rows, None])
-            grad_logits_TV[rows, pair.columns.width :] = 0
+            at_rows = (log_z_2T[:, rows], kl_T[rows], grad_T[rows], grad_logits_TV[rows])
+            pair.kl_grad(student, teacher, *at_rows, forward_kl=ctx.forward_kl)
         return grad_logits_TV, None, None, None
 
 
@@ -134,13 +130,7 @@ def _kl(pair: "_Pair", forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
     """
     lse_2T, within_T = pair.per_token(2), pair.per_token(1)[0]
     for rows, first, second in pair:
-        lse_2T[0, rows], lse_2T[1, rows] = first.logsumexp(-1), second.logsumexp(-1)
-        logp = first - _finite(lse_2T[0, rows, None])
-        other_logp = second - _finite(lse_2T[1, rows, None])
-        if forward_kl:
-            logp, other_logp = other_logp, logp
-        log_ratio = torch.sub(logp, other_logp, out=other_logp)
-        within_T[rows] = _weighted(logp.exp_(), log_ratio).sum(-1)
+        lse_2T[0, rows], lse_2T[1, rows], within_T[rows] = pair.kl(first, second, forward_kl)
     peak_2T = all_reduce(lse_2T.clone(), dist.ReduceOp.MAX, pair.group)
     log_share_2T = lse_2T - peak_2T
     share_2T = log_share_2T.exp()
@@ -155,9 +145,9 @@ def _kl(pair: "_Pair", forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Pair:
-    """Two models' logits: iterating yields (rows, first, second), the true columns over the temperature.
+    """Two models' logits: iterating yields (rows, first, second), and what is read of them.
 
-    The first is a tensor and knows the number of tokens. What is yielded may be a view of the logits.
+    The first is a tensor and knows the number of tokens.
     """
 
     def __init__(
@@ -176,6 +166,9 @@ class _Pair:
         self.group, self.temperature, self.chunk = group, temperature, chunk
         if isinstance(second, Tensor):
             self._check(second, first_TV.shape[0])
+        if chunk is None and dispatch.fused(first_TV):
+            num_tokens, per_rank = first_TV.shape
+            self.chunk = max(1, num_tokens if isinstance(second, Tensor) else FUSED_ELEMENTS // per_rank)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for rows in token_chunks(self.first_TV, self.chunk):
@@ -183,13 +176,74 @@ class _Pair:
                 second = self.second[rows]
             else:
                 second = self._check(self.second(rows), rows.stop - rows.start)
-            yield rows, self._read(self.first_TV[rows]), self._read(second)
+            yield rows, self.first_TV[rows], second
 
     def per_token(self, num: int) -> Tensor:
         """Empty [num, T] in the precision of the results."""
         return self.first_TV.new_empty((num, self.first_TV.shape[0]), dtype=self.dtype)
 
+    def lse(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """logsumexp of both slices."""
+        kernels = dispatch.fused(first, second)
+        if kernels is not None:
+            return kernels.pair_lse(first, second, self.columns.width, self.temperature)
+        return self._read(first).logsumexp(-1), self._read(second).logsumexp(-1)
+
+    def overlap(self, first: Tensor, second: Tensor, log_z_2T: Tensor) -> Tensor:
+        """sum over the slice of the smaller of exp(logit - log_z)."""
+        kernels = dispatch.fused(first, second)
+        if kernels is not None:
+            return kernels.overlap(first, second, *log_z_2T, self.columns.width, self.temperature)
+        first_logp = self._read(first) - log_z_2T[0, :, None]
+        second_logp = self._read(second) - log_z_2T[1, :, None]
+        return torch.minimum(first_logp, second_logp, out=first_logp).exp_().sum(-1)
+
+    def kl(self, first: Tensor, second: Tensor, forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(logsumexp of the first, of the second, KL within the slice)."""
+        kernels = dispatch.fused(first, second)
+        if kernels is not None:
+            pair = (second, first) if forward_kl else (first, second)
+            *lse, within_T = kernels.pair_kl(*pair, self.columns.width, self.temperature)
+            return *(lse[::-1] if forward_kl else lse), within_T
+        first, second = self._read(first), self._read(second)
+        first_lse_T, second_lse_T = first.logsumexp(-1), second.logsumexp(-1)
+        logp = first - _finite(first_lse_T[:, None])
+        other_logp = second - _finite(second_lse_T[:, None])
+        if forward_kl:
+            logp, other_logp = other_logp, logp
+        log_ratio = torch.sub(logp, other_logp, out=other_logp)
+        return first_lse_T, second_lse_T, _weighted(logp.exp_(), log_ratio).sum(-1)
+
+    def kl_grad(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        log_z_2T: Tensor,
+        kl_T: Tensor,
+        grad_T: Tensor,
+        out_TV: Tensor,
+        *,
+        forward_kl: bool,
+    ) -> None:
+        """The gradient with respect to the student's logits over the temperature, into `out_TV`."""
+        width = self.columns.width
+        kernels = dispatch.fused(student, teacher)
+        if kernels is not None:
+            given = (student, teacher, tuple(log_z_2T), kl_T, grad_T.contiguous(), width, self.temperature)
+            kernels.kl_backward(*given, forward_kl=forward_kl, out_TV=out_TV)
+            return
+        student_logp = self._read(student) - log_z_2T[0, :, None]
+        teacher_logp = self._read(teacher) - log_z_2T[1, :, None]
+        if forward_kl:
+            slope = student_logp.exp_().sub_(teacher_logp.exp_())
+        else:
+            excess = torch.sub(student_logp, teacher_logp, out=teacher_logp).sub_(kl_T[:, None])
+            slope = _weighted(student_logp.exp_(), excess)
+        out_TV[:, :width] = slope.mul_(grad_T[:, None])
+        out_TV[:, width:] = 0
+
     def _read(self, logits: Tensor) -> Tensor:
+        """The true columns over the temperature; may be a view of the logits."""
         return scaled_rows(logits, self.columns, self.temperature).to(self.dtype)
 
     def _check(self, logits: Tensor, num_tokens: int) -> Tensor:

@@ -36,9 +36,13 @@ def gather_top(values_TK: Tensor, ids_TK: Tensor, group: ProcessGroup | None) ->
     gathered = packed.new_empty(group.size(), *packed.shape)
     dist.all_gather_into_tensor(gathered.view(-1, num_tokens, k), packed, group=group)
     all_values, all_ids = gathered.permute(1, 2, 0, 3).reshape(2, num_tokens, -1)
-    all_values, all_ids = all_values.view(torch.float32), all_ids.long()
-    best = _order_keys(all_values, all_ids).topk(k, dim=-1).indices
-    return all_values.gather(-1, best), all_ids.gather(-1, best)
+    return top_of(all_values.view(torch.float32), all_ids.long(), k)
+
+
+def top_of(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of given entries (values [T, k] fp32, ids [T, k] int64); ids [V] or [T, V]."""
+    best = _order_keys(values, ids).topk(k, dim=-1).indices
+    return values.gather(-1, best), ids.expand_as(values).gather(-1, best)
 
 
 def _order_keys(values: Tensor, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: T tokens, V the padded vocabulary, logits_TV this rank's equal slice [T,
 and K ids per token, k top entries. Every function takes its group; None is one rank. Columns at or beyond
 `vocab_size` are padding and belong to no softmax; ids outside 0 .. vocab_size - 1 have log-prob -inf. Logits
 are read in chunks of tokens, in fp32 (fp64 stays), so that no second [T, V] exists; they are never modified.
+On CUDA Triton's kernels read them in one pass instead (dispatch.py); `chunk` is then without effect.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.topk import gather_top, local_top
 
 LOGP_FLOOR = -1e30
@@ -85,8 +87,8 @@ def vocab_parallel_gather_logp(
 ) -> Tensor:
     """log softmax(logits / temperature) at ids [T, K], no gradient. All-reduces: max [T], sum [1 + K, T]."""
     columns = own_columns(logits_TV, vocab_size, group, temperature)
-    local = _read(logits_TV, columns, temperature, chunk, ids_TN=ids_TK)
-    _, logp_TK, _ = _normalise(local, ids_TK, vocab_size, group)
+    local = read_slice(logits_TV, columns, temperature, chunk, ids_TN=ids_TK)
+    _, logp_TK, _ = normalise(local, ids_TK, vocab_size, group)
     return logp_TK
 
 
@@ -106,8 +108,8 @@ def vocab_parallel_topk(
     call). Raises ValueError for k outside 1 .. vocab_size.
     """
     columns = own_columns(logits_TV, vocab_size, group, temperature)
-    local = _read(logits_TV, columns, temperature, chunk, k=_checked_k(k, vocab_size))
-    log_z_T, _, _ = _normalise(local, None, vocab_size, group)
+    local = read_slice(logits_TV, columns, temperature, chunk, k=_checked_k(k, vocab_size))
+    log_z_T, _, _ = normalise(local, None, vocab_size, group)
     top_TK, ids_TK = gather_top(local.top_TK, local.top_ids_TK, group)
     return top_TK - log_z_T[:, None], ids_TK
 
@@ -118,10 +120,8 @@ def vocab_parallel_argmax(
 ) -> Tensor:
     """The most probable id [T], int64, the lowest of equal ones. All-gather: TP x 8 bytes per token."""
     columns = own_columns(logits_TV, vocab_size, group, 1.0)
-    top_T1, ids_T1 = _allocate_top(logits_TV, 1)
-    for rows in token_chunks(logits_TV, chunk):
-        top_T1[rows], ids_T1[rows] = local_top(scaled_rows(logits_TV[rows], columns, 1.0), 1, columns.first)
-    return gather_top(top_T1, ids_T1, group)[1][:, 0]
+    local = read_slice(logits_TV, columns, 1.0, chunk, k=1)
+    return gather_top(local.top_TK, local.top_ids_TK, group)[1][:, 0]
 
 
 def vocab_parallel_entropy(
@@ -160,8 +160,8 @@ def vocab_parallel_scores(
     columns = own_columns(logits_TV, vocab_size, group, temperature)
     all_ids_TN = labels_T[:, None] if ids_TK is None else torch.cat([labels_T[:, None], ids_TK], -1)
     num_top = _checked_k(k, vocab_size) if k else 0
-    local = _read(logits_TV, columns, temperature, chunk, ids_TN=all_ids_TN, k=num_top, entropy=entropy)
-    log_z_T, logp_TN, entropy_T = _normalise(local, all_ids_TN, vocab_size, group)
+    local = read_slice(logits_TV, columns, temperature, chunk, ids_TN=all_ids_TN, k=num_top, entropy=entropy)
+    log_z_T, logp_TN, entropy_T = normalise(local, all_ids_TN, vocab_size, group)
     top_TK = top_ids_TK = None
     if k:
         top_TK, top_ids_TK = gather_top(local.top_TK, local.top_ids_TK, group)
@@ -180,8 +180,8 @@ class _Logp(torch.autograd.Function):
     def forward(ctx, logits_TV, ids_TN, vocab_size, group, temperature, chunk):
         ctx.columns = own_columns(logits_TV, vocab_size, group, temperature)
         ctx.vocab_size, ctx.temperature, ctx.chunk = vocab_size, temperature, chunk
-        local = _read(logits_TV, ctx.columns, temperature, chunk, ids_TN=ids_TN)
-        log_z_T, logp_TN, _ = _normalise(local, ids_TN, vocab_size, group)
+        local = read_slice(logits_TV, ctx.columns, temperature, chunk, ids_TN=ids_TN)
+        log_z_T, logp_TN, _ = normalise(local, ids_TN, vocab_size, group)
         ctx.save_for_backward(logits_TV, ids_TN, log_z_T)
         return logp_TN
 
@@ -193,17 +193,35 @@ class _Logp(torch.autograd.Function):
         columns = ctx.columns
         inside_TN = (ids_TN >= 0) & (ids_TN < ctx.vocab_size)
         grad_TN = torch.where(inside_TN, grad_TN, 0.0) / ctx.temperature
-        sum_T1 = grad_TN.sum(-1, keepdim=True)
-        grad_logits_TV = torch.empty_like(logits_TV)
-        for rows in token_chunks(logits_TV, ctx.chunk):
-            softmax = scaled_rows(logits_TV[rows], columns, ctx.temperature) - log_z_T[rows, None]
-            softmax.exp_().mul_(-sum_T1[rows])
-            if columns.width:
-                local_id, owned = columns.locate(ids_TN[rows])
-                softmax.scatter_add_(1, local_id, torch.where(owned, grad_TN[rows], 0.0))
-            grad_logits_TV[rows, : columns.width] = softmax
-            grad_logits_TV[rows, columns.width :] = 0
-        return grad_logits_TV, None, None, None, None, None
+        slope = logp_slope(logits_TV, columns, ids_TN, grad_TN, log_z_T, ctx.temperature, ctx.chunk)
+        return slope, None, None, None, None, None
+
+
+def logp_slope(
+    logits_TV: Tensor,
+    columns: "Columns",
+    ids_TN: Tensor,
+    grad_TN: Tensor,
+    log_z_T: Tensor,
+    temperature: float,
+    chunk: int | None = None,
+) -> Tensor:
+    """sum one_hot(id) * grad - softmax * sum grad, in the dtype of the logits, 0 on padding; new memory."""
+    kernels = dispatch.fused(logits_TV)
+    if kernels is not None:
+        place = (columns.first, columns.width, temperature)
+        return kernels.logp_backward(logits_TV, ids_TN, grad_TN, log_z_T, *place)
+    sum_T1 = grad_TN.sum(-1, keepdim=True)
+    slope_TV = torch.empty_like(logits_TV)
+    for rows in token_chunks(logits_TV, chunk):
+        softmax = scaled_rows(logits_TV[rows], columns, temperature) - log_z_T[rows, None]
+        softmax.exp_().mul_(-sum_T1[rows])
+        if columns.width:
+            local_id, owned = columns.locate(ids_TN[rows])
+            softmax.scatter_add_(1, local_id, torch.where(owned, grad_TN[rows], 0.0))
+        slope_TV[rows, : columns.width] = softmax
+        slope_TV[rows, columns.width :] = 0
+    return slope_TV
 
 
 class _Entropy(torch.autograd.Function):
@@ -211,8 +229,8 @@ class _Entropy(torch.autograd.Function):
     def forward(ctx, logits_TV, vocab_size, group, temperature, chunk):
         ctx.columns = own_columns(logits_TV, vocab_size, group, temperature)
         ctx.temperature, ctx.chunk = temperature, chunk
-        local = _read(logits_TV, ctx.columns, temperature, chunk, entropy=True)
-        log_z_T, _, entropy_T = _normalise(local, None, vocab_size, group)
+        local = read_slice(logits_TV, ctx.columns, temperature, chunk, entropy=True)
+        log_z_T, _, entropy_T = normalise(local, None, vocab_size, group)
         ctx.save_for_backward(logits_TV, log_z_T, entropy_T)
         return entropy_T
 
@@ -222,6 +240,10 @@ class _Entropy(torch.autograd.Function):
         """-softmax * (log softmax + entropy) * grad / temperature."""
         logits_TV, log_z_T, entropy_T = ctx.saved_tensors
         grad_T = grad_T / ctx.temperature
+        kernels = dispatch.fused(logits_TV)
+        if kernels is not None:
+            args = (logits_TV, log_z_T, entropy_T, grad_T, ctx.columns.width, ctx.temperature)
+            return kernels.entropy_backward(*args), None, None, None, None
         grad_logits_TV = torch.zeros_like(logits_TV)
         for rows in token_chunks(logits_TV, ctx.chunk):
             logp = scaled_rows(logits_TV[rows], ctx.columns, ctx.temperature) - log_z_T[rows, None]
@@ -245,7 +267,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class _Local:
+class Local:
     """What this rank reads from its slice, before any communication."""
 
     lse_T: Tensor
@@ -303,7 +325,7 @@ def _allocate_top(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return logits_TV.new_empty(shape, dtype=torch.float32), logits_TV.new_empty(shape, dtype=torch.int32)
 
 
-def _read(
+def read_slice(
     logits_TV: Tensor,
     columns: Columns,
     temperature: float,
@@ -312,8 +334,15 @@ def _read(
     ids_TN: Tensor | None = None,
     k: int = 0,
     entropy: bool = False,
-) -> _Local:
+) -> Local:
     """One pass over this rank's slice: logsumexp, logits at ids (0 where not owned), top-k, entropy."""
+    kernels = dispatch.fused(logits_TV)
+    if kernels is not None:
+        asked = dict(ids_TN=ids_TN, k=k, entropy=entropy)
+        lse_T, picked_TN, top, entropy_T = kernels.read(
+            logits_TV, columns.first, columns.width, temperature, **asked
+        )
+        return Local(lse_T, picked_TN, *top, entropy_T)
     num_tokens = logits_TV.shape[0]
     dtype = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
     lse_T = logits_TV.new_empty(num_tokens, dtype=dtype)
@@ -330,11 +359,11 @@ def _read(
             top_TK[rows], top_ids_TK[rows] = local_top(scaled, k, columns.first)
         if entropy and columns.width:
             entropy_T[rows] = torch.special.entr((scaled - lse_T[rows, None]).exp_()).sum(-1)
-    return _Local(lse_T, picked_TN, top_TK, top_ids_TK, entropy_T)
+    return Local(lse_T, picked_TN, top_TK, top_ids_TK, entropy_T)
 
 
-def _normalise(
-    local: _Local, ids_TN: Tensor | None, vocab_size: int, group: ProcessGroup | None
+def normalise(
+    local: Local, ids_TN: Tensor | None, vocab_size: int, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(log normaliser [T], log-probs at ids [T, N], entropy [T]).
 

@@ -44,7 +44,7 @@ def parse_completion(sample: dict[str, Any], sampling: Sampling, *, vocab_size: 
     if len(tokens) == 0:
         return _empty(finish, sampling.top_k_logp)
     server_logp, valid = _sampled_logp(meta, tokens)
-    topk_ids, topk_logp, num_dropped = _topk(meta, len(tokens), sampling.top_k_logp, vocab_size)
+    topk_ids, topk_logp, num_dropped = parse_topk(meta, len(tokens), sampling.top_k_logp, vocab_size)
     return Completion(
         tokens=tokens,
         server_logp=server_logp,
@@ -134,7 +134,9 @@ def _sampled_logp(meta: dict[str, Any], tokens: np.ndarray) -> tuple[np.ndarray,
     return np.where(valid, logp, np.float32(0)), valid
 
 
-def _topk(meta: dict[str, Any], rows: int, k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+def parse_topk(
+    meta: dict[str, Any], rows: int, k: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     """(ids [R, K], logp [R, K], number of NaN entries turned into padding)."""
     if "output_top_logprobs_val_flat_b64" in meta:
         ids, logp = _flat_topk(meta, rows, k)

@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 from safetensors.torch import load_file, save_file
 
 from megatron_jackpot.config import Parallel, Precision
 from megatron_jackpot.models.build import (
-    check_precision,
-    have_transformer_engine,
     padded_vocab_size,
     transformer_config,
 )
@@ -23,35 +20,6 @@ from megatron_jackpot.parallel.vocab import vocab_parallel_logp
 from megatron_jackpot.sync.export import export
 from tests.parallel.spawn import run_ranks
 from tests.tiny import groups, hf_config, write_model
-
-FP8 = Precision(dtype="bfloat16", fp8="hybrid")
-
-
-@pytest.mark.parametrize(
-    ("precision", "te", "capability", "message"),
-    [
-        (FP8, True, None, "needs a GPU with fp8"),
-        (FP8, True, (8, 0), r"8\.9 or newer, got \(8, 0\)"),
-        (FP8, False, (9, 0), "needs Transformer Engine"),
-        (Precision(dtype="float32", fp8="hybrid"), True, (9, 0), "needs precision.dtype='bfloat16'"),
-        (Precision(dtype="bfloat16", fp8_param=True), True, (9, 0), "fp8_param = true needs precision.fp8"),
-    ],
-)
-def test_fp8_that_cannot_work_is_refused(precision, te, capability, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_precision(precision, te=te, capability=capability)
-
-
-def test_fp8_on_hopper_reaches_megatrons_configuration() -> None:
-    check_precision(FP8, te=True, capability=(9, 0))
-    precision = FP8.model_copy(update={"fp8_recipe": "tensorwise", "first_last_layers_bf16": True})
-    config = transformer_config(family_of(hf_config()), Parallel(), precision, te=True)
-    assert (config.fp8, config.fp8_recipe, config.first_last_layers_bf16) == ("hybrid", "tensorwise", True)
-    assert config.params_dtype == torch.bfloat16
-
-
-def test_transformer_engine_is_used_only_where_it_imports_and_cuda_is_there() -> None:
-    assert have_transformer_engine() == (HAVE_TE and torch.cuda.is_available())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.config import Parallel
 from megatron_jackpot.guard import RollBack
-from megatron_jackpot.losses import policy_loss
+from megatron_jackpot.losses import TRAINED_GAP, policy_loss
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.scoring import slice_scores
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
@@ -34,6 +34,7 @@ def _on_one_rank(rank: int, world: int, folder: str) -> dict:
         "teacher": _teacher_is_what_was_scored(trainer),
         "plain": _plain_grpo(trainer),
         "scale": _loss_of_one_micro_batch_against_four(trainer),
+        "numerics": _scored_and_trained_log_probs(trainer),
     }
 
 
@@ -64,6 +65,28 @@ def _policy_old_is_the_pass_before_any_update(trainer) -> dict:
         "moved": float((seen[1][1] - seen[1][0])[mask].abs().max()),
         "first": float((seen[0][1] - seen[0][0])[seen[0][2]].abs().max()),
     }
+
+
+def _scored_and_trained_log_probs(trainer) -> dict:
+    """gap/trained_scored over two mini-batches, and what is said when the scoring pass sees other numbers."""
+    batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
+    trainer.sums, trainer.values = {}, {}
+    trainer.learn(batch)
+    total, count = map(float, trainer.sums[TRAINED_GAP])
+    score = trainer.policy.score
+
+    def shifted(*args):
+        read = score(*args)
+        return {**read, "logp": read["logp"] + 0.3}
+
+    trainer.policy.score = shifted
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            trainer.learn(batch)
+    finally:
+        trainer.policy.score = score
+    first = batch.split()[0].mask_MT.sum().item()
+    return dict(total=total, counted=count == first, message=str(caught.value))
 
 
 def _teacher_is_what_was_scored(trainer) -> bool:
@@ -143,6 +166,15 @@ def test_policy_old_of_the_second_mini_batch_is_the_pass_before_any_update(one_r
 
 def test_the_teacher_of_the_actor_is_the_policy_that_was_scored_bit_for_bit(one_rank: dict) -> None:
     assert one_rank["teacher"] is True
+
+
+def test_training_sees_the_scored_log_probs_bit_for_bit_and_a_run_where_it_does_not_is_stopped(
+    one_rank: dict,
+) -> None:
+    numerics = one_rank["numerics"]
+    assert numerics["total"] == 0.0 and numerics["counted"]
+    assert "gap/trained_scored = 0.3 in the first mini-batch" in numerics["message"]
+    assert "precision.max_trained_gap = 0.1" in numerics["message"]
 
 
 def test_plain_grpo_is_recovered_when_the_server_is_the_policy(one_rank: dict) -> None:

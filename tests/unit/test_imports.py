@@ -15,7 +15,7 @@ OURS = {"algorithm", "parallel", "models", "rollout", "rewards", "data", "sync",
 ALLOWED = {
     # Pure math: torch, the standard library and itself.
     "algorithm": {"torch", f"{PACKAGE}.algorithm"},
-    "parallel": {"torch", f"{PACKAGE}.parallel", f"{PACKAGE}.algorithm"},
+    "parallel": {"torch", "triton", f"{PACKAGE}.parallel", f"{PACKAGE}.algorithm"},
     "config": {
         "pydantic",
         f"{PACKAGE}.algorithm.registry",
@@ -107,6 +107,16 @@ def test_reading_the_configuration_loads_no_torch():
     ):
         foreign = {name.split(".")[0] for name in imported(ROOT / path, PACKAGE)} - sys.stdlib_module_names
         assert not foreign, path
+
+
+def test_triton_is_imported_by_the_kernels_and_their_launchers_alone():
+    wants = {
+        str(path.relative_to(ROOT)) for path, _, package in files() if "triton" in imported(path, package)
+    }
+    assert wants == {f"{PACKAGE}/parallel/vocab_kernels.py", f"{PACKAGE}/parallel/vocab_triton.py"}
+    for path, _, package in files():
+        kernels = f"{PACKAGE}.parallel.vocab_triton" in imported(path, package)
+        assert not kernels or path.name == "dispatch.py", path
 
 
 def test_no_part_imports_what_puts_the_parts_together():

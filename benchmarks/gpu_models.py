@@ -1,0 +1,95 @@
+"""Models and batches of the gpu_* benchmarks: Qwen3 shapes with Megatron's random weights, rollouts of given lengths.
+
+Random weights and proposals say nothing about learning; what a step costs does not depend on them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.gpu_common import DEVICE
+from megatron_jackpot.batch import Batch, Prompt, Rollout
+from megatron_jackpot.config import Config, parse_config
+from megatron_jackpot.methods import Methods
+from megatron_jackpot.models import cpu
+from megatron_jackpot.models.build import padded_vocab_size
+from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.families import family_of
+from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.trainer import Trainer
+from tests.tiny import hf_config
+
+K = 20
+PROMPT = 8
+
+
+def make_config(tokens: int, precision: dict[str, Any], **sections: Any) -> Config:
+    """A run of one step on packed micro-batches of `tokens`; its paths are never read."""
+    tree: dict[str, Any] = dict(
+        run=dict(folder="unused"),
+        policy=dict(hf="unused"),
+        actor=dict(hf="unused"),
+        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=PROMPT),
+        rollout=dict(prompts_per_step=1, max_new_tokens=tokens - PROMPT, top_k_logp=K),
+        packing=dict(tokens=tokens),
+        precision=precision,
+    )
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return parse_config(tree)
+
+
+def make_trainer(config: Config, shapes: dict[str, dict], folders: dict[str, Path] | None = None) -> Trainer:
+    """Policy and actor of the given config.json fields; weights from `folders`, else random."""
+    cpu.install()
+    mesh = init_mesh(config.parallel, config.run.seed)
+    families = {name: family_of(hf_config(**shape)) for name, shape in shapes.items()}
+    padded = padded_vocab_size([family.vocab_size for family in families.values()], mesh.tp)
+    models = {}
+    for name, family in families.items():
+        folder = None if folders is None else folders[name]
+        models[name] = MegatronModel.load(
+            name, family, folder, mesh=mesh, parallel=config.parallel,
+            precision=config.precision, padded_vocab=padded,
+        )  # fmt: skip
+        models[name].add_optimizer(getattr(config, name).optimizer, 100)
+    return Trainer(config, mesh, Methods.from_config(config), models["policy"], models["actor"])
+
+
+def make_batch(trainer: Trainer, lengths: list[int], vocab: int) -> Batch:
+    """One rollout per length, of random tokens from a random proposal, packed and on the device."""
+    rollouts = [_rollout(sample, length, vocab) for sample, length in enumerate(lengths)]
+    batch = trainer.packer.pack([rollouts], K).to(DEVICE)
+    trainer.sums, trainer.values = {}, {}
+    return batch
+
+
+def _rollout(sample: int, length: int, vocab: int) -> Rollout:
+    generator = np.random.default_rng([sample, length])
+    response = length - PROMPT
+    ids = np.argsort(generator.random((response, min(vocab, 4 * K))), axis=-1)[:, :K].astype(np.int32)
+    # Close to uniform, as a model of random weights is: most tokens are accepted, and both updates run.
+    logp = np.sort(generator.normal(-np.log(vocab), 0.3, (response, K)))[:, ::-1]
+    sampled = generator.integers(0, K, response)
+    row = np.arange(response)
+    return Rollout(
+        prompt=Prompt(0, tuple(generator.integers(3, vocab, PROMPT).tolist()), "x"),
+        epoch=0,
+        sample=sample,
+        tokens=ids[row, sampled],
+        server_logp=logp[row, sampled].astype(np.float32),
+        topk_ids=ids,
+        topk_logp=logp.astype(np.float32),
+        valid=np.ones(response, bool),
+        weight_version=np.zeros(response, np.int32),
+        finish="stop",
+        advantage=float(generator.normal()),
+    )
+
+
+def close() -> None:
+    """Leave the mesh and give back the memory of models that are no longer referred to."""
+    destroy_mesh()
+    if DEVICE.type == "cuda":
+        torch.cuda.empty_cache()
