@@ -6,29 +6,12 @@ The text under a field is its documentation: `megatron-jackpot train --help` pri
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_jackpot.algorithm.registry import nearest
+from megatron_jackpot.config_base import Method, Section
+from megatron_jackpot.config_cluster import Cluster
 from megatron_jackpot.yaml_tree import apply_override, read_tree
-
-
-class Section(BaseModel):
-    """A frozen block of knobs; unknown keys are refused."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class Method(BaseModel):
-    """A method of a registry: `name` and that method's own fields as keys, checked by the method itself."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    name: str
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class Optimizer(Section):
@@ -273,6 +256,7 @@ class Config(Section):
     sync: Sync = Sync()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Config":
