@@ -30,6 +30,9 @@ OWN_FILES = (CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log")
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
 
+ALONE = ("--standalone", "--local-addr", "127.0.0.1")
+"""torchrun's rendezvous on one machine; --local-addr keeps it off a host name that may not resolve."""
+
 StartServers = Callable[[Config, int], Sequence[ServerProcess]]
 TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
 
@@ -80,6 +83,7 @@ def launch(
     *,
     start: StartServers | None = None,
     trainer_command: TrainerCommand | None = None,
+    log: str = TRAIN_LOG,
 ) -> int:
     """Run the job to its end: torchrun's exit code, 128 + n after signal n, 1 if a server failed.
 
@@ -102,7 +106,7 @@ def launch(
             urls = [server.url for server in job.servers]
         say(f"servers: {', '.join(urls)}")
         argv = (trainer_command or torchrun)(config_file, nproc, urls)
-        job.trainer = children.Streamed(argv, log=folder / TRAIN_LOG, env=trainer_env())
+        job.trainer = children.Streamed(argv, log=folder / log, env=trainer_env())
         job.code = job.watch()
     return job.code
 
@@ -128,9 +132,11 @@ def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
     )
 
 
-def torchrun(config_file: Path, nproc: int, urls: Sequence[str]) -> list[str]:
-    """The training command; --local-addr keeps it off a host name that may not resolve."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+def torchrun(
+    config_file: Path, nproc: int, urls: Sequence[str], rendezvous: Sequence[str] = ALONE
+) -> list[str]:
+    """The training command of one node."""
+    run = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
     train = [
         "-m",
         "megatron_jackpot.cli",
