@@ -24,8 +24,8 @@ class Cluster(Section):
     """Training processes on each of their nodes; null is one for every GPU that no server takes."""
     gpu_memory_gib: float = Field(80, gt=0)
     """Memory of one GPU, against which a job is refused before it is submitted."""
-    time: str = Field("04:00:00", pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
-    """Time limit of the job as Slurm spells it; the run goes on in the requeued job."""
+    minutes: int = Field(240, ge=1)
+    """Time limit of the job; the run goes on in the requeued job."""
     signal_s: int = Field(300, ge=1, le=65535)
     """Seconds before the limit at which the job is told to save and requeue itself."""
     max_requeues: int = Field(100, ge=0)

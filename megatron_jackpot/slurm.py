@@ -120,7 +120,7 @@ def options(config: Config, folder: Path) -> list[str]:
         f"--nodes={c.nodes}",
         "--ntasks-per-node=1",
         *([f"--gpus-per-node={c.gpus_per_node}", "--exclusive"] if c.gpus_per_node else []),
-        f"--time={c.time}",
+        f"--time={c.minutes}",
         *([f"--partition={c.partition}"] if c.partition else []),
         *([f"--account={c.account}"] if c.account else []),
         "--requeue",
