@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 from megatron_jackpot import checkpoint
 from megatron_jackpot.batch import Prompt
+from megatron_jackpot.checkpoint import Saver
+from megatron_jackpot.collector import StopRun
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer
 from megatron_jackpot.evaluation import evaluate
 from megatron_jackpot.gates import check_families, probe
+from megatron_jackpot.guard import RollBack
+from megatron_jackpot.interrupt import StopRequest
 from megatron_jackpot.logger import StepLogger, print_report
 from megatron_jackpot.methods import Methods
 from megatron_jackpot.metrics import MetricsWriter
@@ -24,6 +28,7 @@ from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of, read_hf_config
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.provenance import checkpoints
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.engine import Sampling
 from megatron_jackpot.rollout.sglang import SGLangClient
@@ -55,8 +60,8 @@ class Assembly:
             self.trainer.sync.close()
 
 
-def assemble(config: Config, mesh: Mesh) -> Assembly:
-    """Raises ValueError or FileNotFoundError naming the field for anything that cannot work."""
+def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda: None) -> Assembly:
+    """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming the field for anything that cannot work."""
     methods = Methods.from_config(config)
     check_same_tokenizer(config.policy.hf, config.actor.hf)
     tokenizer = load_tokenizer(config.policy.hf)
@@ -83,6 +88,7 @@ def assemble(config: Config, mesh: Mesh) -> Assembly:
         ),
         source=source,
         sync=make_sync(config) if mesh.is_main else None,
+        stop=stop,
     )
     probes = training.prompts[: config.sync.probe_prompts]
     return Assembly(trainer, heldout.prompts, probes, stop_ids)
@@ -159,62 +165,127 @@ def make_source(
 def make_sync(config: Config) -> DiskSync | BroadcastSync:
     """The way of the actor's weights to the servers."""
     sync, folder = config.sync, config.run.folder / "sync"
-    shared = dict(hf_folder=config.actor.hf, bucket_bytes=sync.bucket_bytes, timeout_s=sync.timeout_s)
+    shared = dict(
+        hf_folder=config.actor.hf,
+        bucket_bytes=sync.bucket_bytes,
+        timeout_s=sync.timeout_s,
+        patience_s=config.servers.start_timeout_s,
+    )
     if sync.method == "disk":
         return DiskSync(config.servers.urls, folder=folder, **shared)
     return BroadcastSync(config.servers.urls, proof_folder=folder, backend=sync.backend, **shared)
 
 
-def run(config: Config, mesh: Mesh | None = None) -> None:
+def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = None) -> bool:
     """One rank of a training run, from the first check to the final table. Raises Refused before the first step.
 
-    `mesh` is one that is there already, of the same layout.
+    `mesh` is one that is there already, of the same layout. True when all steps are done, False when the run saved
+    and ended because `stop` asked for it.
     """
     try:
         mesh = mesh or init_mesh(config.parallel, config.run.seed)
-        assembly = assemble(config, mesh)
-        if config.run.resume:
-            troubles = checkpoint.resume(assembly.trainer, config.run.folder)
-            if mesh.is_main:
-                print(*troubles, f"resumed after step {assembly.trainer.num_steps}", sep="\n", flush=True)
+        stop = stop or StopRequest(config.run)
+        assembly = assemble(config, mesh, stop.reason)
+        resumed = _resume(config, assembly.trainer)
     except (ValueError, FileNotFoundError) as error:
         raise Refused(*error.args) from error
     try:
         with contextlib.ExitStack() as outputs:
-            report = _report(config, mesh, assembly.trainer.num_steps, outputs)
-            _train(assembly, report)
+            report = _report(config, mesh, assembly.trainer, resumed, outputs)
+            finished = _train(assembly, Saver(mesh, config.run), report)
+    except Exception as error:
+        assembly.trainer.watchdog.dump(f"{type(error).__name__}: {error}")
+        raise
     finally:
         assembly.close()
-    if mesh.is_main:
+    if mesh.is_main and finished:
         print_report(config.run.folder)
+    if mesh.is_main and not finished:
+        stop.done()
+        print(f"saved after step {assembly.trainer.num_steps} and ended as asked", flush=True)
+    return finished
 
 
 Report = Callable[[int, dict[str, float]], None]
 
 
-def _train(assembly: Assembly, report: Report) -> None:
+def _resume(config: Config, trainer: Trainer) -> bool:
+    """Load the newest checkpoint if the run is to go on from one; whether it did."""
+    run, mesh = config.run, trainer.mesh
+    if not run.resume or (run.resume == "auto" and not mesh.from_main(checkpoints(run.folder))):
+        return False
+    troubles = checkpoint.resume(trainer, run.folder)
+    if mesh.is_main:
+        kept = len(trainer.collector.kept)
+        more = f", with {kept} groups of the next one" if kept else ""
+        print(*troubles, f"resumed after step {trainer.num_steps}{more}", sep="\n", flush=True)
+    return True
+
+
+def _train(assembly: Assembly, saver: Saver, report: Report) -> bool:
+    """The loop over steps. False when it ended early because it was asked to stop."""
     trainer, config = assembly.trainer, assembly.trainer.config
+    first = trainer.num_steps == 0
     trainer.push()
     metrics = probe(trainer, assembly.probes)
-    if trainer.num_steps == 0:
+    if first:
         report(0, {**metrics, **evaluate(trainer, assembly.heldout, assembly.stop_ids)})
-    for step in range(trainer.num_steps + 1, config.run.steps + 1):
+    try:
+        while trainer.num_steps < config.run.steps:
+            trainer.refuse_stop()
+            _one_step(assembly, saver, report)
+    except StopRun:
+        with trainer.watchdog.phase("save"):
+            saver.save(trainer, background=False)
+        return False
+    with trainer.watchdog.phase("save"):
+        saver.wait()
+    return True
+
+
+def _one_step(assembly: Assembly, saver: Saver, report: Report) -> None:
+    trainer, config = assembly.trainer, assembly.trainer.config
+    try:
         metrics = trainer.step()
-        if step % config.sync.probe_every == 0:
-            metrics |= probe(trainer, assembly.probes)
-        if assembly.heldout and (step % config.evaluation.every == 0 or step == config.run.steps):
-            metrics |= evaluate(trainer, assembly.heldout, assembly.stop_ids)
-        report(step, metrics)
-        if config.run.save_every and (step % config.run.save_every == 0 or step == config.run.steps):
-            checkpoint.save(trainer, config.run.folder, config.run.keep)
+    except RollBack as error:
+        _roll_back(trainer, saver, error)
+        return
+    step, last = trainer.num_steps, trainer.num_steps == config.run.steps
+    if step % config.sync.probe_every == 0:
+        metrics |= probe(trainer, assembly.probes)
+    if assembly.heldout and (step % config.evaluation.every == 0 or last):
+        metrics |= evaluate(trainer, assembly.heldout, assembly.stop_ids)
+    with trainer.timer("save"):
+        saver.poll()
+        if config.run.save_every and (step % config.run.save_every == 0 or last):
+            saver.save(trainer, background=config.run.save_in_background and not last)
+    report(step, metrics | {"time/save": trainer.values["time/save"], "save/failed": float(saver.num_failed)})
 
 
-def _report(config: Config, mesh: Mesh, done: int, outputs: contextlib.ExitStack) -> Report:
-    """Metrics files and progress on the main rank, nothing elsewhere."""
+def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
+    """Go on from the last checkpoint, unless that was done already and led here again."""
+    run, mesh = trainer.config.run, trainer.mesh
+    saver.wait()
+    found = mesh.from_main([folder.name for folder in checkpoints(run.folder)])
+    if not trainer.config.guard.rollback or not found or found[-1] == saver.rolled_back_to:
+        raise error
+    if mesh.is_main:
+        print(f"WARNING: step {trainer.num_steps + 1}: {error} Going back to {found[-1]}.", flush=True)
+    saver.rolled_back_to = found[-1]
+    checkpoint.resume(trainer, run.folder)
+    trainer.push()
+
+
+def _report(
+    config: Config, mesh: Mesh, trainer: Trainer, resumed: bool, outputs: contextlib.ExitStack
+) -> Report:
+    """Metrics files and progress on the main rank; every rank calls the result."""
     if not mesh.is_main:
         return lambda step, metrics: None
     knobs = config.logging
-    resume_step = done if config.run.resume else None
+    resume_step = trainer.num_steps if resumed else None
+    if config.run.resume == "auto" and not resumed:
+        resume_step = -1  # What an attempt without a checkpoint left is done again.
     writer = outputs.enter_context(
         MetricsWriter(config.run.folder, knobs.tensorboard, knobs.wandb_project, resume_step=resume_step)
     )

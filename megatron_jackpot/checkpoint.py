@@ -1,56 +1,186 @@
 """A run's whole state in one folder per saved step, published atomically and checked before it is believed.
 
-    RUN/checkpoints/step-000040/policy/  actor/  state.json  manifest.json
+    RUN/checkpoints/step-000040/policy/  actor/  rollouts-0.npz  state.json  manifest.json      latest -> step-000040
 
 A folder is written as .step-000040.unfinished and renamed when its manifest (size and sha256 of every file) is on
 disk; a later crash leaves at most an unfinished folder. Random draws are functions of (seed, step, rollout), so
-that no generator needs saving.
+that no generator needs saving. `rollouts-*` are the finished groups of a step that was interrupted.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_jackpot.models.checkpoint import load_model, load_schedule, save_model, schedule_state
+from megatron_jackpot.config_run import Run
+from megatron_jackpot.models.checkpoint import (
+    PendingSave,
+    begin_save,
+    load_model,
+    load_schedule,
+    schedule_state,
+)
 from megatron_jackpot.parallel.context import Mesh
-from megatron_jackpot.provenance import CHECKPOINTS, checkpoints
+from megatron_jackpot.provenance import CHECKPOINTS, LATEST, checkpoints
+from megatron_jackpot.rollout.kept import load_groups, save_groups
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 MODELS = ("policy", "actor")
 
+Digests = dict[str, list]
+"""File, relative to the checkpoint -> [bytes, sha256]."""
 
-def save(trainer: Any, run_folder: Path, keep: int) -> Path:
-    """Write the state after `trainer.num_steps` steps and remove all but the newest `keep`; every rank calls it."""
-    mesh: Mesh = trainer.mesh
-    final = Path(run_folder) / CHECKPOINTS / f"step-{trainer.num_steps:06d}"
-    unfinished = final.with_name(f".{final.name}.unfinished")
-    if mesh.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for name in MODELS:
-            (unfinished / name).mkdir(parents=True)
-    mesh.barrier()
-    for name in MODELS:
-        save_model(getattr(trainer, name), unfinished / name)
-    state = run_state(trainer)
-    if mesh.is_main:
-        _write(unfinished / STATE, state)
-    mesh.barrier()
-    digests = _digests(unfinished)
-    if mesh.is_main:
-        _write(unfinished / MANIFEST, {"step": trainer.num_steps, "files": digests})
-        shutil.rmtree(final, ignore_errors=True)
+
+class Saver:
+    """Saves of one run, one at a time; every rank calls every method.
+
+    The pause that training sees is the planning and, in the background, a copy to host memory; files are written and
+    hashed by a thread, and the folder is published by the first `poll` or `wait` after every rank has written.
+    """
+
+    def __init__(self, mesh: Mesh, knobs: Run) -> None:
+        self.mesh, self.knobs = mesh, knobs
+        self.folder = Path(knobs.folder) / CHECKPOINTS
+        self.num_failed = 0
+        self.rolled_back_to: str | None = None
+        self._writing: _Writing | None = None
+
+    def save(self, trainer: Any, *, background: bool) -> None:
+        """Save the state after `trainer.num_steps` steps; in the foreground it is published on return.
+
+        Raises OSError on every rank when a foreground save cannot be written.
+        """
+        self.wait()
+        final = self.folder / f"step-{trainer.num_steps:06d}"
+        unfinished = final.with_name(f".{final.name}.unfinished")
+        if self.mesh.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".step-*"):
+                shutil.rmtree(left)
+            for name in MODELS:
+                (unfinished / name).mkdir(parents=True)
+        refusal = self.mesh.from_main(self._no_room(trainer) if self.mesh.is_main else None)
+        if refusal:
+            self._fail(OSError(refusal), raise_it=not background)
+            return
+        state = run_state(trainer)
+        if self.mesh.is_main:
+            _write(unfinished / STATE, state)
+        pending = [begin_save(getattr(trainer, name), unfinished / name, copy=background) for name in MODELS]
+        groups = trainer.collector.kept if self.mesh.is_leader else {}
+        own = unfinished / f"rollouts-{self.mesh.dp_rank}.npz"
+        if groups:
+            save_groups(own, groups)
+        self._writing = _Writing(pending, unfinished, final, trainer.num_steps, [own] if groups else [])
+        if not background:
+            self.wait(raise_it=True)
+
+    def poll(self) -> None:
+        """Publish the save under way if every rank has written its files."""
+        if self._writing is not None and self.mesh.largest(int(self._writing.thread.is_alive())) == 0:
+            self._publish(raise_it=False)
+
+    def wait(self, *, raise_it: bool = False) -> None:
+        """Publish the save under way. Raises TimeoutError when a rank writes longer than run.phase_timeout_s."""
+        if self._writing is None:
+            return
+        limit = self.knobs.phase_timeout_s
+        self._writing.thread.join(limit)
+        if self._writing.thread.is_alive():
+            raise TimeoutError(
+                f"Rank {dist.get_rank()} waited {limit:g} s (run.phase_timeout_s) for the files of "
+                f"{self._writing.unfinished} to be written."
+            )
+        self._publish(raise_it)
+
+    def _publish(self, raise_it: bool) -> None:
+        assert self._writing is not None
+        writing, self._writing = self._writing, None
+        if self.mesh.largest(int(writing.error is not None)):
+            self._fail(writing.error or OSError("another rank could not write its files"), raise_it)
+            return
+        for pending in writing.pending:
+            pending.finish()
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, writing.digests)
+        if self.mesh.is_main:
+            self._rename(writing, {name: entry for part in parts for name, entry in part.items()})
+        self.mesh.barrier()
+
+    def _rename(self, writing: "_Writing", digests: Digests) -> None:
+        unfinished, final = writing.unfinished, writing.final
+        for path in _files(unfinished):
+            if (name := str(path.relative_to(unfinished))) not in digests:
+                digests[name] = digest(path)
+        _write(unfinished / MANIFEST, {"step": writing.step, "files": digests})
+        replaced = final.with_name(f".{final.name}.replaced")
+        if final.exists():
+            final.rename(replaced)
         unfinished.rename(final)
-        _sync(final.parent)
-        for old in checkpoints(run_folder)[:-keep]:
-            shutil.rmtree(old)
-    mesh.barrier()
-    return final
+        pointer = self.folder / f".{LATEST}"
+        pointer.unlink(missing_ok=True)
+        pointer.symlink_to(final.name)
+        pointer.replace(self.folder / LATEST)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in checkpoints(self.folder.parent)[: -self.knobs.keep]:
+            every = self.knobs.keep_every
+            if every is None or int(old.name.removeprefix("step-")) % every:
+                shutil.rmtree(old)
+
+    def _fail(self, error: BaseException, raise_it: bool) -> None:
+        self.num_failed += 1
+        if self.mesh.is_main:
+            for left in self.folder.glob(".step-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        if raise_it:
+            raise OSError(f"The checkpoint could not be saved: {error}") from error
+        print(
+            f"WARNING: the checkpoint could not be saved, the run goes on: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _no_room(self, trainer: Any) -> str | None:
+        newest = checkpoints(self.folder.parent)[-1:]
+        need = sum(path.stat().st_size for folder in newest for path in _files(folder))
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            return (
+                f"{self.folder} has {free / 1e9:.2f} GB free, the last checkpoint took {need / 1e9:.2f} GB. "
+                "Free some space or lower run.keep."
+            )
+        return None
+
+
+class _Writing:
+    """A thread that writes and hashes this rank's files of one checkpoint."""
+
+    def __init__(self, pending: list[PendingSave], unfinished: Path, final: Path, step: int, own: list[Path]):
+        self.pending, self.unfinished, self.final, self.step = pending, unfinished, final, step
+        self.own = own
+        self.digests: Digests = {}
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        self.thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
+        self.thread.start()
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        try:
+            paths = [*self.own, *(path for pending in self.pending for path in pending.write())]
+            self.digests = {str(path.relative_to(self.unfinished)): digest(path) for path in paths}
+        except BaseException as error:
+            self.error = error
+        self.seconds = time.perf_counter() - started
 
 
 def resume(trainer: Any, run_folder: Path) -> list[str]:
@@ -58,26 +188,27 @@ def resume(trainer: Any, run_folder: Path) -> list[str]:
 
     Raises ValueError when there is none, or when prompts or seed are others than those it was made with.
     """
+    mesh: Mesh = trainer.mesh
     troubles = []
-    for folder in reversed(checkpoints(run_folder)):
-        trouble = damage(folder, trainer.mesh)
+    for folder in reversed(mesh.from_main(checkpoints(run_folder) if mesh.is_main else None)):
+        trouble = damage(folder, mesh)
         if trouble is None:
             _load(trainer, folder)
             return troubles
-        troubles.append(f"{folder} is damaged and passed over: {trouble}.")
+        troubles.append(f"WARNING: {folder} is damaged and passed over: {trouble}.")
     raise ValueError(
-        f"run.resume = true, but {Path(run_folder) / CHECKPOINTS} holds no whole checkpoint. "
+        f"run.resume: {Path(run_folder) / CHECKPOINTS} holds no whole checkpoint. "
         + (" ".join(troubles) or "Set run.resume=false to start from step 0.")
     )
 
 
 def damage(folder: Path, mesh: Mesh) -> str | None:
     """What is wrong with a checkpoint, the same on every rank; None if every file is as it was written."""
-    wanted: dict[str, list] | str = ""
+    wanted: Digests | str = ""
     if mesh.is_main:
         try:
             wanted = json.loads((folder / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             wanted = f"{MANIFEST} cannot be read ({error})"
     wanted = mesh.from_main(wanted)
     if isinstance(wanted, str):
@@ -94,6 +225,7 @@ def run_state(trainer: Any) -> dict[str, Any]:
     return {
         "num_steps": trainer.num_steps,
         "num_probes": trainer.num_probes,
+        "guard": trainer.guard.state_dict(),
         "loader": mesh.from_main(trainer.loader.state_dict() if trainer.loader is not None else None),
         # They measure on the last pipeline stage and stand still elsewhere.
         "controllers": mesh.object_from_last_stage(controllers),
@@ -109,22 +241,33 @@ def _load(trainer: Any, folder: Path) -> None:
         load_model(getattr(trainer, name), folder / name)
         load_schedule(getattr(trainer, name), state["schedule"][name])
     trainer.methods.load_controllers(state["controllers"])
+    trainer.guard.load_state_dict(state["guard"])
     trainer.num_steps, trainer.num_probes = state["num_steps"], state["num_probes"]
+    if trainer.mesh.is_leader and trainer.loader is not None:
+        prompts = {prompt.id: prompt for prompt in trainer.loader.prompts}
+        # Every leader takes all: with another dp size, a prompt is another leader's.
+        for path in sorted(folder.glob("rollouts-*.npz")):
+            trainer.collector.kept |= load_groups(path, prompts)
 
 
-def _digests(folder: Path) -> dict[str, list]:
-    """File -> [bytes, sha256] of a folder on shared disk, the work spread over the ranks; every rank calls it."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+def digest(path: Path) -> list:
+    """[bytes, sha256] of a file; [-1, the reason] of one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    except OSError as error:
+        return [-1, str(error)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _digests(folder: Path) -> Digests:
+    """Those of a folder on shared disk, the work spread over the ranks; every rank calls it."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = {}
-    for path in files[rank::world]:
-        try:
-            with path.open("rb") as file:
-                entry = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-        except OSError as error:
-            entry = [-1, str(error)]
-        mine[str(path.relative_to(folder))] = entry
-    parts: list = [None] * world
+    mine = {str(path.relative_to(folder)): digest(path) for path in _files(folder)[rank::world]}
+    parts: list[Any] = [None] * world
     dist.all_gather_object(parts, mine)
     return {name: entry for part in parts for name, entry in part.items()}
 

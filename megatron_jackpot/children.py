@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -37,21 +38,34 @@ def descendants(spare: Sequence[psutil.Process] = ()) -> list[psutil.Process]:
 
 
 def end(
-    children: Sequence[psutil.Process], *, grace_s: float, hurry: Callable[[], bool] = lambda: False
+    children: Sequence[psutil.Process],
+    *,
+    grace_s: float,
+    hurry: Callable[[], bool] = lambda: False,
+    signum: int = signal.SIGTERM,
 ) -> None:
-    """SIGTERM, then SIGKILL to whatever is left after `grace_s` seconds or once `hurry()`; then reap them."""
-    alive = _signal(children, "terminate")
+    """`signum`, then SIGKILL to whatever is left after `grace_s` seconds or once `hurry()`; then reap them."""
+    alive = _signal(children, signum)
     deadline = time.monotonic() + grace_s
     while alive and time.monotonic() < deadline and not hurry():
         _, alive = psutil.wait_procs(alive, timeout=0.2)
-    psutil.wait_procs(_signal(alive, "kill"), timeout=5)
+    psutil.wait_procs(_signal(alive, signal.SIGKILL), timeout=5)
 
 
-def _signal(children: Sequence[psutil.Process], method: str) -> list[psutil.Process]:
+def tree(pid: int) -> list[psutil.Process]:
+    """A process and everything below it; nothing where it has ended."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _signal(children: Sequence[psutil.Process], signum: int) -> list[psutil.Process]:
     reached = []
     for child in children:
         try:
-            getattr(child, method)()
+            child.send_signal(signum)
             reached.append(child)
         except psutil.NoSuchProcess:
             pass
@@ -97,7 +111,7 @@ class Streamed:
     def _copy(self, read_fd: int) -> None:
         held = b""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        with open(read_fd, "rb", buffering=0) as source, self.log.open("wb", buffering=0) as log:
+        with open(read_fd, "rb", buffering=0) as source, self.log.open("ab", buffering=0) as log:
             while chunk := _read(source.fileno()):
                 with suppress(OSError):  # the terminal may be gone; the log goes on
                     sys.stdout.write(decoder.decode(chunk))

@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -112,10 +113,16 @@ def refuse(error: Exception) -> int:
 
 
 def _train(config: Config) -> int:
+    from megatron_jackpot.interrupt import StopRequest, die_with_parent
+
+    # torchrun's end, however it came, asks its ranks to save; signals count from here on, also during the imports.
+    die_with_parent(signal.SIGTERM)
+    stop = StopRequest(config.run)
+    stop.listen()
     from megatron_jackpot.assembly import Refused, run
 
     try:
-        run(config)
+        run(config, stop=stop)
     except Refused as error:
         return refuse(error)
     return 0

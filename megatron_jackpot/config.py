@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config_base import Method, Section
 from megatron_jackpot.config_cluster import Cluster
+from megatron_jackpot.config_run import Guards, Run
 from megatron_jackpot.yaml_tree import apply_override, read_tree
 
 
@@ -135,6 +136,10 @@ class Servers(Section):
     """dtype of the server's weights; null follows precision.dtype."""
     start_timeout_s: float = Field(300, gt=0)
     """Time limit for a server to answer /health."""
+    max_restarts: int = Field(5, ge=0)
+    """How often `launch` starts one server again after it ended or stopped answering."""
+    hang_s: float = Field(120, gt=0)
+    """Seconds without an answer to /health after which `launch` ends a server and starts it again."""
     max_total_tokens: int | None = Field(None, ge=1)
     """KV-cache size in tokens; null lets SGLang decide."""
     extra_args: tuple[str, ...] = ()
@@ -227,21 +232,6 @@ class Logging(Section):
     """Weights & Biases project; needs the wandb package."""
 
 
-class Run(Section):
-    folder: Path
-    """Everything the run writes goes here."""
-    steps: int = Field(100, ge=1)
-    """Rollout batches."""
-    seed: int = 0
-    """Seed of prompt order, random draws and initialisation."""
-    save_every: int | None = Field(None, ge=1)
-    """Steps between checkpoints of both models, optimizers and the loader; null saves none."""
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints that stay on disk."""
-    resume: bool = False
-    """Continue from the newest whole checkpoint in the folder."""
-
-
 class Config(Section):
     run: Run
     policy: Policy
@@ -255,6 +245,7 @@ class Config(Section):
     precision: Precision = Precision()
     sync: Sync = Sync()
     evaluation: Evaluation = Evaluation()
+    guard: Guards = Guards()
     logging: Logging = Logging()
     cluster: Cluster = Cluster()
 

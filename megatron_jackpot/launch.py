@@ -1,6 +1,7 @@
 """A whole run on one machine: SGLang servers and torchrun as children, watched, and ended whatever happens.
 
-Order: check -> record the run -> servers -> torchrun -> watch -> end torchrun, then the servers.
+Order: check -> record the run -> servers -> torchrun -> watch both, start again what failed -> end torchrun, then
+the servers.
 """
 
 import json
@@ -18,15 +19,27 @@ from typing import Any
 
 from megatron_jackpot import children
 from megatron_jackpot.config import Config
+from megatron_jackpot.interrupt import (
+    EXIT_REQUEUE,
+    SIGNALS,
+    STOP_FILE,
+    STOPPED_FILE,
+    forget_stop,
+    was_stopped,
+    write_stop,
+)
 from megatron_jackpot.provenance import CONFIG_FILE, PROVENANCE_FILE, checkpoints, record
+from megatron_jackpot.rollout.care import ServerCare
 from megatron_jackpot.rollout.server import ServerProcess, port_is_free, start_servers, stop_servers
 
 TRAINER_GRACE_S = 40.0
 """torchrun itself gives its workers 30 s after SIGTERM before it kills them."""
 SERVER_GRACE_S = 15.0
 STRAY_GRACE_S = 5.0
+EXIT_REFUSED = 2
+"""Exit code of a rank whose input cannot work: trying again cannot help."""
 TRAIN_LOG = "train.log"
-OWN_FILES = (CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log")
+OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log")
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
 
@@ -38,7 +51,7 @@ TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGHUP arrived."""
+    """A signal that ends the run at once arrived."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -65,7 +78,7 @@ def check(config: Config, nproc: int | None = None) -> None:
                 )
     if not config.run.resume:
         _check_folder(config.run.folder)
-    elif not checkpoints(config.run.folder):
+    elif config.run.resume is True and not checkpoints(config.run.folder):
         raise ValueError(
             f"run.resume = true, but run.folder = {config.run.folder} holds no checkpoint. Set run.resume=false."
         )
@@ -85,29 +98,31 @@ def launch(
     trainer_command: TrainerCommand | None = None,
     log: str = TRAIN_LOG,
 ) -> int:
-    """Run the job to its end: torchrun's exit code, 128 + n after signal n, 1 if a server failed.
+    """Run the job to its end and return the exit code: 0 done, EXIT_REQUEUE if it saved and ended as asked.
 
-    Must run in the main thread of its process. Every process started here has ended when this returns.
+    SIGTERM or SIGUSR1 ask it to; after a second one, SIGINT or SIGHUP it ends at once with 128 + n. Training that
+    fails is started again from the last checkpoint, at most run.max_restarts times, then its code is returned; a
+    server that ends or hangs is started again, at most servers.max_restarts times, then 1. Must run in the main
+    thread of its process. Every process started here has ended when this returns.
     """
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     config_file = record(config, folder)
     nproc = num_processes(config, nproc)
     children.become_subreaper()
-    with _Job(folder) as job:
+    forget_stop(folder)
+    with _Job(config, folder / log) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
             try:
-                job.servers = (start or start_actor_servers)(config, nproc)
+                job.look_after((start or start_actor_servers)(config, nproc))
             except (RuntimeError, TimeoutError) as error:
                 say(f"the servers did not start. {error}")
                 return 1
             urls = [server.url for server in job.servers]
         say(f"servers: {', '.join(urls)}")
-        argv = (trainer_command or torchrun)(config_file, nproc, urls)
-        job.trainer = children.Streamed(argv, log=folder / log, env=trainer_env())
-        job.code = job.watch()
+        job.train((trainer_command or torchrun)(config_file, nproc, urls))
     return job.code
 
 
@@ -136,7 +151,7 @@ def torchrun(
     config_file: Path, nproc: int, urls: Sequence[str], rendezvous: Sequence[str] = ALONE
 ) -> list[str]:
     """The training command of one node."""
-    run = [sys.executable, "-m", "torch.distributed.run", *rendezvous]
+    run = [sys.executable, "-m", "megatron_jackpot.agent", *rendezvous]
     train = [
         "-m",
         "megatron_jackpot.cli",
@@ -180,18 +195,19 @@ def say(text: str) -> None:
 class _Job:
     """The children of one launch and the one way they end: leaving the block, for whatever reason."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.servers: Sequence[ServerProcess] = ()
+    def __init__(self, config: Config, log: Path):
+        self.config, self.folder, self.log = config, config.run.folder, log
+        self.look_after(())
         self.trainer: children.Streamed | None = None
         self.code = 1
         self._spare = children.descendants()
         self._signals = 0
         self._ending = False
+        self._asked: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Job":
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in (signal.SIGINT, signal.SIGHUP, *SIGNALS):
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                 continue  # started by nohup
             self._handlers[signum] = signal.signal(signum, self._on_signal)
@@ -209,43 +225,72 @@ class _Job:
                 signal.signal(signum, handler)
         return isinstance(error, Stopped)
 
-    def watch(self) -> int:
-        """Until training ends or a server does."""
+    def look_after(self, servers: Sequence[ServerProcess]) -> None:
+        self.servers, self.care = servers, ServerCare(servers, self.config.servers, say)
+
+    def train(self, argv: Sequence[str]) -> None:
+        """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
+        for attempt in range(self.config.run.max_restarts + 1):
+            again = ["run.resume=auto"] if attempt else []
+            self.trainer = children.Streamed([*argv, *again], log=self.log, env=trainer_env())
+            self.code = self._watch()
+            saved = checkpoints(self.folder)
+            if self.code in (0, EXIT_REFUSED) or self._asked is not None or not saved:
+                return
+            if attempt < self.config.run.max_restarts:
+                say(
+                    f"starting again after {saved[-1].name}: restart {attempt + 1} of {self.config.run.max_restarts}"
+                )
+                children.end(self._below_trainer(), grace_s=STRAY_GRACE_S, hurry=self._hurry)
+                forget_stop(self.folder)
+
+    def _watch(self) -> int:
+        """Until training ends or a server is lost for good."""
         assert self.trainer is not None
         while (code := self.trainer.code()) is None:
-            if self._report_dead_servers():
+            if (
+                self._asked is not None
+                and not (self.folder / STOP_FILE).exists()
+                and was_stopped(self.folder) is None
+            ):
+                write_stop(self.folder, signal.Signals(self._asked).name)
+            if not self.care.look():
                 return 1
             time.sleep(0.2)
         self.trainer.drain(limit_s=1)
         if code:
-            self._report_dead_servers()
             say(f"training ended with exit code {code}; its output is in {self.trainer.log}")
+        elif reason := was_stopped(self.folder):
+            say(f"saved and ended ({reason}); go on with run.resume=auto: {self.folder}")
+            return EXIT_REQUEUE
         else:
             say(f"done: {self.folder}")
         return code
 
-    def _report_dead_servers(self) -> bool:
-        dead = [server for server in self.servers if not server.running]
-        for server in dead:
-            code = server.process.returncode if server.process else None
-            say(f"server {server.url} ended with exit code {code}. {server.log_end()}")
-        return bool(dead)
-
     def _end(self) -> None:
         if self.trainer and self.trainer.code() is None:
             below = [p for p in children.descendants(self._spare) if p.pid == self.trainer.popen.pid]
-            children.end(below, grace_s=TRAINER_GRACE_S, hurry=self._hurry)
+            # torchrun passes SIGHUP on to its ranks, which it ends; SIGTERM would ask them to save first.
+            children.end(below, grace_s=TRAINER_GRACE_S, hurry=self._hurry, signum=signal.SIGHUP)
         if self.servers and not self._hurry():
             stop_servers(self.servers, SERVER_GRACE_S)
         children.end(children.descendants(self._spare), grace_s=STRAY_GRACE_S, hurry=self._hurry)
         if self.trainer:
             self.trainer.drain(limit_s=5)
 
+    def _below_trainer(self) -> list[Any]:
+        servers = [server.process.pid for server in self.servers if server.process is not None]
+        kept = [p for pid in servers for p in children.tree(pid)]
+        return children.descendants([*self._spare, *kept])
+
     def _hurry(self) -> bool:
         return self._signals > 1
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._signals += 1
+        if signum in SIGNALS and self.trainer is not None and self._asked is None and not self._ending:
+            self._asked = signum
+            return
         if not self._ending:
             self._ending = True
             raise Stopped(signum)

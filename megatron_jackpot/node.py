@@ -23,12 +23,12 @@ import psutil
 
 from megatron_jackpot import children
 from megatron_jackpot.config import Config
+from megatron_jackpot.interrupt import EXIT_REQUEUE, SIGNALS
 from megatron_jackpot.launch import launch, say, start_actor_servers, torchrun
 from megatron_jackpot.layout import trainer_procs, training_processes
+from megatron_jackpot.rollout.care import ServerCare
 from megatron_jackpot.rollout.server import free_port, stop_servers
 
-EXIT_REQUEUE = 75
-"""EX_TEMPFAIL: the run is saved, the batch script puts the job into the queue again."""
 SERVER_GRACE_S = 15.0
 MEETING_S = 60.0
 """How much later than the servers' own limit a node may start; steps of one job do not start together."""
@@ -50,7 +50,7 @@ class Place:
 
 
 def serve(config: Config) -> int:
-    """This node's servers until SIGTERM (0) or until one of them ends (1). Raises ValueError for a bad layout."""
+    """This node's servers, watched as `launch` does: until SIGTERM (0), or until one is lost for good (1). Raises ValueError for a bad layout."""
     config, place = enter(config, os.environ, "serve")
     if config.cluster.nodes > 1:
         servers = config.servers.model_copy(update={"host": place.address})
@@ -73,11 +73,10 @@ def serve(config: Config) -> int:
         urls = [server.url for server in servers]
         publish(place.folder(config) / "servers" / f"{place.rank}.json", {"node": place.node, "urls": urls})
         say(f"{place.node}: servers {', '.join(urls)}, logs in {logs}")
+        care = ServerCare(servers, config.servers, say)
         while not ended.wait(0.5):
-            for server in servers:
-                if not server.running:
-                    say(f"{place.node}: server {server.url} ended. {server.log_end()}")
-                    return 1
+            if not care.look():
+                return 1
     finally:
         stop_servers(servers, SERVER_GRACE_S)
         children.end(children.descendants(), grace_s=5)
@@ -91,7 +90,7 @@ def join(config: Config) -> int:
     """
     config, place = enter(config, os.environ, "join")
     asked: list[int] = []
-    for signum in (signal.SIGTERM, signal.SIGUSR1):
+    for signum in SIGNALS:
         signal.signal(signum, lambda number, _frame: asked.append(number))
     try:
         urls = config.servers.urls or wait_for_servers(config, place, lambda: bool(asked))

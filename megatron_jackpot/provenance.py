@@ -15,6 +15,8 @@ import yaml
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config
 
+LATEST = "latest"
+"""Link to the newest of them."""
 CHECKPOINTS = "checkpoints"
 """Folder of the published checkpoints in a run's folder."""
 LIBRARIES = (

@@ -2,38 +2,32 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jackpot.algorithm.diagnostics import diagnostics
 from megatron_jackpot.algorithm.scores import Correction, Scores
-from megatron_jackpot.batch import Batch, Prompt, Rollout
+from megatron_jackpot.batch import Batch, Rollout
+from megatron_jackpot.collector import Collector, Source, StopRun
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
+from megatron_jackpot.guard import Guard
 from megatron_jackpot.losses import actor_loss, policy_loss
 from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.engine import MegatronModel, UpdateReport
 from megatron_jackpot.packing import Packer
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import make_sum_over, reduce_metrics
+from megatron_jackpot.rollout.collect import group_metrics
 from megatron_jackpot.scoring import Scorer, slice_scores
 from megatron_jackpot.sync.export import export
-
-
-class Source(Protocol):
-    """Where rollouts come from, on a DP leader."""
-
-    def collect(
-        self, epoch: int, prompts: list[Prompt], *, samples: int | None = None
-    ) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]: ...
-
-    def require_version(self, oldest: int) -> None: ...
-
-    def close(self) -> None: ...
+from megatron_jackpot.watchdog import Watchdog
 
 
 class Push(Protocol):
@@ -58,10 +52,14 @@ class Trainer:
         loader: PromptLoader | None = None,
         source: Source | None = None,
         sync: Push | None = None,
+        stop: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.config, self.mesh = config, mesh
         self.policy, self.actor = policy, actor
         self.loader, self.source, self.sync = loader, source, sync
+        self.collector = Collector(mesh, config.rollout, source, stop)
+        self.guard = Guard(config.guard)
+        self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
         self.methods = methods
         self.scorer = Scorer(
             policy,
@@ -81,6 +79,7 @@ class Trainer:
         self.num_steps = 0
         """Finished steps; also the version of the actor's weights."""
         self.num_probes = 0
+        self.num_pushes = 0
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.rollout_sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.values: dict[str, float] = {}
@@ -116,27 +115,22 @@ class Trainer:
             with self.timer("update_actor"):
                 # Before the policy moves: the teacher is what was scored.
                 self.update_actor(mini, scores, num_actor)
-            if num_policy > 0:
+            if num_policy > 0 and not self.guard.paused:
                 with self.timer("update_policy"):
                     self.update_policy(mini, scores, correction, num_policy)
 
     def collect(self) -> list[list[Rollout]] | None:
-        """The DP leader's groups for this step; other ranks wait for their leaders outside of any collective."""
-        groups = None
-        if self.mesh.is_leader:
-            assert self.source is not None and self.loader is not None
-            epoch, prompts = self.loader.next()
-            self.source.require_version(self.num_steps - self.config.rollout.max_staleness)
-            started = time.perf_counter()
-            groups, metrics = self.source.collect(epoch, prompts)
-            self.note_rollouts(groups, metrics, time.perf_counter() - started)
-        rollout = self.config.rollout
-        self.mesh.wait_for_leaders(
-            f"rollout-{self.num_steps}", rollout.request_timeout_s * (rollout.retries + 2)
-        )
+        """The DP leader's groups for this step with their advantages, None on other ranks. Raises StopRun."""
+        groups = self.collector.collect(self.loader, self.num_steps, recover=self.push)
         if groups is None:
             return None
+        self.note_rollouts(groups)
         return self.methods.advantages_over_batch(groups, self.sum_over_batch, self.mesh.device)
+
+    def refuse_stop(self) -> None:
+        """Raises StopRun on every rank when any of them was asked to save and end."""
+        if self.mesh.largest(int(self.collector.stop() is not None)):
+            raise StopRun
 
     def minibatches(self, batch: Batch, old: Scores | None) -> Iterator[tuple[Batch, Scores | None]]:
         """Mini-batches with their scores: a slice, or for the target "current" a fresh pass of the policy."""
@@ -157,38 +151,51 @@ class Trainer:
         next schedule starts.
         """
         correction = None
-        counts = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        counts = torch.zeros(6, dtype=torch.float64, device=self.mesh.device)
         if scores is not None:
             correction = self.methods.correction(scores, self.sum_over_batch)
-            counts = torch.stack([correction.count.double(), scores.mask_T.sum().double()])
+            gap = diagnostics(scores, correction)
+            total = scores.mask_T.sum()
+            accepted = correction.metrics.get("jackpot/acceptance_expected") or (
+                (correction.keep_T & scores.mask_T).sum(),
+                total,
+            )
+            counts = torch.stack(
+                [x.double() for x in (correction.count, total, *accepted, *gap["kl/target_server"])]
+            )
             counts = self.sum_over_batch(counts)
             self.add_sums(correction.metrics)
-            gap = diagnostics(scores, correction)
             self.add_sums(gap)
             self.add_sums(self.methods.steer(scores, gap["kl/target_server"], self.sum_over_batch))
             self.add_sums(staleness(mini, self.num_steps))
-        num_policy, num_actor = self.mesh.from_last_stage(counts).tolist()
+        num_policy, num_actor, accepted, of, kl, kl_count = self.mesh.from_last_stage(counts).tolist()
         if not (math.isfinite(num_policy) and math.isfinite(num_actor)):
             raise RuntimeError(
                 f"step {self.num_steps}: denominators are not finite: {num_policy}, {num_actor}."
             )
+        if num_actor:
+            self.guard.watch(accepted / of if of else math.nan, kl / kl_count if kl_count else math.nan)
+            self.values["guard/paused"] = float(self.guard.paused)
         return correction, num_policy, num_actor
 
     def update_actor(self, mini: Batch, scores: Scores | None, denominator: float) -> None:
         if not self.config.algorithm.train_actor:
             return
         loss: Any = None
+        knobs = self.config.actor
+        if self.guard.paused:
+            knobs = knobs.model_copy(update={"rl_weight": 0.0})
         if scores is not None:
             loss = actor_loss(
                 mini,
                 scores,
-                self.config.actor,
+                knobs,
                 self.methods,
                 denominator,
                 self.scorer.vocab(self.actor),
                 self.scorer.teacher(scores, mini),
             )
-        self.note_update("actor", self.actor.update(mini, loss))
+        self.note_update("actor", self.actor.update(mini, loss, partial(self.guard.note, "actor")))
 
     def update_policy(
         self, mini: Batch, scores: Scores | None, correction: Correction | None, denominator: float
@@ -198,10 +205,11 @@ class Trainer:
             objective = self.methods.objective.prepare(scores, self.sum_over_batch)
             vocab = self.scorer.vocab(self.policy)
             loss = policy_loss(mini, scores, correction, denominator, objective, vocab)
-        self.note_update("policy", self.policy.update(mini, loss))
+        self.note_update("policy", self.policy.update(mini, loss, partial(self.guard.note, "policy")))
 
     def push(self) -> None:
         """The actor's weights to the servers, stamped with the number of finished steps."""
+        self.num_pushes += 1
         tensors = export(self.actor)
         if self.sync is not None:
             report = self.sync.push(tensors.items(), version=self.num_steps)
@@ -211,36 +219,37 @@ class Trainer:
                 "sync/seconds": report.seconds,
                 "sync/bytes": float(report.num_bytes),
             }
-        self.mesh.wait_for_leaders(f"sync-{self.num_steps}", self.config.sync.timeout_s * 4)
+        limit_s = self.config.servers.start_timeout_s + self.config.sync.timeout_s * 12
+        self.mesh.wait_for_leaders(f"sync-{self.num_steps}-{self.num_pushes}", limit_s)
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Adds the seconds of the block to time/<name>."""
         _finish_device_work()
         started = time.perf_counter()
-        yield
-        _finish_device_work()
+        with self.watchdog.phase(f"{name} of step {self.num_steps + 1}"):
+            yield
+            _finish_device_work()
         key = f"time/{name}"
         self.values[key] = self.values.get(key, 0.0) + time.perf_counter() - started
 
-    def note_rollouts(self, groups: list[list[Rollout]], metrics: dict, seconds: float) -> None:
+    def note_rollouts(self, groups: list[list[Rollout]]) -> None:
         rollouts = [r for group in groups for r in group]
         tokens = float(sum(len(r.tokens) for r in rollouts))
         trained = float(sum(r.num_tokens for r in rollouts))
         pairs = {
             "train/tokens": (trained, 1 / self.mesh.dp),
-            "rollout/tokens_per_s": (tokens, seconds / self.mesh.dp),
-            **metrics,
+            "rollout/tokens_per_s": (tokens, self.collector.seconds / self.mesh.dp),
+            **group_metrics(groups),
+            **self.collector.sums,
         }
         self.rollout_sums = {
             k: (torch.tensor(float(a)), torch.tensor(float(b))) for k, (a, b) in pairs.items()
         }
 
     def note_update(self, name: str, report: UpdateReport) -> None:
-        if not math.isfinite(report.grad_norm):
-            raise RuntimeError(
-                f"step {self.num_steps}: grad_norm/{name} is {report.grad_norm}; the run stops here."
-            )
+        skipped = f"guard/skipped_{name}"
+        self.values[skipped] = self.values.get(skipped, 0.0) + float(not math.isfinite(report.grad_norm))
         one = torch.ones([], dtype=torch.float64, device=self.mesh.device)
         for key, total in report.sums.items():
             # A loss is a share of the whole already; a pair is a sum and its count.

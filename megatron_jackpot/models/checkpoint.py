@@ -14,18 +14,66 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from megatron_jackpot.models.engine import MegatronModel
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def save_model(model: MegatronModel, folder: Path) -> None:
-    """Write weights and optimizer state; every rank calls it, `folder` exists and is empty."""
+class PendingSave:
+    """A save whose collective part is done: `write` in any thread, then `finish` on every rank."""
+
+    def __init__(self, request: Any, *, copy: bool) -> None:
+        """`copy` takes the tensors off the training's memory, so that training may go on before they are written."""
+        self.request = request
+        self.buckets = []
+        if request.async_fn is not None:
+            _, buckets, self.results = request.async_fn_args
+            self.buckets = [
+                (path, key, (texts, _on_host(tensors, copy))) for path, key, (texts, tensors) in buckets
+            ]
+
+    def write(self) -> list[Path]:
+        """Write this rank's files, in this process: Megatron's own forked writers are waited for without a limit."""
+        if not self.buckets:
+            return []
+        transforms, _use_msc = self.request.async_fn.args
+        written: dict[int, Any] = {}
+        for index, bucket in enumerate(self.buckets):
+            answer, marks = queue.Queue(), queue.Queue()
+            marks.put(index)
+            FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, answer, marks, use_fsync=True
+            )
+            _, outcome = answer.get_nowait()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            written[index] = outcome
+        self.results.put(written)
+        paths = [Path(path) for path, _, _ in self.buckets]
+        self.buckets = []
+        return paths
+
+    def finish(self) -> None:
+        """Write the folder's metadata; every rank calls it, after `write` has returned on all of them."""
+        for finalize in self.request.finalize_fns:
+            finalize()
+
+
+def begin_save(model: MegatronModel, folder: Path, *, copy: bool) -> PendingSave:
+    """Plan the save of weights and optimizer state; every rank calls it, `folder` exists and is empty."""
     # A queue in this process: Megatron would start a manager process only to pass one message to itself.
     filesystem_async._results_queue = queue.Queue()
     with torch.no_grad(), model.fresh_parameters():
-        dist_checkpointing.save(_sharded(model, loading=False), str(folder))
+        request = dist_checkpointing.save(
+            _sharded(model, loading=False), str(folder), async_sharded_save=True
+        )
+        return PendingSave(request, copy=copy)
+
+
+def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool) -> list[tuple[Any, torch.Tensor]]:
+    return [(item, tensor.detach().to("cpu", copy=copy)) for item, tensor in tensors]
 
 
 def load_model(model: MegatronModel, folder: Path) -> None:

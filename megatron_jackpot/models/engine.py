@@ -5,6 +5,7 @@ stage only, so the callables that read them run there and nowhere else.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -154,8 +155,14 @@ class MegatronModel:
         ordered = [tensors for _, tensors in sorted(results, key=lambda pair: pair[0])]
         return {key: torch.stack([tensors[key] for tensors in ordered]) for key in ordered[0]}
 
-    def update(self, batch: Batch, loss: Loss) -> UpdateReport:
-        """One optimizer step on the sum of `loss` over all micro-batches and data-parallel ranks."""
+    def update(
+        self, batch: Batch, loss: Loss, may_step: Callable[[float], bool] = math.isfinite
+    ) -> UpdateReport:
+        """One optimizer step on the sum of `loss` over all micro-batches and data-parallel ranks.
+
+        `may_step` sees the global gradient norm before clipping, the same on every rank; False leaves weights,
+        optimizer and schedule as they are.
+        """
         if self.optimizer is None or self.scheduler is None:
             raise RuntimeError(f"{self.name}.update called before add_optimizer.")
         for chunk in self.chunks:
@@ -163,13 +170,16 @@ class MegatronModel:
         self.optimizer.zero_grad()
         results = self._run(batch, loss, forward_only=False)
         lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        self.scheduler.step(1)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm() or 0.0)
+        if may_step(grad_norm):
+            self.optimizer.step()
+            self.scheduler.step(1)
         sums: dict[str, Tensor] = {}
         for _, tensors in sorted(results, key=lambda pair: pair[0]):
             for key, value in tensors.items():
                 sums[key] = sums.get(key, 0) + value.double()
-        return UpdateReport(grad_norm=float(grad_norm or 0.0), lr=float(lr), sums=sums)
+        return UpdateReport(grad_norm=grad_norm, lr=float(lr), sums=sums)
 
     @contextlib.contextmanager
     def fresh_parameters(self) -> Iterator[None]:

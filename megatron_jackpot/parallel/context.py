@@ -126,5 +126,11 @@ class Mesh:
                     f"Rank {dist.get_rank()} waited {timeout_s:.0f} s for DP leader {rank} to finish '{what}'."
                 ) from error
 
+    def largest(self, value: int) -> int:
+        """The largest of a small integer over all ranks. Reductions: 1 over the world."""
+        box = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return int(box)
+
     def barrier(self) -> None:
         dist.barrier()

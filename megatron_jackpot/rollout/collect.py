@@ -5,10 +5,29 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_jackpot.batch import Prompt, Rollout
-from megatron_jackpot.rollout.engine import Completion, Engine, Sampling, ServerError
+from megatron_jackpot.rollout.engine import Completion, Engine, Sampling, ServerError, StaleWeights
+
+POLL_S = 0.25
+"""How often a rollout looks whether it is to stop."""
 
 Reward = Callable[[Sequence[int], Prompt], Awaitable[tuple[float, bool]]]
 Advantage = Callable[[list[float]], list[float]]
+
+
+class Unfinished(Exception):
+    """A rollout that ended before all its groups were there; `groups` are those that were, whole."""
+
+    def __init__(self, why: str, groups: list[list[Rollout]], metrics: dict[str, tuple[float, float]]):
+        super().__init__(why)
+        self.groups, self.metrics = groups, metrics
+
+
+class Interrupted(Unfinished):
+    """It was asked to stop."""
+
+
+class ServersLost(Unfinished):
+    """More groups were lost to failed requests, or to servers with old weights, than a step may lose."""
 
 
 @dataclass
@@ -21,6 +40,7 @@ class Tally:
     failed: int = 0
     aborted: int = 0
     dropped_topk: int = 0
+    topk: int = 0
     last_error: ServerError | None = None
 
 
@@ -33,14 +53,14 @@ async def collect(
     reward: Reward,
     advantage: Advantage,
     max_failed_groups: float,
-    on_group: Callable[[list[Rollout]], None] | None = None,
-) -> tuple[list[Rollout], dict[str, tuple[float, float]]]:
-    """Whole groups in the order of `prompts`, and (sum, count) metrics.
+    stop: Callable[[], str | None] = lambda: None,
+) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
+    """Whole groups in the order of `prompts`, and (sum, count) metrics of the requests.
 
-    A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them
-    raise RuntimeError with the last cause. A group with an aborted completion is left out and counted apart.
-    Errors of the reward, StaleWeights and wrong prompts end the call at once. `on_group` is called with each
-    finished group.
+    A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them, or a
+    reply of old weights, raise ServersLost with the last cause. A group with an aborted completion is left out and
+    counted apart. `stop`, asked all the time, gives a reason to raise Interrupted. Requests in flight then are
+    aborted. Errors of the reward and wrong prompts end the call at once.
     """
     tally = Tally(num_prompts=len(prompts))
     retries_before = getattr(client, "num_retries", 0)
@@ -56,26 +76,43 @@ async def collect(
             tally.aborted += 1
             return
         tally.dropped_topk += sum(completion.num_dropped_topk for completion in completions)
-        group = await _rewarded(prompt, epoch, completions, reward, advantage)
-        tally.groups[position] = group
-        if on_group is not None:
-            on_group(group)
+        tally.topk += sum(completion.topk_ids.size for completion in completions)
+        tally.groups[position] = await _rewarded(prompt, epoch, completions, reward, advantage)
 
-    await _run_all([one_group(position, prompt) for position, prompt in enumerate(prompts)])
-    groups = [tally.groups[position] for position in sorted(tally.groups)]
-    retries = getattr(client, "num_retries", 0) - retries_before
-    return [rollout for group in groups for rollout in group], _metrics(tally, groups, retries)
+    def so_far() -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
+        retries = getattr(client, "num_retries", 0) - retries_before
+        return [tally.groups[position] for position in sorted(tally.groups)], _metrics(tally, retries)
 
-
-async def _run_all(work: list[Coroutine[None, None, None]]) -> None:
-    """All coroutines side by side; the first error cancels the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(one) for one in work]
     try:
-        await asyncio.gather(*tasks)
+        reason = await _run_all([one_group(i, prompt) for i, prompt in enumerate(prompts)], stop)
+    except (StaleWeights, _TooManyFailures) as error:
+        raise ServersLost(str(error), *so_far()) from error
+    if reason is not None:
+        raise Interrupted(reason, *so_far())
+    return so_far()
+
+
+async def _run_all(work: list[Coroutine[None, None, None]], stop: Callable[[], str | None]) -> str | None:
+    """All coroutines side by side; the first error, or a reason to stop, cancels the others."""
+    unfinished = {asyncio.ensure_future(one) for one in work}
+    try:
+        while unfinished:
+            done, unfinished = await asyncio.wait(
+                unfinished, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                task.result()
+            if unfinished and (reason := stop()) is not None:
+                return reason
     finally:
-        for task in tasks:
+        for task in unfinished:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*unfinished, return_exceptions=True)
+    return None
+
+
+class _TooManyFailures(RuntimeError):
+    pass
 
 
 async def _rewarded(
@@ -105,13 +142,23 @@ async def _rewarded(
 
 def _check_failures(tally: Tally, max_failed_groups: float) -> None:
     if tally.failed > max_failed_groups * tally.num_prompts:
-        raise RuntimeError(
+        raise _TooManyFailures(
             f"{tally.failed} of {tally.num_prompts} groups were lost to failed requests, more than "
             f"rollout.max_failed_groups = {max_failed_groups:g} allows. Last error: {tally.last_error}"
         ) from tally.last_error
 
 
-def _metrics(tally: Tally, groups: list[list[Rollout]], retries: int) -> dict[str, tuple[float, float]]:
+def _metrics(tally: Tally, retries: int) -> dict[str, tuple[float, float]]:
+    return {
+        "rollout/dropped_topk": (tally.dropped_topk, tally.topk),
+        "rollout/failed_groups": (tally.failed, tally.num_prompts),
+        "rollout/aborted_groups": (tally.aborted, tally.num_prompts),
+        "rollout/retries": (retries, tally.num_prompts),
+    }
+
+
+def group_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, tuple[float, float]]:
+    """(sum, count) metrics of finished groups, however they came together."""
     rollouts = [rollout for group in groups for rollout in group]
     tokens = sum(len(rollout.tokens) for rollout in rollouts)
     count = len(rollouts)
@@ -121,9 +168,5 @@ def _metrics(tally: Tally, groups: list[list[Rollout]], retries: int) -> dict[st
         "rollout/response_tokens": (tokens, count),
         "rollout/truncated": (sum(r.finish == "length" for r in rollouts), count),
         "rollout/invalid_tokens": (sum(int((~r.valid).sum()) for r in rollouts), tokens),
-        "rollout/dropped_topk": (tally.dropped_topk, sum(r.topk_ids.size for r in rollouts)),
         "rollout/equal_rewards": (sum(len({r.reward for r in group}) == 1 for group in groups), len(groups)),
-        "rollout/failed_groups": (tally.failed, tally.num_prompts),
-        "rollout/aborted_groups": (tally.aborted, tally.num_prompts),
-        "rollout/retries": (retries, tally.num_prompts),
     }

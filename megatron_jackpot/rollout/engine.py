@@ -19,7 +19,7 @@ class BadReply(ServerError):
 
 
 class StaleWeights(RuntimeError):
-    """Tokens older than the oldest allowed weight version: a sync was missed, retrying cannot help."""
+    """A server with weights older than the oldest allowed version: it must be given new ones before it samples."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from typing import IO, Literal
 
 Device = Literal["cuda", "cpu"]
 
+DIE_WITH_PARENT = Path(__file__).parent / "die_with_parent.py"
 CPU_SHIMS = Path(__file__).parent / "cpu_server"
 CPU_FLAGS = (
     *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
@@ -70,9 +71,9 @@ class ServerProcess:
                 "Set servers.port to a free port, or to 0 to take one."
             )
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = self.log_path.open("wb")
+        self._log = self.log_path.open("ab")
         self.process = subprocess.Popen(
-            self.command,
+            [sys.executable, str(DIE_WITH_PARENT), *self.command],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -83,7 +84,7 @@ class ServerProcess:
     def wait_healthy(self, timeout_s: float) -> None:
         """Poll /health. Raises RuntimeError at once when the process ends, TimeoutError after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
-        while not self._answers(deadline):
+        while not self.answers(deadline - time.monotonic()):
             if not self.running:
                 code = self.process.returncode if self.process else None
                 raise RuntimeError(
@@ -96,10 +97,10 @@ class ServerProcess:
                 )
             time.sleep(0.25)
 
-    def _answers(self, deadline: float) -> bool:
-        limit = min(5.0, max(0.1, deadline - time.monotonic()))
+    def answers(self, limit_s: float) -> bool:
+        """Whether it answers /health within `limit_s`, at most 5 s."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=limit) as answer:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=min(5.0, max(0.1, limit_s))) as answer:
                 # A stranger may have taken the port since it was checked; then our process has ended or will.
                 return answer.status == 200 and self.running
         except (urllib.error.URLError, OSError):

@@ -31,6 +31,7 @@ NO_TRUNCATION = {
 }
 CONTEXT_MARGIN = 2
 """SGLang lets prompt + response grow to context_length - 2 and shortens longer requests without an error."""
+HEALTH_LIMIT_S = 10.0
 REST_S = 10.0
 """How long a server that failed is avoided while another one is there."""
 
@@ -46,6 +47,8 @@ class Server:
     url: str
     in_flight: int = 0
     rests_until: float = 0.0
+    suspect: bool = False
+    """It failed: before it is asked again it must say that it holds weights that are new enough."""
 
 
 class SGLangClient:
@@ -159,7 +162,7 @@ class SGLangClient:
 
     async def _ask(self, body: dict[str, Any], weight: int, parse: Callable[[bytes], T]) -> T:
         tried: set[str] = set()
-        failure: ServerError | None = None
+        failure: ServerError | StaleWeights | None = None
         async with self._slots:
             for attempt in range(self.retries + 1):
                 if attempt:
@@ -169,15 +172,27 @@ class SGLangClient:
                 tried.add(server.url)
                 server.in_flight += weight
                 try:
+                    if server.suspect:
+                        await self._readmit(server)
                     return await self._post(server.url, body, parse)
                 except Refused:
                     raise
-                except ServerError as error:
+                except (ServerError, StaleWeights) as error:
                     failure = error
-                    server.rests_until = time.monotonic() + REST_S
+                    server.suspect, server.rests_until = True, time.monotonic() + REST_S
                 finally:
                     server.in_flight -= weight
-        raise ServerError(f"/generate failed {self.retries + 1} times, last: {failure}") from failure
+        kind = StaleWeights if isinstance(failure, StaleWeights) else ServerError
+        raise kind(f"/generate failed {self.retries + 1} times, last: {failure}") from failure
+
+    async def _readmit(self, server: Server) -> None:
+        """A server that was started anew holds the first weights until the next sync, and must not sample."""
+        (version,) = await ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S).versions()
+        if version < self.min_version:
+            raise StaleWeights(
+                f"{server.url} holds weight version {version}, older than the oldest allowed version {self.min_version}."
+            )
+        server.suspect = False
 
     def _pick(self, tried: set[str]) -> Server:
         """Untried before tried, rested before failed, then the least loaded."""

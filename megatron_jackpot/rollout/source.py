@@ -38,10 +38,18 @@ class ServerSource:
         self._run(client.__aenter__())
 
     def collect(
-        self, epoch: int, prompts: list[Prompt], *, samples: int | None = None
+        self,
+        epoch: int,
+        prompts: list[Prompt],
+        *,
+        samples: int | None = None,
+        stop: Callable[[], str | None] = lambda: None,
     ) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
-        """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and their metrics."""
-        rollouts, metrics = self._run(
+        """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the requests' metrics.
+
+        Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early.
+        """
+        return self._run(
             collect(
                 prompts,
                 epoch,
@@ -51,12 +59,9 @@ class ServerSource:
                 self.reward,
                 self.advantage,
                 self.max_failed_groups,
+                stop,
             )
         )
-        groups: dict[int, list[Rollout]] = {prompt.id: [] for prompt in prompts}
-        for rollout in rollouts:
-            groups[rollout.prompt.id].append(rollout)
-        return [group for group in groups.values() if group], metrics
 
     def check_labels(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError naming prompts whose label no response could match."""

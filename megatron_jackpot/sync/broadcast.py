@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
 from megatron_jackpot.rollout.engine import ServerError
 from megatron_jackpot.sync.disk import buckets, write_hf_folder
+from megatron_jackpot.sync.muster import muster, persistently
 from megatron_jackpot.sync.proof import (
     Proof,
     SentTensors,
@@ -102,10 +103,13 @@ class BroadcastSync:
         backend: Backend | None = None,
         bucket_bytes: int = 512 * 2**20,
         timeout_s: float = 120,
+        patience_s: float = 300,
         pause: PauseMode = "retract",
         address: str | None = None,
     ) -> None:
         self.admin = ServerAdmin(list(urls), timeout_s=timeout_s)
+        self.urls = list(self.admin.urls)
+        self.patience_s = patience_s
         self.hf_folder = Path(hf_folder)
         self.proof_folder = None if proof_folder is None else Path(proof_folder).absolute()
         self.backend: Backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -119,10 +123,16 @@ class BroadcastSync:
         self.proved = proof_folder is None
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """HF-named tensors -> all servers. Raises SyncError or ServerError; no wait exceeds timeout_s.
+        """HF-named tensors, which can be read again, -> all servers that answer.
 
-        After an error the servers may hold a mixture: push again, or load from disk, before sampling.
+        A server that is gone is left out, and joins again in a later push. Raises SyncError or ServerError after
+        several attempts; no wait in one exceeds timeout_s, the first answer of any server patience_s. After an
+        error the servers may hold a mixture: push again, or load from disk, before sampling.
         """
+        return persistently(lambda: self._push(named_tensors, version))
+
+    def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+        self._muster()
         started, sent, proved = time.monotonic(), SentTensors(), False
         watched = sent.watch(named_tensors)
         if not self.proved:
@@ -151,6 +161,12 @@ class BroadcastSync:
             with suppress(ServerError):
                 # A server that is gone has no group left to dissolve.
                 wait(self.admin.destroy_group(name))
+
+    def _muster(self) -> None:
+        present = muster(self.urls, self.patience_s)
+        if present != self.admin.urls:
+            self.close()
+            self.admin.urls = present
 
     def _join(self) -> None:
         if self.group is None:

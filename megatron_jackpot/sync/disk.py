@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
+from megatron_jackpot.sync.muster import muster, persistently
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
 
 KEPT_VERSIONS = 2
@@ -30,9 +31,12 @@ class DiskSync:
         hf_folder: Path,
         bucket_bytes: int = 512 * 2**20,
         timeout_s: float = 120,
+        patience_s: float = 300,
         pause: PauseMode = "retract",
     ) -> None:
         self.admin = ServerAdmin(list(urls), timeout_s=timeout_s)
+        self.urls = list(self.admin.urls)
+        self.patience_s = patience_s
         self.folder = Path(folder).absolute()
         self.hf_folder = Path(hf_folder)
         self.bucket_bytes = bucket_bytes
@@ -40,7 +44,11 @@ class DiskSync:
         self.proof = Proof(self.admin, self.hf_folder)
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """HF-named tensors -> all servers. Raises SyncError or ServerError; no wait exceeds timeout_s."""
+        """HF-named tensors, which can be read again, -> all servers that answer, as BroadcastSync.push does."""
+        return persistently(lambda: self._push(named_tensors, version))
+
+    def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+        self.admin.urls = muster(self.urls, self.patience_s)
         started, sent = time.monotonic(), SentTensors()
         path = self.folder / f"actor-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)

@@ -100,6 +100,11 @@ class Proof:
                 f"The weights sent as version {version} differ from the push before, but the servers' "
                 f"checksums did not move: {self.admin.urls[0]} still serves the old weights."
             )
+        if self._digest == sent.digest:
+            assert self._checksums is not None
+            same_weights(
+                self._checksums, checksums, "the push before", f"version {version}, the same weights again"
+            )
         self._digest, self._checksums = sent.digest, checksums
         return _overall(checksums)
 

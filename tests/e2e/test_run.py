@@ -57,7 +57,9 @@ def test_launch_trains_two_steps_on_two_ranks(folder: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = read_metrics(out)
     check_rows(rows, 2)
-    assert METRICS.keys() <= rows[-1].keys(), METRICS.keys() - rows[-1].keys()
+    # Where no response happened to be correct, there is no share of them.
+    missing = METRICS.keys() - rows[-1].keys() - {"rejected/correct"}
+    assert not missing, missing
     assert 0 < rows[-1]["jackpot/acceptance"] < 1
     assert {"config.yaml", "provenance.json", "train.log", "metrics.jsonl"} <= {p.name for p in out.iterdir()}
     assert json.loads((out / "provenance.json").read_text())

@@ -30,20 +30,38 @@ SERVERS = {
 note("server"); child("scheduler"); wait_for("worker")
 print("out of memory, said the server", flush=True); sys.exit(9)
 """,
+    "silent": "note('server'); child('scheduler'); wait_for('scheduler'); time.sleep(300)",
+    "mortal": """
+note("server"); child("scheduler"); wait_for("worker")
+if len(list(pids.glob("server-*"))) == 1: print("a bad moment", flush=True); sys.exit(9)
+time.sleep(300)
+""",
     "stillborn": "print('no such model', flush=True); sys.exit(4)",
 }
 OWN_SESSION = "note('trainer'); child('worker', start_new_session=True); wait_for('worker');"
 TRAINERS = {
     "exits": "note('trainer'); print('step 1'); sys.exit(int(sys.argv[2]))",
+    "saves": """
+note("trainer"); run = pids.parent / "run"; child("worker"); wait_for("worker")
+while not (run / "stop").exists(): time.sleep(0.02)
+(run / "stop").rename(run / "stopped")
+""",
+    "fails": """
+note("trainer"); run = pids.parent / "run"
+(run / "checkpoints" / "step-000007").mkdir(parents=True, exist_ok=True)
+print("arguments:", sys.argv[2:], flush=True); child("worker"); wait_for("worker"); sys.exit(int(sys.argv[2]))
+""",
     "works": f"{OWN_SESSION} time.sleep(300)",
     "crashes": f"{OWN_SESSION} os.kill(os.getpid(), signal.SIGKILL)",
     "stubborn": """
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGHUP, signal.SIG_IGN)
 note("trainer"); child("worker"); wait_for("worker"); time.sleep(300)
 """,
 }
 RANK = """
 import torch, torch.distributed as dist
+from megatron_jackpot.interrupt import die_with_parent
+die_with_parent(signal.SIGTERM)
 dist.init_process_group("gloo"); total = torch.ones(1); dist.all_reduce(total)
 if dist.get_rank() == 0: print("ranks:", int(total), flush=True)
 note("worker"); time.sleep(300)
@@ -74,7 +92,11 @@ def main() -> int:
         return [*argv[: argv.index("megatron_jackpot.cli") - 1], str(script), str(pids)]
 
     tree = {
-        "run": {"folder": folder},
+        "run": {"folder": folder, "max_restarts": 2},
+        "servers": {
+            "max_restarts": 0 if server == "dying" else 2,
+            "hang_s": 2 if server == "silent" else 1000,
+        },
         "policy": {"hf": folder},
         "actor": {"hf": folder},
         "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64},

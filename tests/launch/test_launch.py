@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from megatron_jackpot.config import load_config
+from megatron_jackpot.interrupt import EXIT_REQUEUE
 
 ROOT = Path(__file__).parents[2]
 START_LIMIT_S = 60
@@ -85,7 +86,7 @@ def test_the_exit_code_of_torchrun_is_passed_on_and_the_server_is_ended(start, c
     assert (launch.folder / "train.log").read_text() == "step 1\n"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_every_child_and_nothing_else(start, signum):
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     try:
@@ -99,6 +100,57 @@ def test_a_signal_ends_every_child_and_nothing_else(start, signum):
     finally:
         bystander.kill()
         bystander.wait()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop_it_lets_training_save_and_says_that_the_job_is_to_be_queued_again(start, signum):
+    launch = start("steady", "saves")
+    launch.wait_for("worker")
+    launch.popen.send_signal(signum)
+    assert launch.code(limit_s=20) == EXIT_REQUEUE, launch.text()
+    assert f"saved and ended ({signal.Signals(signum).name})" in launch.text()
+    assert launch.alive() == []
+
+
+def test_training_that_fails_is_started_again_from_its_checkpoint_a_limited_number_of_times(start):
+    launch = start("steady", "fails", "7")
+    assert launch.code(START_LIMIT_S) == 7, launch.text()
+    log = (launch.folder / "train.log").read_text().splitlines()
+    assert log == ["arguments: ['7']", *["arguments: ['7', 'run.resume=auto']"] * 2]
+    assert "starting again after step-000007: restart 2 of 2" in launch.text()
+    assert launch.alive() == [] and len(list(launch.pids_folder.glob("server-*"))) == 1
+
+
+def test_a_refused_input_is_not_tried_again(start):
+    launch = start("steady", "fails", "2")
+    assert launch.code(START_LIMIT_S) == 2
+    assert (launch.folder / "train.log").read_text() == "arguments: ['2']\n"
+
+
+def test_a_server_that_ended_is_started_again_while_training_goes_on(start):
+    launch = start("mortal", "works")
+    launch.wait_for("server", count=2)
+    assert "restart 1 of 2" in launch.text() and "a bad moment" in launch.text()
+    launch.popen.send_signal(signal.SIGINT)
+    assert launch.code(limit_s=20) == 130
+    assert launch.alive() == [] and len(list(launch.pids_folder.glob("trainer-*"))) == 1
+
+
+def test_a_server_that_hangs_is_ended_and_started_again(start):
+    # The stand-ins answer no /health at all; here servers.hang_s = 2.
+    launch = start("silent", "works")
+    launch.wait_for("server", count=2)
+    assert "has not answered /health for 2 s" in launch.text()
+
+
+def test_when_the_launcher_is_killed_its_children_end(start):
+    launch = start("steady", "torchrun")
+    launch.wait_for("worker", count=2)
+    launch.popen.kill()
+    deadline = time.monotonic() + 20
+    while {name.split("-")[0] for name in launch.alive()} - {"scheduler"} and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert {name.split("-")[0] for name in launch.alive()} <= {"scheduler"}
 
 
 def test_a_dead_server_is_reported_with_its_last_lines_and_ends_the_run(start):

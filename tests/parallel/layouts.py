@@ -97,7 +97,7 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
     for _ in range(steps):
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
         trainer.sums, trainer.values = {}, {}
-        trainer.note_rollouts(mine or [], {}, 1.0)
+        trainer.note_rollouts(mine or [])
         trainer.learn(trainer.packer.pack(mine, TOP_K))
         trainer.num_steps += 1
         metrics = trainer.reduced_metrics()

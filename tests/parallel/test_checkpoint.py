@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from megatron_jackpot import checkpoint
+from megatron_jackpot.collector import StopRun
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
+from megatron_jackpot.rollout.collect import Interrupted
 from megatron_jackpot.sync.export import export
-from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
+from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
 from tests.tiny import ACTOR, POLICY, groups, rollout, write_model
 
+NOISY = {"rollout/tokens_per_s", "sync/seconds"}
 STEERED = Layout(correction=(("name", "jackpot"), ("target_acceptance", 0.8)))
 
 
@@ -26,45 +29,69 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Scripted:
+    """Rollouts that are a function of the prompt; interrupted on request after some groups of one step."""
+
+    def __init__(self, interrupt_epoch_after: tuple[int, int] | None) -> None:
+        self.interrupt = interrupt_epoch_after
+        self.asked: list[tuple[int, int]] = []
+
+    def collect(self, epoch: int, prompts: list, *, samples=None, stop=None) -> tuple[list, dict]:
+        made = [groups(range(p.id, p.id + 1))[0] for p in prompts]
+        if self.interrupt is not None and stop() is not None:
+            made = made[: self.interrupt[1]]
+            self.asked += [(epoch, group[0].prompt.id) for group in made]
+            raise Interrupted("test", made, {})
+        self.asked += [(epoch, p.id) for p in prompts]
+        return made, {}
+
+    def require_version(self, oldest: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _train(
-    rank: int, world: int, folder: str, run: str, layout: Layout, steps: int, resume: bool, save: bool
-):
-    """Steps on deterministic rollouts; (per-step numbers, weights, loader position) on rank 0."""
-    trainer = load_trainer(make_config(layout, Path(folder)))
-    mesh = trainer.mesh
+    rank: int, world: int, folder: str, run: str, layout: Layout, steps: int, options: dict
+) -> tuple | None:
+    """Steps on deterministic rollouts; (per-step numbers, weights, correction, troubles, prompts asked) on rank 0."""
+    config = make_config(layout, Path(folder))
+    knobs = config.run.model_copy(
+        update={"folder": Path(run), "keep": 2, "keep_every": options.get("keep_every")}
+    )
+    trainer = load_trainer(config.model_copy(update={"run": knobs}))
+    mesh, stop_at = trainer.mesh, options.get("stop_at")
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * 2)]
-    if mesh.is_leader:
-        trainer.loader = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
-    troubles = checkpoint.resume(trainer, Path(run)) if resume else []
+    trainer.loader = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
+    source = Scripted(None if stop_at is None else (0, 1))
+    trainer.source = trainer.collector.source = source
+    trainer.collector.stop = lambda: "test" if trainer.num_steps == stop_at else None
+    troubles = checkpoint.resume(trainer, Path(run)) if options.get("resume") else []
+    saver = checkpoint.Saver(mesh, knobs)
     numbers = []
-    while trainer.num_steps < steps:
-        mine = None
-        if mesh.is_leader:
-            _, chosen = trainer.loader.next()
-            mine = [groups(range(p.id, p.id + 1))[0] for p in chosen]
-        trainer.sums, trainer.values = {}, {}
-        trainer.note_rollouts(mine or [], {}, 1.0)
-        trainer.learn(trainer.packer.pack(mine, TOP_K))
-        trainer.num_steps += 1
-        metrics = trainer.reduced_metrics()
-        numbers.append({k: v for k, v in metrics.items() if not k.startswith("time/")})
-        if save:
-            checkpoint.save(trainer, Path(run), keep=2)
+    try:
+        while trainer.num_steps < steps:
+            metrics = trainer.step()
+            numbers.append({k: v for k, v in metrics.items() if k not in NOISY and not k.startswith("time/")})
+            saver.poll()
+            if options.get("save"):
+                saver.save(trainer, background=options["save"] == "background")
+    except StopRun:
+        saver.save(trainer, background=False)
+    saver.wait()
     weights = {n: export(getattr(trainer, n)) for n in ("policy", "actor")}
     destroy_mesh()
-    return (numbers, weights, trainer.methods.correction, troubles) if rank == 0 else None
+    return (numbers, weights, trainer.methods.correction, troubles, source.asked) if rank == 0 else None
 
 
-def train(folder: Path, run: Path, layout: Layout, steps: int, *, resume: bool = False, save: bool = False):
-    args = (str(folder), str(run), layout, steps, resume, save)
-    return run_ranks(_train, layout.world, 200, *args)[0]
+def train(folder: Path, run: Path, layout: Layout, steps: int, **options):
+    return run_ranks(_train, layout.world, 200, str(folder), str(run), layout, steps, options)[0]
 
 
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> tuple[Path, tuple]:
     """A run of three steps with a checkpoint after each, and what it was."""
     run = folder / "saved"
-    return run, train(folder, run, STEERED, 3, save=True)
+    return run, train(folder, run, STEERED, 3, save="background")
 
 
 def copy_without_last(run: Path, to: Path) -> Path:
@@ -74,7 +101,7 @@ def copy_without_last(run: Path, to: Path) -> Path:
 
 
 def same(got: tuple, want: tuple, exact: bool, steps: int) -> None:
-    (numbers, weights, correction, _), (all_numbers, all_weights, all_correction, _) = got, want
+    (numbers, weights, correction, *_), (all_numbers, all_weights, all_correction, *_) = got, want
     assert len(numbers) == steps
     for mine, theirs in zip(numbers, all_numbers[-steps:], strict=True):
         if exact:
@@ -101,7 +128,8 @@ def same(got: tuple, want: tuple, exact: bool, steps: int) -> None:
 def test_resumed_on_the_same_layout_it_is_the_uninterrupted_run_bit_for_bit(saved, folder, tmp_path) -> None:
     run, whole = saved
     names = [path.name for path in sorted((run / "checkpoints").iterdir())]
-    assert names == ["step-000002", "step-000003"]  # keep = 2, nothing unfinished
+    assert names == ["latest", "step-000002", "step-000003"]  # keep = 2, nothing unfinished
+    assert (run / "checkpoints" / "latest").resolve().name == "step-000003"
     got = train(folder, copy_without_last(run, tmp_path / "run"), STEERED, 3, resume=True)
     same(got, whole, exact=True, steps=1)
 
@@ -125,9 +153,33 @@ def test_resumed_on_another_layout_it_is_the_run_to_rounding(saved, folder, tmp_
 
 def test_saved_on_two_ranks_it_resumes_on_one(saved, folder, tmp_path) -> None:
     layout = Layout(tp=2, correction=STEERED.correction)
-    train(folder, tmp_path / "run", layout, 2, save=True)
+    train(folder, tmp_path / "run", layout, 2, save="now")
     got = train(folder, tmp_path / "run", STEERED, 3, resume=True)
     same(got, saved[1], exact=False, steps=1)
+
+
+@pytest.mark.parametrize("after", [Layout(), Layout(dp=2)], ids=["one rank", "two leaders"])
+def test_an_interrupted_step_keeps_its_groups_and_no_prompt_is_asked_twice(
+    saved, folder, tmp_path, after
+) -> None:
+    layout = Layout(dp=2, correction=STEERED.correction)
+    first = train(folder, tmp_path / "run", layout, 3, stop_at=2)
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    assert newest.name == "step-000002" and len(list(newest.glob("rollouts-*.npz"))) == 2
+    layout = Layout(**{**vars(after), "correction": STEERED.correction})
+    second = train(folder, tmp_path / "run", layout, 3, resume=True)
+    same(second, saved[1], exact=False, steps=1)
+    whole = saved[1][4]
+    if layout.dp == 1:
+        # Rank 0's part of the first run, and what was left for the second: the interrupted step's rest alone.
+        assert len(second[4]) == NUM_PROMPTS - 2 and not {*first[4]} & {*second[4]}
+        assert {*second[4]} < {*whole}
+
+
+def test_checkpoints_for_good_stay(folder, tmp_path) -> None:
+    train(folder, tmp_path / "run", Layout(), 4, save="now", keep_every=2)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert names == ["step-000002", "step-000003", "step-000004"]
 
 
 @pytest.mark.parametrize("victim", ["policy/*.distcp", "actor/.metadata", "state.json", "manifest.json"])

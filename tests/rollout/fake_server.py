@@ -19,6 +19,7 @@ class FakeServer:
     """Answers a path with the scripted answers in turn, the last one for ever. Use as a context manager."""
 
     def __init__(self, **scripts: list[Answer]) -> None:
+        scripts = {"model_info": [ok({"weight_version": "0"})]} | scripts
         self.scripts = {f"/{path}": list(answers) for path, answers in scripts.items()}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.in_flight = self.most_in_flight = 0

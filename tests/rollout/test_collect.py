@@ -1,6 +1,7 @@
 """collect: whole groups in order, failures counted up to the limit, the advantage over the whole group."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_jackpot.batch import Prompt
-from megatron_jackpot.rollout.collect import collect
+from megatron_jackpot.rollout.collect import Interrupted, ServersLost, collect, group_metrics
 from megatron_jackpot.rollout.engine import Completion, Sampling, ServerError, StaleWeights
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=2)
@@ -61,15 +62,15 @@ def run(engine: Any, *, n: int = 3, allowed: float = 0.0, **knobs: Any) -> Any:
 
 
 def test_rollouts_come_in_prompt_order_with_reward_verdict_and_group_advantage():
-    seen: list[int] = []
-    rollouts, metrics = run(ScriptedEngine(), on_group=lambda group: seen.append(group[0].prompt.id))
+    groups, metrics = run(ScriptedEngine())
+    rollouts = [rollout for group in groups for rollout in group]
+    metrics |= group_metrics(groups)
     assert [rollout.key for rollout in rollouts] == [
         (1, 10 + i, sample) for i in range(10) for sample in range(3)
     ]
     assert [r.reward for r in rollouts[:3]] == [0.0, 5.0, 10.0]
     assert [r.advantage for r in rollouts[:3]] == [-5.0, 0.0, 5.0]
     assert [r.correct for r in rollouts[:3]] == [False, False, True]
-    assert seen == [19 - i for i in range(10)], "a group is reported when it is ready"
     assert metrics["reward/correct"] == (10, 30)
     assert metrics["rollout/invalid_tokens"] == (30, 60)
     assert metrics["rollout/dropped_topk"] == (30, 120)
@@ -80,24 +81,58 @@ def test_failed_groups_are_counted_and_left_out_up_to_the_allowed_share():
     engine = ScriptedEngine(
         raises={3: ServerError("http://a: HTTP 500"), 5: ServerError("http://b: HTTP 500")}
     )
-    rollouts, metrics = run(engine, allowed=0.2)
-    assert {r.prompt.id for r in rollouts} == set(range(10, 20)) - {13, 15}
+    groups, metrics = run(engine, allowed=0.2)
+    assert [group[0].prompt.id for group in groups] == [i for i in range(10, 20) if i not in (13, 15)]
     assert metrics["rollout/failed_groups"] == (2, 10)
     with pytest.raises(
-        RuntimeError, match="2 of 10 groups were lost.*max_failed_groups = 0.1.*http://a: HTTP 500"
+        ServersLost, match="2 of 10 groups were lost.*max_failed_groups = 0.1.*http://a: HTTP 500"
     ):
         run(engine, allowed=0.1)
 
 
 def test_a_group_with_an_aborted_completion_is_left_out_and_counted_apart():
-    rollouts, metrics = run(ScriptedEngine(aborts={0: True}))
-    assert len(rollouts) == 27 and metrics["rollout/aborted_groups"] == (1, 10)
+    groups, metrics = run(ScriptedEngine(aborts={0: True}))
+    assert len(groups) == 9 and metrics["rollout/aborted_groups"] == (1, 10)
 
 
-@pytest.mark.parametrize("error", [StaleWeights("old"), ValueError("prompt too long")])
-def test_stale_weights_and_wrong_prompts_end_the_call_whatever_share_may_fail(error):
-    with pytest.raises(type(error), match=str(error)):
-        run(ScriptedEngine(raises={9: error}), allowed=1.0)
+class StaleInTheEnd(ScriptedEngine):
+    async def generate_group(self, prompt_tokens, n, sampling):
+        if prompt_tokens[1] == 0:
+            await asyncio.sleep(1.0)
+            raise StaleWeights("old")
+        return await super().generate_group(prompt_tokens, n, sampling)
+
+
+def test_old_weights_end_the_call_with_the_groups_that_were_finished():
+    with pytest.raises(ServersLost, match="old") as caught:
+        run(StaleInTheEnd(), allowed=1.0)
+    assert [group[0].prompt.id for group in caught.value.groups] == list(range(11, 20))
+    assert caught.value.metrics["rollout/failed_groups"] == (0, 10)
+
+
+def test_a_wrong_prompt_ends_the_call_whatever_share_may_fail():
+    with pytest.raises(ValueError, match="prompt too long"):
+        run(ScriptedEngine(raises={9: ValueError("prompt too long")}), allowed=1.0)
+
+
+def test_an_interrupted_rollout_gives_what_was_finished_and_aborts_the_rest():
+    class Slow(ScriptedEngine):
+        cancelled = 0
+
+        async def generate_group(self, prompt_tokens, n, sampling):
+            try:
+                if prompt_tokens[1] < 3:
+                    await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+            return await super().generate_group(prompt_tokens, n, sampling)
+
+    engine, started = Slow(), time.monotonic()
+    with pytest.raises(Interrupted, match="SIGUSR1") as caught:
+        run(engine, stop=lambda: "SIGUSR1" if time.monotonic() > started + 0.5 else None)
+    assert [group[0].prompt.id for group in caught.value.groups] == list(range(13, 20))
+    assert engine.cancelled == 3 and time.monotonic() - started < 5
 
 
 def test_an_error_of_the_reward_is_not_swallowed():
@@ -112,5 +147,5 @@ def test_groups_whose_rewards_are_equal_are_counted():
     async def same(tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
         return 1.0, True
 
-    _, metrics = asyncio.run(collect(PROMPTS, 0, ScriptedEngine(), SAMPLING, 2, same, centred, 0.0))
-    assert metrics["rollout/equal_rewards"] == (10, 10)
+    groups, _ = asyncio.run(collect(PROMPTS, 0, ScriptedEngine(), SAMPLING, 2, same, centred, 0.0))
+    assert group_metrics(groups)["rollout/equal_rewards"] == (10, 10)

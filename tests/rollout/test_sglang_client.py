@@ -158,17 +158,41 @@ def test_a_server_that_hangs_is_given_up_after_the_time_limit_and_asked_to_abort
 def test_nobody_listening_is_an_error_that_names_the_address():
     with FakeServer() as gone:
         pass
-    with pytest.raises(ServerError, match=f"{gone.url}: /generate broke off"):
+    with pytest.raises(ServerError, match=f"{gone.url}: GET /model_info failed"):
         ask([gone], retries=1)
 
 
-def test_tokens_of_an_old_weight_version_are_an_error_without_a_retry():
-    with FakeServer(generate=[ok(group(version="3"))]) as server:
-        with pytest.raises(StaleWeights, match="weight_version = 3, older than the oldest allowed version 5"):
-            ask([server], min_version=5)
+def test_a_server_with_old_weights_is_not_asked_again_until_it_holds_new_ones():
+    old, new = ok({"weight_version": "3"}), ok({"weight_version": "5"})
+    with FakeServer(
+        generate=[ok(group(version="3")), ok(group(version="5"))], model_info=[old, new]
+    ) as server:
+        with pytest.raises(
+            StaleWeights, match="holds weight version 3, older than the oldest allowed version 5"
+        ):
+            ask([server], min_version=5, retries=1)
         assert len(server.asked("generate")) == 1
-        completions, _ = ask([server], min_version=3)
-        assert completions[0].weight_version.tolist() == [3, 3, 3, 3]
+        completions, _ = ask([server], min_version=5)
+        assert completions[0].weight_version.tolist() == [5, 5, 5, 5]
+
+
+def test_a_server_that_was_started_anew_is_left_out_for_one_with_new_weights(monkeypatch):
+    # Without its rest after a failure it is the least loaded and would be asked first.
+    monkeypatch.setattr("megatron_jackpot.rollout.sglang.REST_S", 0.0)
+
+    async def three_groups(urls: list[str]) -> None:
+        settings = {"request_timeout_s": 5, "backoff_s": 0.01, "min_version": 5}
+        async with SGLangClient(urls, vocab_size=VOCAB, context_length=64, **settings) as client:
+            for _ in range(3):
+                await client.generate_group([1, 2], 2, SAMPLING)
+
+    with (
+        FakeServer(generate=[error(500), ok(group(version="0"))]) as anew,
+        FakeServer(generate=[ok(group(version="5"))]) as good,
+    ):
+        asyncio.run(three_groups([anew.url, good.url]))
+        assert len(anew.asked("generate")) == 1 and len(anew.asked("model_info")) == 2
+        assert len(good.asked("generate")) == 3
 
 
 def test_a_refused_request_is_not_repeated():

@@ -16,7 +16,17 @@ ALLOWED = {
     # Pure math: torch, the standard library and itself.
     "algorithm": {"torch", f"{PACKAGE}.algorithm"},
     "parallel": {"torch", f"{PACKAGE}.parallel", f"{PACKAGE}.algorithm"},
-    "config": {"pydantic", f"{PACKAGE}.algorithm.registry", f"{PACKAGE}.yaml_tree"},
+    "config": {
+        "pydantic",
+        f"{PACKAGE}.algorithm.registry",
+        f"{PACKAGE}.yaml_tree",
+        f"{PACKAGE}.config_base",
+        f"{PACKAGE}.config_run",
+    },
+    "config_base": {"pydantic"},
+    "config_run": {"pydantic", f"{PACKAGE}.config_base"},
+    "guard": {f"{PACKAGE}.config_run"},
+    "interrupt": {f"{PACKAGE}.config_run"},
     "yaml_tree": {"yaml"},
     "batch": {"numpy", "torch"},
 }
@@ -36,7 +46,7 @@ FORBIDDEN = {
     "sync": {"sglang", *ours("trainer", "cli")},
     "packing": {"megatron", "sglang", *HTTP, *ours("models", "rollout", "sync", "trainer", "cli")},
     "trainer": {"sglang", *HTTP, *ours("cli")},
-    "checkpoint": {"sglang", *HTTP, *ours("rollout", "trainer", "cli")},
+    "checkpoint": {"sglang", *HTTP, *ours("trainer", "cli")},
     "metrics": {"megatron", "sglang", *HTTP, *ours("models", "rollout", "sync", "trainer", "cli")},
     "logger": {"megatron", "sglang", *HTTP, *ours("models", "rollout", "sync", "trainer", "cli")},
     "__init__": {"torch", "megatron", "sglang", "transformers", PACKAGE},
