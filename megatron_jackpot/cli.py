@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def _node(role: str, config: Config) -> int:
 
 
 def _submit(config: Config, args: argparse.Namespace) -> int:
+    _hush()
     from megatron_jackpot.slurm import submit
 
     try:
@@ -156,7 +158,13 @@ def _submit(config: Config, args: argparse.Namespace) -> int:
         return refuse(error)
 
 
+def _hush() -> None:
+    # Megatron warns at import of every optional package that is not here, twenty lines of it.
+    warnings.simplefilter("ignore")
+
+
 def _plan(config: Config, args: argparse.Namespace) -> int:
+    _hush()
     from megatron_jackpot.plan_report import Assumptions, memory_troubles, show_plan
 
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)

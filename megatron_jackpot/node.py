@@ -50,7 +50,10 @@ class Place:
 
 
 def serve(config: Config) -> int:
-    """This node's servers, watched as `launch` does: until SIGTERM (0), or until one is lost for good (1). Raises ValueError for a bad layout."""
+    """This node's servers, watched as `launch` does: until SIGTERM (0), or until one is lost for good (1).
+
+    Raises ValueError for a bad layout.
+    """
     config, place = enter(config, os.environ, "serve")
     if config.cluster.nodes > 1:
         servers = config.servers.model_copy(update={"host": place.address})

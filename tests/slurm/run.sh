@@ -66,7 +66,7 @@ scenario_refused() {  # before anything is submitted, with the arithmetic
     "actor.hf=$models/actor" "run.folder=$out/refused" cluster.nodes=2 cluster.gpus_per_node=8 servers.tp=2 \
     parallel.tp=8 --slurm 2>&1); then die "accepted: $said"; fi
   say "$said"
-  grep -q '2 training nodes x 6 = 12. 12 training processes are no multiple' <<<"$said" || die "other words"
+  grep -q '2 training nodes x 6 processes = 12. 12 training processes are no multiple' <<<"$said" || die "other words"
   [[ ! -e $out/refused ]] && (( $(squeue -h | wc -l) == 0 )) || die "something was submitted"
 }
 
