@@ -61,11 +61,11 @@ class Cluster(Section):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Cluster":
-        most = self.nodes if self.layout == "colocated" else self.nodes - 1
-        if self.server_nodes is not None and self.server_nodes > most:
+        if self.num_trainer_nodes < 1 or self.num_server_nodes > self.nodes:
             raise ValueError(
-                f"cluster.server_nodes = {self.server_nodes} with cluster.nodes = {self.nodes} leaves "
-                f"{self.nodes - self.server_nodes} for training. Use cluster.layout=colocated or more nodes."
+                f"cluster.layout = '{self.layout}' with cluster.nodes = {self.nodes} and {self.num_server_nodes} of "
+                f"servers leaves {self.nodes - self.num_server_nodes} for training. Use more nodes, fewer "
+                "cluster.server_nodes, or cluster.layout=colocated."
             )
         if (self.runtime == "bare") != (self.image is None):
             raise ValueError(

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What both job scripts share. Sourced with: JACKPOT_REPO, and the arguments CONFIG [key=value ...] in "$@".
 #
 # Settings, all with defaults; `launch --slurm` fills them in from the YAML's cluster section:
@@ -40,9 +41,10 @@ start_step() {  # NODES RELATIVE COMMAND CONFIG [key=value ...]
   shift 2
   make_step "$@"
   # One task owns the node: without --cpu-bind=none it would be bound to a single core. --overlap: both roles may
-  # share nodes, and GPUs are divided by the processes themselves.
+  # share nodes, and GPUs are divided by the processes themselves. --wait: nodes end with codes of their own a moment
+  # apart, and none may outlive the first for long.
   srun --nodes="$nodes" --relative="$relative" --ntasks="$nodes" --ntasks-per-node=1 --overlap --cpu-bind=none \
-    --kill-on-bad-exit=1 --label "${step[@]}" &
+    --kill-on-bad-exit=0 --wait=120 --label "${step[@]}" &
 }
 
 ended() { ! kill -0 "$1" 2>/dev/null; }

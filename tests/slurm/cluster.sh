@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # A two-node Slurm cluster on this machine, for tests/slurm/run.sh: sourced; `cluster_up FOLDER` and `cluster_down`.
 # CPUs and memory are fictional (config_overrides); both slurmd share this machine, so there is nothing to isolate.
 

@@ -49,7 +49,10 @@ ended() { [[ $(state "$1") =~ ^(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)$ ]
 running() { [[ $(state "$1") == RUNNING ]]; }
 completed() { [[ $(state "$1") == COMPLETED ]] || die "job $1 ended as $(state "$1"), see $out"; }
 reached() { [[ -s $1/metrics.jsonl ]] && grep -q "\"step\": $2[,}]" "$1/metrics.jsonl"; }
-restarted() { grep -q "^\[job.*nodes n" "$1" && (( $(grep -c 'servers on' "$1") > $2 )); }
+restarted() {  # JOB OUTPUT TIMES
+  ! ended "$1" || die "job $1 ended as $(state "$1") instead of being requeued, see $2"
+  (( $(grep -c 'servers on' "$2") > $3 ))
+}
 
 unbroken() {  # RUN_FOLDER STEPS: rows 0 .. STEPS, each once
   python - "$1/metrics.jsonl" "$2" <<'PY' || die "the steps of $1 are not 0 to $2, each once"
@@ -67,7 +70,7 @@ scenario_refused() {  # before anything is submitted, with the arithmetic
     parallel.tp=8 --slurm 2>&1); then die "accepted: $said"; fi
   say "$said"
   grep -q '2 training nodes x 6 processes = 12. 12 training processes are no multiple' <<<"$said" || die "other words"
-  [[ ! -e $out/refused ]] && (( $(squeue -h | wc -l) == 0 )) || die "something was submitted"
+  if [[ -e $out/refused || -n $(squeue -h) ]]; then die "something was submitted"; fi
 }
 
 scenario_two_nodes() {  # servers on one node, torchrun over both
@@ -103,7 +106,7 @@ scenario_signals() {  # USR1 in a rollout, then in an update: saved, requeued, c
     sleep "$(in_phase "$folder" "$phase")"
     scancel --batch --signal=USR1 "$job"
     say "USR1 to job $job in the $phase after $((rows - 1)) steps"
-    wait_for 300 "the requeued job's start" restarted "$folder/slurm/$job.out" "$count"
+    wait_for 300 "the requeued job's start" restarted "$job" "$folder/slurm/$job.out" "$count"
     grep -q 'saved; requeueing' "$folder/slurm/$job.out" || die "it was not the script that requeued"
     step=$(( $(wc -l <"$folder/metrics.jsonl") - 1 ))
   done
@@ -117,7 +120,7 @@ scenario_signals() {  # USR1 in a rollout, then in an update: saved, requeued, c
 scenario_limit() {  # Slurm's own USR1 before the time limit
   local folder=$out/limit job
   job=$(submit "$folder" run.steps=60 run.save_every=null cluster.minutes=3 cluster.signal_s=45)
-  wait_for 400 "the requeued job's start" restarted "$folder/slurm/$job.out" 1
+  wait_for 400 "the requeued job's start" restarted "$job" "$folder/slurm/$job.out" 1
   grep -q 'SIGUSR1' "$folder/slurm/$job.out" || die "no signal before the limit"
   wait_for 300 "the run to go on" grep -q 'resumed after step' "$folder/slurm/$job.out"
   local resumed
