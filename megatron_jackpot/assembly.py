@@ -22,7 +22,7 @@ from megatron_jackpot.guard import RollBack
 from megatron_jackpot.interrupt import StopRequest
 from megatron_jackpot.logger import StepLogger, print_report
 from megatron_jackpot.methods import Methods
-from megatron_jackpot.metrics import MetricsWriter
+from megatron_jackpot.metrics import JsonLines, MetricsWriter
 from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of, read_hf_config
@@ -191,8 +191,8 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         raise Refused(*error.args) from error
     try:
         with contextlib.ExitStack() as outputs:
-            report = _report(config, mesh, assembly.trainer, resumed, outputs)
-            finished = _train(assembly, Saver(mesh, config.run), report)
+            report, account = _outputs(config, mesh, assembly.trainer, resumed, outputs)
+            finished = _train(assembly, Saver(mesh, config.run), report, account)
     except Exception as error:
         assembly.trainer.watchdog.dump(f"{type(error).__name__}: {error}")
         raise
@@ -207,6 +207,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
 
 
 Report = Callable[[int, dict[str, float]], None]
+Account = Callable[[int], object]
 
 
 def _resume(config: Config, trainer: Trainer) -> bool:
@@ -222,7 +223,7 @@ def _resume(config: Config, trainer: Trainer) -> bool:
     return True
 
 
-def _train(assembly: Assembly, saver: Saver, report: Report) -> bool:
+def _train(assembly: Assembly, saver: Saver, report: Report, account: Account) -> bool:
     """The loop over steps. False when it ended early because it was asked to stop."""
     trainer, config = assembly.trainer, assembly.trainer.config
     first = trainer.num_steps == 0
@@ -233,7 +234,7 @@ def _train(assembly: Assembly, saver: Saver, report: Report) -> bool:
     try:
         while trainer.num_steps < config.run.steps:
             trainer.refuse_stop()
-            _one_step(assembly, saver, report)
+            _one_step(assembly, saver, report, account)
     except StopRun:
         with trainer.watchdog.phase("save"):
             saver.save(trainer, background=False)
@@ -243,7 +244,7 @@ def _train(assembly: Assembly, saver: Saver, report: Report) -> bool:
     return True
 
 
-def _one_step(assembly: Assembly, saver: Saver, report: Report) -> None:
+def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account) -> None:
     trainer, config = assembly.trainer, assembly.trainer.config
     try:
         metrics = trainer.step()
@@ -259,6 +260,7 @@ def _one_step(assembly: Assembly, saver: Saver, report: Report) -> None:
         saver.poll()
         if config.run.save_every and (step % config.run.save_every == 0 or last):
             saver.save(trainer, background=config.run.save_in_background and not last)
+    account(step)
     report(step, metrics | {"time/save": trainer.values["time/save"], "save/failed": float(saver.num_failed)})
 
 
@@ -276,23 +278,31 @@ def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
     trainer.push()
 
 
-def _report(
+def _outputs(
     config: Config, mesh: Mesh, trainer: Trainer, resumed: bool, outputs: contextlib.ExitStack
-) -> Report:
-    """Metrics files and progress on the main rank; every rank calls the result."""
+) -> tuple[Report, Account]:
+    """Metrics, progress and the account of prompts: written by the main rank, called by every rank."""
     if not mesh.is_main:
-        return lambda step, metrics: None
-    knobs = config.logging
+        return (
+            lambda step, metrics: None,
+            lambda step: trainer.collector.account() if mesh.is_leader else None,
+        )
+    knobs, folder = config.logging, config.run.folder
     resume_step = trainer.num_steps if resumed else None
     if config.run.resume == "auto" and not resumed:
         resume_step = -1  # What an attempt without a checkpoint left is done again.
     writer = outputs.enter_context(
-        MetricsWriter(config.run.folder, knobs.tensorboard, knobs.wandb_project, resume_step=resume_step)
+        MetricsWriter(folder, knobs.tensorboard, knobs.wandb_project, resume_step=resume_step)
     )
+    prompts = JsonLines(folder / "prompts.jsonl", resume_step)
+    outputs.callback(prompts.close)
     progress = outputs.enter_context(StepLogger(config.run.steps, progress=knobs.progress))
 
     def report(step: int, metrics: dict[str, float]) -> None:
         writer.write(step, metrics)
         progress.log(step, metrics)
 
-    return report
+    def account(step: int) -> None:
+        prompts.write({"step": step, **trainer.collector.account()})
+
+    return report, account

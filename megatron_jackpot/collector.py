@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch.distributed as dist
 
 from megatron_jackpot.batch import Prompt, Rollout
 from megatron_jackpot.config import Rollouts
@@ -88,6 +90,17 @@ class Collector:
         raise RuntimeError(
             f"step {num_steps + 1}: rollouts failed {MAX_RECOVERIES + 1} times. Last error here: {error}"
         ) from error
+
+    def account(self) -> dict[str, Any]:
+        """What became of the last step's prompts over all leaders, which alone call it: epoch, trained, lost."""
+        parts: list[Any] = [(self.asked, self.lost)]
+        if self.mesh.dp > 1:
+            parts *= self.mesh.dp
+            dist.all_gather_object(parts, (self.asked, self.lost), group=self.mesh.dp_group)
+        lost = sorted(prompt for _, lost in parts for prompt in lost)
+        asked = sorted(prompt for (_, ids), _ in parts for prompt in ids)
+        trained = [prompt for prompt in asked if prompt not in set(lost)]
+        return {"epoch": self.asked[0], "trained": trained, "lost": lost}
 
     def _ask(self, epoch: int, prompts: list[Prompt], oldest: int) -> tuple[int, Unfinished | None]:
         """Fill `kept` with the groups it lacks: how that ended, and what went wrong."""

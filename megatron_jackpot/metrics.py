@@ -62,6 +62,23 @@ METRICS = {
 Row = dict[str, Any]
 
 
+class JsonLines:
+    """Appends rows with a "step" to a file, one JSON object a line, each on disk before `write` returns."""
+
+    def __init__(self, path: Path, resume_step: int | None = None):
+        """`resume_step` drops what an earlier process wrote for later steps; None keeps all of it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _repair(path, resume_step)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class MetricsWriter:
     """Writes {"step": 3, "reward/mean": 0.25, ...} lines to folder/metrics.jsonl, from one process.
 
@@ -82,9 +99,7 @@ class MetricsWriter:
             "wandb", wandb_project, f"logging.wandb_project = {wandb_project!r}", "logging.wandb_project=null"
         )
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _repair(folder / "metrics.jsonl", resume_step)
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._rows = JsonLines(folder / "metrics.jsonl", resume_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -99,9 +114,7 @@ class MetricsWriter:
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self.num_nonfinite += len(values) - len(finite)
-        row = {"step": step, **{name: finite.get(name) for name in values}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._rows.write({"step": step, **{name: finite.get(name) for name in values}})
         if self._tensorboard is not None:
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -110,7 +123,7 @@ class MetricsWriter:
             self._wandb.log(finite, step=step)
 
     def close(self) -> None:
-        self._file.close()
+        self._rows.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

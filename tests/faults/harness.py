@@ -1,0 +1,148 @@
+"""A real launch of tiny models in a process of its own, faults for it, and the account it must keep."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+from megatron_jackpot.metrics import read_metrics
+from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
+
+STEP_LIMIT_S = 180
+SIZE, PER_STEP = 40, 4
+
+
+def make_models(folder: Path) -> Path:
+    """Tiny policy and actor, and the YAML of a run that saves every step."""
+    for name, seed, shape in (("policy", 0, POLICY), ("actor", 1, ACTOR)):
+        write_tokenizer(write_model(folder / name, seed, **shape))
+    tree = dict(
+        run=dict(folder=str(folder / "run"), steps=1000, save_every=1, resume="auto", phase_timeout_s=120),
+        policy=dict(hf=str(folder / "policy"), optimizer=dict(lr=1e-4)),
+        actor=dict(hf=str(folder / "actor"), optimizer=dict(lr=1e-4)),
+        data=dict(
+            tasks=dict(chain_sum=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)),
+            size=SIZE,
+            max_prompt_tokens=100,
+        ),
+        rollout=dict(
+            prompts_per_step=PER_STEP,
+            samples_per_prompt=3,
+            max_new_tokens=48,
+            temperature=1.0,
+            request_timeout_s=30,
+            retries=2,
+        ),
+        packing=dict(tokens=256),
+        precision=dict(dtype="float32"),
+        servers=dict(max_total_tokens=8192, hang_s=8, max_restarts=20, start_timeout_s=150),
+        sync=dict(probe_every=1000, timeout_s=20),
+        evaluation=dict(size=0),
+        parallel=dict(timeout_s=60),
+        logging=dict(progress=False, tensorboard=False),
+    )
+    tree["run"]["max_restarts"] = 20
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "run.yaml"
+
+
+class FaultRun:
+    """One launch; `with` ends it and whatever it left."""
+
+    def __init__(self, yaml_file: Path, *overrides: str, ranks: int = 1) -> None:
+        self.folder = Path(yaml.safe_load(yaml_file.read_text())["run"]["folder"])
+        self.out = yaml_file.parent / f"launch-{time.monotonic_ns()}.txt"
+        command = [sys.executable, "-m", "megatron_jackpot.cli", "launch", str(yaml_file), *overrides]
+        self.popen = subprocess.Popen(
+            [*command, "--nproc", str(ranks)], stdout=self.out.open("wb"), stderr=subprocess.STDOUT
+        )
+        self.seen: list[psutil.Process] = []
+
+    def __enter__(self) -> "FaultRun":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.note_children()
+        if self.popen.poll() is None:
+            self.popen.kill()
+            self.popen.wait()
+        for child in self.seen:
+            if child.is_running():
+                child.kill()
+
+    def text(self) -> str:
+        return self.out.read_text(errors="replace")
+
+    def steps(self) -> int:
+        """Steps in the metrics so far."""
+        try:
+            return max((row["step"] for row in read_metrics(self.folder)), default=0)
+        except (OSError, ValueError):
+            return 0
+
+    def wait_steps(self, more: int, limit_s: float = STEP_LIMIT_S) -> None:
+        """Until `more` further steps are done. Raises AssertionError with the output otherwise."""
+        goal, deadline = self.steps() + more, time.monotonic() + limit_s
+        while self.steps() < goal:
+            self.note_children()
+            assert self.popen.poll() is None, f"ended with {self.popen.poll()}\n{self.text()[-4000:]}"
+            assert time.monotonic() < deadline, f"no step {goal} in {limit_s} s\n{self.text()[-4000:]}"
+            time.sleep(0.1)
+
+    def note_children(self) -> None:
+        if self.popen.poll() is None:
+            known = {child.pid for child in self.seen}
+            children = psutil.Process(self.popen.pid).children(recursive=True)
+            self.seen += [child for child in children if child.pid not in known]
+
+    def find(self, words: str) -> list[psutil.Process]:
+        """Running descendants whose command line holds `words`."""
+        found = []
+        for child in psutil.Process(self.popen.pid).children(recursive=True):
+            try:
+                if words in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
+                    found.append(child)
+            except psutil.NoSuchProcess:
+                pass
+        return found
+
+    def servers(self) -> list[psutil.Process]:
+        return [p for p in self.find("sglang.launch_server") if "launch_server" in " ".join(p.cmdline()[:4])]
+
+    def ranks(self) -> list[psutil.Process]:
+        return [p for p in self.find("megatron_jackpot.cli train") if "agent" not in " ".join(p.cmdline())]
+
+    def hit(self, victim: psutil.Process, signum: int) -> None:
+        self.note_children()
+        os.kill(victim.pid, signum)
+
+    def stop(self, signum: int = signal.SIGTERM, limit_s: float = 120) -> int:
+        self.note_children()
+        self.popen.send_signal(signum)
+        return self.popen.wait(timeout=limit_s)
+
+
+def check_account(folder: Path) -> int:
+    """Every step once, in order, and every prompt of an epoch at most once; the number of steps.
+
+    `lost` prompts (requests that failed for good) are allowed, but named.
+    """
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    epochs: dict[int, list[int]] = {}
+    for row in rows:
+        assert len(row["trained"]) + len(row["lost"]) == PER_STEP, row
+        epochs.setdefault(row["epoch"], []).extend([*row["trained"], *row["lost"]])
+    for number, (epoch, asked) in enumerate(sorted(epochs.items())):
+        assert epoch == number and len(asked) == len(set(asked)), f"epoch {epoch}: a prompt came twice"
+        if number < len(epochs) - 1:
+            assert len(asked) == SIZE // PER_STEP * PER_STEP, f"epoch {epoch}: a prompt was left out"
+    metrics = [row["step"] for row in read_metrics(folder)]
+    assert metrics == list(range(len(rows) + 1))
+    return len(rows)

@@ -1,0 +1,40 @@
+"""A run with real servers and real ranks survives what kills them, one after another, and loses no prompt."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot.interrupt import EXIT_REQUEUE
+from tests.faults.harness import FaultRun, check_account, make_models
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def yaml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("faults"))
+
+
+def test_one_run_survives_server_rank_and_launcher_deaths_and_a_hang(yaml_file: Path) -> None:
+    with FaultRun(yaml_file, ranks=2) as run:
+        run.wait_steps(2)
+        run.hit(run.servers()[0], signal.SIGKILL)
+        run.wait_steps(2)
+        assert "restart 1 of" in run.text() and len(run.ranks()) == 2
+        run.hit(run.ranks()[1], signal.SIGKILL)
+        run.wait_steps(2)
+        assert "starting again after step-" in run.text() and "resumed after step" in run.text()
+        for process in (run.servers()[0], *run.servers()[0].children(recursive=True)):
+            run.hit(process, signal.SIGSTOP)
+        run.wait_steps(2)
+        assert "has not answered /health for 8 s" in run.text()
+        assert run.stop(signal.SIGUSR1) == EXIT_REQUEUE, run.text()[-3000:]
+    done = check_account(run.folder)
+    with FaultRun(yaml_file, ranks=1) as run:
+        run.wait_steps(1)
+        run.popen.kill()
+        run.popen.wait()
+    with FaultRun(yaml_file, f"run.steps={done + 4}", ranks=1) as run:
+        assert run.popen.wait(timeout=300) == 0, run.text()[-3000:]
+    assert check_account(run.folder) == done + 4
