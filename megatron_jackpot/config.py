@@ -230,6 +230,10 @@ class Logging(Section):
     """Write TensorBoard events into the run folder."""
     wandb_project: str | None = None
     """Weights & Biases project; needs the wandb package."""
+    prometheus_port: int | None = Field(None, ge=1, le=65535)
+    """Port of the latest metrics for Prometheus, on the main rank's node; null opens none."""
+    prometheus_host: str = "127.0.0.1"
+    """Address that port is bound to; anyone who reaches it can read the metrics."""
 
 
 class Config(Section):
