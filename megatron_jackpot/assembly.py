@@ -154,7 +154,13 @@ def make_source(
 
     return ServerSource(
         client,
-        RewardPool(config.data.reward, config.data.reward_workers, config.data.reward_timeout_s),
+        RewardPool(
+            config.data.reward,
+            config.data.reward_workers,
+            config.data.reward_timeout_s,
+            memory_bytes=int(config.data.reward_memory_gb * 2**30),
+            network=config.data.reward_network,
+        ),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
         max_failed_groups=rollout.max_failed_groups,
@@ -187,13 +193,15 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         mesh = mesh or init_mesh(config.parallel, config.run.seed)
         stop = stop or StopRequest(config.run)
         assembly = assemble(config, mesh, stop.reason)
-        resumed = _resume(config, assembly.trainer)
     except (ValueError, FileNotFoundError) as error:
         raise Refused(*error.args) from error
     try:
+        resumed = _resume(config, assembly.trainer)
         with contextlib.ExitStack() as outputs:
             report, account = _outputs(config, mesh, assembly.trainer, resumed, outputs)
             finished = _train(assembly, Saver(mesh, config.run), report, account)
+    except Refused:
+        raise
     except Exception as error:
         assembly.trainer.watchdog.dump(f"{type(error).__name__}: {error}")
         raise
@@ -214,9 +222,16 @@ Account = Callable[[int], object]
 def _resume(config: Config, trainer: Trainer) -> bool:
     """Load the newest checkpoint if the run is to go on from one; whether it did."""
     run, mesh = config.run, trainer.mesh
+    try:
+        checkpoint.check_room(trainer, run)
+    except ValueError as error:
+        raise Refused(*error.args) from error
     if not run.resume or (run.resume == "auto" and not mesh.from_main(checkpoints(run.folder))):
         return False
-    troubles = checkpoint.resume(trainer, run.folder)
+    try:
+        troubles = checkpoint.resume(trainer, run.folder)
+    except ValueError as error:
+        raise Refused(*error.args) from error
     if mesh.is_main:
         kept = len(trainer.collector.kept)
         more = f", with {kept} groups of the next one" if kept else ""

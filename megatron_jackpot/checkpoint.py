@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_jackpot.config_run import Run
@@ -179,8 +180,45 @@ class _Writing:
             paths = [*self.own, *(path for pending in self.pending for path in pending.write())]
             self.digests = {str(path.relative_to(self.unfinished)): digest(path) for path in paths}
         except BaseException as error:
-            self.error = error
+            self.error = _cause(error)
         self.seconds = time.perf_counter() - started
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The file system's own error, where torch's writer hides it behind one of its own."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__cause__ or link.__context__
+    return link or error
+
+
+def expected_bytes(trainer: Any) -> int:
+    """About how large a checkpoint gets: weights, fp32 copy and two moments of both models; every rank calls it."""
+    mesh: Mesh = trainer.mesh
+    local = sum(
+        parameter.numel() * (parameter.element_size() + 12)
+        for name in MODELS
+        for chunk in getattr(trainer, name).chunks
+        for parameter in chunk.parameters()
+    )
+    total = torch.tensor(float(local), dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(total)
+    return int(total.item() / mesh.dp)
+
+
+def check_room(trainer: Any, run: Run) -> None:
+    """Raises ValueError, on every rank, when the disk of a run that saves has no room for two checkpoints."""
+    need = 2 * expected_bytes(trainer)
+    free = 0
+    if trainer.mesh.is_main:
+        Path(run.folder).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run.folder).free
+    free = trainer.mesh.from_main(free)
+    if run.save_every is not None and free < need:
+        raise ValueError(
+            f"run.folder = {run.folder} has {free / 1e9:.2f} GB free, two checkpoints take about {need / 1e9:.2f} GB. "
+            "Free some space, or set run.save_every=null."
+        )
 
 
 def resume(trainer: Any, run_folder: Path) -> list[str]:

@@ -115,6 +115,10 @@ class Data(Section):
     """exact, reasoning_gym, math_verify, or a dotted path to a function (response_text, label) -> float."""
     reward_workers: int = Field(2, ge=1)
     """Worker processes of the reward pool."""
+    reward_memory_gb: float = Field(4.0, gt=0)
+    """Memory one reward worker may take; beyond it the reward is 0 and the event is counted."""
+    reward_network: bool = False
+    """Leave the reward workers their network, for a reward that asks a service."""
     reward_timeout_s: float = Field(10.0, gt=0)
     """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
 

@@ -2,7 +2,7 @@
 
 The folder can be loaded with any tp, pp and dp. What stock megatron-core 0.16 needs for torch's AdamW, which stands
 in for the fused one where Transformer Engine and apex are missing, is done on the optimizer's own objects:
-a state before anything is loaded, `step` among the loaded tensors, and a `step` of its own for every parameter.
+a state before anything is saved or loaded, `step` among the loaded tensors, and a `step` of its own for every parameter.
 """
 
 import contextlib
@@ -65,6 +65,7 @@ def begin_save(model: MegatronModel, folder: Path, *, copy: bool) -> PendingSave
     """Plan the save of weights and optimizer state; every rank calls it, `folder` exists and is empty."""
     # A queue in this process: Megatron would start a manager process only to pass one message to itself.
     filesystem_async._results_queue = queue.Queue()
+    _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
         request = dist_checkpointing.save(
             _sharded(model, loading=False), str(folder), async_sharded_save=True
@@ -78,9 +79,7 @@ def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool) -> list[tuple[
 
 def load_model(model: MegatronModel, folder: Path) -> None:
     """Continue from what `save_model` wrote, on any layout; every rank calls it."""
-    for part in _parts(model.optimizer):
-        if hasattr(part, "_init_optimizer_states_with_dummy_values"):
-            part._init_optimizer_states_with_dummy_values()
+    _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
         loaded = dist_checkpointing.load(_sharded(model, loading=True), str(folder))
         for index, chunk in enumerate(model.chunks):
@@ -109,6 +108,25 @@ def _sharded(model: MegatronModel, *, loading: bool) -> dict[str, Any]:
     knobs = {"metadata": RESHARDABLE} if model.ddp_config.use_distributed_optimizer else {}
     optimizer = model.optimizer.sharded_state_dict(weights, is_loading=loading, **knobs)
     return {**weights, "optimizer": optimizer}
+
+
+def _give_state(optimizer: Any) -> None:
+    """An optimizer that has not stepped yet gets the state it starts from; Megatron can save and load no empty one."""
+    for part in _parts(optimizer):
+        if part.optimizer.state or not hasattr(part, "_init_optimizer_states_with_dummy_values"):
+            continue
+        groups = part.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0  # Megatron makes the state by a step on zero gradients: it must move nothing.
+        part._init_optimizer_states_with_dummy_values()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+            if "step" in group:
+                group["step"] = 0
+        for state in part.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"].zero_()
 
 
 def _parts(optimizer: Any) -> list[Any]:

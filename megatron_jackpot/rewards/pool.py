@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -30,14 +31,25 @@ MAX_REPORTED = 5
 class RewardPool:
     """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
 
-    An item beyond `timeout_s`, or one that ends its worker, gets reward 0 and is counted in `counters`; the
+    An item beyond `timeout_s`, beyond its memory, or one that ends its worker, gets reward 0 and is counted in `counters`; the
     worker is replaced. An exception in the reward, or a result other than a finite float, raises ValueError.
     """
 
     def __init__(
-        self, reward: str, workers: int, timeout_s: float, *, start_timeout_s: float = START_TIMEOUT_S
+        self,
+        reward: str,
+        workers: int,
+        timeout_s: float,
+        *,
+        start_timeout_s: float = START_TIMEOUT_S,
+        memory_bytes: int = 4 * 2**30,
+        network: bool = False,
     ):
-        """Blocks until every worker has imported the reward. Raises ValueError when it cannot be imported."""
+        """Blocks until every worker has imported the reward. Raises ValueError when it cannot be imported.
+
+        An item may take `memory_bytes` of memory and, over all threads, four times `timeout_s` of CPU time.
+        """
+        self.limits = {"memory_bytes": memory_bytes, "cpu_s": 4 * timeout_s, "network": network}
         self.reward, self.timeout_s, self.start_timeout_s = reward, timeout_s, start_timeout_s
         self.counters = {"scored": 0, "timed_out": 0, "crashed": 0}
         self._closed = False
@@ -49,6 +61,9 @@ class RewardPool:
             deadline = time.monotonic() + start_timeout_s
             for worker in self._idle:
                 worker.block_until_ready(deadline)
+            if self._idle[0].exposed:
+                # Not refused: a container may allow no namespaces, and its own network may be closed already.
+                warnings.warn(f"rewards can reach the network: {self._idle[0].exposed}", stacklevel=2)
         except BaseException:
             self.close()
             raise
@@ -56,6 +71,9 @@ class RewardPool:
     async def __call__(self, response_text: str, label: Any) -> tuple[float, bool]:
         reply = await self._ask("score", response_text, label)
         if reply is None:
+            return 0.0, False
+        if "exhausted" in reply:
+            self.counters["crashed"] += 1
             return 0.0, False
         if "error" in reply:
             raise ValueError(f"data.reward = '{self.reward}' {reply['error']}")
@@ -134,7 +152,7 @@ class RewardPool:
         self._idle.append(worker)
 
     def _start(self) -> "_Worker":
-        worker = _Worker(self.reward)
+        worker = _Worker(self.reward, self.limits)
         self._workers.add(worker)
         return worker
 
@@ -150,7 +168,8 @@ class RewardPool:
 class _Worker:
     """The trainer's side of one worker process."""
 
-    def __init__(self, reward: str):
+    def __init__(self, reward: str, limits: dict[str, Any]):
+        self.exposed: str | None = None
         self.connection, other = socket.socketpair()
         self.connection.setblocking(False)
         self._received = b""
@@ -160,7 +179,7 @@ class _Worker:
         with other:
             # Its own session: Ctrl-C reaches only the trainer, and end() takes what the reward started.
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, reward, str(fd), str(os.getpid())],
+                [sys.executable, "-m", module, reward, str(fd), str(os.getpid()), json.dumps(limits)],
                 env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[fd],
@@ -222,7 +241,7 @@ class _Worker:
             return False
         if "error" in reply:
             raise ValueError(reply["error"])
-        self._ready = True
+        self._ready, self.exposed = True, reply.get("exposed", self.exposed)
         return True
 
     def _take_reply(self) -> dict[str, Any] | None:

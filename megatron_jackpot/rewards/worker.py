@@ -1,4 +1,6 @@
-"""A worker of the reward pool: `python -m megatron_jackpot.rewards.worker REWARD SOCKET_FD PARENT_PID`.
+"""A worker of the reward pool: `python -m megatron_jackpot.rewards.worker REWARD SOCKET_FD PARENT_PID LIMITS`.
+
+LIMITS is a JSON object of memory_bytes, cpu_s (of one item) and network.
 
 It answers one request at a time in its main thread. Messages are a 4-byte length and a body: requests are
 pickled (kind, response_text, label) with kind "score" or "check", replies are JSON.
@@ -18,6 +20,8 @@ from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
 from typing import Any
+
+from megatron_jackpot.rewards.confine import confine, limit_cpu
 
 REWARDS = {name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify")}
 
@@ -46,7 +50,7 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
 
 
 def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> dict[str, Any]:
-    """{"reward": float} or {"error": text}."""
+    """{"reward": float}, {"error": text}, or {"exhausted": text} where the item met a limit of memory or depth."""
     kind, response_text, label = request
     try:
         if kind == "check":
@@ -54,6 +58,8 @@ def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> 
                 check(label)
             return {"reward": 0.0}
         reward = score(response_text, label)
+    except (MemoryError, RecursionError) as error:
+        return {"exhausted": type(error).__name__}
     except Exception as error:
         if kind == "check" and isinstance(error, ValueError):
             return {"error": str(error)}
@@ -67,14 +73,14 @@ def frame(body: bytes) -> bytes:
     return len(body).to_bytes(4, "big") + body
 
 
-def main(name: str, fd: int, parent: int) -> None:
+def main(name: str, fd: int, parent: int, limits: dict[str, Any]) -> None:
     _end_with(parent)
     connection = socket.socket(fileno=fd)
     connection.set_inheritable(False)
     stream = connection.makefile("rb")
     try:
         score, check = find_reward(name)
-        ready: dict[str, Any] = {"ready": True}
+        ready: dict[str, Any] = {"ready": True, "exposed": confine(limits["memory_bytes"], limits["network"])}
     except ValueError as error:
         ready = {"error": str(error)}
     except Exception:
@@ -82,6 +88,7 @@ def main(name: str, fd: int, parent: int) -> None:
     connection.sendall(frame(json.dumps(ready).encode()))
     while "ready" in ready and (header := stream.read(4)):
         request = pickle.loads(stream.read(int.from_bytes(header, "big")))
+        limit_cpu(limits["cpu_s"])
         connection.sendall(frame(json.dumps(answer(score, check, request)).encode()))
 
 
@@ -97,4 +104,4 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]))

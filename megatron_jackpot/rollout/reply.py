@@ -84,9 +84,11 @@ def parse_version(version: Any) -> int:
     if version == "default":
         return 0
     try:
-        return int(version)
-    except (TypeError, ValueError):
-        raise BadReply(f"weight_version = {version!r}: expected an integer or 'default'") from None
+        if not 0 <= (number := int(version)) < 2**31:
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise BadReply(f"weight_version = {version!r}: expected an int32 from 0 on, or 'default'") from None
 
 
 def _integers(values: Any, field: str) -> np.ndarray:
@@ -120,7 +122,8 @@ def _sampled_logp(meta: dict[str, Any], tokens: np.ndarray) -> tuple[np.ndarray,
         count = len(entries) if isinstance(entries, list) else entries
         raise BadReply(f"{field} has {count} entries, expected {len(tokens)}, one per output id")
     try:
-        logp = np.array([entry[0] for entry in entries], dtype=np.float32)
+        with np.errstate(over="ignore"):  # Too large for fp32 is not finite, which is counted.
+            logp = np.array([entry[0] for entry in entries], dtype=np.float32)
         ids = _integers([entry[1] for entry in entries], field)
     except (TypeError, ValueError, IndexError, KeyError):
         raise BadReply(f"{field} must hold [logp, id, text] entries, got {str(entries[0])[:80]}") from None

@@ -1,5 +1,6 @@
 """What must hold inside a step, whatever the layout: the order of updates, the scores, the way a mini-batch is skipped."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.config import Parallel
+from megatron_jackpot.guard import RollBack
 from megatron_jackpot.losses import policy_loss
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.scoring import slice_scores
@@ -174,6 +176,47 @@ def test_a_mini_batch_without_valid_tokens_is_skipped_by_every_pipeline_stage(fo
     (first, norm), (last, last_norm) = run_ranks(_skip_on_two_stages, 2, 120, str(folder))
     assert first == last == 1.0
     assert norm == last_norm > 0
+
+
+def _guards_on_two_stages(rank: int, world: int, folder: str) -> dict:
+    """A batch with a NaN advantage, a good one, then one under an acceptance floor that nothing reaches."""
+    config = make_config(Layout(pp=2), Path(folder))
+    guard = config.guard.model_copy(update={"max_skipped": 1})
+    trainer = load_trainer(config.model_copy(update={"guard": guard}))
+    good = groups(range(NUM_PROMPTS)) if trainer.mesh.is_leader else None
+    bad = good and [[replace(r, advantage=math.nan) for r in group] for group in good]
+
+    def learn(batch: list | None) -> dict:
+        trainer.sums, trainer.values = {}, {}
+        before = {name: digest(getattr(trainer, name)) for name in ("policy", "actor")}
+        trainer.learn(trainer.packer.pack(batch, TOP_K))
+        moved = {name: digest(getattr(trainer, name)) != before[name] for name in before}
+        return {"moved": moved, **{k: v for k, v in trainer.values.items() if k.startswith("guard/")}}
+
+    seen = {"bad": learn(bad), "good": learn(good)}
+    trainer.guard.knobs = trainer.guard.knobs.model_copy(update={"acceptance_floor": 0.999})
+    seen["paused"] = learn(good)
+    seen["still"] = learn(good)
+    trainer.guard.knobs = guard
+    seen["again"] = learn(good)
+    learn(bad)
+    with pytest.raises(RollBack, match="2. time in a row"):
+        learn(bad)
+    return seen
+
+
+def digest(model) -> float:
+    return float(sum(p.double().abs().sum() for chunk in model.chunks for p in chunk.parameters()))
+
+
+def test_bad_gradients_are_skipped_and_a_pause_trains_the_actor_alone_on_every_stage(folder: Path) -> None:
+    for seen in run_ranks(_guards_on_two_stages, 2, 120, str(folder)):
+        assert seen["bad"]["moved"] == {"policy": False, "actor": False}
+        assert seen["bad"]["guard/skipped_policy"] == seen["bad"]["guard/skipped_actor"] == 1
+        assert seen["good"]["moved"] == {"policy": True, "actor": True} and seen["good"]["guard/paused"] == 0
+        for step in ("paused", "still"):
+            assert seen[step]["moved"] == {"policy": False, "actor": True} and seen[step]["guard/paused"] == 1
+        assert seen["again"]["moved"] == {"policy": True, "actor": True}
 
 
 def test_tp_that_does_not_divide_the_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

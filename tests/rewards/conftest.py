@@ -35,6 +35,23 @@ def slow(response_text, label):
     time.sleep(0.4)
     return 1.0
 
+def greedy(response_text, label):
+    """Takes memory, depth, CPU time or the network, as the response says."""
+    if response_text == "memory":
+        return float(len(bytearray(2**40)))
+    if response_text == "depth":
+        return greedy(response_text, label)
+    if response_text == "cpu":
+        while True: pass
+    if response_text == "network":
+        import socket
+        try:
+            socket.create_connection(("127.0.0.1", int(label)), timeout=2)
+            return 0.25
+        except OSError:
+            return 0.5
+    return 1.0
+
 not_a_function = 3
 '''
 

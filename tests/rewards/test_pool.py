@@ -1,5 +1,6 @@
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -188,3 +189,32 @@ def test_close_during_calls_ends_them(functions):
 
     results = asyncio.run(close_in_between(RewardPool(f"{functions}.slow", 1, 10.0)))
     assert all(isinstance(result, RuntimeError) for result in results)
+
+
+def test_an_item_that_takes_all_memory_or_depth_costs_itself_alone(functions):
+    with RewardPool(f"{functions}.greedy", 1, 10.0, memory_bytes=2**28) as pool:
+        results = score_all(pool, ("memory", ""), ("depth", ""), ("fine", ""))
+        assert [reward for reward, _ in results] == [0.0, 0.0, 1.0]
+        assert pool.counters == {"scored": 1, "timed_out": 0, "crashed": 2}
+
+
+def test_cpu_time_is_limited_by_item_and_not_by_the_worker_s_life(functions):
+    with RewardPool(f"{functions}.greedy", 1, 0.6) as pool:
+        pool.timeout_s = (
+            30  # The wall limit is out of the way: the kernel ends the worker after 4 * 0.6 s of CPU.
+        )
+        started = time.monotonic()
+        assert score_all(pool, ("cpu", ""))[0] == (0.0, False)
+        assert pool.counters["crashed"] == 1 and time.monotonic() - started < 25
+        assert score_all(pool, ("fine", "")) == [(1.0, True)]
+
+
+def test_a_reward_has_no_network_unless_it_is_given_one(functions):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        with RewardPool(f"{functions}.greedy", 1, 10.0) as pool:
+            if pool._idle[0].exposed:
+                pytest.skip(f"this machine allows no network namespace: {pool._idle[0].exposed}")
+            assert score_all(pool, ("network", port)) == [(0.5, False)]
+        with RewardPool(f"{functions}.greedy", 1, 10.0, network=True) as pool:
+            assert score_all(pool, ("network", port)) == [(0.25, False)]

@@ -1,0 +1,87 @@
+"""Pauses have hysteresis, skipped steps are bounded, and a stuck phase ends its process with every stack written."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot.config_run import Guards
+from megatron_jackpot.guard import Guard, RollBack
+from megatron_jackpot.watchdog import EXIT_STUCK
+
+
+def pauses(knobs: dict, *seen: tuple[float, float]) -> list[bool]:
+    guard = Guard(Guards(**knobs))
+    states = []
+    for acceptance, kl in seen:
+        guard.watch(acceptance, kl)
+        states.append(guard.paused)
+    return states
+
+
+def test_without_bounds_nothing_pauses():
+    assert pauses({}, (0.0, 1e9), (math.nan, math.nan)) == [False, False]
+
+
+def test_the_policy_pauses_under_the_floor_and_goes_on_only_clearly_above_it():
+    seen = [(0.6, 0), (0.49, 0), (0.55, 0), (0.59, 0), (0.61, 0), (0.55, 0)]
+    assert pauses({"acceptance_floor": 0.5}, *seen) == [False, True, True, True, False, False]
+
+
+def test_the_policy_pauses_over_the_ceiling_and_goes_on_only_clearly_below_it():
+    assert pauses({"kl_ceiling": 1.0}, (1, 1.1), (1, 0.9), (1, 0.79), (1, 0.95)) == [True, True, False, False]
+
+
+def test_a_floor_near_one_can_be_left():
+    assert pauses({"acceptance_floor": 0.9}, (0.89, 0), (0.94, 0), (0.96, 0)) == [True, True, False]
+
+
+def test_a_number_that_is_none_counts_as_out_of_bounds():
+    assert pauses({"acceptance_floor": 0.5}, (math.nan, 0)) == [True]
+    assert pauses({"kl_ceiling": 1.0}, (1.0, math.nan)) == [True]
+
+
+def test_skipped_steps_are_counted_in_a_row_for_each_model():
+    guard = Guard(Guards(max_skipped=2))
+    assert [guard.note("policy", x) for x in (math.nan, math.inf, 1.0, math.nan, math.nan)] == [
+        *(False, False, True, False, False)
+    ]
+    assert guard.note("actor", math.nan) is False
+    with pytest.raises(
+        RollBack, match="grad_norm/policy is nan for the 3. time in a row, guard.max_skipped = 2"
+    ):
+        guard.note("policy", math.nan)
+
+
+def test_a_pause_outlives_a_checkpoint():
+    guard = Guard(Guards(acceptance_floor=0.5))
+    guard.watch(0.4, 0.0)
+    again = Guard(Guards(acceptance_floor=0.5))
+    again.load_state_dict(guard.state_dict())
+    again.watch(0.55, 0.0)
+    assert again.paused
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from megatron_jackpot.watchdog import Watchdog
+dog = Watchdog(Path(sys.argv[1]), 3, 1.0)
+def stuck_here(): time.sleep(60)
+with dog.phase("step 7"):
+    for _ in range(4):
+        with dog.phase("score of step 7"): time.sleep(0.1)
+    with dog.phase("update_policy of step 7"): stuck_here()
+"""
+
+
+def test_a_stuck_phase_is_named_with_every_stack_and_ends_the_process(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == EXIT_STUCK
+    written = (tmp_path / "stacks-rank-3.txt").read_text()
+    assert written.startswith("rank 3: 'step 7' has run for 1 s, the limit of run.phase_timeout_s.")
+    assert "stuck_here" in written and "stuck_here" in done.stderr and "Thread" in written

@@ -1,0 +1,70 @@
+"""A run is asked to stop by a signal, a file or a time limit, and leaves word that it did."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot import interrupt
+from megatron_jackpot.config_run import Run
+from megatron_jackpot.interrupt import StopRequest, forget_stop, was_stopped, write_stop
+
+
+def test_the_file_asks_and_becomes_word_of_the_stop(tmp_path: Path):
+    stop = StopRequest(Run(folder=tmp_path))
+    assert stop.reason() is None and was_stopped(tmp_path) is None
+    write_stop(tmp_path, "preempted")
+    assert stop.reason() == "preempted"
+    stop.done()
+    assert stop.reason() is None and was_stopped(tmp_path) == "preempted"
+    forget_stop(tmp_path)
+    assert was_stopped(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_the_time_limit_counts_from_the_start_and_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: clock[0])
+    stop = StopRequest(Run(folder=tmp_path, time_limit_s=1000, stop_margin_s=100))
+    monkeypatch.setattr(interrupt.time, "time", lambda: 4e9)
+    clock[0] = 999.0
+    assert stop.reason() is None
+    clock[0] = 1001.0
+    assert stop.reason() == "the time limit is near"
+
+
+def test_the_end_of_a_slurm_job_counts_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 50))
+    assert StopRequest(Run(folder=tmp_path, stop_margin_s=100)).reason() == "the time limit is near"
+    assert StopRequest(Run(folder=tmp_path, stop_margin_s=10)).reason() is None
+
+
+LISTENS = """
+import sys, time
+from pathlib import Path
+from megatron_jackpot.config_run import Run
+from megatron_jackpot.interrupt import StopRequest
+stop = StopRequest(Run(folder=Path(sys.argv[1])))
+stop.listen()
+print("ready", flush=True)
+while stop.reason() is None: time.sleep(0.01)
+print(stop.reason(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_asks_every_rank_and_a_second_one_ends_this_one(tmp_path: Path, signum: int):
+    command = [sys.executable, "-c", LISTENS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.kill(process.pid, signum)
+        name = signal.Signals(signum).name
+        assert process.stdout.readline() == f"{name}\n"
+        # Other ranks hear of it by the file.
+        assert StopRequest(Run(folder=tmp_path)).reason() == name
+        os.kill(process.pid, signum)
+        assert process.wait(timeout=10) == 128 + signum
