@@ -93,6 +93,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    if args.command == "launch" and not args.slurm and (args.dry_run or args.chain != 1):
+        parser.error("--dry-run and --chain go with --slurm")
     return args
 
 

@@ -72,7 +72,11 @@ forward() {  # SIGNAL
 run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key=value ...]
   local server_nodes=$1 servers_from=$2 trainer_nodes=$3 trainers_from=$4 servers code lost=0
   shift 4
-  export PYTHONPATH="$JACKPOT_REPO${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+  export PYTHONUNBUFFERED=1
+  # An image has a copy of its own, where this path means nothing.
+  if [[ ${JACKPOT_RUNTIME:-bare} == bare ]]; then
+    export PYTHONPATH="$JACKPOT_REPO${PYTHONPATH:+:$PYTHONPATH}"
+  fi
   say "nodes $SLURM_JOB_NODELIST: servers on $server_nodes from number $servers_from on," \
     "training on $trainer_nodes from number $trainers_from on"
   trap 'forward USR1' USR1

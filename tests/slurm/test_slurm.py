@@ -92,6 +92,12 @@ def test_a_dry_run_prints_the_job_and_leaves_nothing(tmp_path, capsys, sbatch) -
     assert sbatch() == [] and not (tmp_path / "run").exists()
 
 
+def test_slurms_options_without_slurm_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch", "run.yaml", "--dry-run"])
+    assert "go with --slurm" in capsys.readouterr().err
+
+
 def test_a_chain_of_jobs_keeps_script_and_configuration(tmp_path, capsys, sbatch) -> None:
     assert launch_slurm(tmp_path, "--chain", "2", cluster=dict(GPUS, seeds=[3, 5])) == 0
     job = tmp_path / "run/slurm/job.sbatch"
