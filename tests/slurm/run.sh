@@ -2,8 +2,8 @@
 # The job scripts on a real two-node Slurm cluster on this machine: installs slurm-wlm and munge, trains the
 # quickstart's pair, interrupts it, kills a node's daemon, runs an array, and is refused an impossible layout.
 #
-#   bash tests/slurm/run.sh FOLDER              all of it, about 15 minutes on 2 quiet cores; needs root (Debian)
-#   bash tests/slurm/run.sh FOLDER signals      only these: refused two_nodes signals limit daemon array literal
+#   bash tests/slurm/run.sh FOLDER              all of it, about 25 minutes on 2 cores; needs root (Debian)
+#   bash tests/slurm/run.sh FOLDER signals      only these: refused two_nodes signals limit daemon rank array literal
 #
 # Every wait has a limit. What was started is ended; FOLDER keeps the runs and the cluster's logs.
 set -euo pipefail
@@ -145,6 +145,31 @@ scenario_daemon() {  # kill -9 of n2's slurmd: Slurm finds the node down, requeu
   grep -hE 'resumed after step' "$folder/slurm/$job.out" || die "it did not resume"
 }
 
+scenario_rank() {  # kill -9 of n2's rank: both nodes' torchrun end and start again from the checkpoint, in the same job
+  local folder=$out/rank job
+  job=$(submit "$folder")
+  wait_for 400 "a checkpoint" test -d "$folder/checkpoints/step-000002"
+  python - "$job" <<'PY' || die "no rank of job $job on n2"
+import os, signal, sys
+import psutil
+for process in psutil.process_iter():
+    try:
+        words, place = process.cmdline(), process.environ()
+    except psutil.Error:
+        continue
+    if "megatron_jackpot.cli" in words and "train" in words and place.get("SLURM_JOB_ID") == sys.argv[1]:
+        if place["SLURMD_NODENAME"] == "n2":
+            print("killing", process.pid)
+            sys.exit(os.kill(process.pid, signal.SIGKILL))
+sys.exit(1)
+PY
+  wait_for 400 "job $job to end" ended "$job"
+  completed "$job"
+  unbroken "$folder" 6
+  grep -hE 'starting again|resumed after step' "$folder/slurm/$job.out" || die "it was not started again"
+  (( $(grep -c 'servers on' "$folder/slurm/$job.out") == 1 )) || die "it was requeued"
+}
+
 scenario_array() {  # two seeds at once on the same two nodes
   local folder=$out/array job seed
   job=$(submit "$folder" run.steps=2 'cluster.seeds=[0,1]')
@@ -173,7 +198,7 @@ PY
 }
 
 scenarios=("$@")
-if (( ${#scenarios[@]} == 0 )); then scenarios=(refused two_nodes signals limit daemon array literal); fi
+if (( ${#scenarios[@]} == 0 )); then scenarios=(refused two_nodes signals limit daemon rank array literal); fi
 trap cluster_down EXIT
 cluster_up "$out/cluster"
 for name in "${scenarios[@]}"; do
