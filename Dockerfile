@@ -39,7 +39,7 @@ COPY --from=cpu-build --chown=jackpot:jackpot /opt/jackpot /opt/jackpot
 COPY --chown=jackpot:jackpot . /opt/megatron-jackpot
 WORKDIR /opt/megatron-jackpot
 # A name without the key of the pins, for PATH. The package itself is found through PYTHONPATH.
-RUN ln -s /opt/jackpot/env-* /opt/jackpot/env
+RUN ln -s /opt/jackpot/env-*/ /opt/jackpot/env
 ENV JACKPOT_HOME=/opt/jackpot PATH=/opt/jackpot/env/bin:$PATH PYTHONPATH=/opt/megatron-jackpot PYTHONUNBUFFERED=1
 USER 1000
 RUN python -W ignore tools/check_image.py --lock requirements/cpu.txt --without pycosat
