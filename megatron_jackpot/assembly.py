@@ -28,6 +28,7 @@ from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of, read_hf_config
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.prometheus import PrometheusEndpoint
 from megatron_jackpot.provenance import checkpoints
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.engine import Sampling
@@ -313,9 +314,14 @@ def _outputs(
     outputs.callback(prompts.close)
     progress = outputs.enter_context(StepLogger(config.run.steps, progress=knobs.progress))
 
+    sinks = [writer.write, progress.log]
+    if knobs.prometheus_port is not None:
+        endpoint = PrometheusEndpoint(knobs.prometheus_host, knobs.prometheus_port)
+        sinks.append(outputs.enter_context(endpoint).write)
+
     def report(step: int, metrics: dict[str, float]) -> None:
-        writer.write(step, metrics)
-        progress.log(step, metrics)
+        for sink in sinks:
+            sink(step, metrics)
 
     def account(step: int) -> None:
         prompts.write({"step": step, **trainer.collector.account()})

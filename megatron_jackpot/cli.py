@@ -5,10 +5,36 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from pathlib import Path
+from typing import Any
 
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config, describe, load_config
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "launch": {
+        "--nproc": dict(type=int, help="training processes; default tp * pp * cp"),
+        "--slurm": dict(action="store_true", help="render a job from the cluster section and submit it"),
+        "--dry-run": dict(action="store_true", help="with --slurm: print the job, submit nothing"),
+        "--chain": dict(
+            type=int,
+            default=1,
+            metavar="N",
+            help="with --slurm: N jobs, each after the end of the one before",
+        ),
+    },
+    "plan": {
+        "--gpus": dict(type=int, help="training GPUs; default those of the cluster section"),
+        "--gpu-memory": dict(
+            type=float, metavar="GIB", help="memory of a GPU; default cluster.gpu_memory_gib"
+        ),
+        "--mean-tokens": dict(type=float, help="prompt and response on average; default the longest"),
+        "--acceptance": dict(type=float, default=0.75, help="share of tokens kept; default 0.75"),
+        "--tflops": dict(type=float, default=400.0, help="achieved per GPU; default 400"),
+        "--tp-gbs": dict(type=float, default=300.0, help="achieved GB/s between tp peers; default 300"),
+    },
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         return refuse(error)
     if args.command == "train":
         return _train(config)
+    if args.command == "plan":
+        return _plan(config, args)
+    if args.command in ("serve", "join"):
+        return _node(args.command, config)
+    if args.slurm:
+        return _submit(config, args)
     return _launch(config, args.nproc)
 
 
@@ -33,21 +65,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = {
         "train": "Run one rank of a training job; started by torchrun.",
-        "launch": "Run a whole job on this machine: SGLang servers, then torchrun.",
+        "launch": "Run a whole job on this machine: SGLang servers, then torchrun; or submit it to Slurm.",
+        "plan": "Memory, traffic and FLOPs of a run, by arithmetic: docs/planning.md.",
+        "serve": "This node's SGLang servers in a Slurm job; started by slurm/common.sh.",
+        "join": "This node's training processes in a Slurm job; started by slurm/common.sh.",
     }
     for name, text in about.items():
         command = commands.add_parser(
             name,
             help=text,
             description=text,
-            usage=f"megatron-jackpot {name} CONFIG [key=value ...]" + " [--nproc N]" * (name == "launch"),
+            usage=f"megatron-jackpot {name} CONFIG [key=value ...]" + " [options]" * (name in OPTIONS),
             epilog=knobs(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
-        if name == "launch":
-            command.add_argument("--nproc", type=int, help="training processes; default tp * pp * cp")
+        for option, knobs_of_option in OPTIONS.get(name, {}).items():
+            command.add_argument(option, **knobs_of_option)
     command = commands.add_parser(
         "doctor", help="Check this machine, one line for each thing with its remedy."
     )
@@ -58,6 +93,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
+    if args.command == "launch" and not args.slurm and (args.dry_run or args.chain != 1):
+        parser.error("--dry-run and --chain go with --slurm")
     return args
 
 
@@ -102,6 +139,44 @@ def _launch(config: Config, nproc: int | None) -> int:
     except ValueError as error:
         return refuse(error)
     return launch(config, nproc)
+
+
+def _node(role: str, config: Config) -> int:
+    from megatron_jackpot.node import join, serve
+
+    try:
+        return serve(config) if role == "serve" else join(config)
+    except ValueError as error:
+        return refuse(error)
+
+
+def _submit(config: Config, args: argparse.Namespace) -> int:
+    _hush()
+    from megatron_jackpot.slurm import submit
+
+    try:
+        return submit(config, dry_run=args.dry_run, chain=args.chain)
+    except ValueError as error:
+        return refuse(error)
+
+
+def _hush() -> None:
+    # Megatron warns at import of every optional package that is not here, twenty lines of it.
+    warnings.simplefilter("ignore")
+
+
+def _plan(config: Config, args: argparse.Namespace) -> int:
+    _hush()
+    from megatron_jackpot.plan_report import Assumptions, memory_troubles, show_plan
+
+    assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
+    if args.gpu_memory:
+        cluster = config.cluster.model_copy(update={"gpu_memory_gib": args.gpu_memory})
+        config = config.model_copy(update={"cluster": cluster})
+    try:
+        return int(bool(memory_troubles(show_plan(config, args.gpus, assumed))))
+    except ValueError as error:
+        return refuse(error)
 
 
 if __name__ == "__main__":

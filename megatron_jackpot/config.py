@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config_base import Method, Section
+from megatron_jackpot.config_cluster import Cluster
 from megatron_jackpot.config_run import Guards, Run
 from megatron_jackpot.yaml_tree import apply_override, read_tree
 
@@ -237,6 +238,10 @@ class Logging(Section):
     """Write TensorBoard events into the run folder."""
     wandb_project: str | None = None
     """Weights & Biases project; needs the wandb package."""
+    prometheus_port: int | None = Field(None, ge=1, le=65535)
+    """Port of the latest metrics for Prometheus, on the main rank's node; null opens none."""
+    prometheus_host: str = "127.0.0.1"
+    """Address that port is bound to; anyone who reaches it can read the metrics."""
 
 
 class Config(Section):
@@ -254,6 +259,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     guard: Guards = Guards()
     logging: Logging = Logging()
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _fields_agree(self) -> "Config":

@@ -51,6 +51,7 @@ def doctor(server_python: Path | None = None) -> int:
         transformer_engine,
         apex,
         lambda: sglang(server_python),
+        lambda: same_nccl(server_python),
         tokenizers,
         ports,
         memory,
@@ -163,6 +164,28 @@ def sglang(server_python: Path | None = None) -> Check:
         "Servers need it: source tools/env.sh (CPU), or name an environment that has it with servers.python."
     )
     return Check("sglang", "broken", f"{interpreter}: {text}", remedy)
+
+
+def same_nccl(server_python: Path | None = None) -> Check:
+    """The weight group joins trainer and servers: their NCCL must have one major.minor."""
+    name = "NCCL on both sides"
+    code = (
+        "import torch; print('.'.join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else 'none')"
+    )
+    found = {}
+    for side, interpreter in (("trainer", sys.executable), ("server", str(server_python or sys.executable))):
+        fine, found[side] = attempt(code, interpreter=interpreter)
+        if not fine:
+            return Check(name, "broken", f"{side}: {found[side]}", "torch must import in both environments.")
+    detail = f"trainer {found['trainer']}, server {found['server']}"
+    if found["trainer"].split(".")[:2] == found["server"].split(".")[:2]:
+        return Check(name, "ok", detail)
+    return Check(
+        name,
+        "broken",
+        detail,
+        "Pin torch in one environment to the other's NCCL, or set sync.backend=gloo or sync.method=disk.",
+    )
 
 
 def tokenizers() -> Check:

@@ -44,6 +44,9 @@ OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
 
+ALONE = ("--standalone", "--local-addr", "127.0.0.1")
+"""torchrun's rendezvous on one machine; --local-addr keeps it off a host name that may not resolve."""
+
 StartServers = Callable[[Config, int], Sequence[ServerProcess]]
 TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
 
@@ -94,6 +97,7 @@ def launch(
     *,
     start: StartServers | None = None,
     trainer_command: TrainerCommand | None = None,
+    log: str = TRAIN_LOG,
 ) -> int:
     """Run the job to its end and return the exit code: 0 done, EXIT_REQUEUE if it saved and ended as asked.
 
@@ -108,7 +112,7 @@ def launch(
     nproc = num_processes(config, nproc)
     children.become_subreaper()
     forget_stop(folder)
-    with _Job(config) as job:
+    with _Job(config, folder / log) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             apikey.provide(config.servers.host)
@@ -145,9 +149,11 @@ def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
     )
 
 
-def torchrun(config_file: Path, nproc: int, urls: Sequence[str]) -> list[str]:
-    """The training command; --local-addr keeps it off a host name that may not resolve."""
-    run = [sys.executable, "-m", "megatron_jackpot.agent", "--standalone", "--local-addr", "127.0.0.1"]
+def torchrun(
+    config_file: Path, nproc: int, urls: Sequence[str], rendezvous: Sequence[str] = ALONE
+) -> list[str]:
+    """The training command of one node."""
+    run = [sys.executable, "-m", "megatron_jackpot.agent", *rendezvous]
     train = [
         "-m",
         "megatron_jackpot.cli",
@@ -191,8 +197,8 @@ def say(text: str) -> None:
 class _Job:
     """The children of one launch and the one way they end: leaving the block, for whatever reason."""
 
-    def __init__(self, config: Config):
-        self.config, self.folder = config, config.run.folder
+    def __init__(self, config: Config, log: Path):
+        self.config, self.folder, self.log = config, config.run.folder, log
         self.look_after(())
         self.trainer: children.Streamed | None = None
         self.code = 1
@@ -228,7 +234,7 @@ class _Job:
         """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
         for attempt in range(self.config.run.max_restarts + 1):
             again = ["run.resume=auto"] if attempt else []
-            self.trainer = children.Streamed([*argv, *again], log=self.folder / TRAIN_LOG, env=trainer_env())
+            self.trainer = children.Streamed([*argv, *again], log=self.log, env=trainer_env())
             self.code = self._watch()
             saved = checkpoints(self.folder)
             if self.code in (0, EXIT_REFUSED) or self._asked is not None or not saved:

@@ -40,9 +40,16 @@ PROVENANCE_FILE = "provenance.json"
 def record(config: Config, folder: Path) -> Path:
     """Write config.yaml (readable by `train` again) and provenance.json; returns the path of the first."""
     path = folder / CONFIG_FILE
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    (folder / PROVENANCE_FILE).write_text(json.dumps(provenance(), indent=2) + "\n")
+    _replace(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    _replace(folder / PROVENANCE_FILE, json.dumps(provenance(), indent=2) + "\n")
     return path
+
+
+def _replace(path: Path, text: str) -> None:
+    # Whole or not at all: on a cluster every node records the same run, while ranks of others already read it.
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def provenance() -> dict[str, Any]:

@@ -16,7 +16,16 @@ def put(folder, name: str, files: dict[str, str]) -> None:
 
 
 def test_a_broken_line_makes_the_command_fail_and_a_warning_does_not(monkeypatch, capsys):
-    for name in ("torch", "backends", "megatron", "transformer_engine", "apex", "sglang", "tokenizers"):
+    for name in (
+        "torch",
+        "backends",
+        "megatron",
+        "transformer_engine",
+        "apex",
+        "sglang",
+        "same_nccl",
+        "tokenizers",
+    ):
         monkeypatch.setattr(module, name, lambda *_: Check("stub", "ok", ""))
     monkeypatch.setattr(module, "disk", lambda: Check("disk", "warn", "1 GB", "free some"))
     assert doctor() == 0
@@ -24,7 +33,7 @@ def test_a_broken_line_makes_the_command_fail_and_a_warning_does_not(monkeypatch
     assert doctor() == 1
     lines = capsys.readouterr().out.splitlines()
     assert (
-        len(lines) == 24
+        len(lines) == 26
         and lines[-2].split()[:2] == ["broken", "disk"]
         and lines[-2].endswith("-> free some")
     )

@@ -1,0 +1,250 @@
+"""The arithmetic of `plan` against models that were built, steps that were run, and published sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_jackpot.cli import main
+from megatron_jackpot.config import Config, Optimizer, Parallel, parse_config
+from megatron_jackpot.models.build import padded_vocab_size
+from megatron_jackpot.models.engine import MegatronModel, packed_seq_params
+from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.plan import GIB, Shape, make_plan
+from megatron_jackpot.plan_report import Assumptions, memory_troubles, shared_seconds
+from megatron_jackpot.sync.export import export
+from tests.parallel.spawn import run_ranks
+from tests.tiny import ACTOR, POLICY, hf_config
+
+WIDE = dict(
+    hidden_size=128,
+    intermediate_size=320,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    vocab_size=501,
+)
+QWEN3 = dict(
+    head_dim=128,
+    num_key_value_heads=8,
+    vocab_size=151936,
+    num_hidden_layers=36,
+    max_position_embeddings=40960,
+)
+QWEN3_8B = dict(QWEN3, hidden_size=4096, intermediate_size=12288, num_attention_heads=32)
+QWEN3_4B = dict(
+    QWEN3, hidden_size=2560, intermediate_size=9728, num_attention_heads=32, tie_word_embeddings=True
+)
+QWEN3_17B = dict(
+    QWEN3,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_attention_heads=16,
+    num_hidden_layers=28,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture
+def mesh():
+    yield init_mesh(Parallel(), 0)
+    destroy_mesh()
+
+
+def config_for(folder: Path, policy: dict, actor: dict, **sections: dict) -> Config:
+    """A configuration over folders that hold nothing but a config.json."""
+    for name, changes in (("policy", policy), ("actor", actor)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        if not (folder / name / "config.json").exists():
+            (folder / name / "config.json").write_text(json.dumps(hf_config(**changes)))
+    tree = dict(
+        run=dict(folder=str(folder / "run")),
+        policy=dict(hf=str(folder / "policy")),
+        actor=dict(hf=str(folder / "actor")),
+        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=24),
+        rollout=dict(max_new_tokens=100),
+        packing=dict(tokens=1024),
+        precision=dict(dtype="float32"),
+    )
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return parse_config(tree)
+
+
+def build(config: Config, name: str, mesh: Mesh) -> MegatronModel:
+    families = {n: family_of(read_hf_config(getattr(config, n).hf)) for n in ("policy", "actor")}
+    padded = padded_vocab_size([family.vocab_size for family in families.values()], mesh.tp)
+    shared = dict(mesh=mesh, parallel=config.parallel, precision=config.precision, padded_vocab=padded)
+    model = MegatronModel.load(name, families[name], None, **shared)
+    model.add_optimizer(Optimizer(lr=1e-3), 10)
+    return model
+
+
+def held_bytes(model: MegatronModel) -> dict[str, int]:
+    """What one rank really holds, in bytes; optimizer: AdamW's moments, and masters that are not the weights."""
+    weights = [p for chunk in model.chunks for p in chunk.module.parameters()]
+    buffers = {p.main_grad.untyped_storage().data_ptr(): p.main_grad for p in weights}
+    own = {p.untyped_storage().data_ptr() for p in weights}
+    model.optimizer.step()  # makes AdamW's state; gradients are zero
+    optimizer = 0
+    for part in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
+        for parameter, state in part.optimizer.state.items():
+            optimizer += sum(v.nbytes for k, v in state.items() if k in ("exp_avg", "exp_avg_sq"))
+            optimizer += parameter.nbytes if parameter.untyped_storage().data_ptr() not in own else 0
+    return dict(
+        params=sum(p.numel() for p in weights),
+        weights=sum(p.nbytes for p in weights),
+        gradients=sum(b.untyped_storage().nbytes() for b in buffers.values()),
+        optimizer=optimizer,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "published"),
+    [(QWEN3_8B, 8_190_735_360), (QWEN3_4B, 4_022_468_096), (QWEN3_17B, 1_720_574_976)],
+)
+def test_parameters_of_published_models(tmp_path, changes, published) -> None:
+    assert Shape.of(config_for(tmp_path, changes, changes), "policy").params == published
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resident_bytes_of_built_models(tmp_path, mesh, dtype) -> None:
+    config = config_for(tmp_path, POLICY, ACTOR, precision=dict(dtype=dtype))
+    plan = make_plan(config, 1)
+    for name, planned in (("policy", plan.policy), ("actor", plan.actor)):
+        held = held_bytes(build(config, name, mesh))
+        assert held["params"] == planned.params_per_gpu
+        assert held["weights"] == planned.weights
+        assert held["optimizer"] == planned.optimizer
+        # Megatron starts every parameter at a multiple of 64 elements.
+        assert planned.gradients <= held["gradients"] <= planned.gradients * 1.1
+
+
+LAYOUTS = (dict(tp=2), dict(pp=2), dict(), dict(distributed_optimizer=False))
+
+
+def _held_on_ranks(rank: int, world: int, folder: str) -> list[dict[str, dict[str, int]]]:
+    held = []
+    for parallel in LAYOUTS:
+        config = config_for(Path(folder), POLICY, ACTOR, parallel=parallel)
+        mesh = init_mesh(config.parallel, 0)
+        held.append({name: held_bytes(build(config, name, mesh)) for name in ("policy", "actor")})
+        destroy_mesh()
+    return held
+
+
+def test_bytes_on_the_fullest_of_two_ranks(tmp_path) -> None:
+    config_for(tmp_path, POLICY, ACTOR)
+    held = run_ranks(_held_on_ranks, 2, 200.0, str(tmp_path))
+    for index, parallel in enumerate(LAYOUTS):
+        plan = make_plan(config_for(tmp_path, POLICY, ACTOR, parallel=parallel), 2)
+        for name, planned in (("policy", plan.policy), ("actor", plan.actor)):
+            most = {key: max(rank[index][name][key] for rank in held) for key in held[0][index][name]}
+            assert most["params"] == planned.params_per_gpu
+            assert most["weights"] == planned.weights
+            # A distributed optimizer cuts the padded buffer, not the parameters.
+            assert most["optimizer"] == pytest.approx(planned.optimizer, rel=0.1), (parallel, name)
+
+
+def test_activations_of_a_forward_pass_are_the_formula_and_what_the_cpu_layers_keep_beside(
+    tmp_path, mesh
+) -> None:
+    """docs/planning.md lists both; torch's RMSNorm and attention on padded sequences keep more than TE's would."""
+    config, tokens = config_for(tmp_path, WIDE, WIDE), 1024
+    model = build(config, "policy", mesh)
+    weights = {p.untyped_storage().data_ptr() for chunk in model.chunks for p in chunk.module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.chunks[0](
+            input_ids=torch.zeros(1, tokens, dtype=torch.long),
+            position_ids=(torch.arange(tokens) % 128)[None],
+            attention_mask=None,
+            packed_seq_params=packed_seq_params(torch.arange(0, tokens + 1, 128, dtype=torch.int32)),
+        )
+    shape = Shape.of(config, "policy")
+    h, q, kv, d = shape.hidden, shape.query, shape.key, shape.head_dim
+    beside = 2 * h + (q + kv) + (kv + q) + 4 * d  # norms' x / rms, padded v and output, rotary tables
+    final_norm = 3 * h
+    want = tokens * 4 * (shape.layers * (shape.activation_elements(config.parallel) + beside) + final_norm)
+    assert sum(s.nbytes() for s in kept.values()) == pytest.approx(want, rel=0.01)
+
+
+def test_bytes_of_a_weight_update_are_those_of_the_export(tmp_path, mesh) -> None:
+    config = config_for(tmp_path, POLICY, ACTOR)
+    model = build(config, "actor", mesh)
+    assert sum(t.nbytes for t in export(model).values()) == make_plan(config, 1).synced
+
+
+def test_flops_of_the_matrices_are_those_torch_counts(tmp_path, mesh) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, tokens = config_for(tmp_path, WIDE, WIDE), 512
+    model = build(config, "policy", mesh)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.chunks[0](
+            input_ids=torch.zeros(1, tokens, dtype=torch.long),
+            position_ids=torch.arange(tokens)[None],
+            attention_mask=None,
+            packed_seq_params=packed_seq_params(torch.tensor([0, tokens], dtype=torch.int32)),
+        )
+    shape = Shape.of(config, "policy")
+    # Megatron multiplies the padded vocabulary; torch does not count the CPU's attention.
+    padding = 2 * shape.hidden * (padded_vocab_size([shape.vocab], 1) - shape.vocab)
+    want = tokens * (shape.forward_flops(0) + padding)
+    assert counter.get_total_flops() == pytest.approx(want, rel=1e-6)
+
+
+def test_any_cluster_up_to_4096_gpus_and_what_tp_costs_the_smaller_model(tmp_path) -> None:
+    sections = dict(
+        precision=dict(dtype="bfloat16"), parallel=dict(tp=4), rollout=dict(prompts_per_step=1024)
+    )
+    config = config_for(tmp_path, QWEN3_8B, QWEN3_17B, **sections)
+    plans = [make_plan(config, gpus) for gpus in (4, 8, 64, 512, 4096)]
+    assert [plan.dp for plan in plans] == [1, 2, 16, 128, 1024]
+    assert all(a.trainer_bytes > b.trainer_bytes for a, b in zip(plans, plans[1:], strict=False))
+    plan, assumed = plans[-1], Assumptions()
+    ratio = {m.name: shared_seconds(plan, m, assumed) / (m.flops / 4096 / 4e14) for m in plan.models}
+    assert ratio["actor"] > ratio["policy"] > 1
+
+
+def test_a_model_that_does_not_fit_is_said_with_the_arithmetic(tmp_path) -> None:
+    cluster = dict(gpus_per_node=8, gpu_memory_gib=80, trainer_procs=1)
+    config = config_for(tmp_path, QWEN3_8B, QWEN3_17B, precision=dict(dtype="bfloat16"), cluster=cluster)
+    plan = make_plan(config, 1)
+    (trouble,) = memory_troubles(plan)
+    assert f"needs {plan.trainer_bytes / GIB:.1f} GiB" in trouble and "80 - 4 reserve = 76" in trouble
+    assert memory_troubles(make_plan(config, 16)) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tp=3", "parallel.tp = 3 does not divide"),
+        ("parallel.pp=8", "does not divide num_hidden_layers = 4"),
+        ("cluster.nodes=1", "1 training nodes x 7 processes = 7. 7 training processes are no multiple of"),
+        ("rollout.prompts_per_step=1", "is less than dp = 14 / 2 = 7"),
+    ],
+)
+def test_the_command_prints_tables_and_refuses(tmp_path, capsys, override, message) -> None:
+    config_for(tmp_path, POLICY, ACTOR)
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "data: {tasks: {chain_sum: {}}, max_prompt_tokens: 8}\nrollout: {max_new_tokens: 8}\nparallel: {tp: 2}\n"
+        f"run: {{folder: {tmp_path}/run}}\npolicy: {{hf: {tmp_path}/policy}}\nactor: {{hf: {tmp_path}/actor}}\n"
+        "cluster: {nodes: 2, trainer_procs: 7, gpus_per_node: 8}\n"
+    )
+    assert main(["plan", str(run), "--gpus", "8"]) == 0
+    assert "one of 8 training GPUs: tp 2 x pp 1 x dp 4" in capsys.readouterr().out
+    gpus = ["--gpus", "48"] if "parallel" in override else []
+    assert main(["plan", str(run), override, *gpus]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,288 @@
+"""Jobs that `launch --slurm` renders and refuses, and what each node of one agrees on, without a cluster."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot.cli import main
+from megatron_jackpot.config import Config, load_config, parse_config
+from megatron_jackpot.layout import trainer_procs, training_processes
+from megatron_jackpot.node import Place, array_member, enter, meet, own_address, publish, wait_for_servers
+from tests.tiny import ACTOR, POLICY, hf_config
+
+ROOT = Path(__file__).parents[2]
+GPUS = dict(gpus_per_node=8, nodes=2)
+
+
+def tree(folder: Path, **sections: dict) -> dict:
+    for name, shape in (("policy", POLICY), ("actor", ACTOR)):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(hf_config(**shape)))
+    made = dict(
+        run=dict(folder=str(folder / "run")),
+        policy=dict(hf=str(folder / "policy")),
+        actor=dict(hf=str(folder / "actor")),
+        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=24),
+        rollout=dict(max_new_tokens=100),
+        precision=dict(dtype="float32"),
+    )
+    return made | sections
+
+
+def config_for(folder: Path, **sections: dict) -> Config:
+    return parse_config(tree(folder, **sections))
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A program `sbatch` that notes its arguments and gives out job numbers from 100 on."""
+    calls = tmp_path / "calls"
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >>{calls}\nexpr 99 + $(wc -l <{calls})\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return lambda: calls.read_text().splitlines() if calls.exists() else []
+
+
+def launch_slurm(folder: Path, *arguments: str, **sections: dict) -> int:
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(tree(folder, **sections)))  # JSON is YAML
+    return main(["launch", str(path), "--slurm", *arguments])
+
+
+def directives(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+def test_a_dry_run_prints_the_job_and_leaves_nothing(tmp_path, capsys, sbatch) -> None:
+    cluster = dict(
+        GPUS,
+        layout="disaggregated",
+        nodes=3,
+        minutes=90,
+        signal_s=120,
+        partition="h100",
+        sbatch=["--qos=high"],
+    )
+    assert launch_slurm(tmp_path, "--dry-run", cluster=cluster, parallel=dict(tp=2)) == 0
+    script = capsys.readouterr().out
+    assert {
+        "--nodes=3",
+        "--gpus-per-node=8",
+        "--time=90",
+        "--partition=h100",
+        "--qos=high",
+        "--requeue",
+        "--signal=B:USR1@120",
+        "--open-mode=append",
+    } <= set(directives(script))
+    assert "2 training nodes x 8 = tp 2 x pp 1 x cp 1 x dp 8; servers: 1 nodes x 1 x tp 1" in script
+    assert 'run_job "$JACKPOT_SERVER_NODES" "$trainers" "$trainers" 0 "$@"' in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert sbatch() == [] and not (tmp_path / "run").exists()
+
+
+def test_slurms_options_without_slurm_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch", "run.yaml", "--dry-run"])
+    assert "go with --slurm" in capsys.readouterr().err
+
+
+def test_a_chain_of_jobs_keeps_script_and_configuration(tmp_path, capsys, sbatch) -> None:
+    assert launch_slurm(tmp_path, "--chain", "2", cluster=dict(GPUS, seeds=[3, 5])) == 0
+    job = tmp_path / "run/slurm/job.sbatch"
+    assert sbatch() == [f"--parsable {job}", f"--parsable --dependency=afterany:100 {job}"]
+    assert "--array=3,5" in directives(job.read_text())
+    assert "Submitted job 101 after 100" in capsys.readouterr().out
+    kept = load_config(job.parent / "config.yaml")
+    assert kept.cluster.seeds == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            dict(cluster=GPUS, parallel=dict(tp=4)),
+            r"2 training nodes x 7 processes = 14. 14 training .* = 4 \* 1 \* 1",
+        ),
+        (dict(cluster=GPUS, servers=dict(num=2, tp=4)), r"2 \* 4 = 8 GPUs .* one must be left for training"),
+        (
+            dict(cluster=dict(GPUS, trainer_procs=8)),
+            r"trainer_procs = 8 exceeds the 8 GPUs of a node - 1 .* = 7",
+        ),
+        (dict(cluster=dict(GPUS, gpu_memory_gib=4.1), packing=dict(tokens=65536)), r"needs .* GiB = policy"),
+        (dict(cluster=dict(GPUS, server_nodes=3)), "leaves -1 for training"),
+        (
+            dict(cluster=dict(GPUS, nodes=1, layout="disaggregated")),
+            "leaves 0 for training",
+        ),
+        (dict(cluster=dict(GPUS, gpus_per_node=0)), "Set cluster.trainer_procs"),
+        (dict(cluster=dict(GPUS, runtime="pyxis")), "Set both or neither"),
+        (dict(cluster=dict(GPUS, partition="a;rm -rf")), "cluster.partition"),
+        (dict(cluster=dict(GPUS, sbatch=["--qos=x\n#SBATCH --uid=0"])), "cluster.sbatch"),
+        (dict(cluster=GPUS, servers=dict(urls=["http://n:1"])), "a Slurm job starts its own"),
+    ],
+)
+def test_an_impossible_job_is_refused_before_submission(tmp_path, capsys, sbatch, sections, message) -> None:
+    assert launch_slurm(tmp_path, **sections) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert sbatch() == [] and not (tmp_path / "run").exists()
+
+
+def test_processes_of_both_layouts(tmp_path) -> None:
+    colocated = config_for(tmp_path, cluster=dict(nodes=4), servers=dict(num=1, tp=2), parallel=dict(tp=2))
+    assert (trainer_procs(colocated), training_processes(colocated)) == (6, 24)
+    apart = config_for(
+        tmp_path, cluster=dict(nodes=4, layout="disaggregated", server_nodes=2), servers=dict(num=8)
+    )
+    assert (trainer_procs(apart), training_processes(apart)) == (8, 16)
+
+
+def test_words_of_the_configuration_never_reach_a_shell_as_code(tmp_path, capsys, sbatch) -> None:
+    mark = tmp_path / "executed"
+    cluster = dict(
+        GPUS,
+        setup=f"$(touch {mark})",
+        mounts=[f"/a:`touch${{IFS}}{mark}`"],
+        runtime="apptainer",
+        image="i;id",
+    )
+    assert launch_slurm(tmp_path, "--dry-run", cluster=cluster) == 0
+    script = capsys.readouterr().out.split("source ")[0]
+    environment = {"SLURM_SUBMIT_DIR": "/", "SLURM_JOB_NUM_NODES": "2", "PATH": os.environ["PATH"]}
+    shown = subprocess.run(["bash"], input=script + 'printf "%s\\n" "$JACKPOT_SETUP" "$JACKPOT_IMAGE"', text=True,
+                           capture_output=True, env=environment, cwd=tmp_path)  # fmt: skip
+    assert shown.stdout == f"$(touch {mark})\ni;id\n" and not mark.exists()
+
+
+@pytest.mark.parametrize("runtime", ["bare", "pyxis", "apptainer"])
+def test_the_step_of_each_runtime(tmp_path, runtime) -> None:
+    script = f'''
+    export SLURM_JOB_ID=1 JACKPOT_REPO={ROOT} JACKPOT_RUNTIME={runtime} JACKPOT_IMAGE=repo/image:1 JACKPOT_MOUNTS=/d:/d
+    source {ROOT}/slurm/common.sh; cd /tmp
+    make_step serve "a b.yaml" 'x=[1, 2]'
+    printf '%s|' "${{step[@]}}"'''
+    words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split(
+        "|"
+    )[:-1]
+    assert words[-6:] == ["python", "-m", "megatron_jackpot.cli", "serve", "a b.yaml", "x=[1, 2]"]
+    if runtime == "pyxis":
+        assert words[:3] == [
+            "--container-image=repo/image:1",
+            "--container-workdir=/tmp",
+            "--container-mounts=/d:/d",
+        ]
+    if runtime == "apptainer":
+        assert words[:6] == ["apptainer", "exec", "--pwd", "/tmp", "--bind", "/d:/d"]
+
+
+def job_environment(**changes: str) -> dict[str, str]:
+    given = dict(
+        SLURM_JOB_ID="17", SLURM_JOB_NUM_NODES="2", SLURM_NTASKS="2", SLURM_PROCID="1", SLURMD_NODENAME="n2"
+    )
+    return given | changes
+
+
+def test_a_node_knows_its_place_and_a_requeued_job_is_another_attempt(tmp_path) -> None:
+    config = config_for(tmp_path, cluster=dict(GPUS, interface="lo"))
+    _, place = enter(config, job_environment(), "join")
+    assert place == Place("17-0", 1, 2, "n2", "127.0.0.1", "lo")
+    member, again = enter(config, job_environment(SLURM_RESTART_COUNT="3", SLURM_ARRAY_TASK_ID="5"), "join")
+    assert again.attempt == "17-3" and again.folder(member) == tmp_path / "run/seed-5/slurm/17-3"
+    assert (member.run.seed, array_member(config, None)) == (5, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(SLURM_JOB_NUM_NODES="3"), "cluster.nodes = 2, but the job has 3 nodes"),
+        (dict(SLURM_NTASKS="1"), "`serve` was started on 1 nodes, .* ask for 2"),
+        (None, "SLURM_JOB_ID is not set"),
+    ],
+)
+def test_a_node_in_another_job_than_the_configured_one_is_refused(tmp_path, changes, message) -> None:
+    environment = {} if changes is None else job_environment(**changes)
+    with pytest.raises(ValueError, match=message):
+        enter(config_for(tmp_path, cluster=dict(GPUS, interface="lo")), environment, "serve")
+
+
+def test_an_interface_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"'ib7' has no IPv4 address .* It has: .*lo"):
+        own_address("ib7", alone=False)
+
+
+def test_nodes_meet_through_the_shared_folder(tmp_path) -> None:
+    config = config_for(tmp_path, cluster=dict(GPUS), servers=dict(start_timeout_s=5))
+    places = [Place("17-0", rank, 2, f"n{rank + 1}", "127.0.0.1", None) for rank in range(2)]
+    found = {}
+
+    def node(place: Place) -> None:
+        found[place.rank] = (
+            wait_for_servers(config, place, lambda: False),
+            meet(config, place, lambda: False),
+        )
+
+    threads = [threading.Thread(target=node, args=(place,)) for place in reversed(places)]
+    for thread in threads:
+        thread.start()
+    for place in places:
+        publish(place.folder(config) / "servers" / f"{place.rank}.json", {"urls": [f"http://{place.node}:1"]})
+    for thread in threads:
+        thread.join(timeout=10)
+    assert found[0] == found[1]
+    urls, master = found[0]
+    assert urls == ["http://n1:1", "http://n2:1"]
+    with socket.socket() as probe:
+        probe.bind((master["host"], master["port"]))
+
+
+def test_an_address_of_an_earlier_attempt_is_not_believed_and_the_wait_ends(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_jackpot.node.MEETING_S", 0.0)
+    config = config_for(tmp_path, cluster=dict(GPUS), servers=dict(start_timeout_s=0.5))
+    earlier, now = (Place(f"17-{n}", 1, 2, "n2", "127.0.0.1", None) for n in (0, 1))
+    publish(earlier.folder(config) / "servers/0.json", {"urls": ["http://gone:1"]})
+    with pytest.raises(TimeoutError, match=r"Waited 0.5 s for the servers of a node.*17-1/servers/0.json"):
+        wait_for_servers(config, now, lambda: False)
+
+
+def test_a_node_told_to_stop_before_training_asks_to_be_requeued(tmp_path) -> None:
+    path = tmp_path / "run.yaml"
+    cluster = dict(nodes=1, gpus_per_node=0, trainer_procs=1)
+    path.write_text(json.dumps(tree(tmp_path, cluster=cluster)))
+    environment = {
+        **os.environ,
+        **job_environment(SLURM_JOB_NUM_NODES="1", SLURM_NTASKS="1", SLURM_PROCID="0"),
+    }
+    node = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(path)],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    )
+    assert node.stdout.readline() == b"waiting\n"
+    time.sleep(0.3)
+    node.send_signal(signal.SIGUSR1)
+    assert node.wait(timeout=20) == 75
+
+
+DRIVER = """
+import sys
+from megatron_jackpot import node
+from megatron_jackpot.config import load_config
+wait = node.read_when_there
+def spoken(*args):
+    print("waiting", flush=True)
+    return wait(*args)
+node.read_when_there = spoken
+sys.exit(node.join(load_config(sys.argv[1])))
+"""
