@@ -15,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_jackpot.hf_folder import copy_other_files
 from megatron_jackpot.models.engine import MegatronModel
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -26,6 +27,9 @@ def save_model(model: MegatronModel, folder: Path) -> None:
     filesystem_async._results_queue = queue.Queue()
     with torch.no_grad(), model.fresh_parameters():
         dist_checkpointing.save(_sharded(model, loading=False), str(folder))
+    if model.mesh.is_main and model.folder is not None:
+        # The folder is a model by itself then: for tools/megatron_to_hf.py, and as policy.hf or actor.hf of a run.
+        copy_other_files(model.folder, folder)
 
 
 def load_model(model: MegatronModel, folder: Path) -> None:
