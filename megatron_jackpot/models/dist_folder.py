@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -189,7 +190,9 @@ class _Stream(SavePlanner):
             entry = TensorWriteData(chunk, TensorProperties(dtype=spec.dtype), size)
             self.items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=entry))
 
-    def set_up_planner(self, *args: object, **kwargs: object) -> None: ...
+    def set_up_planner(
+        self, state_dict: dict, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
+    ) -> None: ...
 
     def create_local_plan(self) -> SavePlan:
         return SavePlan(self.items)

@@ -29,7 +29,9 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **fields)
 
 
-def write_hf(folder: Path, model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+def write_hf(
+    folder: Path, model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
     """Every parameter is random and far from its initial value, norms and biases too."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), dtype=dtype)

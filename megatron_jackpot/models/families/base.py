@@ -122,7 +122,12 @@ class Family(ABC):
     def rope(self) -> dict[str, Any]:
         """GPTModel's arguments about rotary embeddings, from the form of transformers 4 (rope_theta, rope_scaling) or
         5 (rope_parameters). Scaling 'linear' and that of Llama 3 are mapped; ValueError for any other."""
-        nested = self.hf_config.get("rope_parameters") or self.hf_config.get("rope_scaling") or {}
+        forms = [
+            self.hf_config[key] for key in ("rope_parameters", "rope_scaling") if self.hf_config.get(key)
+        ]
+        if len(forms) == 2 and forms[0] != forms[1]:
+            raise ValueError(f"config.json: rope_parameters and rope_scaling differ: {forms}.")
+        nested = forms[0] if forms else {}
         thetas = {float(x["rope_theta"]) for x in (nested, self.hf_config) if x.get("rope_theta") is not None}
         if len(thetas) > 1:
             raise ValueError(f"config.json: rope_theta is given twice and differently: {sorted(thetas)}.")
