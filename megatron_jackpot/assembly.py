@@ -30,6 +30,7 @@ from megatron_jackpot.rollout.sglang import SGLangClient
 from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
+from megatron_jackpot.sync.export import export_hf
 from megatron_jackpot.trainer import Trainer
 
 
@@ -207,6 +208,9 @@ def _train(assembly: Assembly, report: Report) -> None:
         report(step, metrics)
         if config.run.save_every and (step % config.run.save_every == 0 or step == config.run.steps):
             checkpoint.save(trainer, config.run.folder, config.run.keep)
+        if step == config.run.steps or (config.run.save_hf_every and step % config.run.save_hf_every == 0):
+            for model in (trainer.policy, trainer.actor):
+                export_hf(model, config.run.folder / "hf" / f"step-{step:06d}" / model.name)
 
 
 def _report(config: Config, mesh: Mesh, done: int, outputs: contextlib.ExitStack) -> Report:

@@ -177,6 +177,12 @@ def megatron_to_hf(
     return report
 
 
+def model_bytes(folder: Path) -> int:
+    """Bytes of a model folder's tensors, without reading them."""
+    family, source = open_model(folder)
+    return sum(source.spec(name).num_bytes for name in family.hf_shapes())
+
+
 def checksums(folder: Path, progress: Progress = lambda num_bytes: None) -> Report:
     """Read every tensor of a model folder of either format."""
     family, source = open_model(folder)
