@@ -36,6 +36,7 @@ from megatron_jackpot.rollout.sglang import SGLangClient
 from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
+from megatron_jackpot.sync.export import export_hf
 from megatron_jackpot.trainer import Trainer
 
 
@@ -276,6 +277,9 @@ def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account
         saver.poll()
         if config.run.save_every and (step % config.run.save_every == 0 or last):
             saver.save(trainer, background=config.run.save_in_background and not last)
+    if last or (config.run.save_hf_every and step % config.run.save_hf_every == 0):
+        for model in (trainer.policy, trainer.actor):
+            export_hf(model, config.run.folder / "hf" / f"step-{step:06d}" / model.name)
     account(step)
     report(step, metrics | {"time/save": trainer.values["time/save"], "save/failed": float(saver.num_failed)})
 

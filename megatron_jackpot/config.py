@@ -38,13 +38,13 @@ class Optimizer(Section):
 
 class Policy(Section):
     hf: Path
-    """HF folder of the policy: config.json, safetensors, tokenizer."""
+    """Folder of the policy: HF's (config.json, safetensors, tokenizer) or in Megatron's format (docs/models.md)."""
     optimizer: Optimizer = Optimizer()
 
 
 class Actor(Section):
     hf: Path
-    """HF folder of the actor: config.json, safetensors, the policy's tokenizer."""
+    """Folder of the actor, of either format, with the policy's tokenizer."""
     optimizer: Optimizer = Optimizer()
     tis_cap: float = Field(2.0, ge=1)
     """Cap of the truncated importance weight p_actor_old/q on the actor's own PPO loss (Eq. 6)."""

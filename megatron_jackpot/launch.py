@@ -131,6 +131,8 @@ def launch(
 def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
     """Servers of the actor's initial weights, on the last GPUs: ranks take theirs from the front."""
     servers, gpus = config.servers, visible_gpus()
+    # A folder in Megatron's format has nothing that SGLang could load: the first push brings the weights.
+    dummy = () if any(config.actor.hf.glob("*.safetensors")) else ("--load-format", "dummy")
     needed, numbered = servers.num * servers.tp, all(gpu.isdigit() for gpu in gpus)
     return start_servers(
         config.actor.hf,
@@ -143,7 +145,7 @@ def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
         python=servers.python,
         start_timeout_s=servers.start_timeout_s,
         max_total_tokens=servers.max_total_tokens,
-        extra_args=servers.extra_args,
+        extra_args=(*dummy, *servers.extra_args),
         device="cuda" if gpus else "cpu",
         gpus=[int(gpu) for gpu in gpus[-needed:]] if numbered and len(gpus) >= needed else None,
     )

@@ -1,7 +1,6 @@
-"""HF folder -> Megatron GPTModel chunks with the folder's weights, for policy and actor alike."""
+"""HF config.json -> Megatron GPTModel chunks, for policy and actor alike."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron_jackpot.config import Parallel, Precision
 from megatron_jackpot.models import cpu
@@ -95,7 +92,7 @@ def build_chunks(
             pre_process=first,
             post_process=last,
             position_embedding_type="rope",
-            rotary_base=family.rope_theta,
+            **family.rope,
             share_embeddings_and_output_weights=family.tied,
             vp_stage=stage,
         )
@@ -118,50 +115,12 @@ def global_names(chunk: GPTModel) -> dict[str, torch.nn.Parameter]:
     return names
 
 
-def load_weights(chunks: list[GPTModel], family: Family, folder: Path, mesh: Mesh, padded_vocab: int) -> None:
-    """Copy the safetensors of an HF folder into this rank's shards.
-
-    Raises ValueError for a missing tensor and for one whose shape disagrees with config.json.
-    """
-    reader = _SafetensorsFolder(Path(folder))
-    for chunk in chunks:
-        for name, parameter in global_names(chunk).items():
-            kind, layer = family.find(name)
-            shard = family.shard(kind, layer, reader.read, padded_vocab, mesh.tp, mesh.tp_rank)
-            if shard.shape != parameter.shape:
-                raise ValueError(
-                    f"{folder}: {', '.join(family.hf_names(kind, layer))} gives {tuple(shard.shape)} for '{name}', "
-                    f"config.json asks for {tuple(parameter.shape)}."
-                )
-            parameter.data.copy_(shard)
-
-
-class _SafetensorsFolder:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.where: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            try:
-                handle = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is truncated or not a safetensors file: {error}.") from error
-            self.where.update({name: handle for name in handle.keys()})
-        if not self.where:
-            raise ValueError(f"{folder} holds no *.safetensors file.")
-
-    def read(self, name: str) -> Tensor:
-        if name not in self.where:
-            raise ValueError(f"{self.folder}: tensor '{name}' is in no safetensors file.")
-        return self.where[name].get_tensor(name)
-
-
 def _check_layout(family: Family, parallel: Parallel) -> None:
-    hf = family.hf_config
-    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"):
-        if hf[field] % parallel.tp:
-            raise ValueError(
-                f"parallel.tp = {parallel.tp} does not divide config.json's {field} = {hf[field]}."
-            )
+    sizes = {"num_attention_heads": family.num_heads, "num_key_value_heads": family.num_groups}
+    sizes |= {field: family.hf_config[field] for field in ("intermediate_size", "hidden_size")}
+    for field, size in sizes.items():
+        if size % parallel.tp:
+            raise ValueError(f"parallel.tp = {parallel.tp} does not divide config.json's {field} = {size}.")
     stages = parallel.pp * (parallel.vpp or 1)
     if family.num_layers % stages:
         raise ValueError(

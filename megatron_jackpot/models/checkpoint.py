@@ -16,6 +16,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from megatron_jackpot.hf_folder import copy_other_files
 from megatron_jackpot.models.engine import MegatronModel
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -70,7 +71,11 @@ def begin_save(model: MegatronModel, folder: Path, *, copy: bool) -> PendingSave
         request = dist_checkpointing.save(
             _sharded(model, loading=False), str(folder), async_sharded_save=True
         )
-        return PendingSave(request, copy=copy)
+        pending = PendingSave(request, copy=copy)
+    if model.mesh.is_main and model.folder is not None:
+        # The folder is a model by itself then: for tools/megatron_to_hf.py, and as policy.hf or actor.hf of a run.
+        copy_other_files(model.folder, folder)
+    return pending
 
 
 def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool) -> list[tuple[Any, torch.Tensor]]:

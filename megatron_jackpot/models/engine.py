@@ -29,11 +29,11 @@ from megatron_jackpot.batch import Batch
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.models.build import (
     build_chunks,
-    load_weights,
     transformer_config,
 )
 from megatron_jackpot.models.families import Family
 from megatron_jackpot.models.precision import check_precision, layers_for, this_device
+from megatron_jackpot.models.weights import load_weights
 from megatron_jackpot.parallel.context import Mesh
 
 Reader = Callable[[Tensor, int], dict[str, Tensor]]
@@ -63,6 +63,8 @@ class MegatronModel:
         self.config = config
         self.mesh = mesh
         self.chunks = chunks
+        self.folder: Path | None = None
+        """Where config.json and the tokenizer are."""
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
 
@@ -78,7 +80,7 @@ class MegatronModel:
         precision: Precision,
         padded_vocab: int,
     ) -> "MegatronModel":
-        """The model of an HF folder, for scoring; folder None keeps Megatron's random initialisation."""
+        """The model of a folder, HF's or in Megatron's format, for scoring; None keeps a random initialisation."""
         device = this_device()
         check_precision(precision, device, family, parallel.tp)
         te = layers_for(device) == "transformer_engine"
@@ -87,6 +89,7 @@ class MegatronModel:
         if folder is not None:
             load_weights(chunks, family, folder, mesh, padded_vocab)
         model = cls(name, family, config, chunks, mesh)
+        model.folder = folder
         model._wrap(parallel)
         return model
 

@@ -60,7 +60,8 @@ class ServerAdmin:
         await self._all("POST", "/abort_request", {"abort_all": True})
 
     async def update_from_disk(self, path: str, version: int | None = None, *, flush: bool = True) -> None:
-        body: dict[str, Any] = {"model_path": path, "flush_cache": flush}
+        # Named, because a server may have been started with weights of the format "dummy".
+        body: dict[str, Any] = {"model_path": path, "load_format": "auto", "flush_cache": flush}
         if version is not None:
             body["weight_version"] = str(version)
         await self._all("POST", "/update_weights_from_disk", body)

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_jackpot.hf_folder import buckets, write_hf_folder
 from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
 from megatron_jackpot.rollout.engine import ServerError
-from megatron_jackpot.sync.disk import buckets, write_hf_folder
 from megatron_jackpot.sync.muster import muster, persistently
 from megatron_jackpot.sync.proof import (
     Proof,

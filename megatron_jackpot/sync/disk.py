@@ -1,15 +1,13 @@
 """Weights to the servers through a shared folder: safetensors, one reload per push, the last two kept."""
 
-import json
-import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_jackpot.hf_folder import write_hf_folder
 from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
 from megatron_jackpot.sync.muster import muster, persistently
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
@@ -66,43 +64,3 @@ class DiskSync:
         folders = sorted(self.folder.glob("actor-v*"), key=lambda path: path.stat().st_mtime_ns)
         for old in folders[:-KEPT_VERSIONS]:
             shutil.rmtree(old)
-
-
-def write_hf_folder(
-    path: Path, named_tensors: Iterable[tuple[str, Tensor]], hf_folder: Path, *, bucket_bytes: int
-) -> None:
-    """Shards of about `bucket_bytes`, other files copied from `hf_folder`; appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    where: dict[str, str] = {}
-    for number, bucket in enumerate(buckets(named_tensors, bucket_bytes)):
-        shard = f"model-{number:05d}.safetensors"
-        # Tensors that share memory are refused by safetensors, hence the copies.
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in bucket}
-        save_file(tensors, str(unfinished / shard), metadata={"format": "pt"})
-        where |= dict.fromkeys(tensors, shard)
-    index = {"metadata": {}, "weight_map": where}
-    (unfinished / "model.safetensors.index.json").write_text(json.dumps(index))
-    for file in Path(hf_folder).iterdir():
-        if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".pt", ".pth"):
-            shutil.copyfile(file, unfinished / file.name)
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(unfinished, path)
-
-
-def buckets(
-    named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
-) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors of one dtype, about `bucket_bytes` together, at least one each."""
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
-    for name, tensor in named_tensors:
-        if bucket and (size + tensor.nbytes > bucket_bytes or tensor.dtype != bucket[0][1].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append((name, tensor))
-        size += tensor.nbytes
-    if bucket:
-        yield bucket

@@ -1,31 +1,45 @@
 """Megatron shards -> HF tensors on the main rank: tensor-parallel gather, pipeline hand-over, padding stripped."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_jackpot.hf_folder import write_hf_folder
 from megatron_jackpot.models.build import global_names
 from megatron_jackpot.models.engine import MegatronModel
 
+SHARD_BYTES = 2 * 10**9
+
 
 def export(model: MegatronModel) -> dict[str, Tensor]:
-    """HF name -> CPU tensor on the main rank, {} elsewhere. A tied embedding is emitted once.
+    """HF name -> CPU tensor on the main rank, {} elsewhere. Every rank must call it."""
+    return dict(exported(model))
 
-    Every rank must call it. Collectives, on the first copy of the model only: all-gather over tp and, with pp > 1,
+
+def export_hf(model: MegatronModel, path: Path) -> None:
+    """Write the HF folder `path` on the main rank, a shard at a time. Every rank must call it."""
+    if model.mesh.is_main:
+        assert model.folder is not None
+        write_hf_folder(path, exported(model), model.folder, bucket_bytes=SHARD_BYTES)
+    else:
+        assert not list(exported(model))
+
+
+def exported(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
+    """(HF name, CPU tensor) one after another on the main rank, none elsewhere. A tied embedding is emitted once.
+
+    Every rank must come to its end. Collectives, on the first copy of the model only: all-gather over tp and, with pp > 1,
     broadcast over pp per tensor.
     """
-    hf_tensors: dict[str, Tensor] = {}
     with torch.no_grad(), model.fresh_parameters():
         for name, shards in _whole_tensors(model):
             kind, layer = model.family.find(name)
             if model.mesh.is_main:
                 tensors = model.family.unshard(kind, layer, shards)
-                hf_tensors.update(
-                    {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
-                )
-    return hf_tensors
+                yield from ((key, value.detach().to("cpu", copy=True)) for key, value in tensors.items())
 
 
 def _whole_tensors(model: MegatronModel) -> Iterator[tuple[str, list[Tensor]]]:

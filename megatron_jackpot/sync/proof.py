@@ -9,7 +9,6 @@ a load of the same tensors from disk (`same_weights`, called by BroadcastSync).
 import asyncio
 import hashlib
 import json
-import struct
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
 from megatron_jackpot.rollout.engine import ServerError
 
@@ -152,17 +152,9 @@ def check_names(
 
 
 def hf_shapes(folder: Path) -> dict[str, list[int]]:
-    """Tensor name -> shape, from the headers of the safetensors in an HF folder."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"actor.path = {folder}: no *.safetensors there. Name the HF folder of the actor.")
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        with file.open("rb") as stream:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(size))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
+    """Tensor name -> shape of the model in a folder's config.json."""
+    shapes = family_of(read_hf_config(folder)).hf_shapes()
+    return {name: list(shape) for name, shape in shapes.items()}
 
 
 @contextmanager

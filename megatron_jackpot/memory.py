@@ -1,0 +1,55 @@
+"""Peak anonymous memory of this process and its children, from the kernel's accounting."""
+
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+
+EVERY_S = 0.005
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process and its children: what is neither a file's pages nor shared."""
+    total, todo = 0, [os.getpid()]
+    while todo:
+        pid = todo.pop()
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+            children = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/children")]
+        except OSError:  # it has just ended
+            continue
+        todo += map(int, " ".join(children).split())
+        total += _kib(status, "RssAnon") * 1024
+    return total
+
+
+class PeakAnonymous:
+    """Samples `anonymous_bytes` while the block runs: `before` its start and the `peak` since then."""
+
+    def __enter__(self) -> "PeakAnonymous":
+        self.before = self.peak = anonymous_bytes()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+
+    @property
+    def added(self) -> int:
+        return self.peak - self.before
+
+    def _sample(self) -> None:
+        while not self._end.wait(EVERY_S):
+            self.peak = max(self.peak, anonymous_bytes())
+
+
+def _kib(status: str, field: str) -> int:
+    for line in status.splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    return 0

@@ -1,0 +1,33 @@
+"""Weights in Megatron's distributed checkpoint format as an HF folder: safetensors, index, config, tokenizer.
+
+    python tools/megatron_to_hf.py --checkpoint FOLDER --out FOLDER [--model policy|actor] [--verify]
+
+FOLDER is a run (its newest checkpoint), RUN/checkpoints/step-NNNNNN, or one model's folder.
+"""
+
+import argparse
+from pathlib import Path
+
+from conversion import convert, refusing
+
+from megatron_jackpot.models.convert import MODELS, find_model, megatron_to_hf
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint or model folder")
+    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--model", choices=MODELS, help="which model of a run")
+    parser.add_argument("--shard-bytes", type=int, default=5 * 10**9, help="size of a safetensors file")
+    parser.add_argument("--verify", action="store_true", help="read --out back and compare every tensor")
+    args = parser.parse_args()
+    folder = find_model(args.checkpoint, args.model)
+    work = lambda done: megatron_to_hf(folder, args.out, done, shard_bytes=args.shard_bytes)  # noqa: E731
+    convert("Megatron to HF", folder, args.out, work, verify=args.verify)
+    return 0
+
+
+if __name__ == "__main__":
+    refusing(main)
