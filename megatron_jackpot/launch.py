@@ -29,6 +29,7 @@ from megatron_jackpot.interrupt import (
     write_stop,
 )
 from megatron_jackpot.provenance import CONFIG_FILE, PROVENANCE_FILE, checkpoints, record
+from megatron_jackpot.rollout import apikey
 from megatron_jackpot.rollout.care import ServerCare
 from megatron_jackpot.rollout.server import ServerProcess, port_is_free, start_servers, stop_servers
 
@@ -114,6 +115,7 @@ def launch(
     with _Job(config, folder / log) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
+            apikey.provide(config.servers.host)
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
             try:
                 job.look_after((start or start_actor_servers)(config, nproc))

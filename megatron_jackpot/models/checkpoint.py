@@ -84,7 +84,7 @@ def load_model(model: MegatronModel, folder: Path) -> None:
         loaded = dist_checkpointing.load(_sharded(model, loading=True), str(folder))
         for index, chunk in enumerate(model.chunks):
             chunk.module.load_state_dict(loaded[f"model{index}"])
-    with _step_among_the_tensors(model.optimizer):
+    with torch.no_grad(), _step_among_the_tensors(model.optimizer):
         model.optimizer.load_state_dict(loaded["optimizer"])
     for part in _parts(model.optimizer):
         for state in part.optimizer.state.values():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import aiohttp
 
+from megatron_jackpot.rollout import apikey
 from megatron_jackpot.rollout.engine import ServerError
 from megatron_jackpot.rollout.reply import parse_version
 
@@ -131,7 +132,8 @@ class ServerAdmin:
         """One body for all servers, or a list of one each. The first failure ends the call."""
         bodies = body if isinstance(body, list) else [body] * len(self.urls)
         limit = self.timeout_s if timeout_s is None else timeout_s
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=limit)) as session:
+        timeout = aiohttp.ClientTimeout(total=limit)
+        async with aiohttp.ClientSession(timeout=timeout, headers=apikey.headers()) as session:
             calls = [
                 asyncio.ensure_future(_call(session, method, url, path, own_body, limit))
                 for url, own_body in zip(self.urls, bodies, strict=True)

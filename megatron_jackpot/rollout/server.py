@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Literal
 
+from megatron_jackpot.rollout import apikey
+
 Device = Literal["cuda", "cpu"]
 
 DIE_WITH_PARENT = Path(__file__).parent / "die_with_parent.py"
@@ -242,7 +244,7 @@ def server_command(
         command += CPU_FLAGS
     if max_total_tokens is not None:
         command += ["--max-total-tokens", str(max_total_tokens)]
-    return command + list(extra_args)
+    return [*command, *apikey.arguments(), *extra_args]
 
 
 def server_environment(device: Device, *, tp: int = 1, gpus: Sequence[int] | None = None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 import aiohttp
 import numpy as np
 
-from megatron_jackpot.rollout import reply
+from megatron_jackpot.rollout import apikey, reply
 from megatron_jackpot.rollout.admin import ServerAdmin
 from megatron_jackpot.rollout.engine import Completion, Sampling, ServerError, StaleWeights
 
@@ -91,7 +91,9 @@ class SGLangClient:
 
     async def __aenter__(self) -> Self:
         limits = aiohttp.ClientTimeout(total=None, sock_connect=30)
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=limits, headers=apikey.headers()
+        )
         return self
 
     async def __aexit__(

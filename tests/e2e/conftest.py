@@ -1,10 +1,12 @@
 """Two tiny models, a configuration, and one server that whole runs share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_jackpot.rollout import apikey
 from megatron_jackpot.rollout.server import start_servers, stop_servers
 from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
 
@@ -39,8 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(folder: Path):
+    """With an API key, which clients, syncs and ranks take from the environment."""
+    os.environ[apikey.VARIABLE] = "a key of the tests"
     servers = start_servers(
         folder / "actor", dtype="float32", folder=folder, max_total_tokens=8192, start_timeout_s=180
     )
     yield servers[0].url
     stop_servers(servers)
+    del os.environ[apikey.VARIABLE]

@@ -1,5 +1,6 @@
 """Whole runs on tiny random models: launch with two ranks, then every sync and correction on one shared server."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from megatron_jackpot.config import load_config
 from megatron_jackpot.gates import probe
 from megatron_jackpot.metrics import METRICS, read_metrics
 from megatron_jackpot.models.mesh import init_mesh
+from megatron_jackpot.rollout import apikey
+from megatron_jackpot.rollout.admin import ServerAdmin
+from megatron_jackpot.rollout.engine import ServerError
 from tests.parallel.spawn import run_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -92,3 +96,18 @@ def test_the_probe_refuses_a_trainer_that_disagrees_with_the_server(folder: Path
     )
     assert float(good) <= 1e-3
     assert "sync.max_logp_gap allows 0.001" in message
+
+
+def test_a_server_with_a_key_turns_strangers_away(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asyncio.run(ServerAdmin([server]).versions())
+    monkeypatch.delenv(apikey.VARIABLE)
+    with pytest.raises(ServerError, match="HTTP 401"):
+        asyncio.run(ServerAdmin([server]).versions())
+
+
+@pytest.mark.parametrize(("host", "made"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_a_key_is_made_where_others_can_reach_the_servers(host: str, made: bool, monkeypatch) -> None:
+    monkeypatch.setenv(apikey.VARIABLE, "")
+    monkeypatch.delenv(apikey.VARIABLE)
+    apikey.provide(host)
+    assert bool(apikey.headers()) == made == bool(apikey.arguments())

@@ -16,6 +16,7 @@ def yaml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("faults"))
 
 
+@pytest.mark.full
 def test_one_run_survives_server_rank_and_launcher_deaths_and_a_hang(yaml_file: Path) -> None:
     with FaultRun(yaml_file, ranks=2) as run:
         run.wait_steps(2)
@@ -38,3 +39,19 @@ def test_one_run_survives_server_rank_and_launcher_deaths_and_a_hang(yaml_file: 
     with FaultRun(yaml_file, f"run.steps={done + 4}", ranks=1) as run:
         assert run.popen.wait(timeout=300) == 0, run.text()[-3000:]
     assert check_account(run.folder) == done + 4
+
+
+def test_asked_to_stop_in_a_rollout_it_goes_on_where_it_was_after_its_server_died(yaml_file: Path) -> None:
+    folder = yaml_file.parent / "short"
+    where = f"run.folder={folder}"
+    with FaultRun(yaml_file, where) as run:
+        run.folder = folder
+        run.wait_steps(1)
+        run.hit(run.servers()[0], signal.SIGKILL)
+        run.wait_steps(1)
+        assert run.stop(signal.SIGTERM) == EXIT_REQUEUE, run.text()[-3000:]
+    done = check_account(folder)
+    with FaultRun(yaml_file, where, f"run.steps={done + 1}") as run:
+        assert run.popen.wait(timeout=200) == 0, run.text()[-3000:]
+        assert f"resumed after step {done}" in run.text()
+    assert check_account(folder) == done + 1
