@@ -79,6 +79,9 @@ run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key
   fi
   say "nodes $SLURM_JOB_NODELIST: servers on $server_nodes from number $servers_from on," \
     "training on $trainer_nodes from number $trainers_from on"
+  # Servers on several nodes are reached over the network: they and the trainers share a key of this attempt.
+  : "${JACKPOT_API_KEY:=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=')}"
+  export JACKPOT_API_KEY
   trap 'forward USR1' USR1
   trap 'forward TERM' TERM
   start_step "$server_nodes" "$servers_from" serve "$@"
