@@ -159,7 +159,9 @@ def test_saved_on_two_ranks_it_resumes_on_one(saved, folder, tmp_path) -> None:
     same(got, saved[1], exact=False, steps=1)
 
 
-@pytest.mark.parametrize("after", [Layout(), Layout(dp=2)], ids=["one rank", "two leaders"])
+@pytest.mark.parametrize(
+    "after", [Layout(), pytest.param(Layout(dp=2), marks=pytest.mark.full)], ids=["one rank", "two leaders"]
+)
 def test_an_interrupted_step_keeps_its_groups_and_no_prompt_is_asked_twice(
     saved, folder, tmp_path, after
 ) -> None:
@@ -177,6 +179,7 @@ def test_an_interrupted_step_keeps_its_groups_and_no_prompt_is_asked_twice(
         assert {*second[4]} < {*whole}
 
 
+@pytest.mark.full
 def test_stopped_before_the_first_step_it_goes_on_as_the_run(saved, folder, tmp_path) -> None:
     train(folder, tmp_path / "run", STEERED, 3, stop_at=0)
     same(train(folder, tmp_path / "run", STEERED, 3, resume=True), saved[1], exact=True, steps=3)
@@ -188,7 +191,18 @@ def test_checkpoints_for_good_stay(folder, tmp_path) -> None:
     assert names == ["step-000002", "step-000003", "step-000004"]
 
 
-@pytest.mark.parametrize("victim", ["policy/*.distcp", "actor/.metadata", "state.json", "manifest.json"])
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "policy/*.distcp",
+        pytest.param("actor/.metadata", marks=FULL),
+        pytest.param("state.json", marks=FULL),
+        "manifest.json",
+    ],
+)
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(saved, folder, tmp_path, victim) -> None:
     run, whole = saved
     shutil.copytree(run, tmp_path / "run")
