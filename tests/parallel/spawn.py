@@ -1,6 +1,7 @@
 """Run a function on several gloo ranks of this machine, with a hard time limit."""
 
 import datetime
+import multiprocessing
 import os
 import tempfile
 import time
@@ -13,17 +14,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = ["torch", "megatron_jackpot.assembly"]
+
 
 def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *args: Any) -> list[Any]:
-    """[fn(rank, world, *args) for every rank]: fresh processes in one gloo group, a single thread each.
+    """[fn(rank, world, *args) for every rank]: new processes in one gloo group, a single thread each.
+
+    They are forked from a server that has imported everything and done nothing: importing takes longer than most tests.
 
     fn is a module-level function; what it returns must survive torch.save. RANK, LOCAL_RANK and WORLD_SIZE
     are set as torchrun sets them. Raises RuntimeError with the traceback of the first rank that failed,
     TimeoutError after timeout_s; either way every child is ended.
     """
     with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.set_forkserver_preload(PRELOADED)
         context = mp.start_processes(
-            _rank, args=(world, folder, timeout_s, fn, args), nprocs=world, join=False, start_method="spawn"
+            _rank,
+            args=(world, folder, timeout_s, dict(os.environ), fn, args),
+            nprocs=world,
+            join=False,
+            start_method="forkserver",
         )
         try:
             _wait(context, Path(folder), time.monotonic() + timeout_s, timeout_s, fn.__name__)
@@ -53,7 +63,18 @@ def _wait(context: Any, folder: Path, deadline: float, timeout_s: float, name: s
             raise RuntimeError(f"{name}: rank {rank} ended with exit code {child.exitcode}.")
 
 
-def _rank(rank: int, world: int, folder: str, timeout_s: float, fn: Callable[..., Any], args: tuple) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    folder: str,
+    timeout_s: float,
+    env: dict[str, str],
+    fn: Callable[..., Any],
+    args: tuple,
+) -> None:
+    # The server's environment is that of its start.
+    os.environ.clear()
+    os.environ.update(env)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     torch.set_num_threads(1)
