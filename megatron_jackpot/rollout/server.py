@@ -146,9 +146,12 @@ class ServerProcess:
 
     def _gone_within(self, limit_s: float) -> bool:
         assert self.process is not None
-        deadline = time.monotonic() + limit_s
+        deadline, left_alone = time.monotonic() + limit_s, False
         while True:
-            self.process.poll()
+            if self.process.poll() is not None and not left_alone:
+                # The leader has ended without them: nobody else will tell its children.
+                left_alone = True
+                self._signal(signal.SIGTERM)
             if not _group_runs(self.process.pid):
                 return True
             if time.monotonic() > deadline:
