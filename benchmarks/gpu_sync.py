@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.gpu_common import DEVICE, QWEN3_0_6B, QWEN3_1_7B, TINY, parser, report, seconds
 from benchmarks.gpu_models import close, make_config, make_trainer
-from megatron_jackpot.sync.disk import buckets
+from megatron_jackpot.hf_folder import buckets
 from megatron_jackpot.sync.export import export
 
 BUCKET_BYTES = 512 * 2**20

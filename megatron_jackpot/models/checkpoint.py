@@ -83,7 +83,7 @@ def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool) -> list[tuple[
 
 
 def load_model(model: MegatronModel, folder: Path) -> None:
-    """Continue from what `save_model` wrote, on any layout; every rank calls it."""
+    """Continue from what a finished save wrote, on any layout; every rank calls it."""
     _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
         loaded = dist_checkpointing.load(_sharded(model, loading=True), str(folder))
