@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ class Saver:
                 shutil.rmtree(left)
             for name in MODELS:
                 (unfinished / name).mkdir(parents=True)
-        refusal = self.mesh.from_main(self._no_room(trainer) if self.mesh.is_main else None)
+        refusal = self.mesh.from_main(self._no_room() if self.mesh.is_main else None)
         if refusal:
             self._fail(OSError(refusal), raise_it=not background)
             return
@@ -150,7 +149,7 @@ class Saver:
             flush=True,
         )
 
-    def _no_room(self, trainer: Any) -> str | None:
+    def _no_room(self) -> str | None:
         newest = checkpoints(self.folder.parent)[-1:]
         need = sum(path.stat().st_size for folder in newest for path in _files(folder))
         free = shutil.disk_usage(self.folder).free
@@ -170,18 +169,16 @@ class _Writing:
         self.own = own
         self.digests: Digests = {}
         self.error: BaseException | None = None
-        self.seconds = 0.0
         self.thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
         self.thread.start()
 
     def _run(self) -> None:
-        started = time.perf_counter()
         try:
             paths = [*self.own, *(path for pending in self.pending for path in pending.write())]
             self.digests = {str(path.relative_to(self.unfinished)): digest(path) for path in paths}
         except BaseException as error:
+            # For the training thread, which raises or reports it.
             self.error = _cause(error)
-        self.seconds = time.perf_counter() - started
 
 
 def _cause(error: BaseException) -> BaseException:
