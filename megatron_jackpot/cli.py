@@ -122,6 +122,7 @@ def _train(config: Config) -> int:
     die_with_parent(signal.SIGTERM)
     stop = StopRequest(config.run)
     stop.listen()
+    _hush()
     from megatron_jackpot.assembly import Refused, run
 
     try:
@@ -161,8 +162,14 @@ def _submit(config: Config, args: argparse.Namespace) -> int:
 
 
 def _hush() -> None:
-    # Megatron warns at import of every optional package that is not here, twenty lines of it.
-    warnings.simplefilter("ignore")
+    """Keep what libraries say of themselves out of the log; errors and this project's own words stay.
+
+    At import Megatron warns, on every rank, of each optional package that is missing (`doctor` says it once), and
+    torch of its own deprecated calls inside Megatron. Python's -W or PYTHONWARNINGS brings them back.
+    """
+    if not sys.warnoptions:
+        for module in (r"megatron\.", r"torch\.", r"transformer_engine"):
+            warnings.filterwarnings("ignore", module=module)
 
 
 def _plan(config: Config, args: argparse.Namespace) -> int:

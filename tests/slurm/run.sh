@@ -3,7 +3,7 @@
 # quickstart's pair, interrupts it, kills a node's daemon, runs an array, and is refused an impossible layout.
 #
 #   bash tests/slurm/run.sh FOLDER              all of it, about 25 minutes on 2 cores; needs root (Debian)
-#   bash tests/slurm/run.sh FOLDER signals      only these: refused two_nodes signals limit daemon rank array literal
+#   bash tests/slurm/run.sh FOLDER signals      only these, of all that stand last in this file
 #
 # Every wait has a limit. What was started is ended; FOLDER keeps the runs and the cluster's logs.
 set -euo pipefail
@@ -180,6 +180,37 @@ scenario_array() {  # two seeds at once on the same two nodes
   done
 }
 
+scenario_disaggregated() {  # training on n1, servers on n2; --chain: a second job finds the run done
+  local folder=$out/disaggregated job last
+  job=$(submit "$folder" run.steps=2 cluster.layout=disaggregated --chain 2)
+  last=$((job + 1))
+  wait_for 600 "job $last to end" ended "$last"
+  completed "$job"
+  completed "$last"
+  unbroken "$folder" 2
+  [[ -e $folder/train-n1.log && -e $folder/servers/n2/server-0.log ]] || die "the roles are on other nodes"
+  [[ ! -e $folder/train-n2.log && ! -e $folder/servers/n1 ]] || die "the roles are not apart"
+  grep -h 'resumed after step 2' "$folder/slurm/$last.out" || die "the second job did not find the run done"
+}
+
+scenario_by_hand() {  # the script as it stands in slurm/, submitted by sbatch, an array and a dependency included
+  local folder=$out/by_hand job after seed
+  local overrides=("policy.hf=$models/policy" "actor.hf=$models/actor" cluster.nodes=2 cluster.server_nodes=1
+    cluster.gpus_per_node=0 cluster.trainer_procs=1 cluster.interface=lo run.steps=2 run.save_every=2 run.stop_margin_s=0
+    evaluation.size=64)
+  # What `launch --slurm` would have taken from the YAML; a cluster's users write it into the #SBATCH lines.
+  local options=(--parsable --nodes=2 --gpus-per-node=0 --oversubscribe "--output=$out/by_hand-%j.out")
+  job=$(JACKPOT_SERVER_NODES=1 sbatch "${options[@]}" slurm/colocated.sbatch examples/quickstart/run.yaml \
+    "run.folder=$folder" "${overrides[@]}") || die "sbatch refused it"
+  after=$(JACKPOT_SERVER_NODES=1 sbatch "${options[@]}" --array=3 "--dependency=afterany:$job" slurm/colocated.sbatch \
+    examples/quickstart/run.yaml "run.folder=$folder" "${overrides[@]}") || die "sbatch refused the array"
+  wait_for 400 "job $job to end" ended "$job"
+  completed "$job"
+  unbroken "$folder" 2
+  wait_for 400 "array $after to end" bash -c "[[ -z \$(squeue -h -j $after) ]]"
+  unbroken "$folder/seed-3" 2
+}
+
 scenario_literal() {  # the commands of docs/clusters.md's first section, as they stand there
   python - "$out/literal.sh" <<'PY'
 import re, sys
@@ -198,7 +229,9 @@ PY
 }
 
 scenarios=("$@")
-if (( ${#scenarios[@]} == 0 )); then scenarios=(refused two_nodes signals limit daemon rank array literal); fi
+if (( ${#scenarios[@]} == 0 )); then
+  scenarios=(refused two_nodes disaggregated by_hand signals limit daemon rank array literal)
+fi
 trap cluster_down EXIT
 cluster_up "$out/cluster"
 for name in "${scenarios[@]}"; do
