@@ -23,21 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu_common import QWEN3_0_6B
 from megatron_jackpot.memory import PeakAnonymous
 from megatron_jackpot.models.convert import checksums, hf_to_megatron, megatron_to_hf, model_bytes
 from tests.tiny import write_model
 
 BLOCK = 16 * 2**20
-QWEN3_0_6B = dict(
-    vocab_size=151936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_hidden_layers=28,
-    num_attention_heads=16,
-    num_key_value_heads=8,
-    head_dim=128,
-    tie_word_embeddings=True,
-)
 
 
 def copy(source: Path, to: Path) -> None:
