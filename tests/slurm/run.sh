@@ -182,8 +182,8 @@ scenario_array() {  # two seeds at once on the same two nodes
 
 scenario_disaggregated() {  # training on n1, servers on n2; --chain: a second job finds the run done
   local folder=$out/disaggregated job last
-  job=$(submit "$folder" run.steps=2 cluster.layout=disaggregated --chain 2)
-  last=$((job + 1))
+  last=$(submit "$folder" run.steps=2 cluster.layout=disaggregated --chain 2)
+  job=$((last - 1))
   wait_for 600 "job $last to end" ended "$last"
   completed "$job"
   completed "$last"
