@@ -50,7 +50,7 @@ class Place:
 
 
 def serve(config: Config) -> int:
-    """This node's servers, watched as `launch` does: until SIGTERM (0), or until one is lost for good (1).
+    """This node's servers, watched as `launch` does: until SIGUSR2 or SIGTERM (0), or one is lost for good (1).
 
     Raises ValueError for a bad layout.
     """
@@ -61,7 +61,7 @@ def serve(config: Config) -> int:
     logs = config.run.folder / "servers" / place.node
     children.become_subreaper()
     ended = threading.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: ended.set())
     # The trainer saves on it and needs its servers until then.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -68,6 +68,18 @@ forward() {  # SIGNAL
   if [[ -n $trainers ]]; then kill -s "$1" "$trainers"; fi
 }
 
+# srun passes SIGUSR2 on, and `serve` ends its servers; on SIGTERM srun would have the step killed.
+end_servers() {  # SRUN
+  local tries
+  if ! ended "$1"; then kill -s USR2 "$1"; fi
+  for (( tries = 0; tries < 40; tries++ )); do
+    if ended "$1"; then break; fi
+    sleep 1
+  done
+  if ! ended "$1"; then say "the servers did not end within 40 s"; kill -TERM "$1"; fi
+  wait "$1"
+}
+
 # Servers on some nodes, training on some, possibly the same; ends as training ends.
 run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key=value ...]
   local server_nodes=$1 servers_from=$2 trainer_nodes=$3 trainers_from=$4 servers code lost=0
@@ -101,8 +113,7 @@ run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key
   wait "$trainers"
   code=$?
   trap '' USR1 TERM
-  if ! ended "$servers"; then kill -TERM "$servers"; fi
-  wait "$servers"
+  end_servers "$servers"
   say "training ended with code $code"
   if (( code == 75 )) && requeue; then
     sleep 60  # Slurm ends this script now

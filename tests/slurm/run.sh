@@ -84,6 +84,7 @@ scenario_two_nodes() {  # servers on one node, torchrun over both
     [[ -e $folder/$name ]] || die "$folder/$name is missing"
   done
   [[ ! -e $folder/servers/n2 ]] || die "a server ran on n2"
+  ! grep -E 'Killed|CANCELLED' "$folder/slurm/$job.out" || die "the servers were killed instead of ended"
 }
 
 # Sends USR1 to the batch shell `wait` seconds after a row; the last row's own times tell where the run is then.
