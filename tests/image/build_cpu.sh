@@ -64,9 +64,10 @@ box_run() {  # LOG SECONDS COMMAND...: in a container of its own, as the image's
   local log=$1 limit=$2 container code=0
   shift 2
   container=$("${box[@]}" from "$image")
-  # A new container for each command, one at a time.
-  timeout "$limit" "${box[@]}" run --user 1000 ${models:+-v "$models:/models:ro"} "$container" -- "$@" \
-    >"$work/$log.log" 2>&1 || code=$?
+  # Under chroot buildah looks for a command in this machine's PATH: the image's own shell looks in the image's.
+  # shellcheck disable=SC2016
+  timeout "$limit" "${box[@]}" run --user 1000 ${models:+-v "$models:/models:ro"} "$container" -- \
+    /bin/sh -c 'exec "$@"' sh "$@" >"$work/$log.log" 2>&1 || code=$?
   "${box[@]}" rm "$container" >/dev/null
   (( code == 0 )) || { tail -n 30 "$work/$log.log"; say "FAILED with code $code: $*"; exit 1; }
 }
