@@ -30,6 +30,7 @@ from megatron_jackpot.rollout.care import ServerCare
 from megatron_jackpot.rollout.server import free_port, stop_servers
 
 SERVER_GRACE_S = 15.0
+EXIT_NO_START = 2
 MEETING_S = 60.0
 """How much later than the servers' own limit a node may start; steps of one job do not start together."""
 
@@ -52,6 +53,8 @@ class Place:
 def serve(config: Config) -> int:
     """This node's servers, watched as `launch` does: until SIGUSR2 or SIGTERM (0), or one is lost for good (1).
 
+    EXIT_NO_START when they did not start: the same job again would fare no better.
+
     Raises ValueError for a bad layout.
     """
     config, place = enter(config, os.environ, "serve")
@@ -71,7 +74,7 @@ def serve(config: Config) -> int:
         )
     except (RuntimeError, TimeoutError) as error:
         say(f"{place.node}: the servers did not start. {error}")
-        return 1
+        return EXIT_NO_START
     try:
         urls = [server.url for server in servers]
         publish(place.folder(config) / "servers" / f"{place.rank}.json", {"node": place.node, "urls": urls})

@@ -153,6 +153,8 @@ def make(folder: Path, data: Data) -> None:
     for name, model in (("policy", policy), ("actor", actor)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        for path in (folder / name).iterdir():
+            path.chmod(0o644)  # safetensors' writer lets only the owner read
     report = {"kl_first": first, "kl_last": last, "seconds": time.perf_counter() - started}
     (folder / "report.json").write_text(json.dumps(report, indent=1))
 

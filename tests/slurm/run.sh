@@ -15,6 +15,8 @@ source tests/slurm/cluster.sh
 mkdir -p "$out"
 chmod 755 "$out"
 
+PATIENCE=${PATIENCE:-1}  # times every limit, for a busy machine
+
 say() { printf '[slurm test] %s %s\n' "$(date +%H:%M:%S)" "$*"; }
 die() { say "FAILED: $*"; exit 1; }
 
@@ -36,7 +38,7 @@ submit() {  # RUN_FOLDER [key=value ...]: prints the id
 }
 
 wait_for() {  # SECONDS WHAT COMMAND...
-  local limit=$((SECONDS + $1)) what=$2 least=$1
+  local limit=$((SECONDS + PATIENCE * $1)) what=$2 least=$((PATIENCE * $1))
   shift 2
   until "$@"; do
     (( SECONDS < limit )) || die "waited $least s for $what"
@@ -171,6 +173,37 @@ PY
   (( $(grep -c 'servers on' "$folder/slurm/$job.out") == 1 )) || die "it was requeued"
 }
 
+server_of() {  # JOB: the process of its first server
+  python - "$1" <<'PY'
+import sys
+import psutil
+for process in psutil.process_iter():
+    try:
+        words, place = process.cmdline(), process.environ()
+    except psutil.Error:
+        continue
+    if place.get("SLURM_JOB_ID") == sys.argv[1] and "serve" in words and any("sglang" in word for word in words):
+        print(process.pid)
+        break
+PY
+}
+
+scenario_servers() {  # one that never stands: the job fails at once; one that is lost for good: saved and requeued
+  local folder=$out/servers job
+  job=$(submit "$folder/never" 'servers.extra_args=[--no-such-flag]')
+  wait_for 200 "job $job to end" ended "$job"
+  [[ $(state "$job") == FAILED ]] || die "job $job ended as $(state "$job")"
+  grep -h 'not requeued' "$folder/never/slurm/$job.out" || die "it did not say why"
+  job=$(submit "$folder/lost" servers.max_restarts=0)
+  wait_for 400 "a checkpoint" test -d "$folder/lost/checkpoints/step-000002"
+  kill -9 "$(server_of "$job")"
+  wait_for 300 "the requeued job's start" restarted "$job" "$folder/lost/slurm/$job.out" 1
+  wait_for 400 "job $job to end" ended "$job"
+  completed "$job"
+  unbroken "$folder/lost" 6
+  grep -hE 'servers ended with code|training ended|resumed after step' "$folder/lost/slurm/$job.out"
+}
+
 scenario_array() {  # two seeds at once on the same two nodes
   local folder=$out/array job seed
   job=$(submit "$folder" run.steps=2 'cluster.seeds=[0,1]')
@@ -231,7 +264,7 @@ PY
 
 scenarios=("$@")
 if (( ${#scenarios[@]} == 0 )); then
-  scenarios=(refused two_nodes disaggregated by_hand signals limit daemon rank array literal)
+  scenarios=(refused two_nodes disaggregated by_hand signals limit daemon rank servers array literal)
 fi
 trap cluster_down EXIT
 cluster_up "$out/cluster"
