@@ -182,7 +182,7 @@ for process in psutil.process_iter():
         words, place = process.cmdline(), process.environ()
     except psutil.Error:
         continue
-    if place.get("SLURM_JOB_ID") == sys.argv[1] and "serve" in words and any("sglang" in word for word in words):
+    if place.get("SLURM_JOB_ID") == sys.argv[1] and any("sglang" in word for word in words):
         print(process.pid)
         break
 PY
