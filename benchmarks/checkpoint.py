@@ -89,7 +89,7 @@ def one_round(saver: Saver, trainer: SimpleNamespace, first: bool) -> dict[str, 
     for background in (True, False) if first else (False, True):
         trainer.num_steps += 1
         started = time.perf_counter()
-        saver.save(trainer, background=background)
+        saver.save(background=background)
         pause = time.perf_counter() - started
         if background:
             while saver._writing is not None and saver._writing.thread.is_alive():
@@ -116,8 +116,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
         trainer = make_trainer(folder, args.hidden, args.layers)
-        saver = Saver(trainer.mesh, Run(folder=folder / "run", keep=1))
-        saver.save(trainer, background=False)
+        saver = Saver(trainer, Run(folder=folder / "run", keep=1))
+        saver.save(background=False)
         files = [path for path in checkpoints(folder / "run")[-1].rglob("*") if path.is_file()]
         num_bytes = sum(path.stat().st_size for path in files)
         rounds = []

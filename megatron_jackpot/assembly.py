@@ -200,7 +200,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         resumed = _resume(config, assembly.trainer)
         with contextlib.ExitStack() as outputs:
             report, account = _outputs(config, mesh, assembly.trainer, resumed, outputs)
-            finished = _train(assembly, Saver(mesh, config.run), report, account)
+            finished = _train(assembly, Saver(assembly.trainer, config.run), report, account)
     except Refused:
         raise
     except Exception as error:
@@ -254,7 +254,7 @@ def _train(assembly: Assembly, saver: Saver, report: Report, account: Account) -
             _one_step(assembly, saver, report, account)
     except StopRun:
         with trainer.watchdog.phase("save"):
-            saver.save(trainer, background=False)
+            saver.save(background=False)
         return False
     with trainer.watchdog.phase("save"):
         saver.wait()
@@ -276,7 +276,7 @@ def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account
     with trainer.timer("save"):
         saver.poll()
         if config.run.save_every and (step % config.run.save_every == 0 or last):
-            saver.save(trainer, background=config.run.save_in_background and not last)
+            saver.save(background=config.run.save_in_background and not last)
     if last or (config.run.save_hf_every and step % config.run.save_hf_every == 0):
         for model in (trainer.policy, trainer.actor):
             export_hf(model, config.run.folder / "hf" / f"step-{step:06d}" / model.name)

@@ -67,7 +67,7 @@ def _train(
     trainer.source = trainer.collector.source = source
     trainer.collector.stop = lambda: "test" if trainer.num_steps == stop_at else None
     troubles = checkpoint.resume(trainer, Path(run)) if options.get("resume") else []
-    saver = checkpoint.Saver(mesh, knobs)
+    saver = checkpoint.Saver(trainer, knobs)
     numbers = []
     try:
         while trainer.num_steps < steps:
@@ -75,9 +75,9 @@ def _train(
             numbers.append({k: v for k, v in metrics.items() if k not in NOISY and not k.startswith("time/")})
             saver.poll()
             if options.get("save"):
-                saver.save(trainer, background=options["save"] == "background")
+                saver.save(background=options["save"] == "background")
     except StopRun:
-        saver.save(trainer, background=False)
+        saver.save(background=False)
     saver.wait()
     weights = {n: export(getattr(trainer, n)) for n in ("policy", "actor")}
     destroy_mesh()
@@ -251,28 +251,28 @@ def _save_on_a_full_disk(rank: int, world: int, folder: str, disk: str) -> dict:
     config = make_config(Layout(), Path(folder))
     run = config.run.model_copy(update={"folder": Path(disk), "keep": 5, "save_every": 1})
     trainer = load_trainer(config.model_copy(update={"run": run}))
-    saver, seen = checkpoint.Saver(trainer.mesh, run), {"bytes": checkpoint.expected_bytes(trainer)}
-    saver.save(trainer, background=False)
+    saver, seen = checkpoint.Saver(trainer, run), {"bytes": checkpoint.expected_bytes(trainer)}
+    saver.save(background=False)
     seen["first"] = sum(p.stat().st_size for p in (Path(disk) / "checkpoints").rglob("*") if p.is_file())
     trainer.num_steps = 1
     (Path(disk) / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 600_000))
-    saver.save(trainer, background=True)
+    saver.save(background=True)
     saver.wait()
     seen["refused"] = saver.num_failed
     # Room according to the file system, but gone before everything is written.
     checkpoint.shutil = type("Lying", (), {**vars(shutil), "disk_usage": staticmethod(lambda _: _Plenty)})
-    saver.save(trainer, background=True)
+    saver.save(background=True)
     saver.wait()
     seen["broke off"] = saver.num_failed
     with pytest.raises(OSError) as error:
-        saver.save(trainer, background=False)
+        saver.save(background=False)
     seen["error"] = str(error.value)
     seen["left"] = sorted(p.name for p in (Path(disk) / "checkpoints").iterdir())
     checkpoint.shutil = shutil
     with pytest.raises(ValueError) as refused:
         checkpoint.check_room(trainer, run)
     (Path(disk) / "filler").unlink()
-    saver.save(trainer, background=True)
+    saver.save(background=True)
     saver.wait()
     seen["after"] = sorted(p.name for p in (Path(disk) / "checkpoints").glob("step-*"))
     return {**seen, "gate": str(refused.value), "damage": checkpoint.resume(trainer, Path(disk))}
