@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import save_config
-from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -59,6 +59,7 @@ class Snapshot:
                 shards = [_Shards(part) for part in _parts(self.model.optimizer)]
             else:
                 self._whole = self.model.optimizer.sharded_state_dict(self._weights, is_loading=False)
+                dict_list_map_inplace(_unshared, self._whole)
                 entries, shards = [*_entries(self._weights), *_entries(self._whole)], []
             wanted = [_plain(entry.data) for entry in entries]
             wanted += [tensor for part in shards for tensor in part.tensors]
@@ -123,7 +124,7 @@ class _Shards:
     """This rank's shards of one distributed optimizer, and the optimizer's way to put those of all ranks together."""
 
     def __init__(self, part: Any) -> None:
-        self.part, self.state = part, part.state_dict()
+        self.part, self.state = part, copy.deepcopy(part.state_dict())
         self._names: list[tuple[Any, str]] = []
         self.tensors: list[torch.Tensor] = []
         for parameter in part.model_param_group_index_map:
@@ -152,6 +153,11 @@ def _entries(state: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory
     """Those that this rank writes, of which another may hold the same."""
     kinds = (ShardedTensor, ShardedTensorFactory)
     return [e for e in nested_values(state) if isinstance(e, kinds) and is_main_replica(e.replica_id)]
+
+
+def _unshared(value: Any) -> Any:
+    """A bare tensor (the number of steps) in memory of its own; it is too small to matter."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,15 @@ def _train(
     trainer.collector.stop = lambda: "test" if trainer.num_steps == stop_at else None
     troubles = checkpoint.resume(trainer, Path(run)) if options.get("resume") else []
     saver = checkpoint.Saver(trainer, knobs)
+    if options.get("late"):
+        _write_late(saver, trainer)
     numbers = []
     try:
         while trainer.num_steps < steps:
             metrics = trainer.step()
             numbers.append({k: v for k, v in metrics.items() if k not in NOISY and not k.startswith("time/")})
             saver.poll()
-            if options.get("save"):
+            if trainer.num_steps in options.get("save_at", range(steps + 1)) and options.get("save"):
                 saver.save(background=options["save"] == "background")
     except StopRun:
         saver.save(background=False)
@@ -82,6 +85,18 @@ def _train(
     weights = {n: export(getattr(trainer, n)) for n in ("policy", "actor")}
     destroy_mesh()
     return (numbers, weights, trainer.methods.correction, troubles, source.asked) if rank == 0 else None
+
+
+def _write_late(saver: checkpoint.Saver, trainer) -> None:
+    """Each save's thread does nothing before training has finished two more steps."""
+    write = saver.write
+
+    def late(writing) -> None:
+        while trainer.num_steps < writing.state["num_steps"] + 2:
+            time.sleep(0.01)
+        write(writing)
+
+    saver.write = late
 
 
 def train(folder: Path, run: Path, layout: Layout, steps: int, **options):
@@ -133,6 +148,27 @@ def test_resumed_on_the_same_layout_it_is_the_uninterrupted_run_bit_for_bit(save
     assert (run / "checkpoints" / "latest").resolve().name == "step-000003"
     got = train(folder, copy_without_last(run, tmp_path / "run"), STEERED, 3, resume=True)
     same(got, whole, exact=True, steps=1)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp=2, overlap=True), Layout(sharded_optimizer=False)],
+    ids=["dp 2, overlapped", "optimizer not sharded"],
+)
+def test_a_save_holds_the_state_of_its_step_however_late_it_is_written(folder, tmp_path, layout) -> None:
+    layout = Layout(**{**vars(layout), "correction": STEERED.correction})
+    whole = train(folder, tmp_path / "run", layout, 3, save="background", save_at=[1], late=True)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000001"]
+    train(folder, tmp_path / "at once", layout, 1, save="now")
+    late, at_once = (hashes(tmp_path / name / "checkpoints" / "step-000001") for name in ("run", "at once"))
+    assert late == at_once and len(late) > 8
+    same(train(folder, tmp_path / "run", layout, 3, resume=True), whole, exact=True, steps=2)
+
+
+def hashes(checkpoint: Path) -> dict[str, list]:
+    """Of every file but those that name its folder."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    return {name: entry for name, entry in files.items() if not name.endswith(".metadata")}
 
 
 def test_saving_does_not_change_the_run(saved, folder, tmp_path) -> None:
