@@ -33,6 +33,7 @@ from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.provenance import checkpoints
+from megatron_jackpot.watchdog import Watchdog
 from tests.parallel.spawn import run_ranks
 from tests.tiny import write_model
 
@@ -69,6 +70,7 @@ def make_trainer(folder: Path, hidden: int, layers: int) -> SimpleNamespace:
     return SimpleNamespace(
         **models,
         mesh=mesh,
+        watchdog=Watchdog(folder / "run", mesh.dp_rank, 3600),
         loader=None,
         collector=nothing,
         guard=nothing,

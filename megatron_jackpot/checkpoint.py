@@ -130,6 +130,14 @@ class Saver:
 
     def write(self, writing: "_Writing") -> None:
         """Everything of a save that training need not wait for; what fails on one rank raises on all."""
+        with self.trainer.watchdog.phase(f"write {writing.final.name}"):
+            digests = self._write_files(writing)
+        with self.trainer.watchdog.phase(f"publish {writing.final.name}"), together(self._group):
+            if self.mesh.is_main:
+                self._publish(writing, digests)
+
+    def _write_files(self, writing: "_Writing") -> Digests:
+        """Size and hash of what every rank has written."""
         unfinished, group, rank = writing.unfinished, self._group, dist.get_rank()
         for name in MODELS:
             self._snapshots[name].write(unfinished / name, group)
@@ -142,9 +150,7 @@ class Saver:
             own = [path for path in _files(unfinished) if path.name.startswith(f"__{rank}_")]
             digests = {str(path.relative_to(unfinished)): digest(path) for path in own}
         dist.all_gather_object(parts, digests, group=group)
-        with together(group):
-            if self.mesh.is_main:
-                self._publish(writing, {name: entry for part in parts for name, entry in part.items()})
+        return {name: entry for part in parts for name, entry in part.items()}
 
     def _publish(self, writing: "_Writing", digests: Digests) -> None:
         unfinished, final = writing.unfinished, writing.final

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -126,6 +128,33 @@ class FaultRun:
         self.note_children()
         self.popen.send_signal(signum)
         return self.popen.wait(timeout=limit_s)
+
+
+def kill_in_phase(
+    doing: Path, phase: str, limit_s: float, victim: Callable[[int], int] = lambda pid: pid
+) -> str:
+    """kill -9 of the process that `doing` (RUN/doing/rank-N) is about, or of its `victim`, while it is in a phase.
+
+    It is stopped first, so that what it says is what it does. Returns its line. Raises AssertionError after `limit_s`.
+    """
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        line = doing.read_text() if doing.exists() else ""
+        if phase not in line:
+            continue
+        pid = int(line.split()[1].rsplit(":", 1)[1])
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            os.kill(pid, signal.SIGSTOP)
+            while psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                pass
+            there = psutil.Process(pid).status() == psutil.STATUS_STOPPED and phase in doing.read_text()
+            if there:
+                os.kill(victim(pid), signal.SIGKILL)
+            if not there or victim(pid) != pid:
+                os.kill(pid, signal.SIGCONT)
+            if there:
+                return line.strip()
+    raise AssertionError(f"'{phase}' was not seen in {doing} in {limit_s} s")
 
 
 def check_account(folder: Path) -> int:

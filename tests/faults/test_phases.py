@@ -1,0 +1,86 @@
+"""A rank killed in each phase of a step: the run goes on and ends as if nothing had happened, to the last bit."""
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from megatron_jackpot import assembly
+from megatron_jackpot.config import load_config
+from megatron_jackpot.metrics import read_metrics
+from tests.faults.harness import check_account, kill_in_phase, make_models
+from tests.parallel.spawn import run_ranks, start_ranks
+from tests.tiny import groups
+
+STEPS = 16
+RANKS = 2
+LIMIT_S = 60
+PHASES = (
+    *("rollout of step", "score of step", "correct of step", "update_actor of step", "update_policy of step"),
+    *("sync of step", "save of step", "write step-", "publish step-"),
+)
+NOISY = {"rollout/tokens_per_s", "sync/seconds"}
+
+
+class Scripted:
+    """Rollouts that are a function of the prompt and the epoch."""
+
+    def collect(self, epoch: int, prompts: list, *, samples=None, stop=None) -> tuple[list, dict]:
+        time.sleep(0.01)
+        made = [groups(range(p.id, p.id + 1), samples=3)[0] for p in prompts]
+        return [[dataclasses.replace(r, epoch=epoch) for r in group] for group in made], {}
+
+    def require_version(self, oldest: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _train(rank: int, world: int, yaml_file: str, run: str) -> None:
+    """A whole run, but without servers."""
+    assembly.make_source = lambda *_: Scripted()
+    assembly.make_sync = lambda *_: None
+    assembly.probe = assembly.evaluate = lambda *_: {}
+    overrides = [
+        f"run.folder={run}",
+        f"run.steps={STEPS}",
+        "run.keep=100",
+        "servers.urls=['http://127.0.0.1:1']",
+    ]
+    assert assembly.run(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8"]))
+
+
+def numbers(run: Path) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if k not in NOISY and not k.startswith(("time/", "memory/"))}
+        for row in read_metrics(run)
+    ]
+
+
+def weights(run: Path) -> dict[str, list]:
+    """Size and hash of the files that hold weights and optimizer state after the last step."""
+    manifest = json.loads((run / f"checkpoints/step-{STEPS:06d}/manifest.json").read_text())
+    return {name: entry for name, entry in manifest["files"].items() if name.endswith(".distcp")}
+
+
+def test_killed_in_every_phase_the_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    yaml_file = make_models(tmp_path)
+    whole, hit = tmp_path / "whole", tmp_path / "hit"
+    run_ranks(_train, RANKS, 120, str(yaml_file), str(whole))
+    lines = []
+    for number, phase in enumerate(PHASES):
+        victim = number % RANKS if phase != "publish step-" else 0
+        with tempfile.TemporaryDirectory() as folder:
+            context = start_ranks(_train, RANKS, LIMIT_S, folder, str(yaml_file), str(hit))
+            try:
+                lines.append(kill_in_phase(hit / "doing" / f"rank-{victim}", phase, LIMIT_S))
+            finally:
+                for process in context.processes:
+                    process.kill()
+                    process.join()
+    print(*lines, sep="\n")
+    run_ranks(_train, RANKS, 120, str(yaml_file), str(hit))
+    assert check_account(hit) == STEPS == check_account(whole)
+    assert (hit / "prompts.jsonl").read_text() == (whole / "prompts.jsonl").read_text()
+    assert numbers(hit) == numbers(whole)
+    assert weights(hit) == weights(whole)
