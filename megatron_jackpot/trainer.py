@@ -78,6 +78,8 @@ class Trainer:
         self.sum_over_batch = make_sum_over(mesh.dp_group)
         self.num_steps = 0
         """Finished steps; also the version of the actor's weights."""
+        self.step_under_way = 1
+        """What phases are named after; sync and save belong to a step that is finished."""
         self.num_probes = 0
         self.policy_moved = False
         """True once the policy was updated after the scoring pass of this step."""
@@ -89,6 +91,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One rollout batch: collect, score, correct, update both models, sync. Returns metrics on the main rank."""
         self.sums, self.values = {}, {}
+        self.step_under_way = self.num_steps + 1
         with self.timer("step"):
             with self.timer("rollout"):
                 groups = self.collect()
@@ -251,7 +254,7 @@ class Trainer:
         """Adds the seconds of the block to time/<name>."""
         _finish_device_work()
         started = time.perf_counter()
-        with self.watchdog.phase(f"{name} of step {self.num_steps + 1}"):
+        with self.watchdog.phase(f"{name} of step {self.step_under_way}"):
             yield
             _finish_device_work()
         key = f"time/{name}"

@@ -9,11 +9,12 @@ from pathlib import Path
 from megatron_jackpot import assembly
 from megatron_jackpot.config import load_config
 from megatron_jackpot.metrics import read_metrics
+from megatron_jackpot.provenance import checkpoints
 from tests.faults.harness import check_account, kill_in_phase, make_models
 from tests.parallel.spawn import run_ranks, start_ranks
 from tests.tiny import groups
 
-STEPS = 16
+STEPS = 30
 RANKS = 2
 LIMIT_S = 60
 PHASES = (
@@ -63,6 +64,14 @@ def weights(run: Path) -> dict[str, list]:
     return {name: entry for name, entry in manifest["files"].items() if name.endswith(".distcp")}
 
 
+def another_checkpoint(run: Path) -> None:
+    """Wait until the run has saved once more than now."""
+    before, deadline = checkpoints(run), time.monotonic() + LIMIT_S
+    while len(checkpoints(run)) <= len(before):
+        assert time.monotonic() < deadline, f"no checkpoint in {LIMIT_S} s"
+        time.sleep(0.01)
+
+
 def test_killed_in_every_phase_the_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     yaml_file = make_models(tmp_path)
     whole, hit = tmp_path / "whole", tmp_path / "hit"
@@ -73,11 +82,13 @@ def test_killed_in_every_phase_the_run_ends_as_if_it_had_not_been(tmp_path: Path
         with tempfile.TemporaryDirectory() as folder:
             context = start_ranks(_train, RANKS, LIMIT_S, folder, str(yaml_file), str(hit))
             try:
+                another_checkpoint(hit)
                 lines.append(kill_in_phase(hit / "doing" / f"rank-{victim}", phase, LIMIT_S))
             finally:
                 for process in context.processes:
                     process.kill()
                     process.join()
+    assert all(phase in line for phase, line in zip(PHASES, lines, strict=True)), lines
     print(*lines, sep="\n")
     run_ranks(_train, RANKS, 120, str(yaml_file), str(hit))
     assert check_account(hit) == STEPS == check_account(whole)
