@@ -258,6 +258,8 @@ def _train(assembly: Assembly, saver: Saver, report: Report, account: Account) -
         return False
     with trainer.watchdog.phase("save"):
         saver.wait()
+    if config.run.save_hf_at_end:
+        _export(trainer)
     return True
 
 
@@ -277,11 +279,27 @@ def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account
         saver.poll()
         if config.run.save_every and (step % config.run.save_every == 0 or last):
             saver.save(background=config.run.save_in_background and not last)
-    if last or (config.run.save_hf_every and step % config.run.save_hf_every == 0):
-        for model in (trainer.policy, trainer.actor):
-            export_hf(model, config.run.folder / "hf" / f"step-{step:06d}" / model.name)
     account(step)
     report(step, metrics | {"time/save": trainer.values["time/save"], "save/failed": float(saver.num_failed)})
+    if config.run.save_hf_every and step % config.run.save_hf_every == 0 and not last:
+        try:
+            _export(trainer)
+        except OSError as error:
+            if trainer.mesh.is_main:
+                print(f"WARNING: the run goes on: {error}", flush=True)
+
+
+def _export(trainer: Trainer) -> None:
+    """Both models as HF folders. Raises OSError, on every rank, when they cannot be written."""
+    folder = trainer.config.run.folder / "hf" / f"step-{trainer.num_steps:06d}"
+    try:
+        with trainer.watchdog.phase(f"export of step {trainer.num_steps}"):
+            for model in (trainer.policy, trainer.actor):
+                export_hf(model, folder / model.name)
+    except OSError as error:
+        raise OSError(
+            f"{folder} could not be written: {error}. tools/megatron_to_hf.py makes it of a checkpoint."
+        ) from error
 
 
 def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:

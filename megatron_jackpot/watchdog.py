@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 EXIT_STUCK = 70
@@ -54,12 +54,14 @@ class Watchdog:
 
         One write into a file that stays open: many ranks on a shared disk can afford it many times a step.
         """
-        if self._doing_fd is None:
-            self.doing.parent.mkdir(parents=True, exist_ok=True)
-            self._doing_fd = os.open(self.doing, os.O_WRONLY | os.O_CREAT, 0o644)
         who = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {platform.node()}:{os.getpid()}"
         line = f"{who} {'; '.join(what for what, _ in self._phases.values())}"
-        os.pwrite(self._doing_fd, line.encode()[: _LINE_BYTES - 1].ljust(_LINE_BYTES - 1) + b"\n", 0)
+        # A full disk must not end a run that only tells what it does.
+        with suppress(OSError):
+            if self._doing_fd is None:
+                self.doing.parent.mkdir(parents=True, exist_ok=True)
+                self._doing_fd = os.open(self.doing, os.O_WRONLY | os.O_CREAT, 0o644)
+            os.pwrite(self._doing_fd, line.encode()[: _LINE_BYTES - 1].ljust(_LINE_BYTES - 1) + b"\n", 0)
 
     def dump(self, why: str) -> None:
         """Append `why` and every thread's stack to the rank's file in the run's folder, and to stderr."""

@@ -18,6 +18,11 @@ from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
 
 STEP_LIMIT_S = 180
 SIZE, PER_STEP = 40, 4
+PHASES = (
+    *("rollout of step", "score of step", "correct of step", "update_actor of step", "update_policy of step"),
+    *("sync of step", "save of step", "write step-", "publish step-"),
+)
+"""Of a step and of its checkpoint, as RUN/doing names them."""
 
 
 def make_models(folder: Path) -> Path:
@@ -123,6 +128,26 @@ class FaultRun:
     def hit(self, victim: psutil.Process, signum: int) -> None:
         self.note_children()
         os.kill(victim.pid, signum)
+
+    def kill_server_in_an_update(self, limit_s: float) -> str:
+        """kill -9 of the first server when it has been paused for new weights and not yet been told to go on."""
+        log, doing = self.folder / "server-0.log", self.folder / "doing" / "rank-0"
+        paused, deadline = "POST /pause_generation", time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            before, line = log.read_text(errors="replace").count(paused), doing.read_text()
+            rank = int(line.split()[1].rsplit(":", 1)[1])
+            while time.monotonic() < deadline and log.read_text(errors="replace").count(paused) == before:
+                pass
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGSTOP)
+                text, line = log.read_text(errors="replace"), doing.read_text()
+                there = text.rfind(paused) > text.rfind("POST /continue_generation") and "sync of" in line
+                if there:
+                    self.hit(self.servers()[0], signal.SIGKILL)
+                os.kill(rank, signal.SIGCONT)
+                if there:
+                    return f"{line.strip()} (server)"
+        raise AssertionError(f"no update of the server in {limit_s} s")
 
     def stop(self, signum: int = signal.SIGTERM, limit_s: float = 120) -> int:
         self.note_children()

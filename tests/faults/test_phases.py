@@ -10,17 +10,13 @@ from megatron_jackpot import assembly
 from megatron_jackpot.config import load_config
 from megatron_jackpot.metrics import read_metrics
 from megatron_jackpot.provenance import checkpoints
-from tests.faults.harness import check_account, kill_in_phase, make_models
+from tests.faults.harness import PHASES, check_account, kill_in_phase, make_models
 from tests.parallel.spawn import run_ranks, start_ranks
 from tests.tiny import groups
 
 STEPS = 30
 RANKS = 2
 LIMIT_S = 60
-PHASES = (
-    *("rollout of step", "score of step", "correct of step", "update_actor of step", "update_policy of step"),
-    *("sync of step", "save of step", "write step-", "publish step-"),
-)
 NOISY = {"rollout/tokens_per_s", "sync/seconds"}
 
 
@@ -46,6 +42,7 @@ def _train(rank: int, world: int, yaml_file: str, run: str) -> None:
         f"run.folder={run}",
         f"run.steps={STEPS}",
         "run.keep=100",
+        "run.save_hf_at_end=false",
         "servers.urls=['http://127.0.0.1:1']",
     ]
     assert assembly.run(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8"]))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -267,62 +266,3 @@ def test_no_checkpoint_and_other_prompts_are_refused(saved, folder, tmp_path) ->
     assert "other prompts than data.*" in message
     manifest = json.loads((saved[0] / "checkpoints" / "step-000003" / "manifest.json").read_text())
     assert manifest["step"] == 3 and len(manifest["files"]) > 6
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 8 MB, in which one or two checkpoints of the tiny models have room."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"this machine allows no mount: {mounted.stderr.decode()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def _save_on_a_full_disk(rank: int, world: int, folder: str, disk: str) -> dict:
-    config = make_config(Layout(), Path(folder))
-    run = config.run.model_copy(update={"folder": Path(disk), "keep": 5, "save_every": 1})
-    trainer = load_trainer(config.model_copy(update={"run": run}))
-    saver, seen = checkpoint.Saver(trainer, run), {"bytes": checkpoint.expected_bytes(trainer)}
-    saver.save(background=False)
-    seen["first"] = sum(p.stat().st_size for p in (Path(disk) / "checkpoints").rglob("*") if p.is_file())
-    trainer.num_steps = 1
-    (Path(disk) / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 600_000))
-    saver.save(background=True)
-    saver.wait()
-    seen["refused"] = saver.num_failed
-    # Room according to the file system, but gone before everything is written.
-    checkpoint.shutil = type("Lying", (), {**vars(shutil), "disk_usage": staticmethod(lambda _: _Plenty)})
-    saver.save(background=True)
-    saver.wait()
-    seen["broke off"] = saver.num_failed
-    with pytest.raises(OSError) as error:
-        saver.save(background=False)
-    seen["error"] = str(error.value)
-    seen["left"] = sorted(p.name for p in (Path(disk) / "checkpoints").iterdir())
-    checkpoint.shutil = shutil
-    with pytest.raises(ValueError) as refused:
-        checkpoint.check_room(trainer, run)
-    (Path(disk) / "filler").unlink()
-    saver.save(background=True)
-    saver.wait()
-    seen["after"] = sorted(p.name for p in (Path(disk) / "checkpoints").glob("step-*"))
-    return {**seen, "gate": str(refused.value), "damage": checkpoint.resume(trainer, Path(disk))}
-
-
-class _Plenty:
-    free = 10**12
-
-
-def test_a_full_disk_costs_the_checkpoint_and_not_the_run(folder, small_disk) -> None:
-    seen = run_ranks(_save_on_a_full_disk, 1, 100, str(folder), str(small_disk))[0]
-    assert 0.8 < seen["first"] / seen["bytes"] < 1.6
-    assert (seen["refused"], seen["broke off"]) == (1, 2)
-    assert "could not be saved" in seen["error"] and "No space left" in seen["error"]
-    assert seen["left"] == ["latest", "step-000000"]
-    assert "two checkpoints take about" in seen["gate"]
-    assert seen["after"] == ["step-000000", "step-000001"] and seen["damage"] == []
