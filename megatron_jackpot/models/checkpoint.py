@@ -26,9 +26,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
 
 from megatron_jackpot.hf_folder import copy_other_files
-from megatron_jackpot.models.dist_folder import BACKEND, COMMON
+from megatron_jackpot.models.dist_folder import BACKEND
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.host_copy import HostCopy
+from megatron_jackpot.models.pickles import COMMON, check_pickles
 from megatron_jackpot.parallel.reduce import together
 
 FULLY_RESHARDABLE = "fully_reshardable"
@@ -169,6 +170,7 @@ def load_model(model: MegatronModel, folder: Path) -> None:
     """Continue from what a finished save wrote, on any layout; every rank calls it."""
     _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
+        check_pickles(folder)
         loaded = dist_checkpointing.load(_to_load(model), str(folder))
         for index, chunk in enumerate(model.chunks):
             chunk.module.load_state_dict(loaded[f"model{index}"])

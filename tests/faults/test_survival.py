@@ -78,7 +78,7 @@ def test_one_run_survives_a_rank_killed_in_every_phase_and_its_server_in_the_mid
     assert [row["sync/server_version"] for row in rows[1:]] == list(range(1, done + 1))
     for row in rows[1:]:
         assert all(math.isfinite(row[name]) for name in ("loss/policy", "loss/actor", "grad_norm/policy"))
-        assert row["grad_norm/policy"] > 0 and row["staleness/mean"] == 0, row
+        assert row["grad_norm/actor"] > 0 and row["staleness/mean"] == 0, row
 
 
 def test_asked_to_stop_in_a_rollout_it_goes_on_where_it_was_after_its_server_died(yaml_file: Path) -> None:
