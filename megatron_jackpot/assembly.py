@@ -198,9 +198,11 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         raise Refused(*error.args) from error
     try:
         resumed = _resume(config, assembly.trainer)
-        with contextlib.ExitStack() as outputs:
-            report, account = _outputs(config, mesh, assembly.trainer, resumed, outputs)
-            finished = _train(assembly, Saver(assembly.trainer, config.run), report, account)
+        saver = Saver(assembly.trainer, config.run)
+        finished = None
+        while finished is None:
+            finished = _attempt(assembly, saver, resumed)
+            resumed = True
     except Refused:
         raise
     except Exception as error:
@@ -240,13 +242,24 @@ def _resume(config: Config, trainer: Trainer) -> bool:
     return True
 
 
-def _train(assembly: Assembly, saver: Saver, report: Report, account: Account) -> bool:
-    """The loop over steps. False when it ended early because it was asked to stop."""
+def _attempt(assembly: Assembly, saver: Saver, resumed: bool) -> bool | None:
+    """What `_train` returns; None when the run went back to a checkpoint, to go on from there with another attempt."""
+    trainer = assembly.trainer
+    with contextlib.ExitStack() as outputs:
+        report, account = _outputs(trainer.config, trainer.mesh, trainer, resumed, outputs)
+        try:
+            return _train(assembly, saver, report, account, resumed)
+        except RollBack as error:
+            _roll_back(trainer, saver, error)
+    return None
+
+
+def _train(assembly: Assembly, saver: Saver, report: Report, account: Account, resumed: bool) -> bool:
+    """The loop over steps. False when it ended early because it was asked to stop. Raises RollBack."""
     trainer, config = assembly.trainer, assembly.trainer.config
-    first = trainer.num_steps == 0
     trainer.push()
     metrics = probe(trainer, assembly.probes)
-    if first:
+    if not resumed:
         report(0, {**metrics, **evaluate(trainer, assembly.heldout, assembly.stop_ids)})
     try:
         while trainer.num_steps < config.run.steps:
@@ -265,11 +278,7 @@ def _train(assembly: Assembly, saver: Saver, report: Report, account: Account) -
 
 def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account) -> None:
     trainer, config = assembly.trainer, assembly.trainer.config
-    try:
-        metrics = trainer.step()
-    except RollBack as error:
-        _roll_back(trainer, saver, error)
-        return
+    metrics = trainer.step()
     step, last = trainer.num_steps, trainer.num_steps == config.run.steps
     if step % config.sync.probe_every == 0:
         metrics |= probe(trainer, assembly.probes)
@@ -277,7 +286,8 @@ def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account
         metrics |= evaluate(trainer, assembly.heldout, assembly.stop_ids)
     with trainer.timer("save"):
         saver.poll()
-        if config.run.save_every and (step % config.run.save_every == 0 or last):
+        due = config.run.save_every and step % config.run.save_every == 0 and not trainer.guard.in_doubt
+        if due or (config.run.save_every and last):
             saver.save(background=config.run.save_in_background and not last)
     account(step)
     report(step, metrics | {"time/save": trainer.values["time/save"], "save/failed": float(saver.num_failed)})
@@ -303,17 +313,20 @@ def _export(trainer: Trainer) -> None:
 
 
 def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
-    """Go on from the last checkpoint, unless that was done already and led here again."""
+    """Load the newest checkpoint that did not lead here already. Raises `error` where there is none."""
     run, mesh = trainer.config.run, trainer.mesh
     saver.wait()
-    found = mesh.from_main([folder.name for folder in checkpoints(run.folder)])
-    if not trainer.config.guard.rollback or not found or found[-1] == saver.rolled_back_to:
+    found = [
+        name
+        for name in mesh.from_main([f.name for f in checkpoints(run.folder)])
+        if name not in saver.led_astray
+    ]
+    if not trainer.config.guard.rollback or not found:
         raise error
     if mesh.is_main:
         print(f"WARNING: step {trainer.num_steps + 1}: {error} Going back to {found[-1]}.", flush=True)
-    saver.rolled_back_to = found[-1]
-    checkpoint.resume(trainer, run.folder)
-    trainer.push()
+    saver.led_astray.add(found[-1])
+    checkpoint.resume(trainer, run.folder, newest=found[-1])
 
 
 def _outputs(

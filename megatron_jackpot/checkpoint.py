@@ -48,7 +48,8 @@ class Saver:
         self.mesh: Mesh = trainer.mesh
         self.folder = Path(knobs.folder) / CHECKPOINTS
         self.num_failed = 0
-        self.rolled_back_to: str | None = None
+        self.led_astray: set[str] = set()
+        """Checkpoints that the run went back to and has not saved anew since."""
         self._group = dist.new_group(
             backend="gloo", timeout=datetime.timedelta(seconds=knobs.phase_timeout_s)
         )
@@ -70,6 +71,7 @@ class Saver:
         if refusal:
             self._fail(OSError(refusal), raise_it=not background)
             return
+        self.led_astray.discard(final.name)
         state = run_state(self.trainer)
         groups = self.trainer.collector.kept if self.mesh.is_leader else {}
         self._take()
@@ -242,14 +244,18 @@ def check_room(trainer: Any, run: Run) -> None:
         )
 
 
-def resume(trainer: Any, run_folder: Path) -> list[str]:
+def resume(trainer: Any, run_folder: Path, newest: str | None = None) -> list[str]:
     """Load the newest checkpoint that is whole; every rank calls it. Returns what went wrong with newer ones.
+
+    Those after `newest` (a name like step-000040) are left aside.
 
     Raises ValueError when there is none, or when prompts or seed are others than those it was made with.
     """
     mesh: Mesh = trainer.mesh
     troubles = []
     for folder in reversed(mesh.from_main(checkpoints(run_folder) if mesh.is_main else None)):
+        if newest is not None and folder.name > newest:
+            continue
         trouble = damage(folder, mesh)
         if trouble is None:
             _load(trainer, folder)

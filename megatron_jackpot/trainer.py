@@ -17,7 +17,7 @@ from megatron_jackpot.batch import Batch, Rollout
 from megatron_jackpot.collector import Collector, Source, StopRun
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
-from megatron_jackpot.guard import Guard
+from megatron_jackpot.guard import Guard, RollBack
 from megatron_jackpot.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.engine import MegatronModel, UpdateReport
@@ -176,9 +176,7 @@ class Trainer:
             self.add_sums(staleness(mini, self.num_steps))
         num_policy, num_actor, accepted, of, kl, kl_count = self.mesh.from_last_stage(counts).tolist()
         if not (math.isfinite(num_policy) and math.isfinite(num_actor)):
-            raise RuntimeError(
-                f"step {self.num_steps}: denominators are not finite: {num_policy}, {num_actor}."
-            )
+            raise RollBack(f"step {self.num_steps}: denominators are not finite: {num_policy}, {num_actor}.")
         if num_actor:
             self.guard.watch(accepted / of if of else math.nan, kl / kl_count if kl_count else math.nan)
             self.values["guard/paused"] = float(self.guard.paused)
