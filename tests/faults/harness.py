@@ -102,6 +102,12 @@ class FaultRun:
             assert time.monotonic() < deadline, f"no step {goal} in {limit_s} s\n{self.text()[-4000:]}"
             time.sleep(0.1)
 
+    def wait_for(self, there: Callable[[], bool], limit_s: float = STEP_LIMIT_S) -> None:
+        deadline = time.monotonic() + limit_s
+        while not there():
+            assert time.monotonic() < deadline, f"not within {limit_s} s\n{self.text()[-4000:]}"
+            time.sleep(0.2)
+
     def note_children(self) -> None:
         if self.popen.poll() is None:
             known = {child.pid for child in self.seen}

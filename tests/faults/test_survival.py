@@ -1,5 +1,6 @@
 """A run with real servers and real ranks survives what kills them, one after another, and loses no prompt."""
 
+import json
 import math
 import signal
 import time
@@ -79,6 +80,42 @@ def test_one_run_survives_a_rank_killed_in_every_phase_and_its_server_in_the_mid
     for row in rows[1:]:
         assert all(math.isfinite(row[name]) for name in ("loss/policy", "loss/actor", "grad_norm/policy"))
         assert row["grad_norm/actor"] > 0 and row["staleness/mean"] == 0, row
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_groups_of_a_server_killed_in_a_rollout_come_from_the_other_and_of_both_after_they_are_back(
+    tmp_path,
+) -> None:
+    with FaultRun(make_models(tmp_path), "servers.num=2", ranks=2) as run:
+        run.wait_steps(2)
+        doing = run.folder / "doing" / "rank-0"
+        steps = run.steps()
+        kill_in_phase(doing, "rollout of step", STEP_LIMIT_S, victim=lambda _: run.servers()[1].pid)
+        run.wait_steps(1)
+        # That step was over before a server could be started again.
+        assert "Sending the weights again" not in run.text() and "restart 1 of" in run.text()
+        one_left = time.monotonic()
+        run.wait_steps(3)
+        print(
+            f"one of two: steps {steps} -> {run.steps()}, the last 3 in {time.monotonic() - one_left:.0f} s",
+            flush=True,
+        )
+        started, steps = time.monotonic(), run.steps()
+        run.wait_for(lambda: len(run.servers()) == 2)
+        for victim in (0, 0):
+            kill_in_phase(
+                doing, "rollout of step", STEP_LIMIT_S, victim=lambda _, n=victim: run.servers()[n].pid
+            )
+        run.wait_steps(2, limit_s=2 * STEP_LIMIT_S)
+        print(f"both: steps {steps} -> {run.steps()}, {time.monotonic() - started:.0f} s", flush=True)
+        assert "Sending the weights again" in run.text()
+        assert run.stop(signal.SIGTERM) == EXIT_REQUEUE, run.text()[-3000:]
+    done = check_account(run.folder)
+    rows = [json.loads(line) for line in (run.folder / "prompts.jsonl").read_text().splitlines()]
+    assert [row["lost"] for row in rows] == [[]] * done
+    versions = [row["sync/server_version"] for row in read_metrics(run.folder)[1:]]
+    assert versions == list(range(1, done + 1))
 
 
 def test_asked_to_stop_in_a_rollout_it_goes_on_where_it_was_after_its_server_died(yaml_file: Path) -> None:
