@@ -24,11 +24,12 @@ class HostCopy:
         What lies side by side in one storage is copied at once, what overlaps only once. Returns when all is copied.
         """
         places, pieces, size = _lay_out(tensors)
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
         if size > self._memory.numel():
-            self._allocate(size, lock=any(tensor.is_cuda for tensor in tensors))
+            self._allocate(size, lock=on_gpu)
         for source, start in pieces:
             self._memory[start : start + source.numel()].copy_(source, non_blocking=True)
-        if self._locked:
+        if on_gpu:
             torch.cuda.current_stream().synchronize()
         return [self._view(tensor, start) for tensor, start in zip(tensors, places, strict=True)]
 
