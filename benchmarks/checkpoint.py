@@ -1,25 +1,28 @@
 """What a checkpoint costs: seconds, the pause that training sees, and GB/s against a plain write of the same bytes.
 
-    python benchmarks/checkpoint.py [--hidden 512] [--layers 8] [--rounds 5] [--folder DIR]
+    python benchmarks/checkpoint.py [--ranks 1] [--hidden 512] [--layers 8] [--rounds 5] [--folder DIR]
 
-Policy and actor are Qwen3 models with random weights, with AdamW state, on one rank. Each round does, in alternating
-order, a save in the foreground, a save in the background while the main thread computes, and a plain write (with
-fsync) of as many bytes; medians over the rounds.
+Policy and actor are Qwen3 models with random weights, with AdamW state, on one rank or data-parallel on several. Each
+round does, in alternating order, a save in the foreground, a save in the background while the main thread multiplies
+matrices, and a plain write (with fsync) of as many bytes; medians over the rounds, of the slowest rank. "Work beside
+it" is how many products the main thread does during a background save, over how many it does alone.
 """
 
 import argparse
 import os
-import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +33,8 @@ from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.provenance import checkpoints
+from megatron_jackpot.watchdog import Watchdog
+from tests.parallel.spawn import run_ranks
 from tests.tiny import write_model
 
 
@@ -48,7 +53,10 @@ def make_trainer(folder: Path, hidden: int, layers: int) -> SimpleNamespace:
             head_dim=hidden // scale // 8,
             vocab_size=8192,
         )
-        hf = write_model(folder / name, 0, **shape)
+        hf = folder / name
+        if mesh.is_main:
+            write_model(hf, 0, **shape)
+        mesh.barrier()
         family = family_of(read_hf_config(hf))
         models[name] = MegatronModel.load(
             name, family, hf, mesh=mesh, parallel=parallel,
@@ -62,6 +70,7 @@ def make_trainer(folder: Path, hidden: int, layers: int) -> SimpleNamespace:
     return SimpleNamespace(
         **models,
         mesh=mesh,
+        watchdog=Watchdog(folder / "run", mesh.dp_rank, 3600),
         loader=None,
         collector=nothing,
         guard=nothing,
@@ -83,17 +92,28 @@ def plain_write(path: Path, num_bytes: int) -> float:
     return seconds
 
 
+def products(until: Callable[[], bool]) -> float:
+    """Matrix products per second of the main thread."""
+    matrix, count, started = torch.rand(192, 192), 0, time.perf_counter()
+    while not until():
+        matrix = (matrix @ matrix).clamp(0, 1)
+        count += 1
+    return count / (time.perf_counter() - started)
+
+
 def one_round(saver: Saver, trainer: SimpleNamespace, first: bool) -> dict[str, float]:
-    """Seconds of one save of each kind."""
+    """Seconds of one save of each kind, and the share of its speed that work beside the background save had."""
     seconds = {}
     for background in (True, False) if first else (False, True):
         trainer.num_steps += 1
+        soon = time.perf_counter() + 0.5
+        alone = products(lambda soon=soon: time.perf_counter() > soon)
+        dist.barrier()
         started = time.perf_counter()
-        saver.save(trainer, background=background)
+        saver.save(background=background)
         pause = time.perf_counter() - started
         if background:
-            while saver._writing is not None and saver._writing.thread.is_alive():
-                time.sleep(0.01)
+            seconds["work beside it"] = products(lambda: not saver._writing.thread.is_alive()) / alone
             finish = time.perf_counter()
             saver.poll()
             pause += time.perf_counter() - finish
@@ -103,44 +123,49 @@ def one_round(saver: Saver, trainer: SimpleNamespace, first: bool) -> dict[str, 
     return seconds
 
 
+def measure(rank: int, world: int, args: argparse.Namespace, temporary: str) -> dict[str, float]:
+    """Medians over the rounds on one rank, and the bytes of a checkpoint."""
+    folder = Path(temporary)
+    trainer = make_trainer(folder, args.hidden, args.layers)
+    saver = Saver(trainer, Run(folder=folder / "run", keep=1, save_every=1))
+    saver.save(background=False)
+    files = [path for path in checkpoints(folder / "run")[-1].rglob("*") if path.is_file()]
+    num_bytes = sum(path.stat().st_size for path in files)
+    rounds = []
+    for number in range(args.rounds):
+        write = partial(plain_write, folder / f"plain-{rank}", num_bytes // world)
+        row = {"plain write": write()} if number % 2 else {}
+        row |= one_round(saver, trainer, first=number % 2 == 0)
+        row.setdefault("plain write", write())
+        rounds.append(row)
+    destroy_mesh()
+    return {name: statistics.median(row[name] for row in rounds) for name in rounds[0]} | {"bytes": num_bytes}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; default a temporary folder")
     args = parser.parse_args()
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        folder = Path(temporary)
-        trainer = make_trainer(folder, args.hidden, args.layers)
-        saver = Saver(trainer.mesh, Run(folder=folder / "run", keep=1))
-        saver.save(trainer, background=False)
-        files = [path for path in checkpoints(folder / "run")[-1].rglob("*") if path.is_file()]
-        num_bytes = sum(path.stat().st_size for path in files)
-        rounds = []
-        for number in range(args.rounds):
-            row = {"plain write": plain_write(folder / "plain", num_bytes)} if number % 2 else {}
-            row |= one_round(saver, trainer, first=number % 2 == 0)
-            rounds.append(row or {})
-            row.setdefault("plain write", plain_write(folder / "plain", num_bytes))
-        report(
-            {name: statistics.median(row[name] for row in rounds) for name in rounds[0]},
-            num_bytes,
-            args.rounds,
-        )
-        destroy_mesh()
-        shutil.rmtree(folder / "run")
+        ranks = run_ranks(measure, args.ranks, 3600, args, temporary)
+    slowest = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+    slowest["work beside it"] = min(rank["work beside it"] for rank in ranks)
+    report(slowest, args)
 
 
-def report(median: dict[str, float], num_bytes: int, rounds: int) -> None:
-    table = Table(title=f"{num_bytes / 1e6:.0f} MB, median of {rounds} rounds")
+def report(median: dict[str, float], args: argparse.Namespace) -> None:
+    megabytes = median["bytes"] / 1e6
+    table = Table(title=f"{megabytes:.0f} MB, {args.ranks} rank(s), median of {args.rounds} rounds")
     for column in ("what", "seconds", "GB/s"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for name in ("plain write", "foreground", "background whole", "background pause"):
-        rate = "" if name == "background pause" else f"{num_bytes / median[name] / 1e9:.2f}"
+        rate = "" if name == "background pause" else f"{megabytes / 1e3 / median[name]:.2f}"
         table.add_row(name, f"{median[name]:.3f}", rate)
     console = Console(width=100)
     console.print(table)
@@ -148,6 +173,7 @@ def report(median: dict[str, float], num_bytes: int, rounds: int) -> None:
     console.print(
         f"background pause / foreground save: {median['background pause'] / median['foreground']:.3f}"
     )
+    console.print(f"speed of work beside a background save: {median['work beside it']:.2f}")
 
 
 if __name__ == "__main__":

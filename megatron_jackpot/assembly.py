@@ -198,9 +198,11 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         raise Refused(*error.args) from error
     try:
         resumed = _resume(config, assembly.trainer)
-        with contextlib.ExitStack() as outputs:
-            report, account = _outputs(config, mesh, assembly.trainer, resumed, outputs)
-            finished = _train(assembly, Saver(mesh, config.run), report, account)
+        saver = Saver(assembly.trainer, config.run)
+        finished = None
+        while finished is None:
+            finished = _attempt(assembly, saver, resumed)
+            resumed = True
     except Refused:
         raise
     except Exception as error:
@@ -240,13 +242,24 @@ def _resume(config: Config, trainer: Trainer) -> bool:
     return True
 
 
-def _train(assembly: Assembly, saver: Saver, report: Report, account: Account) -> bool:
-    """The loop over steps. False when it ended early because it was asked to stop."""
+def _attempt(assembly: Assembly, saver: Saver, resumed: bool) -> bool | None:
+    """What `_train` returns; None when the run went back to a checkpoint, to go on from there with another attempt."""
+    trainer = assembly.trainer
+    with contextlib.ExitStack() as outputs:
+        report, account = _outputs(trainer.config, trainer.mesh, trainer, resumed, outputs)
+        try:
+            return _train(assembly, saver, report, account, resumed)
+        except RollBack as error:
+            _roll_back(trainer, saver, error)
+    return None
+
+
+def _train(assembly: Assembly, saver: Saver, report: Report, account: Account, resumed: bool) -> bool:
+    """The loop over steps. False when it ended early because it was asked to stop. Raises RollBack."""
     trainer, config = assembly.trainer, assembly.trainer.config
-    first = trainer.num_steps == 0
     trainer.push()
     metrics = probe(trainer, assembly.probes)
-    if first:
+    if not resumed:
         report(0, {**metrics, **evaluate(trainer, assembly.heldout, assembly.stop_ids)})
     try:
         while trainer.num_steps < config.run.steps:
@@ -254,20 +267,18 @@ def _train(assembly: Assembly, saver: Saver, report: Report, account: Account) -
             _one_step(assembly, saver, report, account)
     except StopRun:
         with trainer.watchdog.phase("save"):
-            saver.save(trainer, background=False)
+            saver.save(background=False)
         return False
     with trainer.watchdog.phase("save"):
         saver.wait()
+    if config.run.save_hf_at_end:
+        _export(trainer)
     return True
 
 
 def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account) -> None:
     trainer, config = assembly.trainer, assembly.trainer.config
-    try:
-        metrics = trainer.step()
-    except RollBack as error:
-        _roll_back(trainer, saver, error)
-        return
+    metrics = trainer.step()
     step, last = trainer.num_steps, trainer.num_steps == config.run.steps
     if step % config.sync.probe_every == 0:
         metrics |= probe(trainer, assembly.probes)
@@ -275,27 +286,47 @@ def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account
         metrics |= evaluate(trainer, assembly.heldout, assembly.stop_ids)
     with trainer.timer("save"):
         saver.poll()
-        if config.run.save_every and (step % config.run.save_every == 0 or last):
-            saver.save(trainer, background=config.run.save_in_background and not last)
-    if last or (config.run.save_hf_every and step % config.run.save_hf_every == 0):
-        for model in (trainer.policy, trainer.actor):
-            export_hf(model, config.run.folder / "hf" / f"step-{step:06d}" / model.name)
+        due = config.run.save_every and step % config.run.save_every == 0 and not trainer.guard.in_doubt
+        if due or (config.run.save_every and last):
+            saver.save(background=config.run.save_in_background and not last)
     account(step)
     report(step, metrics | {"time/save": trainer.values["time/save"], "save/failed": float(saver.num_failed)})
+    if config.run.save_hf_every and step % config.run.save_hf_every == 0 and not last:
+        try:
+            _export(trainer)
+        except OSError as error:
+            if trainer.mesh.is_main:
+                print(f"WARNING: the run goes on: {error}", flush=True)
+
+
+def _export(trainer: Trainer) -> None:
+    """Both models as HF folders. Raises OSError, on every rank, when they cannot be written."""
+    folder = trainer.config.run.folder / "hf" / f"step-{trainer.num_steps:06d}"
+    try:
+        with trainer.watchdog.phase(f"export of step {trainer.num_steps}"):
+            for model in (trainer.policy, trainer.actor):
+                export_hf(model, folder / model.name)
+    except OSError as error:
+        raise OSError(
+            f"{folder} could not be written: {error}. tools/megatron_to_hf.py makes it of a checkpoint."
+        ) from error
 
 
 def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
-    """Go on from the last checkpoint, unless that was done already and led here again."""
+    """Load the newest checkpoint that did not lead here already. Raises `error` where there is none."""
     run, mesh = trainer.config.run, trainer.mesh
     saver.wait()
-    found = mesh.from_main([folder.name for folder in checkpoints(run.folder)])
-    if not trainer.config.guard.rollback or not found or found[-1] == saver.rolled_back_to:
+    found = [
+        name
+        for name in mesh.from_main([f.name for f in checkpoints(run.folder)])
+        if name not in saver.led_astray
+    ]
+    if not trainer.config.guard.rollback or not found:
         raise error
     if mesh.is_main:
         print(f"WARNING: step {trainer.num_steps + 1}: {error} Going back to {found[-1]}.", flush=True)
-    saver.rolled_back_to = found[-1]
-    checkpoint.resume(trainer, run.folder)
-    trainer.push()
+    saver.led_astray.add(found[-1])
+    checkpoint.resume(trainer, run.folder, newest=found[-1])
 
 
 def _outputs(

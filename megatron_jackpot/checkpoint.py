@@ -7,6 +7,7 @@ disk; a later crash leaves at most an unfinished folder. Random draws are functi
 that no generator needs saving. `rollouts-*` are the finished groups of a step that was interrupted.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -18,18 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_jackpot.config_run import Run
-from megatron_jackpot.models.checkpoint import (
-    PendingSave,
-    begin_save,
-    load_model,
-    load_schedule,
-    schedule_state,
-)
+from megatron_jackpot.models.checkpoint import Snapshot, load_model, load_schedule, schedule_state
 from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.parallel.reduce import together
 from megatron_jackpot.provenance import CHECKPOINTS, LATEST, checkpoints
-from megatron_jackpot.rollout.kept import load_groups, save_groups
+from megatron_jackpot.rollout.kept import Groups, load_groups, save_groups
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -42,54 +39,53 @@ Digests = dict[str, list]
 class Saver:
     """Saves of one run, one at a time; every rank calls every method.
 
-    The pause that training sees is the planning and, in the background, a copy to host memory; files are written and
-    hashed by a thread, and the folder is published by the first `poll` or `wait` after every rank has written.
+    The pause that training sees is a copy of this rank's own state into host memory. A thread gathers, writes, hashes
+    and publishes, on process groups that training never uses: collectives of two threads on one group would mix.
     """
 
-    def __init__(self, mesh: Mesh, knobs: Run) -> None:
-        self.mesh, self.knobs = mesh, knobs
+    def __init__(self, trainer: Any, knobs: Run) -> None:
+        self.trainer, self.knobs = trainer, knobs
+        self.mesh: Mesh = trainer.mesh
         self.folder = Path(knobs.folder) / CHECKPOINTS
         self.num_failed = 0
-        self.rolled_back_to: str | None = None
+        self.led_astray: set[str] = set()
+        """Checkpoints that the run went back to and has not saved anew since."""
+        self._group = dist.new_group(
+            backend="gloo", timeout=datetime.timedelta(seconds=knobs.phase_timeout_s)
+        )
+        self._snapshots: dict[str, Snapshot] = {}
         self._writing: _Writing | None = None
+        if knobs.save_every is not None and knobs.save_in_background:
+            # Host memory is slow at first touch: that is no pause of the first save then.
+            self._snapshots = {name: Snapshot(getattr(trainer, name)) for name in MODELS}
 
-    def save(self, trainer: Any, *, background: bool) -> None:
+    def save(self, *, background: bool) -> None:
         """Save the state after `trainer.num_steps` steps; in the foreground it is published on return.
 
         Raises OSError on every rank when a foreground save cannot be written.
         """
         self.wait()
-        final = self.folder / f"step-{trainer.num_steps:06d}"
+        final = self.folder / f"step-{self.trainer.num_steps:06d}"
         unfinished = final.with_name(f".{final.name}.unfinished")
-        if self.mesh.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(".step-*"):
-                shutil.rmtree(left)
-            for name in MODELS:
-                (unfinished / name).mkdir(parents=True)
-        refusal = self.mesh.from_main(self._no_room() if self.mesh.is_main else None)
+        refusal = self.mesh.from_main(self._make_room(unfinished) if self.mesh.is_main else None)
         if refusal:
             self._fail(OSError(refusal), raise_it=not background)
             return
-        state = run_state(trainer)
-        if self.mesh.is_main:
-            _write(unfinished / STATE, state)
-        pending = [begin_save(getattr(trainer, name), unfinished / name, copy=background) for name in MODELS]
-        groups = trainer.collector.kept if self.mesh.is_leader else {}
-        own = unfinished / f"rollouts-{self.mesh.dp_rank}.npz"
-        if groups:
-            save_groups(own, groups)
-        self._writing = _Writing(pending, unfinished, final, trainer.num_steps, [own] if groups else [])
+        self.led_astray.discard(final.name)
+        state = run_state(self.trainer)
+        groups = self.trainer.collector.kept if self.mesh.is_leader else {}
+        self._take()
+        self._writing = _Writing(self, unfinished, final, state, dict(groups))
         if not background:
             self.wait(raise_it=True)
 
     def poll(self) -> None:
-        """Publish the save under way if every rank has written its files."""
-        if self._writing is not None and self.mesh.largest(int(self._writing.thread.is_alive())) == 0:
-            self._publish(raise_it=False)
+        """Take note of a save that has ended."""
+        if self._writing is not None and not self._writing.thread.is_alive():
+            self._note_end(raise_it=False)
 
     def wait(self, *, raise_it: bool = False) -> None:
-        """Publish the save under way. Raises TimeoutError when a rank writes longer than run.phase_timeout_s."""
+        """Until the save under way has ended. Raises TimeoutError when it takes longer than run.phase_timeout_s."""
         if self._writing is None:
             return
         limit = self.knobs.phase_timeout_s
@@ -99,28 +95,71 @@ class Saver:
                 f"Rank {dist.get_rank()} waited {limit:g} s (run.phase_timeout_s) for the files of "
                 f"{self._writing.unfinished} to be written."
             )
-        self._publish(raise_it)
+        self._note_end(raise_it)
 
-    def _publish(self, raise_it: bool) -> None:
+    def _take(self) -> None:
+        for name in MODELS:
+            if name in self._snapshots:
+                self._snapshots[name].take()
+            else:
+                self._snapshots[name] = Snapshot(getattr(self.trainer, name))
+
+    def _note_end(self, raise_it: bool) -> None:
         assert self._writing is not None
         writing, self._writing = self._writing, None
-        if self.mesh.largest(int(writing.error is not None)):
-            self._fail(writing.error or OSError("another rank could not write its files"), raise_it)
-            return
-        for pending in writing.pending:
-            pending.finish()
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, writing.digests)
-        if self.mesh.is_main:
-            self._rename(writing, {name: entry for part in parts for name, entry in part.items()})
-        self.mesh.barrier()
+        if writing.error is not None:
+            self._fail(writing.error, raise_it)
 
-    def _rename(self, writing: "_Writing", digests: Digests) -> None:
+    def _make_room(self, unfinished: Path) -> str | None:
+        """An empty folder to write into; a reason not to."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".step-*"):
+                shutil.rmtree(left)
+            for name in MODELS:
+                (unfinished / name).mkdir(parents=True)
+            newest = checkpoints(self.folder.parent)[-1:]
+            need = sum(path.stat().st_size for folder in newest for path in _files(folder))
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            return str(error)
+        if free < need:
+            return (
+                f"{self.folder} has {free / 1e9:.2f} GB free, the last checkpoint took {need / 1e9:.2f} GB. "
+                "Free some space or lower run.keep."
+            )
+        return None
+
+    def write(self, writing: "_Writing") -> None:
+        """Everything of a save that training need not wait for; what fails on one rank raises on all."""
+        with self.trainer.watchdog.phase(f"write {writing.final.name}"):
+            digests = self._write_files(writing)
+        with self.trainer.watchdog.phase(f"publish {writing.final.name}"), together(self._group):
+            if self.mesh.is_main:
+                self._publish(writing, digests)
+
+    def _write_files(self, writing: "_Writing") -> Digests:
+        """Size and hash of what every rank has written."""
+        unfinished, group, rank = writing.unfinished, self._group, dist.get_rank()
+        for name in MODELS:
+            self._snapshots[name].write(unfinished / name, group)
+        parts: list[Any] = [None] * dist.get_world_size()
+        with together(group):
+            if self.mesh.is_main:
+                _write(unfinished / STATE, writing.state)
+            if writing.groups:
+                save_groups(unfinished / f"rollouts-{self.mesh.dp_rank}.npz", writing.groups)
+            own = [path for path in _files(unfinished) if path.name.startswith(f"__{rank}_")]
+            digests = {str(path.relative_to(unfinished)): digest(path) for path in own}
+        dist.all_gather_object(parts, digests, group=group)
+        return {name: entry for part in parts for name, entry in part.items()}
+
+    def _publish(self, writing: "_Writing", digests: Digests) -> None:
         unfinished, final = writing.unfinished, writing.final
         for path in _files(unfinished):
             if (name := str(path.relative_to(unfinished))) not in digests:
                 digests[name] = digest(path)
-        _write(unfinished / MANIFEST, {"step": writing.step, "files": digests})
+        _write(unfinished / MANIFEST, {"step": writing.state["num_steps"], "files": digests})
         replaced = final.with_name(f".{final.name}.replaced")
         if final.exists():
             final.rename(replaced)
@@ -149,44 +188,31 @@ class Saver:
             flush=True,
         )
 
-    def _no_room(self) -> str | None:
-        newest = checkpoints(self.folder.parent)[-1:]
-        need = sum(path.stat().st_size for folder in newest for path in _files(folder))
-        free = shutil.disk_usage(self.folder).free
-        if free < need:
-            return (
-                f"{self.folder} has {free / 1e9:.2f} GB free, the last checkpoint took {need / 1e9:.2f} GB. "
-                "Free some space or lower run.keep."
-            )
-        return None
-
 
 class _Writing:
-    """A thread that writes and hashes this rank's files of one checkpoint."""
+    """The thread that writes and publishes one checkpoint."""
 
-    def __init__(self, pending: list[PendingSave], unfinished: Path, final: Path, step: int, own: list[Path]):
-        self.pending, self.unfinished, self.final, self.step = pending, unfinished, final, step
-        self.own = own
-        self.digests: Digests = {}
+    def __init__(self, saver: Saver, unfinished: Path, final: Path, state: dict[str, Any], groups: Groups):
+        self.saver, self.unfinished, self.final = saver, unfinished, final
+        self.state, self.groups = state, groups
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
         self.thread.start()
 
     def _run(self) -> None:
         try:
-            paths = [*self.own, *(path for pending in self.pending for path in pending.write())]
-            self.digests = {str(path.relative_to(self.unfinished)): digest(path) for path in paths}
+            self.saver.write(self)
         except BaseException as error:
             # For the training thread, which raises or reports it.
             self.error = _cause(error)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The file system's own error, where torch's writer hides it behind one of its own."""
-    link: BaseException | None = error
-    while link is not None and not isinstance(link, OSError):
-        link = link.__cause__ or link.__context__
-    return link or error
+    """The error of the first rank that had one, where torch's save has collected them."""
+    if not (isinstance(error, CheckpointException) and error.failures):
+        return error
+    rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
+    return OSError(f"rank {rank}: {first}")
 
 
 def expected_bytes(trainer: Any) -> int:
@@ -218,14 +244,18 @@ def check_room(trainer: Any, run: Run) -> None:
         )
 
 
-def resume(trainer: Any, run_folder: Path) -> list[str]:
+def resume(trainer: Any, run_folder: Path, newest: str | None = None) -> list[str]:
     """Load the newest checkpoint that is whole; every rank calls it. Returns what went wrong with newer ones.
+
+    Those after `newest` (a name like step-000040) are left aside.
 
     Raises ValueError when there is none, or when prompts or seed are others than those it was made with.
     """
     mesh: Mesh = trainer.mesh
     troubles = []
     for folder in reversed(mesh.from_main(checkpoints(run_folder) if mesh.is_main else None)):
+        if newest is not None and folder.name > newest:
+            continue
         trouble = damage(folder, mesh)
         if trouble is None:
             _load(trainer, folder)

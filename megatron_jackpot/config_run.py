@@ -24,7 +24,9 @@ class Run(Section):
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints whose step this divides stay on disk for good; null keeps none for good."""
     save_hf_every: int | None = Field(None, ge=1)
-    """Steps between exports of both models as HF folders, RUN/hf/step-NNNNNN; the last step is always exported."""
+    """Steps between exports of both models as HF folders, RUN/hf/step-NNNNNN; null exports none along the way."""
+    save_hf_at_end: bool = True
+    """Export both models after the last step."""
     resume: bool | Literal["auto"] = False
     """Continue from the newest whole checkpoint in the folder; auto starts afresh where there is none."""
     time_limit_s: float | None = Field(None, gt=0)

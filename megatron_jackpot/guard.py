@@ -7,7 +7,7 @@ from megatron_jackpot.config_run import Guards
 
 
 class RollBack(RuntimeError):
-    """Too many optimizer steps in a row were skipped; raised on every rank alike."""
+    """Numbers are not finite and training cannot go on with them; raised on every rank alike."""
 
 
 class Guard:
@@ -32,6 +32,11 @@ class Guard:
         )
         high = k.kl_ceiling is not None and not kl <= k.kl_ceiling * (1 - slack)
         self.paused = low or high
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether the last gradient of a model was not applied: its weights may be what is wrong, and are not saved."""
+        return any(self.skipped_in_a_row.values())
 
     def note(self, model: str, grad_norm: float) -> bool:
         """Whether a gradient may be applied. Raises RollBack when guard.max_skipped in a row may not."""

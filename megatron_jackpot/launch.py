@@ -105,21 +105,24 @@ def launch(
     start: StartServers | None = None,
     trainer_command: TrainerCommand | None = None,
     log: str = TRAIN_LOG,
+    first: bool = True,
 ) -> int:
     """Run the job to its end and return the exit code: 0 done, EXIT_REQUEUE if it saved and ended as asked.
 
     SIGTERM or SIGUSR1 ask it to; after a second one, SIGINT or SIGHUP it ends at once with 128 + n. Training that
     fails is started again from the last checkpoint, at most run.max_restarts times, then its code is returned; a
     server that ends or hangs is started again, at most servers.max_restarts times, then 1. Must run in the main
-    thread of its process. Every process started here has ended when this returns.
+    thread of its process. Every process started here has ended when this returns. Of a job's nodes only the `first`
+    clears what an earlier run was asked: another may start when this one has been asked already.
     """
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     config_file = record(config, folder)
     nproc = num_processes(config, nproc)
     children.become_subreaper()
-    forget_stop(folder)
-    with _Job(config, folder / log) as job:
+    if first:
+        forget_stop(folder)
+    with _Job(config, folder / log, first) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             apikey.provide(config.servers.host)
@@ -206,8 +209,8 @@ def say(text: str) -> None:
 class _Job:
     """The children of one launch and the one way they end: leaving the block, for whatever reason."""
 
-    def __init__(self, config: Config, log: Path):
-        self.config, self.folder, self.log = config, config.run.folder, log
+    def __init__(self, config: Config, log: Path, first: bool):
+        self.config, self.folder, self.log, self.first = config, config.run.folder, log, first
         self.look_after(())
         self.trainer: children.Streamed | None = None
         self.code = 1
@@ -253,7 +256,8 @@ class _Job:
                     f"starting again after {saved[-1].name}: restart {attempt + 1} of {self.config.run.max_restarts}"
                 )
                 children.end(self._below_trainer(), grace_s=STRAY_GRACE_S, hurry=self._hurry)
-                forget_stop(self.folder)
+                if self.first:
+                    forget_stop(self.folder)
 
     def _watch(self) -> int:
         """Until training ends or a server is lost for good."""

@@ -122,7 +122,8 @@ def join(config: Config) -> int:
     def command(config_file: Path, nproc: int, urls: Sequence[str]) -> list[str]:
         return torchrun(config_file, nproc, urls, rendezvous(place, master))
 
-    return launch(config, trainer_procs(config), trainer_command=command, log=f"train-{place.node}.log")
+    log, first = f"train-{place.node}.log", place.rank == 0
+    return launch(config, trainer_procs(config), trainer_command=command, log=log, first=first)
 
 
 def enter(config: Config, environ: Mapping[str, str], role: str) -> tuple[Config, Place]:

@@ -17,7 +17,7 @@ from megatron_jackpot.batch import Batch, Rollout
 from megatron_jackpot.collector import Collector, Source, StopRun
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
-from megatron_jackpot.guard import Guard
+from megatron_jackpot.guard import Guard, RollBack
 from megatron_jackpot.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.engine import MegatronModel, UpdateReport
@@ -81,6 +81,8 @@ class Trainer:
         self.sum_over_batch = make_sum_over(mesh.dp_group)
         self.num_steps = 0
         """Finished steps; also the version of the actor's weights."""
+        self.step_under_way = 1
+        """What phases are named after; sync and save belong to a step that is finished."""
         self.num_probes = 0
         self.policy_moved = False
         """True once the policy was updated after the scoring pass of this step."""
@@ -92,6 +94,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One rollout batch: collect, score, correct, update both models, sync. Returns metrics on the main rank."""
         self.sums, self.values = {}, {}
+        self.step_under_way = self.num_steps + 1
         with self.timer("step"):
             with self.timer("rollout"):
                 groups = self.collect()
@@ -177,9 +180,7 @@ class Trainer:
             self.add_sums(staleness(mini, self.num_steps))
         num_policy, num_actor, accepted, of, kl, kl_count = self.mesh.from_last_stage(counts).tolist()
         if not (math.isfinite(num_policy) and math.isfinite(num_actor)):
-            raise RuntimeError(
-                f"step {self.num_steps}: denominators are not finite: {num_policy}, {num_actor}."
-            )
+            raise RollBack(f"step {self.num_steps}: denominators are not finite: {num_policy}, {num_actor}.")
         if num_actor:
             self.guard.watch(accepted / of if of else math.nan, kl / kl_count if kl_count else math.nan)
             self.values["guard/paused"] = float(self.guard.paused)
@@ -255,7 +256,7 @@ class Trainer:
         """Adds the seconds of the block to time/<name>."""
         _finish_device_work()
         started = time.perf_counter()
-        with self.watchdog.phase(f"{name} of step {self.num_steps + 1}"):
+        with self.watchdog.phase(f"{name} of step {self.step_under_way}"):
             yield
             _finish_device_work()
         key = f"time/{name}"

@@ -6,87 +6,172 @@ a state before anything is saved or loaded, `step` among the loaded tensors, and
 """
 
 import contextlib
-import queue
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.core import save_config
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import ProcessGroup
+from torch.distributed import checkpoint as dcp
 
 from megatron_jackpot.hf_folder import copy_other_files
+from megatron_jackpot.models.dist_folder import BACKEND
 from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.host_copy import HostCopy
+from megatron_jackpot.models.pickles import COMMON, check_pickles
+from megatron_jackpot.parallel.reduce import together
 
-RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-class PendingSave:
-    """A save whose collective part is done: `write` in any thread, then `finish` on every rank."""
-
-    def __init__(self, request: Any, *, copy: bool) -> None:
-        """`copy` takes the tensors off the training's memory, so that training may go on before they are written."""
-        self.request = request
-        self.buckets = []
-        if request.async_fn is not None:
-            _, buckets, self.results = request.async_fn_args
-            self.buckets = [
-                (path, key, (texts, _on_host(tensors, copy))) for path, key, (texts, tensors) in buckets
-            ]
-
-    def write(self) -> list[Path]:
-        """Write this rank's files, in this process: Megatron's own forked writers are waited for without a limit."""
-        if not self.buckets:
-            return []
-        transforms, _use_msc = self.request.async_fn.args
-        written: dict[int, Any] = {}
-        for index, bucket in enumerate(self.buckets):
-            answer, marks = queue.Queue(), queue.Queue()
-            marks.put(index)
-            FileSystemWriterAsync.write_preloaded_data(
-                transforms, index, bucket, answer, marks, use_fsync=True
-            )
-            _, outcome = answer.get_nowait()
-            if isinstance(outcome, BaseException):
-                raise outcome
-            written[index] = outcome
-        self.results.put(written)
-        paths = [Path(path) for path, _, _ in self.buckets]
-        self.buckets = []
-        return paths
-
-    def finish(self) -> None:
-        """Write the folder's metadata; every rank calls it, after `write` has returned on all of them."""
-        for finalize in self.request.finalize_fns:
-            finalize()
+FULLY_RESHARDABLE = "fully_reshardable"
+RESHARDABLE = {"distrib_optim_sharding_type": FULLY_RESHARDABLE, "chained_optim_avoid_prefix": True}
+GATHERED_ON_HOST = {**RESHARDABLE, "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
-def begin_save(model: MegatronModel, folder: Path, *, copy: bool) -> PendingSave:
-    """Plan the save of weights and optimizer state; every rank calls it, `folder` exists and is empty."""
-    # A queue in this process: Megatron would start a manager process only to pass one message to itself.
-    filesystem_async._results_queue = queue.Queue()
-    _give_state(model.optimizer)
-    with torch.no_grad(), model.fresh_parameters():
-        request = dist_checkpointing.save(
-            _sharded(model, loading=False), str(folder), async_sharded_save=True
+class Snapshot:
+    """A model and its optimizer as they were at the last `take`, in host memory that every `take` reuses.
+
+    `take` belongs to training and copies what this rank holds itself, without a collective (but for weights that an
+    overlapped gather has not brought yet). `write` may run in any thread while training goes on: its collectives are
+    on the gloo group it is given and on Megatron's gloo group over data parallel, which training never uses.
+    """
+
+    def __init__(self, model: MegatronModel) -> None:
+        self.model = model
+        self._memory = HostCopy()
+        _give_state(model.optimizer)
+        self.take()
+
+    def take(self) -> None:
+        """Copy the state as it is now; the one before must have been written. Every rank calls it."""
+        with torch.no_grad(), self.model.fresh_parameters():
+            self._weights = _weights(self.model)
+            if self.model.ddp_config.use_distributed_optimizer:
+                entries = _entries(self._weights)
+                shards = [_Shards(part) for part in _parts(self.model.optimizer)]
+            else:
+                self._whole = self.model.optimizer.sharded_state_dict(self._weights, is_loading=False)
+                dict_list_map_inplace(_unshared, self._whole)
+                entries, shards = [*_entries(self._weights), *_entries(self._whole)], []
+            wanted = [_plain(entry.data) for entry in entries]
+            wanted += [tensor for part in shards for tensor in part.tensors]
+            copies = iter(self._memory.take(wanted))
+        self._entries = [(entry, next(copies)) for entry in entries]
+        for part in shards:
+            part.tensors = [next(copies) for _ in part.tensors]
+        self._shards = shards
+
+    def write(self, folder: Path, group: ProcessGroup) -> None:
+        """Write what was taken, once, into an empty folder that any tp, pp and dp can load; every rank calls it.
+
+        `group` holds all ranks. What fails on one rank (a full disk, say) raises OSError or CheckpointException on all.
+        """
+        with torch.no_grad(), together(group):
+            tensors, common = self._prepare()
+        dcp.save(
+            tensors,
+            storage_writer=_Writer(folder, thread_count=1, per_thread_copy_ahead=0),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=group,
         )
-        pending = PendingSave(request, copy=copy)
-    if model.mesh.is_main and model.folder is not None:
-        # The folder is a model by itself then: for tools/megatron_to_hf.py, and as policy.hf or actor.hf of a run.
-        copy_other_files(model.folder, folder)
-    return pending
+        with together(group):
+            if self.model.mesh.is_main:
+                torch.save(common, folder / COMMON)
+                save_config(BACKEND, str(folder))
+                if self.model.folder is not None:
+                    # The folder is a model by itself then: for tools/megatron_to_hf.py, and as policy.hf or actor.hf.
+                    copy_other_files(self.model.folder, folder)
+
+    def _prepare(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(what this rank writes, what the main rank writes beside it): Megatron's own two parts of a state."""
+        parts = [shards.gathered(self._weights) for shards in self._shards]
+        optimizer: Any = parts[0] if len(parts) == 1 else dict(enumerate(parts)) if parts else self._whole
+        for entry, copied in self._entries:
+            entry.data = copied
+        sharded, common = save_preprocess({**self._weights, "optimizer": optimizer}, False)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+        return mcore_to_pyt_state_dict(by_key), common
 
 
-def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool) -> list[tuple[Any, torch.Tensor]]:
-    return [(item, tensor.detach().to("cpu", copy=copy)) for item, tensor in tensors]
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer (with one thread: an error in another would be lost), whose errors name the file system's own."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # The other ranks hear of it pickled, without what lies behind it.
+            raise _cause(error) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The OSError that torch's zip writer hides behind one of its own."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__cause__ or link.__context__
+    return link or error
+
+
+class _Shards:
+    """This rank's shards of one distributed optimizer, and the optimizer's way to put those of all ranks together."""
+
+    def __init__(self, part: Any) -> None:
+        self.part, self.state = part, copy.deepcopy(part.state_dict())
+        self._names: list[tuple[Any, str]] = []
+        self.tensors: list[torch.Tensor] = []
+        for parameter in part.model_param_group_index_map:
+            for name, tensor in part._get_main_param_and_optimizer_states(parameter).items():
+                if name != "step":  # It is in `state`.
+                    self._names.append((parameter, name))
+                    self.tensors.append(tensor.detach())
+
+    def gathered(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's part of a checkpoint, on the first data-parallel rank; every rank calls it."""
+        by_parameter: dict[Any, dict[str, torch.Tensor]] = {}
+        for (parameter, name), tensor in zip(self._names, self.tensors, strict=True):
+            by_parameter.setdefault(parameter, {})[name] = tensor
+        # Megatron's own method, on an optimizer that holds the copies.
+        double = copy.copy(self.part)
+        double._get_main_param_and_optimizer_states = by_parameter.__getitem__
+        state = double.sharded_param_state_fully_reshardable(weights, False, GATHERED_ON_HOST)
+        return {**self.state, "param_state": state, "param_state_sharding_type": FULLY_RESHARDABLE}
+
+
+def _weights(model: MegatronModel) -> dict[str, Any]:
+    return {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(model.chunks)}
+
+
+def _entries(state: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory]:
+    """Those that this rank writes, of which another may hold the same."""
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    return [e for e in nested_values(state) if isinstance(e, kinds) and is_main_replica(e.replica_id)]
+
+
+def _unshared(value: Any) -> Any:
+    """A bare tensor (the number of steps) in memory of its own; it is too small to matter."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """An fp8 parameter in its high-precision form; any other as it is."""
+    return tensor.dequantize() if hasattr(tensor, "_fp8_dtype") else tensor.detach()
 
 
 def load_model(model: MegatronModel, folder: Path) -> None:
     """Continue from what a finished save wrote, on any layout; every rank calls it."""
     _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
-        loaded = dist_checkpointing.load(_sharded(model, loading=True), str(folder))
+        check_pickles(folder)
+        loaded = dist_checkpointing.load(_to_load(model), str(folder))
         for index, chunk in enumerate(model.chunks):
             chunk.module.load_state_dict(loaded[f"model{index}"])
     with torch.no_grad(), _step_among_the_tensors(model.optimizer):
@@ -108,11 +193,10 @@ def load_schedule(model: MegatronModel, num_steps: int) -> None:
     model.scheduler.step(num_steps)
 
 
-def _sharded(model: MegatronModel, *, loading: bool) -> dict[str, Any]:
-    weights = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(model.chunks)}
+def _to_load(model: MegatronModel) -> dict[str, Any]:
+    weights = _weights(model)
     knobs = {"metadata": RESHARDABLE} if model.ddp_config.use_distributed_optimizer else {}
-    optimizer = model.optimizer.sharded_state_dict(weights, is_loading=loading, **knobs)
-    return {**weights, "optimizer": optimizer}
+    return {**weights, "optimizer": model.optimizer.sharded_state_dict(weights, is_loading=True, **knobs)}
 
 
 def _give_state(optimizer: Any) -> None:

@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_jackpot.hf_folder import Spec
 from megatron_jackpot.models.families import Family, Kind
+from megatron_jackpot.models.pickles import COMMON, METADATA, read_metadata
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
-COMMON = "common.pt"
 OPTIMIZER = "optimizer."
 """Start of the keys of an optimizer's state."""
 
@@ -64,9 +64,9 @@ class DistFolder:
             raise ValueError(f"{folder} is not a checkpoint of Megatron's format torch_dist: found {found}.")
         self.reader = dcp.FileSystemReader(self.folder)
         try:
-            self.metadata: Metadata = self.reader.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{self.folder / '.metadata'} cannot be read: {error}.") from error
+            self.metadata: Metadata = read_metadata(self.folder / METADATA)
+        except OSError as error:
+            raise ValueError(f"{self.folder / METADATA} cannot be read: {error}.") from error
         self._check_files()
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 

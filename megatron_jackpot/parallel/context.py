@@ -1,8 +1,9 @@
 """Who this rank is: its groups, its place in the pipeline, and the two broadcasts that keep ranks in step."""
 
 import datetime
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Mesh:
     model_group: ProcessGroup
     """Ranks that hold one copy of the models (tp x pp); its first rank is the DP leader."""
     device: torch.device
+    _waits: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def tp_rank(self) -> int:
@@ -115,10 +117,12 @@ class Mesh:
         if dist.get_world_size() == 1:
             return
         store = dist.distributed_c10d._get_default_store()
+        # Counted: what is done again after a rollback must be waited for again.
+        meeting = f"jackpot/{next(self._waits)}/{what}"
         if self.is_leader:
-            store.set(f"jackpot/{what}/{self.dp_rank}", "here")
+            store.set(f"{meeting}/{self.dp_rank}", "here")
         for rank in range(self.dp):
-            key = f"jackpot/{what}/{rank}"
+            key = f"{meeting}/{rank}"
             try:
                 store.wait([key], datetime.timedelta(seconds=timeout_s))
             except dist.DistStoreError as error:

@@ -1,7 +1,8 @@
-"""Sums over data-parallel ranks: one for statistics inside the algorithm, one for the metrics of a step."""
+"""What ranks agree on: sums for the algorithm's statistics and for the metrics of a step, and that something failed."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -48,3 +49,25 @@ def reduce_metrics(
             f"metric names differ between ranks; this rank has {names}. Make them equal everywhere."
         )
     return {name: row[0] / row[1] for name, row in zip(names, rows, strict=False) if row[1]}
+
+
+@contextmanager
+def together(group: ProcessGroup | None = None) -> Iterator[None]:
+    """What fails within on one rank fails on all of the group: its error there, OSError with rank and reason elsewhere.
+
+    Without it the others would wait in their next collective for a rank that does not come. Gathers: 1 to all.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    reasons: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(
+        reasons, None if error is None else f"{type(error).__name__}: {error}", group=group
+    )
+    if error is not None:
+        raise error
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise OSError(f"rank {rank}: {reason}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_jackpot.hf_folder import write_hf_folder
 from megatron_jackpot.models.build import global_names
 from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.parallel.reduce import together
 
 SHARD_BYTES = 2 * 10**9
 
@@ -20,12 +21,22 @@ def export(model: MegatronModel) -> dict[str, Tensor]:
 
 
 def export_hf(model: MegatronModel, path: Path) -> None:
-    """Write the HF folder `path` on the main rank, a shard at a time. Every rank must call it."""
-    if model.mesh.is_main:
-        assert model.folder is not None
-        write_hf_folder(path, exported(model), model.folder, bucket_bytes=SHARD_BYTES)
-    else:
-        assert not list(exported(model))
+    """Write the HF folder `path` on the main rank, a shard at a time. Every rank must call it.
+
+    Raises OSError on every rank when it cannot be written; nothing of it is left then.
+    """
+    tensors = exported(model)
+    with together():
+        if model.mesh.is_main:
+            assert model.folder is not None
+            try:
+                write_hf_folder(path, tensors, model.folder, bucket_bytes=SHARD_BYTES)
+            finally:
+                # After an error too: the other ranks are in the collectives of the tensors that are left.
+                for _ in tensors:
+                    pass
+        else:
+            assert not list(tensors)
 
 
 def exported(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:

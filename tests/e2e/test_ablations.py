@@ -36,6 +36,7 @@ def _run_all(rank: int, world: int, folder: str, server: str) -> dict[str, list[
             f"run.folder={out}",
             "sync.method=disk",
             "logging.tensorboard=false",
+            "run.save_hf_at_end=false",
         ]
         started = time.perf_counter()
         try:

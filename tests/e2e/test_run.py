@@ -105,7 +105,7 @@ def test_other_ways_of_the_same_run(folder: Path, server: str, overrides: list[s
         1,
         200,
         str(folder / "run.yaml"),
-        [*overrides, f"run.folder={out}", f"servers.urls=['{server}']"],
+        [*overrides, "run.save_hf_at_end=false", f"run.folder={out}", f"servers.urls=['{server}']"],
     )
     check_rows(read_metrics(out), 2)
 

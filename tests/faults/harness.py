@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,11 @@ from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
 
 STEP_LIMIT_S = 180
 SIZE, PER_STEP = 40, 4
+PHASES = (
+    *("rollout of step", "score of step", "correct of step", "update_actor of step", "update_policy of step"),
+    *("sync of step", "save of step", "write step-", "publish step-"),
+)
+"""Of a step and of its checkpoint, as RUN/doing names them."""
 
 
 def make_models(folder: Path) -> Path:
@@ -95,6 +102,12 @@ class FaultRun:
             assert time.monotonic() < deadline, f"no step {goal} in {limit_s} s\n{self.text()[-4000:]}"
             time.sleep(0.1)
 
+    def wait_for(self, there: Callable[[], bool], limit_s: float = STEP_LIMIT_S) -> None:
+        deadline = time.monotonic() + limit_s
+        while not there():
+            assert time.monotonic() < deadline, f"not within {limit_s} s\n{self.text()[-4000:]}"
+            time.sleep(0.2)
+
     def note_children(self) -> None:
         if self.popen.poll() is None:
             known = {child.pid for child in self.seen}
@@ -122,10 +135,57 @@ class FaultRun:
         self.note_children()
         os.kill(victim.pid, signum)
 
+    def kill_server_in_an_update(self, limit_s: float) -> str:
+        """kill -9 of the first server when it has been paused for new weights and not yet been told to go on."""
+        log, doing = self.folder / "server-0.log", self.folder / "doing" / "rank-0"
+        paused, deadline = "POST /pause_generation", time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            before, line = log.read_text(errors="replace").count(paused), doing.read_text()
+            rank = int(line.split()[1].rsplit(":", 1)[1])
+            while time.monotonic() < deadline and log.read_text(errors="replace").count(paused) == before:
+                pass
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGSTOP)
+                text, line = log.read_text(errors="replace"), doing.read_text()
+                there = text.rfind(paused) > text.rfind("POST /continue_generation") and "sync of" in line
+                if there:
+                    self.hit(self.servers()[0], signal.SIGKILL)
+                os.kill(rank, signal.SIGCONT)
+                if there:
+                    return f"{line.strip()} (server)"
+        raise AssertionError(f"no update of the server in {limit_s} s")
+
     def stop(self, signum: int = signal.SIGTERM, limit_s: float = 120) -> int:
         self.note_children()
         self.popen.send_signal(signum)
         return self.popen.wait(timeout=limit_s)
+
+
+def kill_in_phase(
+    doing: Path, phase: str, limit_s: float, victim: Callable[[int], int] = lambda pid: pid
+) -> str:
+    """kill -9 of the process that `doing` (RUN/doing/rank-N) is about, or of its `victim`, while it is in a phase.
+
+    It is stopped first, so that what it says is what it does. Returns its line. Raises AssertionError after `limit_s`.
+    """
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        line = doing.read_text() if doing.exists() else ""
+        if phase not in line:
+            continue
+        pid = int(line.split()[1].rsplit(":", 1)[1])
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            os.kill(pid, signal.SIGSTOP)
+            while psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                pass
+            there = psutil.Process(pid).status() == psutil.STATUS_STOPPED and phase in doing.read_text()
+            if there:
+                os.kill(victim(pid), signal.SIGKILL)
+            if not there or victim(pid) != pid:
+                os.kill(pid, signal.SIGCONT)
+            if there:
+                return line.strip()
+    raise AssertionError(f"'{phase}' was not seen in {doing} in {limit_s} s")
 
 
 def check_account(folder: Path) -> int:

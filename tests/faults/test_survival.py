@@ -1,12 +1,23 @@
 """A run with real servers and real ranks survives what kills them, one after another, and loses no prompt."""
 
+import json
+import math
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from megatron_jackpot.interrupt import EXIT_REQUEUE
-from tests.faults.harness import FaultRun, check_account, make_models
+from megatron_jackpot.metrics import read_metrics
+from tests.faults.harness import (
+    PHASES,
+    STEP_LIMIT_S,
+    FaultRun,
+    check_account,
+    kill_in_phase,
+    make_models,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -39,6 +50,72 @@ def test_one_run_survives_server_rank_and_launcher_deaths_and_a_hang(yaml_file: 
     with FaultRun(yaml_file, f"run.steps={done + 4}", ranks=1) as run:
         assert run.popen.wait(timeout=300) == 0, run.text()[-3000:]
     assert check_account(run.folder) == done + 4
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_one_run_survives_a_rank_killed_in_every_phase_and_its_server_in_the_middle_of_an_update(
+    tmp_path,
+) -> None:
+    table = []
+    heard = 'servers.extra_args=["--log-level-http", "info"]'
+    with FaultRun(make_models(tmp_path), heard, ranks=2) as run:
+        run.wait_steps(2)
+        for number, phase in enumerate(["server", *PHASES]):
+            run.note_children()
+            started, steps = time.monotonic(), run.steps()
+            if phase == "server":
+                seen = run.kill_server_in_an_update(STEP_LIMIT_S)
+            else:
+                victim = 0 if phase == "publish step-" else number % 2
+                seen = kill_in_phase(run.folder / "doing" / f"rank-{victim}", phase, STEP_LIMIT_S)
+            run.wait_steps(2, limit_s=2 * STEP_LIMIT_S)
+            table.append(f"{seen} | steps {steps} -> {run.steps()} | {time.monotonic() - started:.0f} s")
+            print(table[-1], flush=True)
+        assert run.text().count("starting again after step-") == len(PHASES), run.text()[-3000:]
+        assert run.stop(signal.SIGTERM) == EXIT_REQUEUE, run.text()[-3000:]
+    done = check_account(run.folder)
+    rows = read_metrics(run.folder)
+    assert [row["sync/server_version"] for row in rows[1:]] == list(range(1, done + 1))
+    for row in rows[1:]:
+        assert all(math.isfinite(row[name]) for name in ("loss/policy", "loss/actor", "grad_norm/policy"))
+        assert row["grad_norm/actor"] > 0 and row["staleness/mean"] == 0, row
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_groups_of_a_server_killed_in_a_rollout_come_from_the_other_and_of_both_after_they_are_back(
+    tmp_path,
+) -> None:
+    with FaultRun(make_models(tmp_path), "servers.num=2", ranks=2) as run:
+        run.wait_steps(2)
+        doing = run.folder / "doing" / "rank-0"
+        steps = run.steps()
+        kill_in_phase(doing, "rollout of step", STEP_LIMIT_S, victim=lambda _: run.servers()[1].pid)
+        run.wait_steps(1)
+        # That step was over before a server could be started again.
+        assert "Sending the weights again" not in run.text() and "restart 1 of" in run.text()
+        one_left = time.monotonic()
+        run.wait_steps(3)
+        print(
+            f"one of two: steps {steps} -> {run.steps()}, the last 3 in {time.monotonic() - one_left:.0f} s",
+            flush=True,
+        )
+        started, steps = time.monotonic(), run.steps()
+        run.wait_for(lambda: len(run.servers()) == 2)
+        for victim in (0, 0):
+            kill_in_phase(
+                doing, "rollout of step", STEP_LIMIT_S, victim=lambda _, n=victim: run.servers()[n].pid
+            )
+        run.wait_steps(2, limit_s=2 * STEP_LIMIT_S)
+        print(f"both: steps {steps} -> {run.steps()}, {time.monotonic() - started:.0f} s", flush=True)
+        assert "Sending the weights again" in run.text()
+        assert run.stop(signal.SIGTERM) == EXIT_REQUEUE, run.text()[-3000:]
+    done = check_account(run.folder)
+    rows = [json.loads(line) for line in (run.folder / "prompts.jsonl").read_text().splitlines()]
+    assert [row["lost"] for row in rows] == [[]] * done
+    versions = [row["sync/server_version"] for row in read_metrics(run.folder)[1:]]
+    assert versions == list(range(1, done + 1))
 
 
 def test_asked_to_stop_in_a_rollout_it_goes_on_where_it_was_after_its_server_died(yaml_file: Path) -> None:

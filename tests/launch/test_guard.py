@@ -1,6 +1,7 @@
 """Pauses have hysteresis, skipped steps are bounded, and a stuck phase ends its process with every stack written."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from megatron_jackpot.config_run import Guards
 from megatron_jackpot.guard import Guard, RollBack
-from megatron_jackpot.watchdog import EXIT_STUCK
+from megatron_jackpot.watchdog import EXIT_STUCK, Watchdog
 
 
 def pauses(knobs: dict, *seen: tuple[float, float]) -> list[bool]:
@@ -85,3 +86,26 @@ def test_a_stuck_phase_is_named_with_every_stack_and_ends_the_process(tmp_path: 
     written = (tmp_path / "stacks-rank-3.txt").read_text()
     assert written.startswith("rank 3: 'step 7' has run for 1 s, the limit of run.phase_timeout_s.")
     assert "stuck_here" in written and "stuck_here" in done.stderr and "Thread" in written
+
+
+def test_what_a_rank_is_doing_can_be_read_while_it_does(tmp_path: Path):
+    dog = Watchdog(tmp_path, 3, 100.0)
+    seen = []
+
+    def look() -> None:
+        seen.append((tmp_path / "doing" / "rank-3").read_text())
+
+    with dog.phase("step of step 7"):
+        with dog.phase("score of step 7"):
+            look()
+        with dog.phase("x" * 400):
+            look()
+        look()
+    look()
+    assert [text.split(f":{os.getpid()} ", 1)[1].strip()[:40] for text in seen] == [
+        "step of step 7; score of step 7",
+        ("step of step 7; " + "x" * 400)[:40],
+        "step of step 7",
+        "",
+    ]
+    assert {(len(text), text.count("\n"), text[-1]) for text in seen} == {(256, 1, "\n")}

@@ -68,3 +68,26 @@ def test_a_signal_asks_every_rank_and_a_second_one_ends_this_one(tmp_path: Path,
         assert StopRequest(Run(folder=tmp_path)).reason() == name
         os.kill(process.pid, signum)
         assert process.wait(timeout=10) == 128 + signum
+
+
+NODE = """
+import sys
+from pathlib import Path
+from megatron_jackpot.config import parse_config
+from megatron_jackpot.launch import launch
+folder, first = Path(sys.argv[1]), sys.argv[2] == "first"
+tree = {
+    "run": {"folder": folder}, "servers": {"urls": ["http://127.0.0.1:1"]}, "policy": {"hf": folder},
+    "actor": {"hf": folder}, "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64},
+    "rollout": {"max_new_tokens": 64},
+}
+train = "import pathlib, sys; print('asked to stop:', (pathlib.Path(sys.argv[1]) / 'stop').exists())"
+launch(parse_config(tree), 1, trainer_command=lambda *_: [sys.executable, "-c", train, str(folder)], first=first)
+"""
+
+
+@pytest.mark.parametrize(("node", "asked"), [("first", False), ("second", True)])
+def test_only_the_first_node_of_a_job_clears_what_was_asked(tmp_path: Path, node: str, asked: bool):
+    write_stop(tmp_path, "the time limit is near")
+    subprocess.run([sys.executable, "-c", NODE, str(tmp_path), node], check=True, timeout=60)
+    assert f"asked to stop: {asked}" in (tmp_path / "train.log").read_text()

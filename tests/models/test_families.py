@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.hf_folder import HFFolder, write_hf_folder
 from megatron_jackpot.models.build import padded_vocab_size
-from megatron_jackpot.models.checkpoint import begin_save
+from megatron_jackpot.models.checkpoint import Snapshot
 from megatron_jackpot.models.convert import checksums, hf_to_megatron, megatron_to_hf
 from megatron_jackpot.models.engine import MegatronModel, packed_seq_params
 from megatron_jackpot.models.families import family_of, read_hf_config
@@ -190,9 +191,7 @@ def _layouts(rank: int, world: int, folder: str, names: list[str]) -> int:
             if rank == 0:
                 saved.mkdir()
             mesh.barrier()
-            pending = begin_save(model, saved, copy=False)
-            pending.write()
-            pending.finish()
+            Snapshot(model).write(saved, dist.group.WORLD)
             mesh.barrier()
             if rank == 0:
                 megatron_to_hf(saved, saved.with_name(f"{saved.name} hf"), shard_bytes=40_000)

@@ -30,6 +30,7 @@ class Layout:
     packing: bool = True
     num_minibatches: int = 1
     overlap: bool = False
+    sharded_optimizer: bool = True
     correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
     target: str = "old"
     distill: str = "k3_sample"
@@ -42,7 +43,13 @@ class Layout:
 def make_config(layout: Layout, folder: Path) -> Config:
     overlap = dict(overlap_grad_reduce=layout.overlap, overlap_param_gather=layout.overlap)
     parallel = dict(
-        tp=layout.tp, pp=layout.pp, vpp=layout.vpp, sequence_parallel=layout.sp, timeout_s=60, **overlap
+        tp=layout.tp,
+        pp=layout.pp,
+        vpp=layout.vpp,
+        sequence_parallel=layout.sp,
+        distributed_optimizer=layout.sharded_optimizer,
+        timeout_s=60,
+        **overlap,
     )
     optimizer = dict(lr=1e-3, clip_grad=1e6)
     return parse_config(

@@ -27,14 +27,7 @@ def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *arg
     TimeoutError after timeout_s; either way every child is ended.
     """
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.set_forkserver_preload(PRELOADED)
-        context = mp.start_processes(
-            _rank,
-            args=(world, folder, timeout_s, dict(os.environ), fn, args),
-            nprocs=world,
-            join=False,
-            start_method="forkserver",
-        )
+        context = start_ranks(fn, world, timeout_s, folder, *args)
         try:
             _wait(context, Path(folder), time.monotonic() + timeout_s, timeout_s, fn.__name__)
         finally:
@@ -43,6 +36,18 @@ def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *arg
                     child.kill()
                 child.join()
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(world)]
+
+
+def start_ranks(fn: Callable[..., Any], world: int, timeout_s: float, folder: str, *args: Any) -> Any:
+    """The processes of `run_ranks`, started and not waited for: a context with `processes`, which the caller ends."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    return mp.start_processes(
+        _rank,
+        args=(world, folder, timeout_s, dict(os.environ), fn, args),
+        nprocs=world,
+        join=False,
+        start_method="forkserver",
+    )
 
 
 def _wait(context: Any, folder: Path, deadline: float, timeout_s: float, name: str) -> None:

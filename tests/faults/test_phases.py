@@ -1,0 +1,117 @@
+"""Ranks killed in each phase of a step, and numbers that are none: the run ends as if nothing had been, to the last bit."""
+
+import dataclasses
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+
+from megatron_jackpot import assembly
+from megatron_jackpot.config import load_config
+from megatron_jackpot.metrics import read_metrics
+from megatron_jackpot.provenance import checkpoints
+from tests.faults.harness import PHASES, check_account, kill_in_phase, make_models
+from tests.parallel.spawn import run_ranks, start_ranks
+from tests.tiny import groups
+
+STEPS = 30
+RANKS = 2
+LIMIT_S = 60
+NOISY = {"rollout/tokens_per_s", "sync/seconds"}
+
+
+class Scripted:
+    """Rollouts that are a function of the prompt and the epoch; asked for the n-th time with n in `bad`, useless."""
+
+    def __init__(self, bad: tuple[int, ...] = ()) -> None:
+        self.bad, self.num_asked = bad, 0
+
+    def collect(self, epoch: int, prompts: list, *, samples=None, stop=None) -> tuple[list, dict]:
+        time.sleep(0.01)
+        self.num_asked += 1
+        made = [groups(range(p.id, p.id + 1), samples=3)[0] for p in prompts]
+        changes = {"advantage": math.nan} if self.num_asked in self.bad else {}
+        return [[dataclasses.replace(r, epoch=epoch, **changes) for r in group] for group in made], {}
+
+    def require_version(self, oldest: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _train(
+    rank: int, world: int, yaml_file: str, run: str, steps: int = STEPS, bad: tuple[int, ...] = ()
+) -> int:
+    """A whole run, but without servers: how often it asked for rollouts."""
+    source = Scripted(bad)
+    assembly.make_source = lambda *_: source
+    assembly.make_sync = lambda *_: None
+    assembly.probe = assembly.evaluate = lambda *_: {}
+    overrides = [
+        f"run.folder={run}",
+        f"run.steps={steps}",
+        "run.keep=100",
+        "run.save_hf_at_end=false",
+        "servers.urls=['http://127.0.0.1:1']",
+    ]
+    guard = ["guard.rollback=true", "guard.max_skipped=1"]
+    assert assembly.run(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard]))
+    return source.num_asked
+
+
+def numbers(run: Path) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if k not in NOISY and not k.startswith(("time/", "memory/"))}
+        for row in read_metrics(run)
+    ]
+
+
+def weights(run: Path, step: int = STEPS) -> dict[str, list]:
+    """Size and hash of the files that hold weights and optimizer state after a step."""
+    manifest = json.loads((run / f"checkpoints/step-{step:06d}/manifest.json").read_text())
+    return {name: entry for name, entry in manifest["files"].items() if name.endswith(".distcp")}
+
+
+def another_checkpoint(run: Path) -> None:
+    """Wait until the run has saved once more than now."""
+    before, deadline = checkpoints(run), time.monotonic() + LIMIT_S
+    while len(checkpoints(run)) <= len(before):
+        assert time.monotonic() < deadline, f"no checkpoint in {LIMIT_S} s"
+        time.sleep(0.01)
+
+
+def test_killed_in_every_phase_the_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    yaml_file = make_models(tmp_path)
+    whole, hit = tmp_path / "whole", tmp_path / "hit"
+    run_ranks(_train, RANKS, 120, str(yaml_file), str(whole))
+    lines = []
+    for number, phase in enumerate(PHASES):
+        victim = number % RANKS if phase != "publish step-" else 0
+        with tempfile.TemporaryDirectory() as folder:
+            context = start_ranks(_train, RANKS, LIMIT_S, folder, str(yaml_file), str(hit))
+            try:
+                another_checkpoint(hit)
+                lines.append(kill_in_phase(hit / "doing" / f"rank-{victim}", phase, LIMIT_S))
+            finally:
+                for process in context.processes:
+                    process.kill()
+                    process.join()
+    assert all(phase in line for phase, line in zip(PHASES, lines, strict=True)), lines
+    print(*lines, sep="\n")
+    run_ranks(_train, RANKS, 120, str(yaml_file), str(hit))
+    assert check_account(hit) == STEPS == check_account(whole)
+    assert (hit / "prompts.jsonl").read_text() == (whole / "prompts.jsonl").read_text()
+    assert numbers(hit) == numbers(whole)
+    assert weights(hit) == weights(whole)
+
+
+def test_a_run_goes_back_from_gradients_that_are_none_to_a_checkpoint_that_leads_on(tmp_path: Path) -> None:
+    yaml_file, steps = make_models(tmp_path), 8
+    runs = []
+    # Step 5 is skipped, 6 is too much: back to 4. Twice: 5 and 6 once more, back to 3, of which nothing bad is known.
+    for name, bad, more in (("whole", (), 0), ("once", (5, 6), 2), ("twice", (5, 6, 7, 8), 5)):
+        run = tmp_path / name
+        asked = run_ranks(_train, RANKS, 120, str(yaml_file), str(run), steps, bad)
+        assert asked == [steps + more] * RANKS and check_account(run) == steps
+        runs.append((numbers(run), weights(run, steps), (run / "prompts.jsonl").read_text()))
+    assert runs[0] == runs[1] == runs[2]
