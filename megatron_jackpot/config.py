@@ -94,6 +94,8 @@ class Precision(Section):
     """Keep the parameters in fp8 as well."""
     first_last_layers_bf16: bool = False
     """Keep the first and last layers in bf16 under fp8 (not with the delayed recipe)."""
+    fused_linear: bool = True
+    """Make logits only in blocks, from hidden states and output weight: no [T, V/TP], one more product in backward."""
     max_trained_gap: float = Field(0.1, gt=0)
     """Largest mean |trained logp - scored logp| in a step's first mini-batch; above it the run stops."""
 

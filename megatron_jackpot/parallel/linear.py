@@ -20,8 +20,14 @@ Slope = Callable[[slice, Tensor, Columns], Tensor]
 """(tokens, their logits at some columns, those columns) -> the gradient of these logits, in new memory."""
 
 
+READ_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits of a block of tokens that are read: 64 MB in fp32, 512 MB in bf16."""
+GRADIENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+"""Logits of a block in backward."""
+
+
 class Blocks(NamedTuple):
-    """How logits are cut; None leaves a size to the device: 64 MB in fp32 on CPU, 512 MB in bf16 on CUDA to read."""
+    """How logits are cut; None leaves a size to the device."""
 
     tokens: int | None = None
     columns: int | None = None
@@ -29,7 +35,7 @@ class Blocks(NamedTuple):
 
 
 class LinearLogits:
-    """Stands where vocab.py and divergence.py take logits; indexing by a slice of tokens makes theirs.
+    """Stands where vocab.py and divergence.py take logits; indexing by a slice of tokens makes theirs, `[:]` all.
 
     Raises ValueError for factors that do not fit.
     """
@@ -43,20 +49,16 @@ class LinearLogits:
         self.hidden_TH, self.weight_VH, self.blocks = hidden_TH, weight_VH, blocks
         self.shape = (hidden_TH.shape[0], weight_VH.shape[0])
         self.dtype, self.is_cuda = hidden_TH.dtype, hidden_TH.is_cuda
+        self.device_type = "cuda" if hidden_TH.is_cuda else "cpu"
         self.new_empty = hidden_TH.new_empty
 
     def __getitem__(self, rows: slice) -> Tensor:
         return F.linear(self.hidden_TH[rows], self.weight_VH)
 
-    def whole(self) -> Tensor:
-        """The logits themselves [T, V/TP], with gradient; for what is small."""
-        return self[slice(None)]
-
     @property
     def tokens_each(self) -> int:
         """Tokens that are read at a time; depends on the shapes alone, so that every pass makes the same blocks."""
-        elements = 2**28 if self.is_cuda else 2**24
-        return self.blocks.tokens or max(1, elements // self.shape[1])
+        return self.blocks.tokens or max(1, READ_ELEMENTS[self.device_type] // self.shape[1])
 
     def rows(self) -> Iterator[slice]:
         """At least one, which may be empty."""
@@ -117,7 +119,7 @@ def gradients(
     grad_weight_VH = torch.zeros_like(weight_VH)
     columns_each = max(1, columns.width if wide else logits.blocks.columns or 2**13)
     # Column by column of blocks: the sum over tokens in fp32 is then that of one block of columns.
-    square = logits.blocks.tokens or max(1, (2**26 if logits.is_cuda else 2**21) // columns_each)
+    square = logits.blocks.tokens or max(1, GRADIENT_ELEMENTS[logits.device_type] // columns_each)
     for part in cut(0, columns.width, columns_each):
         weight = weight_VH[part]
         grad_part = torch.zeros_like(weight, dtype=dtype)

@@ -97,7 +97,7 @@ def _counted(rank, world):
     trainer = make_trainer(config, dict(policy=SMALL, actor=SMALL))
     batch = make_batch(trainer, [64], SMALL["vocab_size"])
     with FlopCounterMode(display=False) as counter:
-        trainer.policy.score(batch, lambda logits, m: {"done": logits.new_zeros(())})
+        trainer.policy.score(batch, lambda logits, m: {"done": logits[:].new_zeros(())})
     by_op = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     number = sum(parameter.numel() for parameter in trainer.policy.chunks[0].module.parameters())
     close()

@@ -111,7 +111,7 @@ def test_every_read_of_factors_is_that_of_the_logits_they_make(tokens):
     linear, ids_TK = LinearLogits(hidden_TH, weight_VH, Blocks(tokens)), make_ids()
     asked = dict(ids_TK=ids_TK, k=5, entropy=True, temperature=0.7, **SERIAL)
     mine = vocab_parallel_scores(linear, ids_TK[:, 2], **asked)
-    theirs = vocab_parallel_scores(linear.whole().detach(), ids_TK[:, 2], **asked)
+    theirs = vocab_parallel_scores(linear[:].detach(), ids_TK[:, 2], **asked)
     assert torch.equal(mine.topk_ids_TK, theirs.topk_ids_TK)
     for name in ("logp_T", "at_ids_TK", "topk_logp_TK", "entropy_T"):
         torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
@@ -127,7 +127,7 @@ def test_kl_and_overlap_of_factors_are_those_of_the_logits_they_make(direction, 
     upstream_T = torch.randn(T, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     linear, knobs = LinearLogits(hidden_TH, weight_VH, Blocks(tokens)), dict(temperature=0.7, **SERIAL)
     results = []
-    for student in (linear, linear.whole()):
+    for student in (linear, linear[:]):
         for chunk, teacher in ((None, other_TV), (3, lambda rows: other_TV[rows])):
             kl_T = vocab_parallel_kl(student, teacher, direction=direction, chunk=chunk, **knobs)
             grads = torch.autograd.grad(kl_T, (hidden_TH, weight_VH), upstream_T, retain_graph=True)
@@ -135,9 +135,7 @@ def test_kl_and_overlap_of_factors_are_those_of_the_logits_they_make(direction, 
     for result in results[:-1]:
         for actual, want in zip(result, results[-1], strict=True):
             torch.testing.assert_close(actual, want, rtol=1e-11, atol=1e-12)
-    overlaps = [
-        vocab_parallel_overlap(other_TV, x, lam=1.3, **knobs) for x in (linear, linear.whole().detach())
-    ]
+    overlaps = [vocab_parallel_overlap(other_TV, x, lam=1.3, **knobs) for x in (linear, linear[:].detach())]
     torch.testing.assert_close(*overlaps, rtol=1e-12, atol=1e-12)
 
 
