@@ -24,6 +24,7 @@ from megatron_jackpot.logger import StepLogger, print_report
 from megatron_jackpot.methods import Methods
 from megatron_jackpot.metrics import JsonLines, MetricsWriter
 from megatron_jackpot.models.build import padded_vocab_size
+from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of, read_hf_config
 from megatron_jackpot.models.mesh import init_mesh
@@ -191,6 +192,8 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
     and ended because `stop` asked for it.
     """
     try:
+        if config.precision.deterministic:
+            be_deterministic()
         mesh = mesh or init_mesh(config.parallel, config.run.seed)
         stop = stop or StopRequest(config.run)
         assembly = assemble(config, mesh, stop.reason)

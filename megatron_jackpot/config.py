@@ -96,6 +96,8 @@ class Precision(Section):
     """Keep the first and last layers in bf16 under fp8 (not with the delayed recipe)."""
     fused_linear: bool = True
     """Make logits only in blocks, from hidden states and output weight: no [T, V/TP], one more product in backward."""
+    deterministic: bool = False
+    """The trainer computes the same bits from the same rollouts on one layout, at the price of speed."""
     max_trained_gap: float = Field(0.1, gt=0)
     """Largest mean |trained logp - scored logp| in a step's first mini-batch; above it the run stops."""
 

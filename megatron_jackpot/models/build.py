@@ -53,6 +53,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         perform_initialization=True,
+        deterministic_mode=precision.deterministic,
     )
 
 
