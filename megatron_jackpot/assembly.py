@@ -38,6 +38,8 @@ from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
 from megatron_jackpot.sync.export import export_hf
+from megatron_jackpot.sync.fp8 import served_folder
+from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.trainer import Trainer
 
 
@@ -173,16 +175,19 @@ def make_source(
 
 def make_sync(config: Config) -> DiskSync | BroadcastSync:
     """The way of the actor's weights to the servers."""
-    sync, folder = config.sync, config.run.folder / "sync"
+    sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
     shared = dict(
-        hf_folder=config.actor.hf,
+        hf_folder=served_folder(config),
         bucket_bytes=sync.bucket_bytes,
         timeout_s=sync.timeout_s,
-        patience_s=config.servers.start_timeout_s,
+        patience_s=servers.start_timeout_s,
+        release_memory=servers.release_memory,
     )
     if sync.method == "disk":
-        return DiskSync(config.servers.urls, folder=folder, **shared)
-    return BroadcastSync(config.servers.urls, proof_folder=folder, backend=sync.backend, **shared)
+        return DiskSync(servers.urls, folder=folder, **shared)
+    if sync.method == "ipc":
+        return IPCSync(servers.urls, proof_folder=folder, **shared)
+    return BroadcastSync(servers.urls, proof_folder=folder, backend=sync.backend, **shared)
 
 
 def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = None) -> bool:

@@ -70,6 +70,7 @@ class MegatronModel:
         """Whether readers and losses are given the factors of the logits (parallel/linear.py)."""
         self.folder: Path | None = None
         """Where config.json and the tokenizer are."""
+        self.offloaded = False
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
 
@@ -191,6 +192,25 @@ class MegatronModel:
             for key, value in tensors.items():
                 sums[key] = sums.get(key, 0) + value.double()
         return UpdateReport(grad_norm=grad_norm, lr=float(lr), sums=sums)
+
+    def offload(self) -> None:
+        """Optimizer state and master weights to host memory, gradient buffers freed (Megatron's own two functions).
+
+        Parameters stay where they are: scoring and export need them.
+        """
+        if self.optimizer is not None and not self.offloaded:
+            self.optimizer.offload_to_cpu()
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
+            self.offloaded = True
+
+    def reload(self) -> None:
+        """What `offload` took away, on the device again; gradients are zero."""
+        if self.offloaded:
+            self.optimizer.restore_from_cpu()
+            for chunk in self.chunks:
+                chunk.restore_grad_buffers()
+            self.offloaded = False
 
     @contextlib.contextmanager
     def fresh_parameters(self) -> Iterator[None]:

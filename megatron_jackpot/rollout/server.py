@@ -174,10 +174,12 @@ def start_servers(
     extra_args: Sequence[str] = (),
     device: Device | None = None,
     gpus: Sequence[int] | None = None,
+    all_gpus: Sequence[int] | None = None,
 ) -> list[ServerProcess]:
     """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all.
 
-    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp.
+    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, and of
+    `all_gpus` it sees the others too: CUDA IPC maps only memory of a device that both sides see.
     """
     device = device or detect_device()
     if gpus is not None and len(gpus) < num * tp:
@@ -189,6 +191,10 @@ def start_servers(
     try:
         for i in range(num):
             own_port = port + i if port else free_port(host)
+            seen = list(gpus[i * tp : (i + 1) * tp]) if gpus else None
+            place: tuple[str, ...] = ()
+            if seen and all_gpus:
+                place, seen = ("--base-gpu-id", str(list(all_gpus).index(seen[0]))), list(all_gpus)
             command = server_command(
                 model_path,
                 python=python or sys.executable,
@@ -198,11 +204,9 @@ def start_servers(
                 dtype=dtype,
                 device=device,
                 max_total_tokens=max_total_tokens,
-                extra_args=extra_args,
+                extra_args=(*place, *extra_args),
             )
-            environment = server_environment(
-                device, tp=tp, gpus=gpus[i * tp : (i + 1) * tp] if gpus else None
-            )
+            environment = server_environment(device, tp=tp, gpus=seen)
             log_path = Path(folder) / f"server-{i}.log"
             servers.append(
                 ServerProcess(command, host=host, port=own_port, log_path=log_path, environment=environment)
