@@ -138,7 +138,6 @@ def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
 
         folder = served_folder(config)
     dummy = () if any(folder.glob("*.safetensors")) else ("--load-format", "dummy")
-    saver = ("--enable-memory-saver",) if servers.release_memory and gpus else ()
     needed, numbered = servers.num * servers.tp, all(gpu.isdigit() for gpu in gpus)
     return start_servers(
         folder,
@@ -151,7 +150,8 @@ def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
         python=servers.python,
         start_timeout_s=servers.start_timeout_s,
         max_total_tokens=servers.max_total_tokens,
-        extra_args=(*dummy, *saver, *servers.extra_args),
+        release_memory=servers.release_memory,
+        extra_args=(*dummy, *servers.extra_args),
         device="cuda" if gpus else "cpu",
         gpus=[int(gpu) for gpu in gpus[-needed:]] if numbered and len(gpus) >= needed else None,
         all_gpus=[int(gpu) for gpu in gpus] if numbered and config.sync.method == "ipc" else None,

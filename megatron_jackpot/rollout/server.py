@@ -175,17 +175,22 @@ def start_servers(
     device: Device | None = None,
     gpus: Sequence[int] | None = None,
     all_gpus: Sequence[int] | None = None,
+    release_memory: bool = False,
 ) -> list[ServerProcess]:
     """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all.
 
     Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, and of
     `all_gpus` it sees the others too: CUDA IPC maps only memory of a device that both sides see.
+    With `release_memory` they can lend theirs out (sync/occupation.py).
     """
     device = device or detect_device()
     if gpus is not None and len(gpus) < num * tp:
         raise ValueError(
             f"{num} servers of tp {tp} need {num * tp} GPUs, got {list(gpus)}. Lower servers.num or tp."
         )
+    saver = ("--enable-memory-saver",) if release_memory and device == "cuda" else ()
+    # /health samples a token; while a server lends its memory it samples none, and would be taken for hung.
+    health = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"} if release_memory else {}
     servers: list[ServerProcess] = []
     deadline = time.monotonic() + start_timeout_s
     try:
@@ -204,9 +209,9 @@ def start_servers(
                 dtype=dtype,
                 device=device,
                 max_total_tokens=max_total_tokens,
-                extra_args=(*place, *extra_args),
+                extra_args=(*place, *saver, *extra_args),
             )
-            environment = server_environment(device, tp=tp, gpus=seen)
+            environment = server_environment(device, tp=tp, gpus=seen) | health
             log_path = Path(folder) / f"server-{i}.log"
             servers.append(
                 ServerProcess(command, host=host, port=own_port, log_path=log_path, environment=environment)
