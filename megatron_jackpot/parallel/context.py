@@ -136,7 +136,7 @@ class Mesh:
         store = dist.distributed_c10d._get_default_store()
         try:
             store.wait([f"jackpot/{key}"], datetime.timedelta(seconds=timeout_s))
-        except dist.DistStoreError as error:
+        except RuntimeError as error:  # DistStoreError is one; a file store raises the bare class
             raise TimeoutError(
                 f"Rank {dist.get_rank()} waited {timeout_s:.0f} s for the main rank to come to '{key}'."
             ) from error
