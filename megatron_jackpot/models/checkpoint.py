@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from megatron_jackpot.hf_folder import copy_other_files
 from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.versions import asynchronous_save
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -68,9 +69,7 @@ def begin_save(model: MegatronModel, folder: Path, *, copy: bool) -> PendingSave
     filesystem_async._results_queue = queue.Queue()
     _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
-        request = dist_checkpointing.save(
-            _sharded(model, loading=False), str(folder), async_sharded_save=True
-        )
+        request = dist_checkpointing.save(_sharded(model, loading=False), str(folder), **asynchronous_save())
         pending = PendingSave(request, copy=copy)
     if model.mesh.is_main and model.folder is not None:
         # The folder is a model by itself then: for tools/megatron_to_hf.py, and as policy.hf or actor.hf of a run.

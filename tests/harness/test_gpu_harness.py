@@ -76,7 +76,8 @@ def test_the_benchmarks_of_whole_models_run_on_a_cpu(tmp_path):
     rows = check_tiny(tmp_path, "correction", "trainer", "sync", "numerics")
     for row in rows["trainer"]:
         assert row["s"] > 0 and (row["what"] == "update" or row["update_policy_s"] > 0)
-    assert {row["what"] for row in rows["sync"]} == {"export", "buckets", "hand-over"}
+    parts = {"export", "to host", "fp8", "buckets", "hand-over", "push", "offload", "reload"}
+    assert {row["what"] for row in rows["sync"]} == parts
     exact, bf16 = rows["numerics"]
     assert exact["gap_max"] == 0 and exact["overlap"] == pytest.approx(1.0) and bf16["gap_max"] > 0
 
