@@ -46,6 +46,7 @@ def trainer_of(folder: Path, layout: Layout, **precision):
 def learn(trainer, steps: int = 1) -> dict[str, float]:
     for _ in range(steps):
         trainer.sums, trainer.values = {}, {}
+        trainer.note_rollouts(groups(range(NUM_PROMPTS)))
         trainer.learn(trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K))
     return trainer.reduced_metrics()
 
