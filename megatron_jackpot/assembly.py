@@ -284,7 +284,8 @@ def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account
     with trainer.timer("save"):
         saver.poll()
         if config.run.save_every and (step % config.run.save_every == 0 or last):
-            saver.save(trainer, background=config.run.save_in_background and not last)
+            with trainer.room_to_save():
+                saver.save(trainer, background=config.run.save_in_background and not last)
     if last or (config.run.save_hf_every and step % config.run.save_hf_every == 0):
         for model in (trainer.policy, trainer.actor):
             export_hf(model, config.run.folder / "hf" / f"step-{step:06d}" / model.name)

@@ -247,6 +247,14 @@ class Trainer:
         for model in (self.policy, self.actor):
             model.reload()
 
+    @contextmanager
+    def room_to_save(self) -> Iterator[None]:
+        """After a step: as `make_room` within, and a push ends it where it changed anything."""
+        self.make_room()
+        yield
+        if self.config.servers.release_memory or self.config.parallel.offload_optimizer:
+            self.push()
+
     def push(self) -> None:
         """The actor's weights to the servers, stamped with the number of finished steps."""
         self.num_pushes += 1

@@ -67,6 +67,7 @@ def begin_save(model: MegatronModel, folder: Path, *, copy: bool) -> PendingSave
     """Plan the save of weights and optimizer state; every rank calls it, `folder` exists and is empty."""
     # A queue in this process: Megatron would start a manager process only to pass one message to itself.
     filesystem_async._results_queue = queue.Queue()
+    model.reload()
     _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
         request = dist_checkpointing.save(_sharded(model, loading=False), str(folder), **asynchronous_save())
@@ -83,6 +84,7 @@ def _on_host(tensors: list[tuple[Any, torch.Tensor]], copy: bool) -> list[tuple[
 
 def load_model(model: MegatronModel, folder: Path) -> None:
     """Continue from what a finished save wrote, on any layout; every rank calls it."""
+    model.reload()
     _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
         loaded = dist_checkpointing.load(_sharded(model, loading=True), str(folder))

@@ -74,7 +74,12 @@ def test_launch_trains_two_steps_on_two_ranks(folder: Path) -> None:
     [
         ["sync.method=disk", "algorithm.correction.name=tis", "algorithm.advantage.name=rloo"],
         ["sync.method=broadcast", "algorithm.correction.name=none", "algorithm.num_minibatches=2"],
-        ["sync.method=ipc", "servers.release_memory=true", "precision.deterministic=true"],
+        [
+            "sync.method=ipc",
+            "servers.release_memory=true",
+            "precision.deterministic=true",
+            "run.save_every=1",
+        ],
     ],
     ids=["disk, tis, rloo", "broadcast, none, two mini-batches", "ipc, memory lent, deterministic"],
 )
