@@ -1,4 +1,4 @@
-"""The command megatron-jackpot: train, launch and doctor. Thin: parse, build, run."""
+"""The command megatron-jackpot. Thin: parse, build, run."""
 
 import argparse
 import shutil
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_jackpot.doctor import doctor
 
         return doctor(args.server_python)
+    if args.command == "report":
+        return _report(args)
     try:
         config = load_config(args.config, args.overrides)
     except (ValueError, OSError) as error:
@@ -87,9 +89,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "doctor", help="Check this machine, one line for each thing with its remedy."
     )
     command.add_argument("--server-python", type=Path, help="interpreter with SGLang; default this one")
+    command = commands.add_parser("report", help="A run on one HTML page, token by token.")
+    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    command.add_argument("--out", type=Path, help="the page; default RUN/report.html")
     args, rest = parser.parse_known_args(argv)
     # argparse takes `key=value ...` only in one run; those after an option arrive here.
-    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and args.command == "doctor"):
+    if any(word.startswith("-") or "=" not in word for word in rest) or (
+        rest and args.command in ("doctor", "report")
+    ):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
@@ -104,8 +111,13 @@ def knobs() -> str:
     lines = ["knobs (key, default, meaning):"]
     for key, default, meaning in describe():
         lines.append(f"  {key} = {default}")
+        indent = " " * 6
         lines += textwrap.wrap(
-            " ".join(meaning.split()), width, initial_indent=" " * 6, subsequent_indent=" " * 6
+            " ".join(meaning.split()),
+            width,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
         )
     return "\n".join(lines)
 
@@ -122,6 +134,7 @@ def _train(config: Config) -> int:
     die_with_parent(signal.SIGTERM)
     stop = StopRequest(config.run)
     stop.listen()
+    _hush()
     from megatron_jackpot.assembly import Refused, run
 
     try:
@@ -160,9 +173,26 @@ def _submit(config: Config, args: argparse.Namespace) -> int:
         return refuse(error)
 
 
+def _report(args: argparse.Namespace) -> int:
+    _hush()
+    from megatron_jackpot.report import write_report
+
+    try:
+        print(write_report(args.run, args.out))
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    return 0
+
+
 def _hush() -> None:
-    # Megatron warns at import of every optional package that is not here, twenty lines of it.
-    warnings.simplefilter("ignore")
+    """Keep what libraries say of themselves out of the log; errors and this project's own words stay.
+
+    At import Megatron warns, on every rank, of each optional package that is missing (`doctor` says it once), and
+    torch of its own deprecated calls inside Megatron. Python's -W or PYTHONWARNINGS brings them back.
+    """
+    if not sys.warnoptions:
+        for module in (r"megatron\.", r"torch\.", r"transformer_engine"):
+            warnings.filterwarnings("ignore", module=module)
 
 
 def _plan(config: Config, args: argparse.Namespace) -> int:

@@ -213,6 +213,10 @@ class Logging(Section):
     """Port of the latest metrics for Prometheus, on the main rank's node; null opens none."""
     prometheus_host: str = "127.0.0.1"
     """Address that port is bound to; anyone who reaches it can read the metrics."""
+    tokens_every: int | None = Field(10, ge=1)
+    """Steps between records of what was accepted, token by token, for `megatron-jackpot report`; null keeps none."""
+    tokens_rollouts: int = Field(8, ge=1)
+    """Rollouts in such a record."""
 
 
 class Config(Section):

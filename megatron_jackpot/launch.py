@@ -70,6 +70,13 @@ def check(config: Config, nproc: int | None = None) -> None:
             raise ValueError(
                 f"{name} = {folder} holds no config.json. Set it to a Hugging Face model folder."
             )
+        # safetensors' own writer makes files that only their owner may read: not a container's user, for one.
+        closed = [path.name for path in sorted(folder.iterdir()) if not os.access(path, os.R_OK)]
+        if closed:
+            raise ValueError(
+                f"{name} = {folder}: user {os.geteuid()} may not read {', '.join(closed[:3])}. "
+                f"As their owner: chmod -R a+rX {folder}"
+            )
     if not config.servers.urls and config.servers.port:
         for port in range(config.servers.port, config.servers.port + config.servers.num):
             if not port_is_free(config.servers.host, port):

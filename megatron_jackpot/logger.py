@@ -85,17 +85,24 @@ def progress_line(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{short} {form.format(metrics[name])}" for name, short, form in shown)
 
 
+def final_rows(rows: list[Row]) -> list[tuple[str, str, str, str]]:
+    """(metric, first, last, best) of each reported metric, "-" where it was not measured, and the time of all steps."""
+    cells = []
+    for name, (title, form, best) in REPORTED.items():
+        values = series(rows, name)[1]
+        shown = (values[0], values[-1], best(values)) if values else ()
+        cells.append((title, *([form.format(value) for value in shown] or ["-"] * 3)))
+    return [*cells, ("total time", "", f"{sum(series(rows, 'time/step')[1]):.1f} s", "")]
+
+
 def final_table(rows: list[Row]) -> Table:
-    """First, last and best value of each reported metric, and the time of all steps together."""
+    """`final_rows` for a terminal."""
     table = Table(title=f"{max((row['step'] for row in rows), default=0)} steps")
     table.add_column("metric")
     for column in ("first", "last", "best"):
         table.add_column(column, justify="right")
-    for name, (title, form, best) in REPORTED.items():
-        values = series(rows, name)[1]
-        cells = (values[0], values[-1], best(values)) if values else ()
-        table.add_row(title, *([form.format(cell) for cell in cells] or ["-"] * 3))
-    table.add_row("total time", "", f"{sum(series(rows, 'time/step')[1]):.1f} s", "")
+    for cells in final_rows(rows):
+        table.add_row(*cells)
     return table
 
 

@@ -30,6 +30,7 @@ from megatron_jackpot.rollout.care import ServerCare
 from megatron_jackpot.rollout.server import free_port, stop_servers
 
 SERVER_GRACE_S = 15.0
+EXIT_NO_START = 2
 MEETING_S = 60.0
 """How much later than the servers' own limit a node may start; steps of one job do not start together."""
 
@@ -50,7 +51,9 @@ class Place:
 
 
 def serve(config: Config) -> int:
-    """This node's servers, watched as `launch` does: until SIGTERM (0), or until one is lost for good (1).
+    """This node's servers, watched as `launch` does: until SIGUSR2 or SIGTERM (0), or one is lost for good (1).
+
+    EXIT_NO_START when they did not start: the same job again would fare no better.
 
     Raises ValueError for a bad layout.
     """
@@ -61,7 +64,7 @@ def serve(config: Config) -> int:
     logs = config.run.folder / "servers" / place.node
     children.become_subreaper()
     ended = threading.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: ended.set())
     # The trainer saves on it and needs its servers until then.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -71,7 +74,7 @@ def serve(config: Config) -> int:
         )
     except (RuntimeError, TimeoutError) as error:
         say(f"{place.node}: the servers did not start. {error}")
-        return 1
+        return EXIT_NO_START
     try:
         urls = [server.url for server in servers]
         publish(place.folder(config) / "servers" / f"{place.rank}.json", {"node": place.node, "urls": urls})

@@ -28,6 +28,7 @@ from megatron_jackpot.parallel.reduce import make_sum_over, reduce_metrics
 from megatron_jackpot.rollout.collect import group_metrics
 from megatron_jackpot.scoring import Scorer, slice_scores
 from megatron_jackpot.sync.export import Exported
+from megatron_jackpot.token_log import TokenLog
 from megatron_jackpot.watchdog import Watchdog
 
 
@@ -63,6 +64,8 @@ class Trainer:
         self.collector = Collector(mesh, config.rollout, source, stop)
         self.guard = Guard(config.guard)
         self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
+        here = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.dp_rank == 0
+        self.tokens = TokenLog(config.run.folder, config.logging, here=here)
         self.methods = methods
         self.scorer = Scorer(
             policy,
@@ -162,6 +165,7 @@ class Trainer:
         counts = torch.zeros(6, dtype=torch.float64, device=self.mesh.device)
         if scores is not None:
             correction = self.methods.correction(scores, self.sum_over_batch)
+            self.tokens.note(self.num_steps + 1, mini, scores, correction)
             gap = diagnostics(scores, correction)
             total = scores.mask_T.sum()
             accepted = correction.metrics.get("jackpot/acceptance_expected") or (

@@ -59,18 +59,31 @@ requeue() {
   scontrol requeue "$SLURM_JOB_ID"
 }
 
-# SIGUSR1 and SIGTERM reach this shell alone (Slurm's --signal=B:, scancel --batch): srun passes them on to every node
-# of the trainers' step. The servers' step ends when the trainers have saved, which needs it.
+# SIGUSR1 and SIGTERM reach this shell alone (Slurm's --signal=B:, scancel --batch). Both mean: save and end. srun
+# passes SIGUSR1 on to every node of the trainers' step; on SIGTERM it would have the step killed. The servers' step
+# ends when the trainers have saved, which needs it.
 trainers="" asked=""
-forward() {  # SIGNAL
-  say "SIG$1: telling the trainers to save"
-  asked=$1
-  if [[ -n $trainers ]]; then kill -s "$1" "$trainers"; fi
+save_and_end() {  # WHY
+  say "$1: telling the trainers to save"
+  asked=1
+  if [[ -n $trainers ]]; then kill -s USR1 "$trainers"; fi
+}
+
+# srun passes SIGUSR2 on, and `serve` ends its servers; on SIGTERM srun would have the step killed.
+end_servers() {  # SRUN
+  local tries
+  if ! ended "$1"; then kill -s USR2 "$1"; fi
+  for (( tries = 0; tries < 40; tries++ )); do
+    if ended "$1"; then break; fi
+    sleep 1
+  done
+  if ! ended "$1"; then say "the servers did not end within 40 s"; kill -TERM "$1"; fi
+  wait "$1"
 }
 
 # Servers on some nodes, training on some, possibly the same; ends as training ends.
 run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key=value ...]
-  local server_nodes=$1 servers_from=$2 trainer_nodes=$3 trainers_from=$4 servers code lost=0
+  local server_nodes=$1 servers_from=$2 trainer_nodes=$3 trainers_from=$4 servers code lost=0 servers_code=0
   shift 4
   export PYTHONUNBUFFERED=1
   # An image has a copy of its own, where this path means nothing.
@@ -82,18 +95,19 @@ run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key
   # Servers on several nodes are reached over the network: they and the trainers share a key of this attempt.
   : "${JACKPOT_API_KEY:=$(head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=')}"
   export JACKPOT_API_KEY
-  trap 'forward USR1' USR1
-  trap 'forward TERM' TERM
+  trap 'save_and_end SIGUSR1' USR1
+  trap 'save_and_end SIGTERM' TERM
   start_step "$server_nodes" "$servers_from" serve "$@"
   servers=$!
   start_step "$trainer_nodes" "$trainers_from" join "$@"
   trainers=$!
-  if [[ -n $asked ]]; then forward "$asked"; fi
+  if [[ -n $asked ]]; then save_and_end "before it began"; fi
   while ! ended "$trainers"; do
     if (( ! lost )) && ended "$servers"; then
       lost=1
-      say "the servers ended first"
-      forward TERM
+      wait "$servers"
+      servers_code=$?
+      save_and_end "the servers ended with code $servers_code"
     fi
     sleep 1 &
     wait $!  # unlike a sleep in the foreground it lets a trap run at once
@@ -101,9 +115,12 @@ run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key
   wait "$trainers"
   code=$?
   trap '' USR1 TERM
-  if ! ended "$servers"; then kill -TERM "$servers"; fi
-  wait "$servers"
+  end_servers "$servers"
   say "training ended with code $code"
+  if (( servers_code == 2 )); then
+    say "the servers never stood: see their logs; not requeued"
+    exit 2
+  fi
   if (( code == 75 )) && requeue; then
     sleep 60  # Slurm ends this script now
   fi

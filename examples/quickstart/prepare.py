@@ -20,11 +20,11 @@ from corpus import examples
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from safetensors.torch import save_file
 from supervised import train
 from tokenizer import VOCAB_SIZE, build
 
 from megatron_jackpot.config import Config, Optimizer
+from megatron_jackpot.hf_folder import Spec, write_safetensors
 from megatron_jackpot.packing import Packer
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.sync.export import export
@@ -104,7 +104,9 @@ def warm_up(
     score = accuracy(model, test, tokenizer, config, packer)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(model.family.hf_config, indent=1))
-    save_file(export(model), folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = export(model)
+    specs = [Spec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    write_safetensors(folder / "model.safetensors", specs, tensors.__getitem__)
     tokenizer.save_pretrained(folder)
     parameters = sum(p.numel() for p in model.chunks[0].parameters())
     return dict(accuracy=score, seconds=seconds, tokens=last.tokens, parameters=parameters)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on one CPU machine: environment, warm-up of two tiny models (both cached), Jackpot RL, plot.
+# The main job on one CPU machine: environment, warm-up of two tiny models (both cached), Jackpot RL, report.
 #
 #   bash examples/quickstart/run.sh
 #   bash examples/quickstart/run.sh run.seed=1 algorithm.correction.name=none
@@ -18,4 +18,4 @@ done
 models=$(python examples/quickstart/prepare.py | tail -n 1)
 megatron-jackpot launch "$config" \
   "policy.hf=$models/policy" "actor.hf=$models/actor" "run.folder=$folder" "$@"
-python tools/plot.py "$folder"
+megatron-jackpot report "$folder"

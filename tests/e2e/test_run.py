@@ -17,6 +17,7 @@ from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.rollout import apikey
 from megatron_jackpot.rollout.admin import ServerAdmin
 from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.token_log import records
 from tests.parallel.spawn import run_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -67,6 +68,26 @@ def test_launch_trains_two_steps_on_two_ranks(folder: Path) -> None:
     assert 0 < rows[-1]["jackpot/acceptance"] < 1
     assert {"config.yaml", "provenance.json", "train.log", "metrics.jsonl"} <= {p.name for p in out.iterdir()}
     assert json.loads((out / "provenance.json").read_text())
+    check_report(out)
+
+
+def check_report(out: Path) -> None:
+    """Of the run's own first step: whole responses of its prompts, and a page that shows them."""
+    (record,) = records(out)
+    trained = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    first = next(row for row in trained if row["step"] == 1)
+    assert record.step == 1 and set(record.rollout_S3[:, 1]) <= set(first["trained"])
+    assert (record.trained_N == record.response_N).all() and record.response_N.sum() > 8
+    assert (record.actor_logp_N - record.server_logp_N)[record.trained_N] == pytest.approx(0, abs=1e-3)
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_jackpot.cli", "report", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and Path(done.stdout.strip()) == out / "report.html", done.stderr
+    shown = (out / "report.html").read_text().partition("<details")[2]
+    assert shown.count('<span class="p"') == (~record.response_N).sum()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,17 @@ def test_a_missing_model_folder_is_named(tree, tmp_path):
         check(parse_config(tree))
 
 
+def test_weights_that_this_user_may_not_read_are_named_before_a_server_is_started(tree, monkeypatch):
+    weights = Path(tree["actor"]["hf"]) / "model.safetensors"
+    weights.touch()
+    # Root may read everything, and tests often run as root.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != weights)
+    with pytest.raises(
+        ValueError, match=r"policy.hf = .* may not read model.safetensors. As their owner: chmod"
+    ):
+        check(parse_config(tree))
+
+
 def test_nproc_is_the_size_of_one_model_unless_given_and_must_be_a_multiple_of_it(tree):
     tree["parallel"] = {"tp": 2, "pp": 2}
     config = parse_config(tree)

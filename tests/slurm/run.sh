@@ -3,7 +3,7 @@
 # quickstart's pair, interrupts it, kills a node's daemon, runs an array, and is refused an impossible layout.
 #
 #   bash tests/slurm/run.sh FOLDER              all of it, about 25 minutes on 2 cores; needs root (Debian)
-#   bash tests/slurm/run.sh FOLDER signals      only these: refused two_nodes signals limit daemon rank array literal
+#   bash tests/slurm/run.sh FOLDER signals      only these, of all that stand last in this file
 #
 # Every wait has a limit. What was started is ended; FOLDER keeps the runs and the cluster's logs.
 set -euo pipefail
@@ -14,6 +14,8 @@ source tools/env.sh
 source tests/slurm/cluster.sh
 mkdir -p "$out"
 chmod 755 "$out"
+
+PATIENCE=${PATIENCE:-1}  # times every limit, for a busy machine
 
 say() { printf '[slurm test] %s %s\n' "$(date +%H:%M:%S)" "$*"; }
 die() { say "FAILED: $*"; exit 1; }
@@ -36,7 +38,7 @@ submit() {  # RUN_FOLDER [key=value ...]: prints the id
 }
 
 wait_for() {  # SECONDS WHAT COMMAND...
-  local limit=$((SECONDS + $1)) what=$2 least=$1
+  local limit=$((SECONDS + PATIENCE * $1)) what=$2 least=$((PATIENCE * $1))
   shift 2
   until "$@"; do
     (( SECONDS < limit )) || die "waited $least s for $what"
@@ -84,6 +86,7 @@ scenario_two_nodes() {  # servers on one node, torchrun over both
     [[ -e $folder/$name ]] || die "$folder/$name is missing"
   done
   [[ ! -e $folder/servers/n2 ]] || die "a server ran on n2"
+  ! grep -E 'Killed|CANCELLED' "$folder/slurm/$job.out" || die "the servers were killed instead of ended"
 }
 
 # Sends USR1 to the batch shell `wait` seconds after a row; the last row's own times tell where the run is then.
@@ -170,6 +173,37 @@ PY
   (( $(grep -c 'servers on' "$folder/slurm/$job.out") == 1 )) || die "it was requeued"
 }
 
+server_of() {  # JOB: the process of its first server
+  python - "$1" <<'PY'
+import sys
+import psutil
+for process in psutil.process_iter():
+    try:
+        words, place = process.cmdline(), process.environ()
+    except psutil.Error:
+        continue
+    if place.get("SLURM_JOB_ID") == sys.argv[1] and any("sglang" in word for word in words):
+        print(process.pid)
+        break
+PY
+}
+
+scenario_servers() {  # one that never stands: the job fails at once; one that is lost for good: saved and requeued
+  local folder=$out/servers job
+  job=$(submit "$folder/never" 'servers.extra_args=[--no-such-flag]')
+  wait_for 200 "job $job to end" ended "$job"
+  [[ $(state "$job") == FAILED ]] || die "job $job ended as $(state "$job")"
+  grep -h 'not requeued' "$folder/never/slurm/$job.out" || die "it did not say why"
+  job=$(submit "$folder/lost" servers.max_restarts=0)
+  wait_for 400 "a checkpoint" test -d "$folder/lost/checkpoints/step-000002"
+  kill -9 "$(server_of "$job")"
+  wait_for 300 "the requeued job's start" restarted "$job" "$folder/lost/slurm/$job.out" 1
+  wait_for 400 "job $job to end" ended "$job"
+  completed "$job"
+  unbroken "$folder/lost" 6
+  grep -hE 'servers ended with code|training ended|resumed after step' "$folder/lost/slurm/$job.out"
+}
+
 scenario_array() {  # two seeds at once on the same two nodes
   local folder=$out/array job seed
   job=$(submit "$folder" run.steps=2 'cluster.seeds=[0,1]')
@@ -178,6 +212,37 @@ scenario_array() {  # two seeds at once on the same two nodes
     unbroken "$folder/seed-$seed" 2
     grep -q "seed: $seed" "$folder/seed-$seed/config.yaml" || die "seed $seed is not in its configuration"
   done
+}
+
+scenario_disaggregated() {  # training on n1, servers on n2; --chain: a second job finds the run done
+  local folder=$out/disaggregated job last
+  last=$(submit "$folder" run.steps=2 cluster.layout=disaggregated --chain 2)
+  job=$((last - 1))
+  wait_for 600 "job $last to end" ended "$last"
+  completed "$job"
+  completed "$last"
+  unbroken "$folder" 2
+  [[ -e $folder/train-n1.log && -e $folder/servers/n2/server-0.log ]] || die "the roles are on other nodes"
+  [[ ! -e $folder/train-n2.log && ! -e $folder/servers/n1 ]] || die "the roles are not apart"
+  grep -h 'resumed after step 2' "$folder/slurm/$last.out" || die "the second job did not find the run done"
+}
+
+scenario_by_hand() {  # the script as it stands in slurm/, submitted by sbatch, an array and a dependency included
+  local folder=$out/by_hand job after seed
+  local overrides=("policy.hf=$models/policy" "actor.hf=$models/actor" cluster.nodes=2 cluster.server_nodes=1
+    cluster.gpus_per_node=0 cluster.trainer_procs=1 cluster.interface=lo run.steps=2 run.save_every=2 run.stop_margin_s=0
+    evaluation.size=64)
+  # What `launch --slurm` would have taken from the YAML; a cluster's users write it into the #SBATCH lines.
+  local options=(--parsable --nodes=2 --gpus-per-node=0 --oversubscribe "--output=$out/by_hand-%j.out")
+  job=$(JACKPOT_SERVER_NODES=1 sbatch "${options[@]}" slurm/colocated.sbatch examples/quickstart/run.yaml \
+    "run.folder=$folder" "${overrides[@]}") || die "sbatch refused it"
+  after=$(JACKPOT_SERVER_NODES=1 sbatch "${options[@]}" --array=3 "--dependency=afterany:$job" slurm/colocated.sbatch \
+    examples/quickstart/run.yaml "run.folder=$folder" "${overrides[@]}") || die "sbatch refused the array"
+  wait_for 400 "job $job to end" ended "$job"
+  completed "$job"
+  unbroken "$folder" 2
+  wait_for 400 "array $after to end" bash -c "[[ -z \$(squeue -h -j $after) ]]"
+  unbroken "$folder/seed-3" 2
 }
 
 scenario_literal() {  # the commands of docs/clusters.md's first section, as they stand there
@@ -198,7 +263,9 @@ PY
 }
 
 scenarios=("$@")
-if (( ${#scenarios[@]} == 0 )); then scenarios=(refused two_nodes signals limit daemon rank array literal); fi
+if (( ${#scenarios[@]} == 0 )); then
+  scenarios=(refused two_nodes disaggregated by_hand signals limit daemon rank servers array literal)
+fi
 trap cluster_down EXIT
 cluster_up "$out/cluster"
 for name in "${scenarios[@]}"; do

@@ -1,0 +1,227 @@
+"""The record of tokens and the page made of it."""
+
+import html
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_jackpot.algorithm.scores import Correction, Scores
+from megatron_jackpot.batch import Batch
+from megatron_jackpot.config import Logging
+from megatron_jackpot.metrics import MetricsWriter
+from megatron_jackpot.report import chosen, most_rejected, write_report
+from megatron_jackpot.token_log import TokenLog, load, record_of, records, save
+
+LENGTHS, PROMPTS = (5, 3, 4), (2, 1, 2)
+"""Two rollouts in the first row of 9 tokens, one in the second; the rest is padding."""
+ROWS, TOKENS = 2, 9
+
+
+def packed() -> tuple[Batch, Scores, Correction, list[dict]]:
+    """A mini-batch and what a reader expects of each rollout, made side by side."""
+    rng = np.random.default_rng(0)
+    size = ROWS * TOKENS
+    flat = {name: np.zeros(size, np.float32) for name in ("server", "target", "actor", "weight", "advantage")}
+    ints = {name: np.zeros(size, np.int64) for name in ("token", "label", "position")}
+    ints |= {name: np.full(size, -1, np.int64) for name in ("segment", "version")}
+    bools = {name: np.zeros(size, bool) for name in ("mask", "keep", "correct")}
+    ids = np.full((size, 3), -1, np.int64)
+    wanted, place = [], 0
+    for segment, (length, prompt) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
+        if segment == 2:
+            place = TOKENS
+        tokens = rng.integers(3, 60, length)
+        own = dict(tokens=tokens, prompt=prompt, rows=[])
+        for i in range(length):
+            at = place + i
+            ints["token"][at], ints["segment"][at], ints["position"][at] = tokens[i], segment, i
+            ids[at] = (0, 10 + segment, segment)
+            flat["advantage"][at], bools["correct"][at] = segment - 1.0, segment == 0
+            # The place before a token holds what is known of it.
+            if prompt - 1 <= i < length - 1:
+                ints["label"][at], ints["version"][at] = tokens[i + 1], 7
+                bools["mask"][at] = (segment, i) != (2, 2)
+                bools["keep"][at] = rng.random() < 0.5
+                for name in ("server", "target", "actor", "weight"):
+                    flat[name][at] = rng.normal()
+                own["rows"].append({k: v[at] for k, v in (flat | bools).items()})
+        wanted.append(own)
+        place += length
+    shaped = {k: torch.from_numpy(v).view(ROWS, TOKENS) for k, v in (flat | ints | bools).items()}
+    batch = Batch(
+        tokens_MT=shaped["token"],
+        labels_MT=shaped["label"],
+        mask_MT=shaped["mask"],
+        position_MT=shaped["position"],
+        segment_MT=shaped["segment"],
+        rollout_id_MT3=torch.from_numpy(ids).view(ROWS, TOKENS, 3),
+        server_logp_MT=shaped["server"],
+        topk_ids_MTK=torch.zeros(ROWS, TOKENS, 1, dtype=torch.int64),
+        topk_logp_MTK=torch.zeros(ROWS, TOKENS, 1),
+        weight_version_MT=shaped["version"],
+        advantage_MT=shaped["advantage"],
+        correct_MT=shaped["correct"],
+        cu_seqlens=(),
+    )
+    flatten = {k: v.flatten() for k, v in shaped.items()}
+    none_TK = torch.zeros(size, 1)
+    scores = Scores(
+        policy_logp_T=flatten["target"] - 9,
+        target_logp_T=flatten["target"],
+        actor_logp_T=flatten["actor"],
+        server_logp_T=flatten["server"],
+        mask_T=flatten["mask"],
+        segment_T=flatten["segment"],
+        rollout_id_T3=torch.from_numpy(ids),
+        position_T=flatten["position"],
+        advantage_T=flatten["advantage"],
+        correct_T=flatten["correct"],
+        token_T=flatten["label"],
+        microbatch_T=torch.zeros(size, dtype=torch.int64),
+        candidate_ids_TK=none_TK.long(),
+        candidate_target_logp_TK=none_TK,
+        candidate_server_logp_TK=none_TK,
+        candidate_shared_TK=none_TK.bool(),
+        step=0,
+    )
+    correction = Correction(
+        keep_T=flatten["keep"], weight_T=flatten["weight"], count=torch.ones([], dtype=torch.float64)
+    )
+    return batch, scores, correction, wanted
+
+
+def test_a_record_holds_each_decision_at_the_token_it_was_made_about() -> None:
+    batch, scores, correction, wanted = packed()
+    record = record_of(4, batch, scores, correction, 3)
+    assert record.step == 4
+    assert record.length_S.tolist() == list(LENGTHS)
+    assert record.rollout_S3.tolist() == [[0, 10, 0], [0, 11, 1], [0, 12, 2]]
+    assert record.advantage_S.tolist() == [-1, 0, 1]
+    assert record.correct_S.tolist() == [True, False, False]
+    start = 0
+    for own in wanted:
+        stop = start + len(own["tokens"])
+        assert record.token_N[start:stop].tolist() == own["tokens"].tolist()
+        response = [i >= own["prompt"] for i in range(len(own["tokens"]))]
+        assert record.response_N[start:stop].tolist() == response
+        for i, row in enumerate(own["rows"]):
+            at = start + own["prompt"] + i
+            assert record.trained_N[at] == row["mask"]
+            assert record.keep_N[at] == (row["keep"] and row["mask"])
+            for name in ("server_logp", "target_logp", "actor_logp", "weight"):
+                expected = row[name.removesuffix("_logp")] if row["mask"] else 0
+                assert getattr(record, f"{name}_N")[at] == expected
+        start = stop
+    assert not record.keep_N[~record.response_N].any()
+
+
+def test_fewer_rollouts_are_spread_over_the_mini_batch() -> None:
+    batch, scores, correction, _ = packed()
+    assert record_of(1, batch, scores, correction, 2).rollout_S3[:, 1].tolist() == [10, 12]
+    assert record_of(1, batch, scores, correction, 9).rollout_S3[:, 1].tolist() == [10, 11, 12]
+
+
+def test_the_log_writes_every_so_many_steps_once_and_only_here(tmp_path) -> None:
+    batch, scores, correction, _ = packed()
+    for here in (False, True):
+        log = TokenLog(tmp_path, Logging(tokens_every=3), here=here)
+        for step in (1, 1, 2, 3, 4, 7):
+            log.note(step, batch, scores, correction)
+        assert [record.step for record in records(tmp_path)] == ([1, 4, 7] if here else [])
+    TokenLog(tmp_path / "none", Logging(tokens_every=None), here=True).note(1, batch, scores, correction)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_disk_that_refuses_costs_the_record_and_not_the_run(tmp_path, capsys) -> None:
+    (tmp_path / "tokens").write_text("a file where the folder should be")
+    batch, scores, correction, _ = packed()
+    TokenLog(tmp_path, Logging(), here=True).note(1, batch, scores, correction)
+    assert "WARNING: the tokens of step 1 were not recorded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not a zip", "an array is missing"])
+def test_a_broken_record_is_named(tmp_path, damage: str) -> None:
+    path = tmp_path / "tokens" / "step-000001.npz"
+    save(path, record_of(1, *packed()[:3], 3))
+    whole = path.read_bytes()
+    assert load(path).step == 1
+    if damage == "an array is missing":
+        with path.open("wb") as file:
+            np.savez(file, step=1)
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"<html>")
+    with pytest.raises(ValueError, match=r"step-000001.npz is no record of tokens"):
+        load(path)
+
+
+def run_folder(tmp_path):
+    with MetricsWriter(tmp_path, False, None) as out:
+        out.write(0, {"eval/policy_accuracy": 0.3})
+        out.write(1, {"reward/mean": 0.25, "time/step": 2.0})
+    (tmp_path / "config.yaml").write_text(
+        "policy: {hf: /gone}\nactor: {hf: '<b>'}\nalgorithm: {target: old}\n"
+    )
+    save(tmp_path / "tokens" / "step-000001.npz", record_of(1, *packed()[:3], 3))
+    return tmp_path
+
+
+def test_the_page_shows_every_token_once_in_its_class(tmp_path) -> None:
+    record = record_of(1, *packed()[:3], 3)
+    page = write_report(run_folder(tmp_path)).read_text()
+    rolled = page[page.index("<details") :]
+    found = {kind: len(re.findall(f'<span class="{kind}"', rolled)) for kind in "pkru"}
+    rejected = record.trained_N & ~record.keep_N
+    assert found == {
+        "p": int((~record.response_N).sum()),
+        "k": int(record.keep_N.sum()),
+        "r": int(rejected.sum()),
+        "u": int((record.response_N & ~record.trained_N).sum()),
+    }
+    assert min(found.values()) > 0
+    texts = re.findall(r'<span class="[pkru]"[^>]*>([^<]*)</span>', rolled)
+    assert texts == [f"[{token}]" for token in record.token_N]
+    assert f"{record.keep_N.sum() / record.trained_N.sum():.3f} accepted" in page
+    place = int(np.flatnonzero(rejected)[0])
+    ratio = np.exp(record.target_logp_N[place] - record.server_logp_N[place])
+    assert f"ratio {ratio:.3g}, weight" in rolled
+    assert "&lt;b&gt;" in page and "<b>" not in page
+    assert "0.250" in page and "data:image/png;base64," in page
+
+
+def test_tokens_cannot_break_out_of_the_page(tmp_path, monkeypatch) -> None:
+    evil = "</div><script>alert('\"')</script>\n"
+    monkeypatch.setattr("megatron_jackpot.report.decoder_of", lambda config: lambda token: evil)
+    page = write_report(run_folder(tmp_path)).read_text()
+    assert "<script" not in page
+    assert html.escape(evil.strip()) in page
+
+
+def test_the_most_rejected_tokens_are_counted_by_hand() -> None:
+    record = record_of(1, *packed()[:3], 3)
+    rows = {row.token: row for row in most_rejected([record, record], most=1000)}
+    trained = record.token_N[record.trained_N]
+    for token in np.unique(trained):
+        here = record.trained_N & (record.token_N == token)
+        lost = int((here & ~record.keep_N).sum())
+        if not lost:
+            assert token not in rows
+            continue
+        row = rows[int(token)]
+        ratios = np.exp((record.target_logp_N - record.server_logp_N)[here])
+        assert (row.seen, row.rejected) == (2 * int(here.sum()), 2 * lost)
+        assert row.median_ratio == pytest.approx(np.median(ratios), rel=1e-5)
+    counts = [row.rejected for row in rows.values()]
+    assert counts == sorted(counts, reverse=True)
+
+
+def test_long_runs_show_the_first_the_last_and_some_between() -> None:
+    assert chosen(list(range(5)), 12) == [0, 1, 2, 3, 4]
+    some = chosen(list(range(100)), 12)
+    assert len(some) == 12 and some[0] == 0 and some[-1] == 99 and some == sorted(set(some))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=r"metrics.jsonl"):
+        write_report(tmp_path)
