@@ -41,7 +41,7 @@ def read(precision: str, folder: Path, shape: dict, lengths: list[int]) -> dict[
     trainer = make_trainer(config, shapes, dict.fromkeys(shapes, folder))
     batch = make_batch(trainer, lengths, shape["vocab_size"])
     vocab = trainer.scorer.vocab(trainer.actor)
-    scored = trainer.actor.score(batch, lambda logits, m: dict(logits=logits.float().cpu()))
+    scored = trainer.actor.score(batch, lambda logits, m: dict(logits=logits[:].float().cpu()))
     mask = batch.mask_MT.flatten().cpu()
     found = dict(logits=scored["logits"].flatten(0, 1)[mask])
     for name in ("first", "second"):

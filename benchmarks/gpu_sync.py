@@ -2,13 +2,17 @@
 
     PYTHONPATH=. python benchmarks/gpu_sync.py [--tiny]
 
-Qwen3-0.6B and -1.7B shapes, random bf16 weights, one rank. `export` is sync/export.py: HF names, padding removed, on
-the CPU. `buckets` flattens it into buckets of 512 MB on the device, as the broadcast sends them. `hand-over` maps
-those buckets into another process and copies them there: CUDA IPC where they lie on a GPU, shared memory on a CPU; it
-is the floor of a sync to a colocated server, not a sync: no server takes part. An NCCL broadcast needs a second GPU.
+Qwen3-0.6B and -1.7B shapes, random bf16 weights, one rank. `export` is sync/export.py as a push reads it: HF names,
+padding removed, on the device; `to host` the same for a folder on disk; `fp8` quantised on the way. `buckets` is
+sync/ahead.py: the export in flat buckets of 512 MB, made in its thread. `hand-over` maps those buckets into another
+process and copies them there: CUDA IPC where they lie on a GPU, shared memory on a CPU; `push` is all of it, export,
+buckets and hand-over overlapping. Both are the floor of a sync to a colocated server, not a sync: no server takes part.
+An NCCL broadcast needs a second GPU. `offload` and `reload` are those of the optimizer state and gradient buffers (CUDA
+alone has anything to move).
 """
 
 import time
+from collections.abc import Iterable
 
 import torch
 import torch.multiprocessing as mp
@@ -16,18 +20,21 @@ from torch import Tensor
 
 from benchmarks.gpu_common import DEVICE, QWEN3_0_6B, QWEN3_1_7B, TINY, parser, report, seconds
 from benchmarks.gpu_models import close, make_config, make_trainer
-from megatron_jackpot.hf_folder import buckets
-from megatron_jackpot.sync.export import export
+from megatron_jackpot.sync.ahead import Ahead
+from megatron_jackpot.sync.export import export, exported
+from megatron_jackpot.sync.fp8 import quantised
 
 BUCKET_BYTES = 512 * 2**20
 TIMEOUT_S = 120
 
 
-def flatten(tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [
-        torch.cat([tensor.to(DEVICE).contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
-        for bucket in buckets(tensors.items(), BUCKET_BYTES)
-    ]
+def ahead(named_tensors: Iterable[tuple[str, Tensor]]) -> Ahead:
+    return Ahead(named_tensors, BUCKET_BYTES, DEVICE, TIMEOUT_S)
+
+
+def flatten(named_tensors: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+    with ahead(named_tensors) as made:
+        return [bucket.flat for bucket in made]
 
 
 def receive(inbox: mp.Queue, outbox: mp.Queue) -> None:
@@ -41,22 +48,26 @@ def receive(inbox: mp.Queue, outbox: mp.Queue) -> None:
         outbox.put(int(mine[: 2**20].long().sum()))
 
 
-def hand_over(flats: list[Tensor]) -> float:
+def hand_over(first: Tensor, flats: Iterable[Tensor]) -> float:
     """Seconds until the other process has copied all buckets. Raises RuntimeError where a copy differs."""
     context = mp.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
     child = context.Process(target=receive, args=(inbox, outbox), daemon=True)
     child.start()
+
+    def give(flat: Tensor) -> None:
+        inbox.put(flat)
+        outbox.get(timeout=TIMEOUT_S)
+        if outbox.get(timeout=TIMEOUT_S) != int(flat[: 2**20].long().sum()):
+            raise RuntimeError("the other process holds other bytes than this one")
+
     try:
-        total = 0.0
-        # The first bucket twice: the child's start and its CUDA context are not counted.
-        for number, flat in enumerate([flats[0], *flats]):
-            start = time.perf_counter()
-            inbox.put(flat)
-            outbox.get(timeout=TIMEOUT_S)
-            total += time.perf_counter() - start if number else 0.0
-            if outbox.get(timeout=TIMEOUT_S) != int(flat[: 2**20].long().sum()):
-                raise RuntimeError("the other process holds other bytes than this one")
+        # The child's start and its CUDA context are not counted.
+        give(first)
+        start = time.perf_counter()
+        for flat in flats:
+            give(flat)
+        total = time.perf_counter() - start
         inbox.put(None)
         child.join(TIMEOUT_S)
         return total
@@ -66,18 +77,51 @@ def hand_over(flats: list[Tensor]) -> float:
             child.join()
 
 
+def push(model, first: Tensor) -> float:
+    """Export, buckets and hand-over together: the next bucket is made while one is copied."""
+    with ahead(exported(model, device=DEVICE)) as made:
+        return hand_over(first, (bucket.flat for bucket in made))
+
+
 def measure(label: str, shape: dict, dtype: str) -> list[dict]:
     small = {**TINY, "hidden_size": 32}
     trainer = make_trainer(make_config(64, dict(dtype=dtype)), dict(policy=small, actor=shape))
-    tensors = export(trainer.actor)
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    export_s = seconds(lambda: export(trainer.actor), repeats=3)
-    buckets_s = seconds(lambda: flatten(tensors), repeats=3)
-    parts = {"export": export_s, "buckets": buckets_s, "hand-over": hand_over(flatten(tensors))}
-    return [
+    actor = trainer.actor
+    on_device = list(exported(actor, device=DEVICE))
+    num_bytes = sum(tensor.nbytes for _, tensor in on_device)
+    flats = flatten(on_device)
+    parts = {
+        "export": seconds(lambda: list(exported(actor, device=DEVICE)), repeats=3),
+        "to host": seconds(lambda: export(actor), repeats=3),
+        "fp8": seconds(lambda: list(quantised(on_device)), repeats=3),
+        "buckets": seconds(lambda: flatten(exported(actor, device=DEVICE)), repeats=3),
+        "hand-over": hand_over(flats[0], flats),
+        "push": push(actor, flats[0]),
+    }
+    rows = [
         dict(shape=label, what=what, gb=num_bytes / 1e9, s=time_s, gb_s=num_bytes / time_s / 1e9)
         for what, time_s in parts.items()
     ]
+    return rows + measure_offload(label, actor)
+
+
+def measure_offload(label: str, actor) -> list[dict]:
+    """The second time, when the state exists and the host's memory is warm."""
+    times: dict[str, float] = {}
+    # A step without gradients: Adam's moments are made by the first one.
+    for chunk in actor.chunks:
+        chunk.zero_grad_buffer()
+    actor.optimizer.prepare_grads()
+    actor.optimizer.step()
+    for _ in range(2):
+        for what, call in (("offload", actor.offload), ("reload", actor.reload)):
+            start = time.perf_counter()
+            call()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            times[what] = time.perf_counter() - start
+    count = sum(parameter.numel() for parameter in actor.chunks[0].module.parameters())
+    return [dict(shape=label, what=what, gb=12 * count / 1e9, s=time_s) for what, time_s in times.items()]
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 from benchmarks.gpu_common import DEVICE, copy_bandwidth, parser, peak_bytes, report, seconds
 from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
-from megatron_jackpot.parallel.linear import linear_logp_at
+from megatron_jackpot.parallel.linear import LinearLogits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_scores
 
 VOCAB, TOKENS, K, HIDDEN = 151_936, 16_384, 20, 1024
@@ -100,7 +100,7 @@ def measure_linear(tokens: int, columns: int, hidden: int) -> list[dict]:
     knobs = dict(vocab_size=columns, group=None)
 
     def blocks(h, w):
-        return linear_logp_at(h, w, ids_T1, **knobs)
+        return vocab_parallel_logp(LinearLogits(h, w), ids_T1[:, 0], **knobs)
 
     def whole(h, w):
         return vocab_parallel_logp(torch.nn.functional.linear(h, w), ids_T1[:, 0], **knobs)

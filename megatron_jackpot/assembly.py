@@ -24,6 +24,7 @@ from megatron_jackpot.logger import StepLogger, print_report
 from megatron_jackpot.methods import Methods
 from megatron_jackpot.metrics import JsonLines, MetricsWriter
 from megatron_jackpot.models.build import padded_vocab_size
+from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of, read_hf_config
 from megatron_jackpot.models.mesh import init_mesh
@@ -37,6 +38,8 @@ from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
 from megatron_jackpot.sync.export import export_hf
+from megatron_jackpot.sync.fp8 import served_folder
+from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.trainer import Trainer
 
 
@@ -172,16 +175,19 @@ def make_source(
 
 def make_sync(config: Config) -> DiskSync | BroadcastSync:
     """The way of the actor's weights to the servers."""
-    sync, folder = config.sync, config.run.folder / "sync"
+    sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
     shared = dict(
-        hf_folder=config.actor.hf,
+        hf_folder=served_folder(config),
         bucket_bytes=sync.bucket_bytes,
         timeout_s=sync.timeout_s,
-        patience_s=config.servers.start_timeout_s,
+        patience_s=servers.start_timeout_s,
+        release_memory=servers.release_memory,
     )
     if sync.method == "disk":
-        return DiskSync(config.servers.urls, folder=folder, **shared)
-    return BroadcastSync(config.servers.urls, proof_folder=folder, backend=sync.backend, **shared)
+        return DiskSync(servers.urls, folder=folder, **shared)
+    if sync.method == "ipc":
+        return IPCSync(servers.urls, proof_folder=folder, **shared)
+    return BroadcastSync(servers.urls, proof_folder=folder, backend=sync.backend, **shared)
 
 
 def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = None) -> bool:
@@ -191,6 +197,8 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
     and ended because `stop` asked for it.
     """
     try:
+        if config.precision.deterministic:
+            be_deterministic()
         mesh = mesh or init_mesh(config.parallel, config.run.seed)
         stop = stop or StopRequest(config.run)
         assembly = assemble(config, mesh, stop.reason)
@@ -267,6 +275,7 @@ def _train(assembly: Assembly, saver: Saver, report: Report, account: Account, r
             _one_step(assembly, saver, report, account)
     except StopRun:
         with trainer.watchdog.phase("save"):
+            trainer.make_room()
             saver.save(background=False)
         return False
     with trainer.watchdog.phase("save"):
@@ -288,7 +297,8 @@ def _one_step(assembly: Assembly, saver: Saver, report: Report, account: Account
         saver.poll()
         due = config.run.save_every and step % config.run.save_every == 0 and not trainer.guard.in_doubt
         if due or (config.run.save_every and last):
-            saver.save(background=config.run.save_in_background and not last)
+            with trainer.room_to_save():
+                saver.save(background=config.run.save_in_background and not last)
     account(step)
     report(step, metrics | {"time/save": trainer.values["time/save"], "save/failed": float(saver.num_failed)})
     if config.run.save_hf_every and step % config.run.save_hf_every == 0 and not last:

@@ -5,14 +5,18 @@ The text under a field is its documentation: `megatron-jackpot train --help` pri
 
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config_base import Method, Section
 from megatron_jackpot.config_cluster import Cluster
+from megatron_jackpot.config_models import Parallel, Precision
 from megatron_jackpot.config_run import Guards, Run
 from megatron_jackpot.yaml_tree import apply_override, read_tree
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Optimizer(Section):
@@ -58,44 +62,6 @@ class Actor(Section):
     """lambda_distill, the weight of the distillation loss."""
     distill_target_kl: float | None = Field(None, gt=0)
     """Set-point of KL(policy || server) that steers lambda_distill from distill_weight on; null keeps it."""
-
-
-class Parallel(Section):
-    tp: int = Field(1, ge=1)
-    """Tensor-parallel size."""
-    pp: int = Field(1, ge=1)
-    """Pipeline-parallel size."""
-    vpp: int | None = Field(None, ge=2)
-    """Virtual pipeline chunks per rank (interleaved 1F1B); null runs plain 1F1B."""
-    cp: int = Field(1, ge=1)
-    """Context-parallel size; only 1 is supported."""
-    sequence_parallel: bool = False
-    """Split activations outside attention and MLP over the tensor-parallel ranks."""
-    distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Overlap gradient reduction with the backward pass."""
-    overlap_param_gather: bool = False
-    """Overlap the parameter all-gather with the next forward pass (distributed optimizer)."""
-    recompute: bool = False
-    """Keep only the input of every layer and run its forward again in backward: less memory, a third more work."""
-    timeout_s: float = Field(600, gt=0)
-    """Time limit of every collective."""
-
-
-class Precision(Section):
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameters and activations of the trainer."""
-    fp8: Literal["hybrid", "e4m3"] | None = None
-    """fp8 format of the Transformer Engine layers; needs Transformer Engine and a capable GPU."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
-    """Scaling recipe of fp8."""
-    fp8_param: bool = False
-    """Keep the parameters in fp8 as well."""
-    first_last_layers_bf16: bool = False
-    """Keep the first and last layers in bf16 under fp8 (not with the delayed recipe)."""
-    max_trained_gap: float = Field(0.1, gt=0)
-    """Largest mean |trained logp - scored logp| in a step's first mini-batch; above it the run stops."""
 
 
 class Data(Section):
@@ -148,6 +114,10 @@ class Servers(Section):
     """How often `launch` starts one server again after it ended or stopped answering."""
     hang_s: float = Field(120, gt=0)
     """Seconds without an answer to /health after which `launch` ends a server and starts it again."""
+    quantization: Literal["fp8"] | None = None
+    """fp8: servers hold and are sent e4m3 weights with a scale per 128 x 128 block; null sends them in the dtype."""
+    release_memory: bool = False
+    """Servers on the trainer's GPUs give back weights and KV cache while it learns (--enable-memory-saver)."""
     max_total_tokens: int | None = Field(None, ge=1)
     """KV-cache size in tokens; null lets SGLang decide."""
     extra_args: tuple[str, ...] = ()
@@ -200,8 +170,9 @@ class Algorithm(Section):
 
 
 class Sync(Section):
-    method: Literal["disk", "broadcast"] = "broadcast"
-    """How the actor's weights reach the servers: safetensors on a shared disk, or a collective group."""
+    method: Literal["disk", "broadcast", "ipc"] = "broadcast"
+    """How the actor's weights reach the servers: safetensors on a shared disk, a collective group, or, on one node,
+    CUDA IPC."""
     backend: Literal["nccl", "gloo"] | None = None
     """Backend of the broadcast group; null is nccl with CUDA and gloo without."""
     bucket_bytes: int = Field(512 * 2**20, ge=1)
@@ -292,6 +263,7 @@ class Config(Section):
                 "precision.fp8_param = true needs parallel.distributed_optimizer=true: Megatron's other optimizer "
                 "does not know fp8 parameters."
             )
+        self._servers_fit()
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.packing.tokens:
             raise ValueError(
@@ -308,6 +280,32 @@ class Config(Section):
         if self.data.source == "reasoning_gym" and not self.data.tasks:
             raise ValueError("data.source = 'reasoning_gym' needs data.tasks, for example {chain_sum: {}}.")
         return self
+
+    def _servers_fit(self) -> None:
+        """What servers on the trainer's GPUs, or with another format of weights, ask of the rest."""
+        servers, dtype = self.servers, self.servers.dtype or self.precision.dtype
+        if servers.quantization is not None and dtype != "bfloat16":
+            raise ValueError(
+                f"servers.quantization = '{servers.quantization}' needs servers.dtype='bfloat16' for what is not "
+                f"quantised, got '{dtype}'. Set servers.dtype=bfloat16."
+            )
+        if self.parallel.offload_optimizer and self.precision.dtype != "bfloat16":
+            raise ValueError(
+                "parallel.offload_optimizer = true needs precision.dtype='bfloat16', got 'float32': there the optimizer's "
+                "parameters are the model's own. Set it to false."
+            )
+        if self.sync.method == "ipc":
+            strangers = [url for url in servers.urls if urlsplit(url).hostname not in LOOPBACK]
+            if strangers:
+                raise ValueError(
+                    f"sync.method = 'ipc' needs servers on this node at a loopback address, but servers.urls has "
+                    f"{strangers[0]}. Set sync.method=broadcast."
+                )
+            if self.cluster.nodes > 1:
+                raise ValueError(
+                    f"sync.method = 'ipc' reaches servers of one node, but cluster.nodes = {self.cluster.nodes}. "
+                    "Set sync.method=broadcast."
+                )
 
 
 def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

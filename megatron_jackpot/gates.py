@@ -11,6 +11,7 @@ from megatron_jackpot.batch import Batch, Prompt, Rollout
 from megatron_jackpot.config import Config, Sync
 from megatron_jackpot.models.families import Family
 from megatron_jackpot.packing import Packer
+from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_gather_logp
 
 
@@ -82,7 +83,7 @@ def _summary(gaps: Tensor) -> list[float]:
 def _gaps(trainer: Any, batch: Batch) -> Tensor | None:
     scorer, actor = trainer.scorer, trainer.actor
 
-    def read(logits_TV: Tensor, m: int) -> dict[str, Tensor]:
+    def read(logits_TV: Logits, m: int) -> dict[str, Tensor]:
         ids_TK = torch.cat([batch.labels_MT[m][:, None], batch.topk_ids_MTK[m]], dim=-1)
         return {"logp": vocab_parallel_gather_logp(logits_TV, ids_TK, **scorer.vocab(actor))}
 

@@ -20,6 +20,7 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")

@@ -40,7 +40,7 @@ STRAY_GRACE_S = 5.0
 EXIT_REFUSED = 2
 """Exit code of a rank whose input cannot work: trying again cannot help."""
 TRAIN_LOG = "train.log"
-OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log")
+OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log", "actor-fp8")
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
 
@@ -142,10 +142,15 @@ def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
     """Servers of the actor's initial weights, on the last GPUs: ranks take theirs from the front."""
     servers, gpus = config.servers, visible_gpus()
     # A folder in Megatron's format has nothing that SGLang could load: the first push brings the weights.
-    dummy = () if any(config.actor.hf.glob("*.safetensors")) else ("--load-format", "dummy")
+    folder = config.actor.hf
+    if servers.quantization is not None:
+        from megatron_jackpot.sync.fp8 import served_folder  # imports torch
+
+        folder = served_folder(config)
+    dummy = () if any(folder.glob("*.safetensors")) else ("--load-format", "dummy")
     needed, numbered = servers.num * servers.tp, all(gpu.isdigit() for gpu in gpus)
     return start_servers(
-        config.actor.hf,
+        folder,
         dtype=servers.dtype or config.precision.dtype,
         folder=config.run.folder,
         num=servers.num,
@@ -155,9 +160,11 @@ def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
         python=servers.python,
         start_timeout_s=servers.start_timeout_s,
         max_total_tokens=servers.max_total_tokens,
+        release_memory=servers.release_memory,
         extra_args=(*dummy, *servers.extra_args),
         device="cuda" if gpus else "cpu",
         gpus=[int(gpu) for gpu in gpus[-needed:]] if numbered and len(gpus) >= needed else None,
+        all_gpus=[int(gpu) for gpu in gpus] if numbered and config.sync.method == "ipc" else None,
     )
 
 

@@ -13,6 +13,7 @@ from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.head import FrozenHead
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
+from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
 
 TRAINED_GAP = "gap/trained_scored"
@@ -30,7 +31,7 @@ def policy_loss(
     old_MT, keep_MT = scores.policy_logp_T.view(shape), correction.keep_T.view(shape)
     weight_MT = correction.weight_T.view(shape)
 
-    def loss(logits_TV: Tensor, m: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
         logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], **vocab)
         tokens = tokens_of(mini, old_MT, m)
         surrogate_T = objective(logp_T, tokens)
@@ -66,12 +67,23 @@ def actor_loss(
     weight_MT = log_ratio(old_MT, mini.server_logp_MT).exp().clamp(max=knobs.tis_cap)
     distill_weight = methods.distill_weight
 
-    def loss(logits_TV: Tensor, m: int) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], **vocab)
+    candidates_MTK = None
+    if methods.distill.needs == "candidates":
+        candidates_MTK = scores.candidate_ids_TK.unflatten(0, shape)
+
+    def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
+        ids_TK = mini.labels_MT[m][:, None]
+        if candidates_MTK is not None:
+            # Asked together: one read of the logits forward, one backward.
+            ids_TK = torch.cat([ids_TK, candidates_MTK[m]], dim=-1)
+        logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, **vocab)
+        logp_T, candidates_TK = logp_TK[:, 0], logp_TK[:, 1:]
         mask_T = mini.mask_MT[m]
         surrogate_T = methods.actor_objective(logp_T, tokens_of(mini, old_MT, m))
         rl = -torch.where(mask_T, weight_MT[m] * surrogate_T, 0.0).sum() / denominator
-        distilled_T = distillation(methods.distill, mini, scores, teacher, vocab, logits_TV, logp_T, m)
+        distilled_T = distillation(
+            methods.distill, mini, scores, teacher, vocab, logits_TV, logp_T, candidates_TK, m
+        )
         kl = torch.where(mask_T, distilled_T, 0.0).sum() / denominator
         value = knobs.rl_weight * rl + distill_weight * kl
         return value, {"actor": value.detach(), "actor_rl": rl.detach(), "distill": kl.detach()}
@@ -85,8 +97,9 @@ def distillation(
     scores: Scores,
     teacher: FrozenHead | None,
     vocab: dict,
-    logits_TV: Tensor,
+    logits_TV: Logits,
     logp_T: Tensor,
+    candidates_TK: Tensor,
     m: int,
 ) -> Tensor:
     """Loss [T] of `method` on micro-batch m, fed with what it needs: see algorithm/distill.py."""
@@ -94,9 +107,7 @@ def distillation(
     if method.needs == "sampled":
         return method(logp_T, scores.policy_logp_T.view(shape)[m])
     if method.needs == "candidates":
-        ids_TK = scores.candidate_ids_TK.unflatten(0, shape)[m]
-        policy_TK = scores.candidate_target_logp_TK.unflatten(0, shape)[m]
-        return method(vocab_parallel_logp_at(logits_TV, ids_TK, **vocab), policy_TK)
+        return method(candidates_TK, scores.candidate_target_logp_TK.unflatten(0, shape)[m])
     assert teacher is not None, "the scorer keeps the policy's head where distillation needs logits"
     vocab = teacher.common(vocab)
     return method(vocab_parallel_kl(logits_TV, teacher.logits(m), direction=method.direction, **vocab))

@@ -49,6 +49,7 @@ METRICS = {
     "sync/server_version": "weight version the servers report",
     "sync/seconds": "duration of the weight update",
     "time/rollout": "seconds of rollout",
+    "time/make_room": "seconds until servers have lent their memory and optimizer state is back",
     "time/score": "seconds of scoring",
     "time/correct": "seconds of the correction",
     "time/update_policy": "seconds of the policy update",

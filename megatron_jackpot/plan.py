@@ -11,6 +11,7 @@ from megatron_jackpot.config import Config, Parallel
 from megatron_jackpot.layout import data_parallel
 from megatron_jackpot.models.build import padded_vocab_size, transformer_config
 from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.parallel.linear import READ_ELEMENTS
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 2**30
@@ -269,7 +270,7 @@ class _Load:
             gradients=own * 4.0,
             optimizer=states / (self.dp if p.distributed_optimizer else 1),
             activations=kept if updated else 0.0,
-            logits=(2.0 if updated else 1.0) * rows * self.padded_vocab / p.tp * width,
+            logits=self._logits(rows, updated) * width,
             flops=(passes + 2.0 * updated) * self.tokens * dense,
             tp_bytes=2.0 * (p.tp - 1) / p.tp * reduced * width,
             dp_bytes=updated
@@ -279,6 +280,13 @@ class _Load:
             * own
             * (4.0 + back),
         )
+
+    def _logits(self, rows: int, updated: bool) -> float:
+        """Logits that exist at once on a GPU: a block, or all of a micro-batch and in an update their gradient."""
+        whole = rows * self.padded_vocab / self.config.parallel.tp
+        if self.config.precision.fused_linear:
+            return min(whole, READ_ELEMENTS["cuda"])
+        return (2.0 if updated else 1.0) * whole
 
     def _forward_passes(self, name: str) -> float:
         """Scoring once, the update's own forward, and another of all minis but the first under target = current."""

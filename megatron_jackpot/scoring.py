@@ -15,8 +15,8 @@ from megatron_jackpot.batch import Batch
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.head import FrozenHead, record_head
 from megatron_jackpot.parallel.divergence import vocab_parallel_overlap
+from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import (
-    vocab_parallel_gather_logp,
     vocab_parallel_logp,
     vocab_parallel_scores,
 )
@@ -108,8 +108,16 @@ class Scorer:
         scored = model.score(batch, lambda logits, m: {"logp": self._logp(model, logits, batch.labels_MT[m])})
         return None if scored is None else scored["logp"]
 
-    def _logp(self, model: MegatronModel, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    def _logp(self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor) -> Tensor:
         return vocab_parallel_logp(logits_TV, labels_T, **self.vocab(model))
+
+    def _logp_and(
+        self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor, **ids_TK: Tensor
+    ) -> dict[str, Tensor]:
+        """logp [T] of the labels and, from the same read, a name's log-probs at its ids [T, K]."""
+        ((name, at_TK),) = ids_TK.items()
+        read = vocab_parallel_scores(logits_TV, labels_T, ids_TK=at_TK, **self.vocab(model))
+        return {"logp": read.logp_T, name: read.at_ids_TK}
 
     def vocab(self, model: MegatronModel) -> dict:
         """What every vocab-parallel function needs to know about a model."""
@@ -117,7 +125,7 @@ class Scorer:
             vocab_size=model.family.vocab_size, group=model.mesh.tp_group, temperature=self.temperature
         )
 
-    def _read_policy(self, batch: Batch, logits_TV: Tensor, index: int) -> dict[str, Tensor]:
+    def _read_policy(self, batch: Batch, logits_TV: Logits, index: int) -> dict[str, Tensor]:
         labels_T, ids_TK = batch.labels_MT[index], batch.topk_ids_MTK[index]
         read = vocab_parallel_scores(
             logits_TV, labels_T, ids_TK=ids_TK, k=self.top_k, **self.vocab(self.policy)
@@ -134,15 +142,12 @@ class Scorer:
         batch: Batch,
         ids_MTC: Tensor | None,
         exact: tuple[FrozenHead, float] | None,
-        logits_TV: Tensor,
+        logits_TV: Logits,
         index: int,
     ) -> dict[str, Tensor]:
         assert ids_MTC is not None, "readers run on the last stage only"
         policy_only_TK = ids_MTC[index, :, batch.topk_ids_MTK.shape[-1] :]
-        read = dict(
-            logp=self._logp(self.actor, logits_TV, batch.labels_MT[index]),
-            topk_logp=vocab_parallel_gather_logp(logits_TV, policy_only_TK, **self.vocab(self.actor)),
-        )
+        read = self._logp_and(self.actor, logits_TV, batch.labels_MT[index], topk_logp=policy_only_TK)
         if exact is not None:
             head, lam = exact
             read["exact_overlap"] = vocab_parallel_overlap(
@@ -151,13 +156,10 @@ class Scorer:
         return read
 
     def _read_target(
-        self, mini: Batch, ids_MTC: Tensor | None, logits_TV: Tensor, index: int
+        self, mini: Batch, ids_MTC: Tensor | None, logits_TV: Logits, index: int
     ) -> dict[str, Tensor]:
         assert ids_MTC is not None, "readers run on the last stage only"
-        return dict(
-            logp=self._logp(self.policy, logits_TV, mini.labels_MT[index]),
-            candidates_logp=vocab_parallel_gather_logp(logits_TV, ids_MTC[index], **self.vocab(self.policy)),
-        )
+        return self._logp_and(self.policy, logits_TV, mini.labels_MT[index], candidates_logp=ids_MTC[index])
 
     def _server_logp(self, batch: Batch, actor_logp_MTK: Tensor, actor_version: int) -> Tensor:
         """log q at the candidates. The server does not return q at policy-only ids: the scored actor's log-prob

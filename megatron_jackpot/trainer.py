@@ -20,13 +20,14 @@ from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.guard import Guard, RollBack
 from megatron_jackpot.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.methods import Methods
+from megatron_jackpot.models.build import DTYPES
 from megatron_jackpot.models.engine import MegatronModel, UpdateReport
 from megatron_jackpot.packing import Packer
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import make_sum_over, reduce_metrics
 from megatron_jackpot.rollout.collect import group_metrics
 from megatron_jackpot.scoring import Scorer, slice_scores
-from megatron_jackpot.sync.export import export
+from megatron_jackpot.sync.export import Exported
 from megatron_jackpot.token_log import TokenLog
 from megatron_jackpot.watchdog import Watchdog
 
@@ -35,6 +36,8 @@ class Push(Protocol):
     """How weights get to the servers, on the main rank."""
 
     def push(self, named_tensors: Any, version: int) -> Any: ...
+
+    def release(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -98,6 +101,8 @@ class Trainer:
         with self.timer("step"):
             with self.timer("rollout"):
                 groups = self.collect()
+            with self.timer("make_room"):
+                self.make_room()
             self.learn(self.packer.pack(groups, self.config.rollout.top_k_logp))
             self.num_steps += 1
             with self.timer("sync"):
@@ -236,19 +241,52 @@ class Trainer:
                 "or bf16."
             )
 
+    def make_room(self) -> None:
+        """After the rollout, where servers share the trainer's GPUs: their memory goes, optimizer state comes."""
+        if self.config.servers.release_memory:
+            limit_s = self.config.rollout.request_timeout_s * 2
+            self.mesh.wait_for_leaders(f"rollout-{self.num_steps}-{self.num_pushes}", limit_s)
+            if self.sync is not None:
+                self.sync.release()
+            self.mesh.barrier()
+        for model in (self.policy, self.actor):
+            model.reload()
+
+    @contextmanager
+    def room_to_save(self) -> Iterator[None]:
+        """After a step: as `make_room` within, and a push ends it where it changed anything."""
+        self.make_room()
+        yield
+        if self.config.servers.release_memory or self.config.parallel.offload_optimizer:
+            self.push()
+
     def push(self) -> None:
         """The actor's weights to the servers, stamped with the number of finished steps."""
         self.num_pushes += 1
-        tensors = export(self.actor)
-        if self.sync is not None:
-            report = self.sync.push(tensors.items(), version=self.num_steps)
+        sync, servers = self.config.sync, self.config.servers
+        limit_s = servers.start_timeout_s + sync.timeout_s * 12
+        if self.config.parallel.offload_optimizer:
+            for model in (self.policy, self.actor):
+                model.offload()
+        weights = Exported(
+            self.actor,
+            f"export-{self.num_pushes}",
+            dtype=servers.dtype and DTYPES[servers.dtype],
+            fp8=servers.quantization is not None,
+            timeout_s=limit_s,
+        )
+        if not self.mesh.is_main:
+            weights.take_part()
+        elif self.sync is not None:
+            report = self.sync.push(weights, version=self.num_steps)
             self.values |= {
                 "sync/version": float(self.num_steps),
                 "sync/server_version": float(report.version),
                 "sync/seconds": report.seconds,
                 "sync/bytes": float(report.num_bytes),
             }
-        limit_s = self.config.servers.start_timeout_s + self.config.sync.timeout_s * 12
+        if self.mesh.is_main:
+            weights.finish()
         self.mesh.wait_for_leaders(f"sync-{self.num_steps}-{self.num_pushes}", limit_s)
 
     @contextmanager

@@ -84,10 +84,15 @@ def global_quantiles(
     bins = 1000
     index_T = (torch.where(mask_T, value_T, 0.0) * bins).ceil().long().clamp(1, bins) - 1
     histogram = torch.zeros(bins, dtype=torch.float64, device=value_T.device)
-    cumulative = sum_over_batch(histogram.index_add_(0, index_T, mask_T.double())).cumsum(0)
+    cumulative = running_sum(sum_over_batch(histogram.index_add_(0, index_T, mask_T.double())))
     wanted = cumulative[-1] * torch.tensor(levels, dtype=torch.float64, device=value_T.device)
     edge = (torch.searchsorted(cumulative, wanted).double() + 1) / bins
     return list(edge.unbind())
+
+
+def running_sum(histogram: Tensor) -> Tensor:
+    """Sums over the first dimension up to each entry; on the CPU, since CUDA's order of such sums is not fixed."""
+    return histogram.cpu().cumsum(0).to(histogram.device)
 
 
 def mean_over(value_T: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.diagnostics import Metrics
+from megatron_jackpot.algorithm.diagnostics import Metrics, running_sum
 from megatron_jackpot.algorithm.objectives_base import (
     ANCHORS,
     Anchor,
@@ -214,7 +214,7 @@ class M2PO(Objective):
         terms_T2 = torch.stack([counted_T.double(), distance_T.square()], -1)
         histogram = torch.zeros(len(edges), 2, dtype=torch.float64, device=edges.device)
         histogram = sum_over_batch(histogram.index_add_(0, bin_T, terms_T2))
-        count, moment = histogram.cumsum(0).unbind(-1)
+        count, moment = running_sum(histogram).unbind(-1)
         num_kept = int((moment <= self.budget * count).sum())
         last = edges[num_kept - 1].item() if num_kept else 0.0
         threshold = math.inf if num_kept == len(edges) else last

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -11,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_jackpot.config import Parallel, Precision
 from megatron_jackpot.models import cpu
@@ -51,6 +53,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         perform_initialization=True,
+        deterministic_mode=precision.deterministic,
     )
 
 
@@ -98,6 +101,30 @@ def build_chunks(
         )
         chunks.append(chunk.to(mesh.device, config.params_dtype))
     return chunks
+
+
+def end_at_hidden(chunk: GPTModel) -> None:
+    """From now on a last stage's forward gives the output layer's input [1, T, H] on every rank, not the logits.
+
+    The layer is still called, with its hooks: a parameter gather that overlaps waits there. The gradient that comes back
+    must be whole on every rank (parallel/linear.py: gradients).
+    """
+    layer = chunk.output_layer
+
+    def forward(hidden: Tensor, **_unused: Any) -> tuple[Tensor, None]:
+        if layer.sequence_parallel:
+            gather = tensor_parallel.gather_from_sequence_parallel_region
+            hidden = gather(hidden, tensor_parallel_output_grad=False, group=layer.tp_group)
+        return hidden, None
+
+    layer.forward = forward
+
+
+def output_weight(chunk: GPTModel) -> Tensor:
+    """This rank's slice of the output layer [V/TP, H], of a last stage; the embedding's where they are tied."""
+    if chunk.share_embeddings_and_output_weights:
+        return chunk.shared_embedding_or_output_weight()
+    return chunk.output_layer.weight
 
 
 def global_names(chunk: GPTModel) -> dict[str, torch.nn.Parameter]:

@@ -168,6 +168,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def load_model(model: MegatronModel, folder: Path) -> None:
     """Continue from what a finished save wrote, on any layout; every rank calls it."""
+    model.reload()
     _give_state(model.optimizer)
     with torch.no_grad(), model.fresh_parameters():
         check_pickles(folder)

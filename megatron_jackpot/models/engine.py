@@ -29,16 +29,19 @@ from megatron_jackpot.batch import Batch
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.models.build import (
     build_chunks,
+    end_at_hidden,
+    output_weight,
     transformer_config,
 )
 from megatron_jackpot.models.families import Family
 from megatron_jackpot.models.precision import check_precision, layers_for, this_device
 from megatron_jackpot.models.weights import load_weights
 from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.parallel.linear import LinearLogits, Logits
 
-Reader = Callable[[Tensor, int], dict[str, Tensor]]
+Reader = Callable[[Logits, int], dict[str, Tensor]]
 """(logits [T, V/TP], micro-batch index) -> tensors; runs on the last pipeline stage."""
-Loss = Callable[[Tensor, int], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[Logits, int], tuple[Tensor, dict[str, Tensor]]]
 """(logits [T, V/TP], micro-batch index) -> (this micro-batch's share of the global loss, detached sums)."""
 
 
@@ -63,8 +66,11 @@ class MegatronModel:
         self.config = config
         self.mesh = mesh
         self.chunks = chunks
+        self.fused_linear = False
+        """Whether readers and losses are given the factors of the logits (parallel/linear.py)."""
         self.folder: Path | None = None
         """Where config.json and the tokenizer are."""
+        self.offloaded = False
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
 
@@ -89,6 +95,10 @@ class MegatronModel:
         if folder is not None:
             load_weights(chunks, family, folder, mesh, padded_vocab)
         model = cls(name, family, config, chunks, mesh)
+        model.fused_linear = precision.fused_linear
+        for chunk in chunks:
+            if precision.fused_linear and chunk.post_process:
+                end_at_hidden(chunk)
         model.folder = folder
         model._wrap(parallel)
         return model
@@ -183,6 +193,25 @@ class MegatronModel:
                 sums[key] = sums.get(key, 0) + value.double()
         return UpdateReport(grad_norm=grad_norm, lr=float(lr), sums=sums)
 
+    def offload(self) -> None:
+        """Optimizer state and master weights to host memory, gradient buffers freed (Megatron's own two functions).
+
+        Parameters stay where they are: scoring and export need them.
+        """
+        if self.optimizer is not None and not self.offloaded:
+            self.optimizer.offload_to_cpu()
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
+            self.offloaded = True
+
+    def reload(self) -> None:
+        """What `offload` took away, on the device again; gradients are zero."""
+        if self.offloaded:
+            self.optimizer.restore_from_cpu()
+            for chunk in self.chunks:
+                chunk.restore_grad_buffers()
+            self.offloaded = False
+
     @contextlib.contextmanager
     def fresh_parameters(self) -> Iterator[None]:
         """Within, every parameter is the one the last optimizer step produced.
@@ -225,11 +254,14 @@ class MegatronModel:
             packed_seq_params=packed_seq_params(batch.cu_seqlens[index]),
         )
 
-        def read(logits: Tensor, non_loss_data: bool = True) -> tuple[int, dict]:
-            return index, consume(logits[0], index)
+        def logits(output: Tensor) -> Logits:
+            return LinearLogits(output[0], output_weight(chunk.module)) if self.fused_linear else output[0]
 
-        def loss(logits: Tensor) -> tuple[Tensor, Tensor, tuple[int, dict]]:
-            value, sums = consume(logits[0], index)
+        def read(output: Tensor, non_loss_data: bool = True) -> tuple[int, dict]:
+            return index, consume(logits(output), index)
+
+        def loss(output: Tensor) -> tuple[Tensor, Tensor, tuple[int, dict]]:
+            value, sums = consume(logits(output), index)
             # The count is a dummy: the loss is already divided by the global denominator.
             return value, torch.ones([], dtype=torch.int, device=value.device), (index, sums)
 

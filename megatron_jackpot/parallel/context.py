@@ -130,6 +130,22 @@ class Mesh:
                     f"Rank {dist.get_rank()} waited {timeout_s:.0f} s for DP leader {rank} to finish '{what}'."
                 ) from error
 
+    def tell(self, key: str, word: str) -> None:
+        """The main rank's word to all others, without a collective: see `told`."""
+        if dist.get_world_size() > 1:
+            dist.distributed_c10d._get_default_store().set(f"jackpot/{key}", word)
+
+    def told(self, key: str, timeout_s: float) -> str:
+        """What the main rank says under `key`. Raises TimeoutError naming it."""
+        store = dist.distributed_c10d._get_default_store()
+        try:
+            store.wait([f"jackpot/{key}"], datetime.timedelta(seconds=timeout_s))
+        except RuntimeError as error:  # DistStoreError is one; a file store raises the bare class
+            raise TimeoutError(
+                f"Rank {dist.get_rank()} waited {timeout_s:.0f} s for the main rank to come to '{key}'."
+            ) from error
+        return store.get(f"jackpot/{key}").decode()
+
     def largest(self, value: int) -> int:
         """The largest of a small integer over all ranks. Reductions: 1 over the world."""
         box = torch.tensor(value, dtype=torch.int64, device=self.device)

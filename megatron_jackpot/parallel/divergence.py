@@ -1,9 +1,10 @@
 """Overlap and KL of two distributions whose logits are split over tensor-parallel ranks by vocabulary.
 
 Shapes and keyword arguments as in vocab.py: T tokens, logits [T, V/TP], padding columns belong to no softmax,
-the temperature divides both models' logits. One of the two may be a function from a slice of tokens to their
-logits: it is called chunk by chunk, without gradient, for the same slices on every rank, so that its [T, V]
-never exists. The logits that are a tensor set the precision: fp64 or else fp32. NaN logits make NaN results.
+the temperature divides both models' logits. The first may be given by its factors (linear.py). The other may be
+a function from a slice of tokens to their logits: it is called chunk by chunk, without gradient, for the same
+slices on every rank, so that its [T, V] never exists. The first sets the precision: fp64 or else fp32. NaN logits
+make NaN results.
 On CUDA Triton's kernels read both logits (dispatch.py), all tokens at once where both are tensors.
 """
 
@@ -19,9 +20,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_jackpot.algorithm.obrs import check_lam, overlap_limit
 from megatron_jackpot.parallel import dispatch
-from megatron_jackpot.parallel.vocab import Columns, all_reduce, own_columns, scaled_rows, token_chunks
+from megatron_jackpot.parallel.linear import Logits, factors, gradients, joined
+from megatron_jackpot.parallel.slices import Columns, all_reduce, chunk_tokens, cut, own_columns, scaled_rows
 
-Logits = Tensor | Callable[[slice], Tensor]
+Other = Tensor | Callable[[slice], Tensor]
 """Logits [T, V/TP], or what computes those of a slice of tokens, the same ones at every call."""
 
 Direction = Literal["forward", "reverse"]
@@ -32,8 +34,8 @@ FUSED_ELEMENTS = 2**27
 
 @torch.no_grad()
 def vocab_parallel_overlap(
-    target_logits: Logits,
-    server_logits: Tensor,
+    target_logits: Other,
+    server_logits: Logits,
     *,
     lam: float,
     vocab_size: int,
@@ -63,8 +65,8 @@ def vocab_parallel_overlap(
 
 
 def vocab_parallel_kl(
-    student_logits_TV: Tensor,
-    teacher_logits: Logits,
+    student_logits_TV: Logits,
+    teacher_logits: Other,
     *,
     direction: Direction,
     vocab_size: int,
@@ -76,8 +78,8 @@ def vocab_parallel_kl(
 
     forward is KL(teacher || student), reverse KL(student || teacher); inf where the second has probability 0
     and the first has not. All-reduces: max [2, T], sum [3, T]; none in backward, which reads both logits once
-    more and allocates the gradient [T, V/TP] in the student's dtype. A function is called once per chunk in
-    forward and once in backward. Raises ValueError for an unknown direction, a bad vocab_size or temperature,
+    more and allocates the gradient [T, V/TP] in the student's dtype (from factors: of one block of tokens, and
+    all-reduces sum [T, H]). A function is called once per chunk in forward and once in backward. Raises ValueError for an unknown direction, a bad vocab_size or temperature,
     and for slices of different width.
     """
     if direction not in get_args(Direction):
@@ -88,20 +90,21 @@ def vocab_parallel_kl(
     knobs = dict(vocab_size=vocab_size, group=group, temperature=temperature, chunk=chunk)
     if isinstance(teacher_logits, Tensor):
         teacher_logits = teacher_logits.detach()
-    return _KL.apply(student_logits_TV, teacher_logits, direction == "forward", knobs)
+    blocks, tensors = factors(student_logits_TV)
+    return _KL.apply(teacher_logits, direction == "forward", knobs, blocks, *tensors)
 
 
 class _KL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_logits_TV, teacher_logits, forward_kl, knobs):
-        ctx.forward_kl, ctx.knobs = forward_kl, knobs
-        pair = _Pair(student_logits_TV, teacher_logits, **knobs)
+    def forward(ctx, teacher_logits, forward_kl, knobs, blocks, *tensors):
+        ctx.forward_kl, ctx.knobs, ctx.blocks = forward_kl, knobs, blocks
+        pair = _Pair(joined(blocks, tensors), teacher_logits, **knobs)
         log_z_student_T, log_z_teacher_T, kl_T = _kl(pair, forward_kl)
         # A tensor is saved so that autograd notices when it is changed before backward.
         is_tensor = isinstance(teacher_logits, Tensor)
         ctx.teacher_logits = None if is_tensor else teacher_logits
         teacher_TV = teacher_logits if is_tensor else None
-        ctx.save_for_backward(student_logits_TV, teacher_TV, log_z_student_T, log_z_teacher_T, kl_T)
+        ctx.save_for_backward(teacher_TV, log_z_student_T, log_z_teacher_T, kl_T, *tensors)
         return kl_T
 
     @staticmethod
@@ -111,15 +114,21 @@ class _KL(torch.autograd.Function):
 
         Where a reverse KL is inf its gradient is NaN.
         """
-        student_TV, teacher_TV, log_z_student_T, log_z_teacher_T, kl_T = ctx.saved_tensors
-        pair = _Pair(student_TV, ctx.teacher_logits if teacher_TV is None else teacher_TV, **ctx.knobs)
+        teacher_TV, log_z_student_T, log_z_teacher_T, kl_T, *tensors = ctx.saved_tensors
+        student = joined(ctx.blocks, tensors)
+        pair = _Pair(student, ctx.teacher_logits if teacher_TV is None else teacher_TV, **ctx.knobs)
         grad_T = grad_T / pair.temperature
         log_z_2T = torch.stack([log_z_student_T, log_z_teacher_T])
-        grad_logits_TV = torch.empty_like(student_TV)
-        for rows, student, teacher in pair:
-            at_rows = (log_z_2T[:, rows], kl_T[rows], grad_T[rows], grad_logits_TV[rows])
-            pair.kl_grad(student, teacher, *at_rows, forward_kl=ctx.forward_kl)
-        return grad_logits_TV, None, None, None
+
+        def slope(span: slice, logits: Tensor, columns: Columns) -> Tensor:
+            out_TV = torch.empty_like(logits)
+            for rows in pair.chunks(span):
+                here = slice(rows.start - span.start, rows.stop - span.start)
+                at_rows = (log_z_2T[:, rows], kl_T[rows], grad_T[rows], out_TV[here])
+                pair.kl_grad(logits[here], pair.other(rows), *at_rows, forward_kl=ctx.forward_kl)
+            return out_TV
+
+        return *[None] * 4, *gradients(student, pair.columns, slope, pair.group, wide=True)
 
 
 def _kl(pair: "_Pair", forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,8 +161,8 @@ class _Pair:
 
     def __init__(
         self,
-        first_TV: Tensor,
-        second: Logits,
+        first_TV: Logits,
+        second: Other,
         *,
         vocab_size: int,
         group: ProcessGroup | None,
@@ -166,17 +175,35 @@ class _Pair:
         self.group, self.temperature, self.chunk = group, temperature, chunk
         if isinstance(second, Tensor):
             self._check(second, first_TV.shape[0])
-        if chunk is None and dispatch.fused(first_TV):
-            num_tokens, per_rank = first_TV.shape
-            self.chunk = max(1, num_tokens if isinstance(second, Tensor) else FUSED_ELEMENTS // per_rank)
+        num_tokens, per_rank = first_TV.shape
+        if chunk is None:
+            self.chunk = chunk_tokens(per_rank, first_TV.is_cuda)
+            if dispatch.fused(first_TV if isinstance(first_TV, Tensor) else first_TV.hidden_TH):
+                exist = isinstance(first_TV, Tensor) and isinstance(second, Tensor)
+                self.chunk = max(1, num_tokens if exist else FUSED_ELEMENTS // per_rank)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        for rows in token_chunks(self.first_TV, self.chunk):
-            if isinstance(self.second, Tensor):
-                second = self.second[rows]
-            else:
-                second = self._check(self.second(rows), rows.stop - rows.start)
-            yield rows, self.first_TV[rows], second
+        for span in self.spans():
+            first = self.first_TV[span]
+            for rows in self.chunks(span):
+                yield rows, first[rows.start - span.start : rows.stop - span.start], self.other(rows)
+
+    def spans(self) -> Iterator[slice]:
+        """Tokens whose first logits are made together: all where they exist."""
+        if isinstance(self.first_TV, Tensor):
+            yield slice(0, self.first_TV.shape[0])
+        else:
+            yield from self.first_TV.rows()
+
+    def chunks(self, span: slice) -> Iterator[slice]:
+        """The tokens that are read together."""
+        return cut(span.start, span.stop, self.chunk)
+
+    def other(self, rows: slice) -> Tensor:
+        """The second logits of some tokens."""
+        if isinstance(self.second, Tensor):
+            return self.second[rows]
+        return self._check(self.second(rows), rows.stop - rows.start)
 
     def per_token(self, num: int) -> Tensor:
         """Empty [num, T] in the precision of the results."""

@@ -113,6 +113,20 @@ class ServerAdmin:
             body["weight_version"] = str(version)
         await self._all("POST", "/update_weights_from_distributed", body)
 
+    async def update_from_tensor(self, serialised: Sequence[Sequence[str]]) -> None:
+        """Flattened buckets in base64: per server, one for each of its ranks (sync/ipc.py)."""
+        shared = {"load_format": "flattened_bucket", "flush_cache": False}
+        bodies = [shared | {"serialized_named_tensors": list(ranks)} for ranks in serialised]
+        await self._all("POST", "/update_weights_from_tensor", bodies)
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give back GPU memory. An idle server only: a busy one refuses, with an assertion that ends it."""
+        await self._all("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take memory again that was released; its content is lost, but for what SGLang calls static state."""
+        await self._all("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
     async def set_version(self, version: int) -> None:
         body = {"new_version": str(version), "abort_all_requests": False}
         await self._all("POST", "/update_weight_version", body)

@@ -174,21 +174,29 @@ def start_servers(
     extra_args: Sequence[str] = (),
     device: Device | None = None,
     gpus: Sequence[int] | None = None,
+    all_gpus: Sequence[int] | None = None,
+    release_memory: bool = False,
 ) -> list[ServerProcess]:
     """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all.
 
-    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp.
+    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, and of
+    `all_gpus` it sees the others too: CUDA IPC maps only memory of a device that both sides see.
+    With `release_memory` they can lend theirs out (sync/occupation.py).
     """
     device = device or detect_device()
     if gpus is not None and len(gpus) < num * tp:
         raise ValueError(
             f"{num} servers of tp {tp} need {num * tp} GPUs, got {list(gpus)}. Lower servers.num or tp."
         )
+    saver = ("--enable-memory-saver",) if release_memory and device == "cuda" else ()
+    # /health samples a token; while a server lends its memory it samples none, and would be taken for hung.
+    health = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"} if release_memory else {}
     servers: list[ServerProcess] = []
     deadline = time.monotonic() + start_timeout_s
     try:
         for i in range(num):
             own_port = port + i if port else free_port(host)
+            place, seen = placed(gpus[i * tp : (i + 1) * tp] if gpus else None, all_gpus)
             command = server_command(
                 model_path,
                 python=python or sys.executable,
@@ -198,11 +206,9 @@ def start_servers(
                 dtype=dtype,
                 device=device,
                 max_total_tokens=max_total_tokens,
-                extra_args=extra_args,
+                extra_args=(*place, *saver, *extra_args),
             )
-            environment = server_environment(
-                device, tp=tp, gpus=gpus[i * tp : (i + 1) * tp] if gpus else None
-            )
+            environment = server_environment(device, tp=tp, gpus=seen) | health
             log_path = Path(folder) / f"server-{i}.log"
             servers.append(
                 ServerProcess(command, host=host, port=own_port, log_path=log_path, environment=environment)
@@ -214,6 +220,15 @@ def start_servers(
         stop_servers(servers)
         raise
     return servers
+
+
+def placed(
+    gpus: Sequence[int] | None, all_gpus: Sequence[int] | None
+) -> tuple[tuple[str, ...], Sequence[int] | None]:
+    """Arguments and visible devices of a server on `gpus`: those alone, or, among `all_gpus`, by its first one's place."""
+    if not gpus or not all_gpus:
+        return (), gpus
+    return ("--base-gpu-id", str(list(all_gpus).index(gpus[0]))), all_gpus
 
 
 def stop_servers(servers: Sequence[ServerProcess], grace_s: float = 10) -> None:

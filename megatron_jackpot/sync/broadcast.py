@@ -22,10 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_jackpot.hf_folder import buckets, write_hf_folder
+from megatron_jackpot.hf_folder import write_hf_folder
 from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
 from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.sync.ahead import Ahead, FlatBucket
 from megatron_jackpot.sync.muster import muster, persistently
+from megatron_jackpot.sync.occupation import Occupation
 from megatron_jackpot.sync.proof import (
     Proof,
     SentTensors,
@@ -72,7 +74,8 @@ class WeightGroup:
         options.rootRank = options.rootTensor = 0
         self.group.broadcast([tensor], options).wait(self.timeout)
         if tensor.device.type == "cuda":
-            torch.cuda.synchronize(tensor.device)
+            # This thread's stream alone: the next bucket is being made on another one.
+            torch.cuda.current_stream(tensor.device).synchronize()
 
     def _make(self) -> Any:
         prefix = dist.PrefixStore(f"{self.name}/", dist.PrefixStore(self.name, self.store))
@@ -106,6 +109,7 @@ class BroadcastSync:
         patience_s: float = 300,
         pause: PauseMode = "retract",
         address: str | None = None,
+        release_memory: bool = False,
     ) -> None:
         self.admin = ServerAdmin(list(urls), timeout_s=timeout_s)
         self.urls = list(self.admin.urls)
@@ -119,6 +123,7 @@ class BroadcastSync:
         self.pause = pause
         self.address = address or address_towards(self.admin.urls[0])
         self.proof = Proof(self.admin, self.hf_folder)
+        self.occupation = Occupation(self.admin, enabled=release_memory)
         self.group: WeightGroup | None = None
         self.proved = proof_folder is None
 
@@ -141,7 +146,9 @@ class BroadcastSync:
         self._join()
         try:
             with paused(self.admin, self.pause):
+                self.occupation.resume_weights()
                 self._send_all(watched)
+                self.occupation.resume_cache()
                 if self.pause != "in_place":
                     wait(self.admin.flush_cache())
                 if not self.proved:
@@ -168,11 +175,18 @@ class BroadcastSync:
             self.close()
             self.admin.urls = present
 
+    def release(self) -> None:
+        """The servers give back their memory until the next push; nothing where that was not asked for."""
+        self.occupation.release()
+
+    def _end_open_session(self) -> None:
+        with suppress(ServerError):
+            # A push that broke off may have left its session open; without one this is refused.
+            wait(self.admin.end_update())
+
     def _join(self) -> None:
         if self.group is None:
-            with suppress(ServerError):
-                # A push that broke off may have left its session open; without one this is refused.
-                wait(self.admin.end_update())
+            self._end_open_session()
             self.group = WeightGroup(
                 self.admin, backend=self.backend, address=self.address, timeout_s=self.timeout_s
             )
@@ -187,31 +201,26 @@ class BroadcastSync:
     def _send_all(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         wait(self.admin.begin_update())
         try:
-            for bucket in buckets(named_tensors, self.bucket_bytes):
-                self._send(bucket)
+            with Ahead(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
+                for bucket in made:
+                    self._send(bucket)
         except BaseException as error:
             attempt(error, self.admin.end_update())
             raise
         wait(self.admin.end_update())
 
-    def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
+    def _send(self, bucket: FlatBucket) -> None:
         assert self.group is not None
-        pieces = [
-            tensor.detach().to(self.device).contiguous().view(-1).view(torch.uint8) for _, tensor in bucket
-        ]
-        flat = torch.cat(pieces)
         receive = self.admin.update_from_distributed(
-            [name for name, _ in bucket],
-            [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-            [list(tensor.shape) for _, tensor in bucket],
+            bucket.names,
+            bucket.dtypes,
+            bucket.shapes,
             group=self.group.name,
             load_format="flattened_bucket",
         )
-        waiting_for = (
-            f"a bucket of {len(bucket)} tensors from {bucket[0][0]} on to reach {', '.join(self.admin.urls)}"
-        )
+        waiting_for = f"a bucket of {len(bucket.names)} tensors from {bucket.names[0]} on to reach {', '.join(self.admin.urls)}"
         group = self.group
-        side_by_side(lambda: group.broadcast(flat), receive, self.timeout_s, waiting_for)
+        side_by_side(lambda: group.broadcast(bucket.flat), receive, self.timeout_s, waiting_for)
 
     def _prove(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Load the same tensors from disk and compare."""

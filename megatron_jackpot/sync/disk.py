@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_jackpot.hf_folder import write_hf_folder
 from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
 from megatron_jackpot.sync.muster import muster, persistently
+from megatron_jackpot.sync.occupation import Occupation
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
 
 KEPT_VERSIONS = 2
@@ -31,6 +32,7 @@ class DiskSync:
         timeout_s: float = 120,
         patience_s: float = 300,
         pause: PauseMode = "retract",
+        release_memory: bool = False,
     ) -> None:
         self.admin = ServerAdmin(list(urls), timeout_s=timeout_s)
         self.urls = list(self.admin.urls)
@@ -40,6 +42,7 @@ class DiskSync:
         self.bucket_bytes = bucket_bytes
         self.pause = pause
         self.proof = Proof(self.admin, self.hf_folder)
+        self.occupation = Occupation(self.admin, enabled=release_memory)
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         """HF-named tensors, which can be read again, -> all servers that answer, as BroadcastSync.push does."""
@@ -51,10 +54,16 @@ class DiskSync:
         path = self.folder / f"actor-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)
         with paused(self.admin, self.pause):
+            self.occupation.resume_weights()
+            self.occupation.resume_cache()
             wait(self.admin.update_from_disk(str(path), version, flush=self.pause != "in_place"))
             checksum = self.proof.check(sent, version)
         self._drop_old()
         return SyncReport(version, time.monotonic() - started, sent.num_bytes, checksum, proved=False)
+
+    def release(self) -> None:
+        """The servers give back their memory until the next push; nothing where that was not asked for."""
+        self.occupation.release()
 
     def close(self) -> None:
         """Nothing is held between pushes."""

@@ -11,8 +11,10 @@ from megatron_jackpot.hf_folder import write_hf_folder
 from megatron_jackpot.models.build import global_names
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.parallel.reduce import together
+from megatron_jackpot.sync.fp8 import quantised
 
 SHARD_BYTES = 2 * 10**9
+CPU = torch.device("cpu")
 
 
 def export(model: MegatronModel) -> dict[str, Tensor]:
@@ -39,10 +41,53 @@ def export_hf(model: MegatronModel, path: Path) -> None:
             assert not list(tensors)
 
 
-def exported(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
-    """(HF name, CPU tensor) one after another on the main rank, none elsewhere. A tied embedding is emitted once.
+class Exported:
+    """The weights of a push, on their device, to be read again and again by the main rank; the others take part.
 
-    Every rank must come to its end. Collectives, on the first copy of the model only: all-gather over tp and, with pp > 1,
+    Every rank makes one. The main rank iterates it, each time to the end, and then calls `finish`; the others call
+    `take_part`, which returns when it has. `name` tells one push from another; nobody holds a collective open between
+    two readings.
+    """
+
+    def __init__(
+        self, model: MegatronModel, name: str, *, dtype: torch.dtype | None, fp8: bool, timeout_s: float
+    ) -> None:
+        self.model, self.name, self.dtype, self.fp8 = model, name, dtype, fp8
+        self.timeout_s = timeout_s
+        self.num_readings = 0
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._tell("read")
+        stream = exported(self.model, device=self.model.mesh.device, dtype=self.dtype)
+        # An expression of its own: when it is closed, `stream` stays open.
+        pairs = (pair for pair in stream)
+        try:
+            yield from quantised(pairs) if self.fp8 else pairs
+        finally:
+            # Whoever reads gives up in the middle: the other ranks do not know, and are in the same collectives.
+            for _ in stream:
+                pass
+
+    def finish(self) -> None:
+        self._tell("done")
+
+    def take_part(self) -> None:
+        """Raises TimeoutError when the main rank says nothing for `timeout_s`."""
+        while self.model.mesh.told(f"{self.name}/{self.num_readings}", self.timeout_s) == "read":
+            self.num_readings += 1
+            assert not list(exported(self.model))
+
+    def _tell(self, what: str) -> None:
+        self.model.mesh.tell(f"{self.name}/{self.num_readings}", what)
+        self.num_readings += 1
+
+
+def exported(
+    model: MegatronModel, *, device: torch.device = CPU, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(HF name, tensor on `device`) one after another on the main rank, none elsewhere. A tied embedding is emitted once.
+
+    `dtype` is the server's; None keeps the parameters'. Every rank must come to its end. Collectives, on the first copy of the model only: all-gather over tp and, with pp > 1,
     broadcast over pp per tensor.
     """
     with torch.no_grad(), model.fresh_parameters():
@@ -50,7 +95,8 @@ def exported(model: MegatronModel) -> Iterator[tuple[str, Tensor]]:
             kind, layer = model.family.find(name)
             if model.mesh.is_main:
                 tensors = model.family.unshard(kind, layer, shards)
-                yield from ((key, value.detach().to("cpu", copy=True)) for key, value in tensors.items())
+                for key, value in tensors.items():
+                    yield key, value.detach().to(device=device, dtype=dtype, copy=True)
 
 
 def _whole_tensors(model: MegatronModel) -> Iterator[tuple[str, list[Tensor]]]:

@@ -24,7 +24,7 @@ def muster(urls: Sequence[str], patience_s: float) -> list[str]:
     """
     deadline = time.monotonic() + patience_s
     while True:
-        if present := wait(_answering(urls)):
+        if present := wait(answering(urls)):
             return present
         if time.monotonic() > deadline:
             raise SyncError(f"Waited {patience_s:g} s for any server to answer /health: {', '.join(urls)}.")
@@ -45,7 +45,7 @@ def persistently(push: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-async def _answering(urls: Sequence[str]) -> list[str]:
+async def answering(urls: Sequence[str]) -> list[str]:
     async def ask(url: str) -> str | None:
         try:
             await ServerAdmin([url]).health(timeout_s=HEALTH_LIMIT_S)

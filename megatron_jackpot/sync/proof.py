@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
 from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.sync.fp8 import SCALE, quantised_shapes
 
 T = TypeVar("T")
 Checksums = dict[str, dict[str, str]]
@@ -80,6 +81,7 @@ class Proof:
         self.admin = admin
         self.expected = hf_shapes(hf_folder)
         config = json.loads((Path(hf_folder) / "config.json").read_text())
+        self.quantised = "quantization_config" in config
         # A tied output layer is the embedding again: it may be written and sent, or not.
         self.may_differ = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
         self._digest: str | None = None
@@ -111,6 +113,13 @@ class Proof:
     def equal_checksums(self) -> Checksums:
         """The checksums of the servers, which must be equal."""
         first, *others = wait(self.admin.checksums())
+        scales = any(name.endswith(SCALE) for names in first.values() for name in names)
+        if scales != self.quantised:
+            serves, sent = ("fp8", "bf16") if scales else ("no fp8", "fp8")
+            raise SyncError(
+                f"{self.admin.urls[0]} serves {serves} weights, but {sent} ones are sent. Set servers.quantization to "
+                f"{'fp8' if scales else 'null'}, or start the server from a folder of that format."
+            )
         for url, other in zip(self.admin.urls[1:], others, strict=True):
             same_weights(first, other, self.admin.urls[0], url)
         return first
@@ -152,9 +161,11 @@ def check_names(
 
 
 def hf_shapes(folder: Path) -> dict[str, list[int]]:
-    """Tensor name -> shape of the model in a folder's config.json."""
-    shapes = family_of(read_hf_config(folder)).hf_shapes()
-    return {name: list(shape) for name, shape in shapes.items()}
+    """Tensor name -> shape of the model in a folder's config.json, scales of fp8 included."""
+    config = read_hf_config(folder)
+    quantised = config.pop("quantization_config", None) is not None
+    shapes = {name: list(shape) for name, shape in family_of(config).hf_shapes().items()}
+    return quantised_shapes(shapes) if quantised else shapes
 
 
 @contextmanager

@@ -82,6 +82,22 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
     ("sections", "message"),
     [
         ({"parallel": {"cp": 2}}, "Set parallel.cp=1"),
+        (
+            {"sync": {"method": "ipc"}, "servers": {"urls": ["http://10.0.0.7:1"]}},
+            "has http://10.0.0.7:1. Set sync",
+        ),
+        (
+            {"sync": {"method": "ipc"}, "cluster": {"nodes": 2}},
+            "cluster.nodes = 2. Set sync.method=broadcast",
+        ),
+        (
+            {"servers": {"quantization": "fp8"}, "precision": {"dtype": "float32"}},
+            "needs servers.dtype='bfloat16' for what is not quantised, got 'float32'",
+        ),
+        (
+            {"parallel": {"offload_optimizer": True}, "precision": {"dtype": "float32"}},
+            "offload_optimizer = true needs precision.dtype='bfloat16'",
+        ),
         ({"parallel": {"vpp": 2}}, "needs parallel.pp > 1"),
         ({"parallel": {"sequence_parallel": True}}, "needs parallel.tp > 1"),
         (

@@ -49,7 +49,12 @@ def packed() -> tuple[Batch, Scores, Correction, list[dict]]:
                 own["rows"].append({k: v[at] for k, v in (flat | bools).items()})
         wanted.append(own)
         place += length
-    shaped = {k: torch.from_numpy(v).view(ROWS, TOKENS) for k, v in (flat | ints | bools).items()}
+    return *tensors(flat | ints | bools, ids), wanted
+
+
+def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Batch, Scores, Correction]:
+    size = ROWS * TOKENS
+    shaped = {k: torch.from_numpy(v).view(ROWS, TOKENS) for k, v in flat.items()}
     batch = Batch(
         tokens_MT=shaped["token"],
         labels_MT=shaped["label"],
@@ -89,7 +94,7 @@ def packed() -> tuple[Batch, Scores, Correction, list[dict]]:
     correction = Correction(
         keep_T=flatten["keep"], weight_T=flatten["weight"], count=torch.ones([], dtype=torch.float64)
     )
-    return batch, scores, correction, wanted
+    return batch, scores, correction
 
 
 def test_a_record_holds_each_decision_at_the_token_it_was_made_about() -> None:

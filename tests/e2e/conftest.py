@@ -44,8 +44,9 @@ def server(folder: Path):
     """With an API key, which clients, syncs and ranks take from the environment."""
     os.environ[apikey.VARIABLE] = "-a key of the tests"
     servers = start_servers(
-        folder / "actor", dtype="float32", folder=folder, max_total_tokens=8192, start_timeout_s=180
-    )
+        folder / "actor", dtype="float32", folder=folder, max_total_tokens=8192, start_timeout_s=180,
+        release_memory=True,
+    )  # fmt: skip
     yield servers[0].url
     stop_servers(servers)
     del os.environ[apikey.VARIABLE]

@@ -95,8 +95,14 @@ def check_report(out: Path) -> None:
     [
         ["sync.method=disk", "algorithm.correction.name=tis", "algorithm.advantage.name=rloo"],
         ["sync.method=broadcast", "algorithm.correction.name=none", "algorithm.num_minibatches=2"],
+        [
+            "sync.method=ipc",
+            "servers.release_memory=true",
+            "precision.deterministic=true",
+            "run.save_every=1",
+        ],
     ],
-    ids=["disk, tis, rloo", "broadcast, none, two mini-batches"],
+    ids=["disk, tis, rloo", "broadcast, none, two mini-batches", "ipc, memory lent, deterministic"],
 )
 def test_other_ways_of_the_same_run(folder: Path, server: str, overrides: list[str]) -> None:
     out = folder / overrides[1].replace("=", "-")

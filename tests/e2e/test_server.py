@@ -19,6 +19,7 @@ from megatron_jackpot.rollout.server import CPU_SHIMS, start_servers, stop_serve
 from megatron_jackpot.rollout.sglang import SGLangClient
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
+from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import SyncError
 from tests.tiny import write_model
 
@@ -64,8 +65,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("server")
     a, b = Model(folder / "a", 0), Model(folder / "b", 1)
     servers = start_servers(
-        a.folder, dtype="float32", folder=folder, device="cpu", max_total_tokens=8192, start_timeout_s=180
-    )
+        a.folder, dtype="float32", folder=folder, device="cpu", max_total_tokens=8192, start_timeout_s=180,
+        release_memory=True,
+    )  # fmt: skip
     group = servers[0].process.pid
     sync = BroadcastSync(
         [servers[0].url],
@@ -164,6 +166,30 @@ def test_broadcast_moves_the_weights_and_its_first_push_equals_a_load_from_disk(
         assert_logp(completion, model.logp(completion.tokens))
         assert (completion.weight_version == rig.version).all() and not report.proved
     assert report.checksum == first.checksum
+
+
+def test_buckets_in_a_request_move_the_weights_as_a_broadcast_does(rig):
+    """The path of CUDA IPC; without CUDA the request holds the values."""
+    knobs = dict(hf_folder=rig.a.folder, proof_folder=rig.folder, bucket_bytes=40_000, timeout_s=20)
+    sync = IPCSync([rig.url], **knobs)
+    first = sync.push(rig.b.tensors.items(), next_version(rig))
+    assert first.proved  # against a load from disk
+    for model in (rig.a, rig.b):
+        sync.push(model.tensors.items(), next_version(rig))
+        (completion,) = generate(rig, 1, sampling())
+        assert_logp(completion, model.logp(completion.tokens))
+        assert (completion.weight_version == rig.version).all()
+
+
+def test_a_server_lends_its_memory_and_serves_the_next_push(rig):
+    """Without the memory saver nothing is freed here, but the server's own states and refusals are the real ones."""
+    sync = IPCSync([rig.url], hf_folder=rig.a.folder, proof_folder=None, timeout_s=20, release_memory=True)
+    for model in (rig.a, rig.b):
+        sync.release()
+        asyncio.run(sync.admin.health(timeout_s=30))  # asked all the while, by launch's care
+        sync.push(model.tensors.items(), next_version(rig))
+        (completion,) = generate(rig, 1, sampling())
+        assert_logp(completion, model.logp(completion.tokens))
 
 
 def test_a_push_in_the_middle_of_a_generation_splits_it_at_a_token(rig):

@@ -58,9 +58,10 @@ STEPS = (
     Step(
         "tests",
         (*PYTEST, "-m", "gpu", "tests/gpu", "tests/unit/test_obrs.py"),
-        "tiny Qwen3: layers of Transformer Engine against local ones, packing, recipes, draws",
-        50,
-        90,
+        "tiny Qwen3: layers of Transformer Engine against local ones, packing, recipes, draws; logits in blocks, "
+        "deterministic mode, offload, export on the device, IPC handles, fp8 weights",
+        95,
+        140,
     ),
     benchmark("vocab", "T = 16,384; 151,936 and 18,992 columns; k = 20", 45, 90),
     benchmark("decode", "1,048,576 tokens, top-20", 15, 40),
@@ -73,7 +74,7 @@ STEPS = (
         "--precision",
         "fp32",
     ),
-    benchmark("sync", "0.6B and 1.7B in bf16, buckets of 512 MB", 45, 90),
+    benchmark("sync", "0.6B and 1.7B in bf16, buckets of 512 MB; fp8; offload", 55, 100),
     benchmark(
         "numerics", "8 layers of 1024, 8 x 512 tokens, bf16 and three fp8 recipes against fp32", 60, 100
     ),

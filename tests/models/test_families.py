@@ -62,7 +62,7 @@ def load(folder: Path, mesh, parallel: Parallel) -> MegatronModel:
         folder,
         mesh=mesh,
         parallel=parallel,
-        precision=Precision(dtype="float32"),
+        precision=Precision(dtype="float32", fused_linear=False),
         padded_vocab=padded_vocab_size([family.vocab_size], mesh.tp),
     )
 

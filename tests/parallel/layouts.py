@@ -34,6 +34,7 @@ class Layout:
     correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
     target: str = "old"
     distill: str = "k3_sample"
+    fused: bool = True
 
     @property
     def world(self) -> int:
@@ -73,7 +74,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 target=layout.target,
             ),
             parallel=parallel,
-            precision=dict(dtype="float32"),
+            precision=dict(dtype="float32", fused_linear=layout.fused),
         )
     )
 

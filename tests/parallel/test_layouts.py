@@ -114,6 +114,20 @@ def test_methods_over_the_whole_vocabulary_do_not_depend_on_the_layout(folder: P
         check_equal(result, serial(plain), layout)
 
 
+def test_logits_that_exist_train_as_those_that_are_made_in_blocks(folder: Path, serial) -> None:
+    """The policy's embedding is untied, the actor's tied: on one stage and over two."""
+    check_equal(serial(Layout(fused=False)), serial(Layout()), "one rank")
+    check_equal(serial(Layout(fused=False, **EXACT)), serial(Layout(**EXACT)), "whole vocabulary")
+    layouts = (
+        Layout(tp=2, fused=False),
+        Layout(tp=2, sp=True, fused=False, **CANDIDATES),
+        Layout(pp=2, fused=False, **REVERSE),
+        Layout(pp=2, vpp=2, overlap=True, fused=False),
+    )
+    for layout, result in zip(layouts, run(layouts, folder), strict=True):
+        check_equal(result, serial(Layout(correction=layout.correction, distill=layout.distill)), layout)
+
+
 def test_packing_off_equals_packing_on(serial) -> None:
     check_equal(serial(Layout(packing=False)), serial(Layout()), "packing off")
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_jackpot.parallel.linear import linear_logp_at
+from megatron_jackpot.parallel.divergence import vocab_parallel_kl
+from megatron_jackpot.parallel.linear import Blocks, LinearLogits
+from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_vocab import Sent
 from tests.unit.test_linear_serial import PADDED, H, K, T, dense, factors, make_ids
@@ -17,12 +19,22 @@ def compute(vocab_size, group, rank, size):
     hidden_TH, weight_VH = factors()
     mine_VH = weight_VH.detach().chunk(size)[rank].clone().requires_grad_()
     ids_TK = make_ids() % vocab_size
-    knobs = dict(vocab_size=vocab_size, group=group, temperature=0.7, tokens=6, columns=7)
+    knobs = dict(vocab_size=vocab_size, group=group, temperature=0.7)
+    logits = LinearLogits(hidden_TH, mine_VH, Blocks(tokens=6, columns=7))
     with Sent() as forward:
-        logp_TK = linear_logp_at(hidden_TH, mine_VH, ids_TK, **knobs)
+        logp_TK = vocab_parallel_logp_at(logits, ids_TK, **knobs)
     with Sent() as backward:
         grads = torch.autograd.grad(logp_TK, (hidden_TH, mine_VH), torch.ones_like(logp_TK) * 0.5)
-    return logp_TK.detach(), *grads, (forward.all_reduce, forward.calls, backward.all_reduce, backward.calls)
+    # The teacher: the same factors, turned around.
+    teacher = LinearLogits(-hidden_TH.detach(), mine_VH.detach())
+    kl_T = vocab_parallel_kl(logits, lambda rows: teacher[rows], direction="forward", **knobs)
+    kl = (kl_T.detach(), *torch.autograd.grad(kl_T.sum(), (hidden_TH, mine_VH)))
+    return (
+        logp_TK.detach(),
+        *grads,
+        kl,
+        (forward.all_reduce, forward.calls, backward.all_reduce, backward.calls),
+    )
 
 
 def on_one_rank(rank, world):
@@ -33,15 +45,18 @@ def on_one_rank(rank, world):
 def test_every_rank_has_the_serial_log_probs_the_whole_hidden_gradient_and_its_slice_of_the_weights(world):
     ranks = run_ranks(on_one_rank, world)
     for index, vocab_size in enumerate(VOCABULARIES):
-        logp_TK, grad_hidden, grad_weight, _ = compute(vocab_size, None, 0, 1)
+        logp_TK, grad_hidden, grad_weight, kl, _ = compute(vocab_size, None, 0, 1)
         for rank in ranks:
             torch.testing.assert_close(rank[index][0], logp_TK, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(rank[index][1], grad_hidden, rtol=1e-11, atol=1e-12)
             # fp64: max [T] and sum [1 + K, T] forward, sum [T, H] backward.
-            assert rank[index][3] == (T * (2 + K) * 8, 2, T * H * 8, 1)
+            torch.testing.assert_close(rank[index][3][:2], kl[:2], rtol=1e-10, atol=1e-11)
+            assert rank[index][4] == (T * (2 + K) * 8, 2, T * H * 8, 1)
         whole = torch.cat([rank[index][2] for rank in ranks])
         torch.testing.assert_close(whole, grad_weight, rtol=1e-11, atol=1e-12)
         assert whole.shape == (PADDED, H)
+        whole = torch.cat([rank[index][3][2] for rank in ranks])
+        torch.testing.assert_close(whole, kl[2], rtol=1e-10, atol=1e-11)
     hidden_TH, weight_VH = factors()
     wanted = dense(hidden_TH, weight_VH, make_ids() % 50, 0.7)
     torch.testing.assert_close(ranks[0][0][0], wanted.detach(), rtol=1e-12, atol=1e-12)

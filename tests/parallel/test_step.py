@@ -105,7 +105,7 @@ def _plain_grpo(trainer) -> dict:
     rollouts = groups(range(NUM_PROMPTS), top_k=vocab)
     batch = trainer.packer.pack(rollouts, vocab)
     logp = trainer.policy.score(
-        batch, lambda logits, m: {"logp": logits[:, :vocab].double().log_softmax(-1).float()}
+        batch, lambda logits, m: {"logp": logits[:][:, :vocab].double().log_softmax(-1).float()}
     )["logp"]
     ids = torch.arange(vocab).expand(*batch.tokens_MT.shape, vocab)
     sampled = logp.gather(-1, batch.labels_MT[..., None])[..., 0]

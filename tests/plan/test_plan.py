@@ -67,7 +67,7 @@ def config_for(folder: Path, policy: dict, actor: dict, **sections: dict) -> Con
         data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=24),
         rollout=dict(max_new_tokens=100),
         packing=dict(tokens=1024),
-        precision=dict(dtype="float32"),
+        precision=dict(dtype="float32", fused_linear=False),
     )
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}

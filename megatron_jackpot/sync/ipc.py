@@ -1,0 +1,69 @@
+"""Weights to servers on this node without a copy through the host: CUDA IPC handles in SGLang's own request.
+
+A server maps the bucket that lies on this rank's GPU and copies out of it, over NVLink where it lives on another one.
+The request carries a pickle, since stock SGLang takes nothing else; it is made here, for our own servers on this node,
+from tensors and plain numbers alone (the server loads it through a list of allowed classes). On a machine without CUDA
+the values themselves travel in it.
+"""
+
+import base64
+import io
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from megatron_jackpot.sync.ahead import FlatBucket
+from megatron_jackpot.sync.broadcast import BroadcastSync
+from megatron_jackpot.sync.proof import wait
+
+DEVICE_INDEX = 6
+"""Place of the device among rebuild_cuda_tensor's arguments; SGLang's utils/patch_torch.py counts on it too."""
+
+
+class IPCSync(BroadcastSync):
+    """As BroadcastSync, but every bucket is handed over in place, and no group is formed."""
+
+    def _join(self) -> None:
+        """Nobody to meet; a session that a push left open is closed, and how many ranks a server has is asked."""
+        self._end_open_session()
+        self.tp_sizes = wait(self.admin.tp_sizes())
+
+    def _leave_broken(self, error: BaseException) -> None:
+        """Nothing is held."""
+
+    def _send(self, bucket: FlatBucket) -> None:
+        payload = serialise(bucket)
+        # Every rank of a server unpickles its own copy: an IPC handle's count must not be met twice.
+        bodies = [[payload if rank == 0 else serialise(bucket) for rank in range(tp)] for tp in self.tp_sizes]
+        wait(self.admin.update_from_tensor(bodies))
+
+
+def serialise(bucket: FlatBucket) -> str:
+    """A bucket as SGLang's load format "flattened_bucket" wants it, base64."""
+    metadata, start = [], 0
+    for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+        kind = getattr(torch, dtype)
+        size = torch.Size(shape).numel() * kind.itemsize
+        place = dict(start_idx=start, end_idx=start + size, numel=size)
+        metadata.append(SimpleNamespace(name=name, shape=torch.Size(shape), dtype=kind, **place))
+        start += size
+    content = {"flattened_tensor": bucket.flat, "metadata": metadata}
+    written = io.BytesIO()
+    _Pickler(written, protocol=pickle.HIGHEST_PROTOCOL).dump(content)
+    return base64.b64encode(written.getvalue()).decode()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, item: Any) -> Any:
+        return _handle(item) if isinstance(item, Tensor) and item.is_cuda else NotImplemented
+
+
+def _handle(tensor: Tensor) -> tuple[Any, tuple]:
+    """torch's own IPC handle, its device by UUID: the servers number the GPUs that they see differently."""
+    rebuild, arguments = reductions.reduce_tensor(tensor)
+    uuid = str(torch.cuda.get_device_properties(arguments[DEVICE_INDEX]).uuid)
+    return rebuild, (*arguments[:DEVICE_INDEX], uuid, *arguments[DEVICE_INDEX + 1 :])

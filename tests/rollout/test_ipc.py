@@ -1,0 +1,123 @@
+"""Requests of an IPC sync, and the order in which servers lend and take back their memory, against a scripted server."""
+
+import base64
+import pickle
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("aiohttp")
+
+from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.sync import ipc
+from megatron_jackpot.sync.ahead import FlatBucket
+from megatron_jackpot.sync.ipc import IPCSync, serialise
+from megatron_jackpot.sync.muster import ATTEMPTS
+from tests.rollout.fake_server import FakeServer, error, ok
+from tests.rollout.test_weight_sync import checksums, info
+from tests.tiny import write_model
+
+CPU = torch.device("cpu")
+
+
+def test_a_bucket_is_sglangs_flattened_bucket_of_allowed_classes():
+    named = [("a", torch.randn(2, 3)), ("b", torch.randn(4))]
+    content = pickle.loads(base64.b64decode(serialise(FlatBucket.of(named, CPU))))
+    assert content.keys() == {"flattened_tensor", "metadata"}
+    for (name, tensor), place in zip(named, content["metadata"], strict=True):
+        piece = content["flattened_tensor"][place.start_idx : place.end_idx]
+        assert place.name == name and place.numel == piece.numel() == tensor.nbytes
+        assert torch.equal(piece.view(place.dtype).reshape(place.shape), tensor)
+
+
+def test_a_tensor_on_a_gpu_travels_as_torchs_handle_with_the_devices_uuid():
+    """No GPU is needed to see what is pickled: torch's own reduction is stood in for."""
+    arguments = (
+        "cls",
+        "size",
+        "stride",
+        0,
+        "storage",
+        "dtype",
+        3,
+        b"handle",
+        8,
+        0,
+        b"ref",
+        0,
+        b"event",
+        True,
+    )
+    reduced = (torch.multiprocessing.reductions.rebuild_cuda_tensor, arguments)
+    with (
+        mock.patch.object(ipc.reductions, "reduce_tensor", lambda tensor: reduced),
+        mock.patch("torch.cuda.get_device_properties", lambda device: mock.Mock(uuid=f"GPU-{device}")),
+    ):
+        rebuild, sent = ipc._handle(torch.zeros(1))
+    assert (
+        rebuild.__module__ == "torch.multiprocessing.reductions" and rebuild.__name__ == "rebuild_cuda_tensor"
+    )
+    assert sent == (*arguments[:6], "GPU-3", *arguments[7:])
+
+
+def scripted(**more):
+    return dict(
+        server_info=[ok({"tp_size": 2})],
+        weights_checker=[ok(checksums("x")), ok(checksums("y"))],
+        model_info=[ok(info("1")), ok(info("2"))],
+        **more,
+    )
+
+
+def test_every_rank_of_a_server_gets_a_bucket_and_memory_comes_back_in_the_right_order(tmp_path):
+    folder = write_model(tmp_path / "m", 0)
+    tensors = load_file(folder / "model.safetensors")
+    with FakeServer(**scripted()) as server:
+        knobs = dict(hf_folder=folder, proof_folder=None, bucket_bytes=50_000, timeout_s=10)
+        sync = IPCSync([server.url], release_memory=True, **knobs)
+        sync.push(tensors.items(), 1)
+        assert not server.asked("resume_memory_occupation")
+        sync.release()
+        before = len(server.requests)
+        sync.push({name: tensor * 2 for name, tensor in tensors.items()}.items(), 2)
+        paths = [path.removeprefix("/") for path, _ in server.requests[before:]]
+        bodies = server.asked("update_weights_from_tensor")
+        released, resumed = (server.asked(f"{way}_memory_occupation") for way in ("release", "resume"))
+    assert len(bodies) > 4 and all(len(body["serialized_named_tensors"]) == 2 for body in bodies)
+    assert all(body["load_format"] == "flattened_bucket" and not body["flush_cache"] for body in bodies)
+    assert set(released[0]["tags"]) == {"weights", "kv_cache", "cuda_graph"}
+    assert [body["tags"] for body in resumed] == [["weights", "cuda_graph"], ["kv_cache"]]
+    order = [
+        path for path in dict.fromkeys(paths) if path not in ("health", "server_info", "weights_checker")
+    ]
+    assert order.index("pause_generation") < order.index("resume_memory_occupation")
+    first, last = (
+        paths.index("resume_memory_occupation"),
+        len(paths) - 1 - paths[::-1].index("resume_memory_occupation"),
+    )
+    updates = [i for i, path in enumerate(paths) if path == "update_weights_from_tensor"]
+    assert first < updates[0] and updates[-1] < paths.index("end_weight_update", updates[0]) < last
+    assert last < paths.index("continue_generation")
+
+
+def test_a_server_that_was_started_anew_is_asked_for_its_memory_once(tmp_path):
+    folder = write_model(tmp_path / "m", 0)
+    tensors = load_file(folder / "model.safetensors")
+    with FakeServer(**scripted(resume_memory_occupation=[error(500), ok({})])) as server:
+        knobs = dict(hf_folder=folder, proof_folder=None, timeout_s=10)
+        sync = IPCSync([server.url], release_memory=True, **knobs)
+        sync.release()
+        sync.push(tensors.items(), 1)
+        assert len(server.asked("resume_memory_occupation")) == 1 < ATTEMPTS
+
+
+def test_memory_that_cannot_be_released_is_an_error(tmp_path):
+    folder = write_model(tmp_path / "m", 0)
+    with FakeServer(release_memory_occupation=[error(500)]) as server:
+        sync = IPCSync([server.url], hf_folder=folder, proof_folder=None, timeout_s=10, release_memory=True)
+        with pytest.raises(ServerError, match="release_memory_occupation was refused with HTTP 500"):
+            sync.release()
+        IPCSync([server.url], hf_folder=folder, proof_folder=None, timeout_s=10).release()
+        assert len(server.asked("release_memory_occupation")) == 1  # not asked where it is off
