@@ -7,7 +7,7 @@ sequence of 16,384. `update` is forward, backward and optimizer step of the poli
 both models, corrects, and updates both. MFU = useful FLOPs / seconds / peak: gpu_common.Shape.train_flops (6 per
 matrix weight and token, output layer included, and causal attention's pairs; no recomputation), peak 989 TFLOP/s in
 bf16 and 1979 in fp8 for the whole step, although its attention and output layer run in bf16. A joint step's useful
-FLOPs are forward (scoring) and training of both models.
+FLOPs are forward (scoring) and training of both models. "bf16 logits" is precision.fused_linear=false: logits exist.
 """
 
 import statistics
@@ -21,6 +21,7 @@ from tests.tiny import hf_config
 PRECISIONS = {
     "fp32": dict(dtype="float32"),
     "bf16": dict(dtype="bfloat16"),
+    "bf16 logits": dict(dtype="bfloat16", fused_linear=False),
     **{
         recipe: dict(dtype="bfloat16", fp8="hybrid", fp8_recipe=recipe)
         for recipe in ("delayed", "tensorwise", "blockwise")
@@ -75,7 +76,9 @@ def _with_peak(call, common: dict) -> float:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16", "tensorwise"])
+    made.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, default=["bf16", "bf16 logits", "tensorwise"]
+    )
     args = made.parse_args()
     shapes = dict(policy=QWEN3_0_6B, actor=HALF)
     cases = [([2048] * 8, 2048), ([16_384], 16_384)]

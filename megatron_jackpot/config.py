@@ -117,7 +117,7 @@ class Servers(Section):
     quantization: Literal["fp8"] | None = None
     """fp8: servers hold and are sent e4m3 weights with a scale per 128 x 128 block; null sends them in the dtype."""
     release_memory: bool = False
-    """Servers on the trainer's GPUs give back weights and KV cache while it learns (--enable-memory-saver)."""
+    """Servers on the trainer's GPUs give back weights and KV cache while it learns: docs/gpu.md for those of `urls`."""
     max_total_tokens: int | None = Field(None, ge=1)
     """KV-cache size in tokens; null lets SGLang decide."""
     extra_args: tuple[str, ...] = ()

@@ -57,6 +57,8 @@ class Ahead:
     ) -> None:
         self.named_tensors, self.bucket_bytes, self.device = named_tensors, bucket_bytes, device
         self.timeout_s = timeout_s
+        # A new thread would start on the first one.
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._made: queue.Queue[FlatBucket | BaseException | None] = queue.Queue(maxsize=1)
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -114,9 +116,9 @@ class Ahead:
 
     def _own_stream(self) -> tuple[AbstractContextManager[Any], Callable[[], None]]:
         """On CUDA a stream of the thread's own, so that its kernels run beside a broadcast, and how to wait for them."""
-        if not torch.cuda.is_available():
+        if self._gpu is None:
             return nullcontext(), lambda: None
-        torch.cuda.set_device(torch.cuda.current_device() if self.device.index is None else self.device)
+        torch.cuda.set_device(self._gpu)
         stream = torch.cuda.Stream()
         # What the weights were last written by.
         stream.wait_stream(torch.cuda.default_stream())

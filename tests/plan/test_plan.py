@@ -185,6 +185,17 @@ def test_bytes_of_a_weight_update_are_those_of_the_export(tmp_path, mesh) -> Non
     assert sum(t.nbytes for t in export(model).values()) == make_plan(config, 1).synced
 
 
+def test_logits_are_a_block_or_all_of_a_micro_batch_with_their_gradient(tmp_path) -> None:
+    whole, sizes = 65536 * padded_vocab_size([hf_config()["vocab_size"]], 1), {}
+    big = dict(data=dict(max_prompt_tokens=24), packing=dict(tokens=65536))
+    for fused in (False, True):
+        config = config_for(tmp_path, POLICY, POLICY, precision=dict(fused_linear=fused), **big)
+        sizes[fused] = {model.name: model.logits for model in make_plan(config, 1).models}
+    assert sizes[False]["policy"] == 2 * whole * 4
+    assert sizes[True]["policy"] == min(whole, 2**28) * 4
+    assert make_plan(config_for(tmp_path / "wide", WIDE, WIDE, precision=dict(fused_linear=True), **big), 1)
+
+
 def test_flops_of_the_matrices_are_those_torch_counts(tmp_path, mesh) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
