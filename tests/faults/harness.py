@@ -179,9 +179,10 @@ def kill_in_phase(
             while psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
                 pass
             there = psutil.Process(pid).status() == psutil.STATUS_STOPPED and phase in doing.read_text()
-            if there:
-                os.kill(victim(pid), signal.SIGKILL)
-            if not there or victim(pid) != pid:
+            hit = victim(pid) if there else None
+            if hit is not None:
+                os.kill(hit, signal.SIGKILL)
+            if hit != pid:
                 os.kill(pid, signal.SIGCONT)
             if there:
                 return line.strip()
