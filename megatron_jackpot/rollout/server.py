@@ -196,10 +196,7 @@ def start_servers(
     try:
         for i in range(num):
             own_port = port + i if port else free_port(host)
-            seen = list(gpus[i * tp : (i + 1) * tp]) if gpus else None
-            place: tuple[str, ...] = ()
-            if seen and all_gpus:
-                place, seen = ("--base-gpu-id", str(list(all_gpus).index(seen[0]))), list(all_gpus)
+            place, seen = _placed(gpus and gpus[i * tp : (i + 1) * tp], all_gpus)
             command = server_command(
                 model_path,
                 python=python or sys.executable,
@@ -223,6 +220,15 @@ def start_servers(
         stop_servers(servers)
         raise
     return servers
+
+
+def _placed(
+    own: Sequence[int] | None, every: Sequence[int] | None
+) -> tuple[tuple[str, ...], Sequence[int] | None]:
+    """(flags that put a server on its `own` GPUs, those that it sees)."""
+    if not own or not every:
+        return (), own
+    return ("--base-gpu-id", str(list(every).index(own[0]))), every
 
 
 def stop_servers(servers: Sequence[ServerProcess], grace_s: float = 10) -> None:
