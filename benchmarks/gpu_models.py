@@ -25,7 +25,7 @@ PROMPT = 8
 
 
 def make_config(tokens: int, precision: dict[str, Any], **sections: Any) -> Config:
-    """A run of one step on packed micro-batches of `tokens`; its paths are never read."""
+    """A run of one step on packed micro-batches of `tokens`; its paths are never read nor written."""
     tree: dict[str, Any] = dict(
         run=dict(folder="unused"),
         policy=dict(hf="unused"),
@@ -34,6 +34,7 @@ def make_config(tokens: int, precision: dict[str, Any], **sections: Any) -> Conf
         rollout=dict(prompts_per_step=1, max_new_tokens=tokens - PROMPT, top_k_logp=K),
         packing=dict(tokens=tokens),
         precision=precision,
+        logging=dict(tokens_every=None),
     )
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}

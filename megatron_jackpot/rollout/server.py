@@ -33,6 +33,8 @@ CPU_ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
+SILENT_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+"""/health samples a token; while a server lends its memory it samples none, and would be taken for hung."""
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -179,9 +181,8 @@ def start_servers(
 ) -> list[ServerProcess]:
     """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all.
 
-    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, and of
-    `all_gpus` it sees the others too: CUDA IPC maps only memory of a device that both sides see.
-    With `release_memory` they can lend theirs out (sync/occupation.py).
+    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, but it sees
+    `all_gpus`: CUDA IPC maps only what both sides see. With `release_memory` they lend theirs (sync/occupation.py).
     """
     device = device or detect_device()
     if gpus is not None and len(gpus) < num * tp:
@@ -189,14 +190,13 @@ def start_servers(
             f"{num} servers of tp {tp} need {num * tp} GPUs, got {list(gpus)}. Lower servers.num or tp."
         )
     saver = ("--enable-memory-saver",) if release_memory and device == "cuda" else ()
-    # /health samples a token; while a server lends its memory it samples none, and would be taken for hung.
-    health = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"} if release_memory else {}
+    health = SILENT_HEALTH if release_memory else {}
     servers: list[ServerProcess] = []
     deadline = time.monotonic() + start_timeout_s
     try:
         for i in range(num):
             own_port = port + i if port else free_port(host)
-            place, seen = placed(gpus[i * tp : (i + 1) * tp] if gpus else None, all_gpus)
+            place, seen = _placed(gpus and gpus[i * tp : (i + 1) * tp], all_gpus)
             command = server_command(
                 model_path,
                 python=python or sys.executable,
@@ -222,13 +222,13 @@ def start_servers(
     return servers
 
 
-def placed(
-    gpus: Sequence[int] | None, all_gpus: Sequence[int] | None
+def _placed(
+    own: Sequence[int] | None, every: Sequence[int] | None
 ) -> tuple[tuple[str, ...], Sequence[int] | None]:
-    """Arguments and visible devices of a server on `gpus`: those alone, or, among `all_gpus`, by its first one's place."""
-    if not gpus or not all_gpus:
-        return (), gpus
-    return ("--base-gpu-id", str(list(all_gpus).index(gpus[0]))), all_gpus
+    """(flags that put a server on its `own` GPUs, those that it sees)."""
+    if not own or not every:
+        return (), own
+    return ("--base-gpu-id", str(list(every).index(own[0]))), every
 
 
 def stop_servers(servers: Sequence[ServerProcess], grace_s: float = 10) -> None:

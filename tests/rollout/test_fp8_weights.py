@@ -1,7 +1,9 @@
 """fp8 weights: values and scales against NumPy, sizes that are no multiple of a block, names, and what is refused."""
 
+import base64
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from megatron_jackpot.config import parse_config
 from megatron_jackpot.hf_folder import HFFolder, write_hf_folder
 from megatron_jackpot.rollout.admin import ServerAdmin
 from megatron_jackpot.sync.fp8 import BLOCK, CONFIG, dequantise, quantise, quantised, served_folder
+from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import Proof, SyncError, hf_shapes
 from tests.rollout.fake_server import FakeServer, ok
-from tests.rollout.test_weight_sync import checksums
+from tests.rollout.test_weight_sync import checksums, info
 from tests.tiny import write_model
 
 SHAPE = dict(
@@ -129,3 +132,22 @@ def _config(folder, shape=None, tp=1):
         servers=dict(quantization="fp8", tp=tp),
     )
     return parse_config(tree)
+
+
+def test_a_push_of_fp8_weights_is_proved_by_the_names_and_shapes_of_that_format(tmp_path):
+    config = _config(tmp_path)
+    source = HFFolder(config.actor.hf)
+    tensors = [(name, source.read(name).bfloat16()) for name in sorted(source.names)]
+    reply = json.loads(json.dumps(checksums("x")).replace('"w"', '"w.weight_scale_inv"'))
+    script = dict(server_info=[ok({"tp_size": 1})], weights_checker=[ok(reply)], model_info=[ok(info("1"))])
+    knobs = dict(hf_folder=served_folder(config), proof_folder=None, timeout_s=10)
+    with FakeServer(**script) as server:
+        report = IPCSync([server.url], **knobs).push(list(quantised(tensors)), 1)
+        bodies = server.asked("update_weights_from_tensor")
+        with pytest.raises(SyncError, match="weight_scale_inv was not sent but in"):
+            IPCSync([server.url], **knobs).push(tensors, 1)
+    sent = [pickle.loads(base64.b64decode(body["serialized_named_tensors"][0])) for body in bodies]
+    dtypes = {place.name: place.dtype for bucket in sent for place in bucket["metadata"]}
+    assert dtypes["model.layers.1.self_attn.q_proj.weight"] == torch.float8_e4m3fn
+    assert dtypes["model.layers.1.self_attn.q_proj.weight_scale_inv"] == torch.float32
+    assert report.num_bytes < 0.75 * sum(tensor.nbytes for _, tensor in tensors)

@@ -140,3 +140,23 @@ def test_cpu_flags_appear_on_cpu_only_and_extra_arguments_come_last():
     cpu, cuda = server_command("m", device="cpu", **shared), server_command("m", device="cuda", **shared)
     assert "torch_native" in cpu and "torch_native" not in cuda
     assert cpu[-1] == cuda[-1] == "--x"
+
+
+def test_servers_of_ipc_see_every_gpu_and_those_that_lend_memory_answer_health_without_sampling(
+    tmp_path, monkeypatch
+):
+    made: list[ServerProcess] = []
+    monkeypatch.setattr(ServerProcess, "start", lambda server: made.append(server))
+    monkeypatch.setattr(ServerProcess, "wait_healthy", lambda server, limit_s: None)
+    shared = dict(dtype="bfloat16", folder=tmp_path, num=2, tp=2, device="cuda", gpus=(4, 5, 6, 7))
+    start_servers("m", **shared, all_gpus=range(8), release_memory=True)
+    for server, base in zip(made, ("4", "6"), strict=True):
+        assert server.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+        assert server.command[server.command.index("--base-gpu-id") + 1] == base
+        assert "--enable-memory-saver" in server.command
+        assert server.environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
+    made.clear()
+    start_servers("m", **shared)
+    assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in made] == ["4,5", "6,7"]
+    assert not {"--base-gpu-id", "--enable-memory-saver"} & set(made[0].command)
+    assert "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION" not in made[0].environment
