@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_jackpot.hf_folder import Spec
 from megatron_jackpot.models.families import Family, Kind
-from megatron_jackpot.models.pickles import COMMON, METADATA, read_metadata
+from megatron_jackpot.models.pickles import COMMON, check_pickles
 
 BACKEND = CheckpointingConfig("torch_dist", 1)
 OPTIMIZER = "optimizer."
@@ -57,16 +57,18 @@ class DistFolder:
     """The weights in a folder of Megatron's format."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError for another format and for a file that is missing or shorter than it was written."""
+        """Raises ValueError for another format, for a file that is missing or shorter than it was written, and where
+        loading it could run code.
+        """
         self.folder = Path(folder)
         found = maybe_load_config(str(folder))
         if found != BACKEND:
             raise ValueError(f"{folder} is not a checkpoint of Megatron's format torch_dist: found {found}.")
         self.reader = dcp.FileSystemReader(self.folder)
         try:
-            self.metadata: Metadata = read_metadata(self.folder / METADATA)
+            self.metadata: Metadata = check_pickles(self.folder)
         except OSError as error:
-            raise ValueError(f"{self.folder / METADATA} cannot be read: {error}.") from error
+            raise ValueError(f"{self.folder} cannot be read: {error}.") from error
         self._check_files()
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 

@@ -1,8 +1,7 @@
 """The pickles in a folder of Megatron's format, read so that a stranger's folder can run no code.
 
 torch's and Megatron's loaders unpickle `.metadata`, whatever `.metadata` calls bytes, and (Megatron 0.16) `common.pt`.
-`check_pickles` reads all of these first, by unpicklers that know only what checkpoints consist of; `read_metadata` is
-the first of them, for readers of our own.
+`check_pickles` reads all of these first, by unpicklers that know only what checkpoints consist of.
 """
 
 import dataclasses
@@ -40,23 +39,13 @@ _PLAIN = ("MCoreMetadata", "MCoreSavePlan")
 """Classes of data that are no dataclasses."""
 
 
-def read_metadata(path: Path) -> Metadata:
-    """The pickled Metadata in `path`. Raises ValueError for anything else; OSError where it cannot be read."""
-    with Path(path).open("rb") as file:
-        metadata = _load(file, path)
-    if not (
-        isinstance(metadata, Metadata)
-        and isinstance(metadata.state_dict_metadata, dict)
-        and isinstance(metadata.storage_data, dict)
-    ):
-        raise ValueError(f"{path} is not the metadata of a checkpoint.")
-    return metadata
+def check_pickles(folder: Path) -> Metadata:
+    """The folder's metadata. Raises ValueError, with the file and what it names, where loading it could run code.
 
-
-def check_pickles(folder: Path) -> None:
-    """Raises ValueError, with the file and what it names, where loading the folder could run code; it runs none."""
+    Raises ValueError too where `.metadata` cannot be read, OSError for other files. No code of the folder's is run.
+    """
     folder = Path(folder)
-    metadata = read_metadata(folder / METADATA)
+    metadata = _read_metadata(folder / METADATA)
     for index, place in metadata.storage_data.items():
         if not (isinstance(index, MetadataIndex) and isinstance(place, _StorageInfo)):
             raise ValueError(f"{folder / METADATA} is not the metadata of a checkpoint.")
@@ -75,6 +64,22 @@ def check_pickles(folder: Path) -> None:
     if (folder / COMMON).exists():
         with (folder / COMMON).open("rb") as file:
             _check_torch(file, str(folder / COMMON))
+    return metadata
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _load(file, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    if not (
+        isinstance(metadata, Metadata)
+        and isinstance(metadata.state_dict_metadata, dict)
+        and isinstance(metadata.storage_data, dict)
+    ):
+        raise ValueError(f"{path} is not the metadata of a checkpoint.")
+    return metadata
 
 
 def _check_torch(file: BinaryIO, what: str) -> None:

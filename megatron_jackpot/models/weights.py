@@ -14,7 +14,6 @@ from megatron_jackpot.hf_folder import HFFolder
 from megatron_jackpot.models.build import global_names
 from megatron_jackpot.models.dist_folder import DistFolder, is_dist_folder
 from megatron_jackpot.models.families import Family
-from megatron_jackpot.models.pickles import check_pickles
 from megatron_jackpot.parallel.context import Mesh
 
 
@@ -66,7 +65,6 @@ def check_names(source: HFFolder, family: Family) -> None:
 
 def _load_dist(chunks: list[GPTModel], family: Family, folder: Path) -> None:
     DistFolder(folder).check(family)
-    check_pickles(folder)
     with torch.no_grad():
         # The padding of the vocabulary may be longer here than in the folder.
         for chunk in chunks:
