@@ -28,7 +28,7 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16.1",
         "numpy",
-        "psutil",  # Megatron's checkpoint writer needs it without saying so
+        "psutil",
         "pyyaml",
         "pydantic>=2.7",
         "aiohttp",
