@@ -127,6 +127,11 @@ def output_weight(chunk: GPTModel) -> Tensor:
     return chunk.output_layer.weight
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """An fp8 parameter in its high-precision form; any other as it is. Detached."""
+    return tensor.dequantize() if hasattr(tensor, "_fp8_dtype") else tensor.detach()
+
+
 def global_names(chunk: GPTModel) -> dict[str, torch.nn.Parameter]:
     """Parameters of a chunk under names with the global layer index. A tied output weight appears once."""
     offset = chunk.decoder.layers[0].layer_number - 1 if len(chunk.decoder.layers) else 0

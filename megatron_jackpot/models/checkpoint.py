@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
 
 from megatron_jackpot.hf_folder import copy_other_files
+from megatron_jackpot.models.build import plain
 from megatron_jackpot.models.dist_folder import BACKEND
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.host_copy import HostCopy
@@ -62,7 +63,7 @@ class Snapshot:
                 self._whole = self.model.optimizer.sharded_state_dict(self._weights, is_loading=False)
                 dict_list_map_inplace(_unshared, self._whole)
                 entries, shards = [*_entries(self._weights), *_entries(self._whole)], []
-            wanted = [_plain(entry.data) for entry in entries]
+            wanted = [plain(entry.data) for entry in entries]
             wanted += [tensor for part in shards for tensor in part.tensors]
             copies = iter(self._memory.take(wanted))
         self._entries = [(entry, next(copies)) for entry in entries]
@@ -159,11 +160,6 @@ def _entries(state: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory
 def _unshared(value: Any) -> Any:
     """A bare tensor (the number of steps) in memory of its own; it is too small to matter."""
     return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """An fp8 parameter in its high-precision form; any other as it is."""
-    return tensor.dequantize() if hasattr(tensor, "_fp8_dtype") else tensor.detach()
 
 
 def load_model(model: MegatronModel, folder: Path) -> None:

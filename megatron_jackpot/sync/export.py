@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jackpot.hf_folder import write_hf_folder
-from megatron_jackpot.models.build import global_names
+from megatron_jackpot.models.build import global_names, plain
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.parallel.reduce import together
 from megatron_jackpot.sync.fp8 import quantised
@@ -118,7 +118,7 @@ def _whole_tensors(model: MegatronModel) -> Iterator[tuple[str, list[Tensor]]]:
         count = mesh.tp if kind.tp_dim is not None else 1
         shape, dtype = stages[stage][name], model.config.params_dtype
         if stage == mesh.pp_rank:
-            gathered = _gather_shards(_plain(mine[name]), count, model)
+            gathered = _gather_shards(plain(mine[name]), count, model)
         else:
             gathered = torch.empty((count, *shape), dtype=dtype, device=mesh.device)
         if stage != 0 and mesh.tp_rank == 0:
@@ -132,8 +132,3 @@ def _gather_shards(shard: Tensor, count: int, model: MegatronModel) -> Tensor:
     gathered = shard.new_empty((count, *shard.shape))
     dist.all_gather_into_tensor(gathered.flatten(), shard.contiguous().flatten(), group=model.mesh.tp_group)
     return gathered
-
-
-def _plain(parameter: Tensor) -> Tensor:
-    """An fp8 parameter in its high-precision form; any other as it is."""
-    return parameter.dequantize() if hasattr(parameter, "_fp8_dtype") else parameter.detach()
