@@ -51,7 +51,7 @@ def make_model(
         folder,
         mesh=mesh,
         parallel=Parallel(),
-        precision=Precision(dtype="float32"),
+        precision=Precision(dtype="float32", fused_linear=False),
         padded_vocab=family.vocab_size,
     )
     model.add_optimizer(optimizer, steps)
