@@ -53,7 +53,7 @@ class Place:
 def serve(config: Config) -> int:
     """This node's servers, watched as `launch` does: until SIGUSR2 or SIGTERM (0), or one is lost for good (1).
 
-    EXIT_NO_START when they did not start: the same job again would fare no better.
+    EXIT_NO_START when they did not start: slurm/common.sh then does not queue a job's first attempt again.
 
     Raises ValueError for a bad layout.
     """

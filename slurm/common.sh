@@ -117,7 +117,8 @@ run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key
   trap '' USR1 TERM
   end_servers "$servers"
   say "training ended with code $code"
-  if (( servers_code == 2 )); then
+  # In a later attempt they stood before: it may be the node, and the job is queued again like any other.
+  if (( servers_code == 2 && ${SLURM_RESTART_COUNT:-0} == 0 )); then
     say "the servers never stood: see their logs; not requeued"
     exit 2
   fi
