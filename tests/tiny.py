@@ -72,30 +72,33 @@ def write_model(folder: Path, seed: int, **changes: object) -> Path:
     return folder
 
 
-def rollout(prompt_id: int, sample: int, *, vocab: int = 61, top_k: int = 8) -> Rollout:
-    """A rollout that depends only on (prompt_id, sample); its proposal is a random distribution per position."""
+def rollout_arrays(prompt_id: int, sample: int, *, vocab: int = 61, top_k: int = 8) -> dict:
+    """A rollout as plain arrays and numbers, a function of (prompt_id, sample); its proposal is random per position."""
     g = np.random.default_rng([prompt_id, sample])
-    prompt = tuple(np.random.default_rng(prompt_id).integers(3, vocab, 4 + prompt_id % 5).tolist())
+    prompt = np.random.default_rng(prompt_id).integers(3, vocab, 4 + prompt_id % 5)
     length = int(g.integers(3, 12))
     logits = g.normal(size=(length, vocab)).astype(np.float32) * 1.5
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     tokens = np.array([g.choice(vocab, p=np.exp(row) / np.exp(row).sum()) for row in logp], np.int32)
     order = np.argsort(-logp, axis=-1)[:, :top_k]
-    return Rollout(
-        prompt=Prompt(prompt_id, prompt, "x"),
-        epoch=0,
-        sample=sample,
+    return dict(
+        prompt=prompt,
         tokens=tokens,
         server_logp=logp[np.arange(length), tokens],
         topk_ids=order.astype(np.int32),
         topk_logp=np.take_along_axis(logp, order, axis=-1),
         valid=np.arange(length) != (1 if prompt_id == 2 else -1),
         weight_version=np.zeros(length, np.int32),
-        finish="stop",
         reward=float(sample % 2),
         correct=bool(sample % 2),
         advantage=float(g.normal()),
     )
+
+
+def rollout(prompt_id: int, sample: int, *, vocab: int = 61, top_k: int = 8) -> Rollout:
+    arrays = rollout_arrays(prompt_id, sample, vocab=vocab, top_k=top_k)
+    prompt = Prompt(prompt_id, tuple(arrays.pop("prompt").tolist()), "x")
+    return Rollout(prompt=prompt, epoch=0, sample=sample, finish="stop", **arrays)
 
 
 def groups(prompt_ids: range, samples: int = 4, top_k: int = 8) -> list[list[Rollout]]:

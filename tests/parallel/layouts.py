@@ -95,20 +95,20 @@ def load_trainer(config: Config) -> Trainer:
 
 
 def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
-    """Metrics, keep decisions by (rollout, position) and exported weights after `steps`; on rank 0 only."""
+    """Metrics of every step, keep decisions by (rollout, position) and exported weights after `steps`; on rank 0 only."""
     config = make_config(layout, folder)
     trainer = load_trainer(config)
     mesh = trainer.mesh
     keeps: dict = {}
     trainer.methods.correction = _recording(trainer.methods.correction, keeps)
-    metrics: dict = {}
+    history: list[dict] = []
     for _ in range(steps):
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
         trainer.sums, trainer.values = {}, {}
         trainer.note_rollouts(mine or [])
         trainer.learn(trainer.packer.pack(mine, TOP_K))
         trainer.num_steps += 1
-        metrics = trainer.reduced_metrics()
+        history.append(trainer.reduced_metrics())
     weights = {n: export(getattr(trainer, n)) for n in ("policy", "actor")}
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, keeps)
@@ -119,7 +119,14 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
     for part in parts:
         for key, kept in part.items():
             assert merged.setdefault(key, kept) == kept, f"ranks disagree about {key}"
-    return dict(metrics=metrics, keep=merged, weights=weights)
+    return dict(metrics=history[-1], history=history, keep=merged, weights=weights)
+
+
+def run_cases(
+    rank: int, world: int, cases: dict[str, Layout], folder: str, steps: int
+) -> dict[str, dict | None]:
+    """`run_layout` of every case, by name, as a function for `run_ranks`."""
+    return {name: run_layout(layout, Path(folder), steps) for name, layout in cases.items()}
 
 
 def _recording(correction, keeps: dict):
