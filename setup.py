@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # Namespace packages too: rollout/cpu_server is a folder for PYTHONPATH and has no __init__.
+    # Namespace packages too: servers/cpu_server is a folder for PYTHONPATH and has no __init__.
     packages=find_namespace_packages(include=["megatron_jackpot", "megatron_jackpot.*"]),
     entry_points={"console_scripts": ["megatron-jackpot = megatron_jackpot.cli:main"]},
     install_requires=[

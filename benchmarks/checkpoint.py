@@ -26,14 +26,14 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_jackpot.checkpoint import Saver
 from megatron_jackpot.config import Optimizer, Parallel, Precision
-from megatron_jackpot.config_run import Run
+from megatron_jackpot.config.run import Run
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.provenance import checkpoints
-from megatron_jackpot.watchdog import Watchdog
+from megatron_jackpot.run.provenance import checkpoints
+from megatron_jackpot.run.watchdog import Watchdog
+from megatron_jackpot.train.checkpoint import Saver
 from tests.parallel.spawn import run_ranks
 from tests.tiny import write_model
 

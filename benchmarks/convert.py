@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu_common import QWEN3_0_6B
-from megatron_jackpot.memory import PeakAnonymous
 from megatron_jackpot.models.convert import checksums, hf_to_megatron, megatron_to_hf, model_bytes
+from megatron_jackpot.monitor.peak_memory import PeakAnonymous
 from tests.tiny import write_model
 
 BLOCK = 16 * 2**20

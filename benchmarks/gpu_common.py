@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_jackpot.provenance import provenance
+from megatron_jackpot.run.provenance import provenance
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PEAK_TFLOPS = {"bfloat16": 989.0, "fp8": 1979.0}

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_common import DEVICE, parser, report
-from megatron_jackpot.rollout.engine import Sampling
-from megatron_jackpot.rollout.reply import parse_group, parse_topk
+from megatron_jackpot.servers.protocol import Sampling
+from megatron_jackpot.servers.reply import parse_group, parse_topk
 
 K, PER_REPLY, VOCAB = 20, 1024, 151_936
 

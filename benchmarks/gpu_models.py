@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_common import DEVICE
-from megatron_jackpot.batch import Batch, Prompt, Rollout
 from megatron_jackpot.config import Config, parse_config
-from megatron_jackpot.methods import Methods
 from megatron_jackpot.models import cpu
 from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.trainer import Trainer
+from megatron_jackpot.records import Batch, Prompt, Rollout
+from megatron_jackpot.train.methods import Methods
+from megatron_jackpot.train.trainer import Trainer
 from tests.tiny import hf_config
 
 K = 20

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python benchmarks/gpu_sync.py [--tiny]
 
-Qwen3-0.6B and -1.7B shapes, random bf16 weights, one rank. `export` is sync/export.py as a push reads it: HF names,
+Qwen3-0.6B and -1.7B shapes, random bf16 weights, one rank. `export` is sync/stream.py as a push reads it: HF names,
 padding removed, on the device; `to host` the same for a folder on disk; `fp8` quantised on the way. `buckets` is
-sync/ahead.py: the export in flat buckets of 512 MB, made in its thread. `hand-over` maps those buckets into another
+sync/prefetcher.py: the export in flat buckets of 512 MB, made in its thread. `hand-over` maps those buckets into another
 process and copies them there: CUDA IPC where they lie on a GPU, shared memory on a CPU; `push` is all of it, export,
 buckets and hand-over overlapping. Both are the floor of a sync to a colocated server, not a sync: no server takes part.
 An NCCL broadcast needs a second GPU. `offload` and `reload` are those of the optimizer state and gradient buffers (CUDA
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from benchmarks.gpu_common import DEVICE, QWEN3_0_6B, QWEN3_1_7B, TINY, parser, report, seconds
 from benchmarks.gpu_models import close, make_config, make_trainer
-from megatron_jackpot.sync.ahead import Ahead
-from megatron_jackpot.sync.export import export, exported
 from megatron_jackpot.sync.fp8 import quantised
+from megatron_jackpot.sync.prefetcher import Ahead
+from megatron_jackpot.sync.stream import export, exported
 
 BUCKET_BYTES = 512 * 2**20
 TIMEOUT_S = 120

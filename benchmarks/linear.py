@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/linear.py [--tokens 4096] [--vocab 49152] [--hidden 512] [--layers 4]
 
 Random Qwen3-shaped weights, one micro-batch on one CPU thread, every form in a process of its own. Peak is that of the
-process beyond what it holds before the step, from the kernel's accounting (megatron_jackpot/memory.py); `score` is the
+process beyond what it holds before the step, from the kernel's accounting (megatron_jackpot/monitor/peak_memory.py); `score` is the
 no-grad pass with top-20.
 """
 
@@ -12,8 +12,8 @@ import time
 from functools import partial
 
 from benchmarks.gpu_models import make_batch, make_config, make_trainer
-from megatron_jackpot.losses import policy_loss
-from megatron_jackpot.memory import PeakAnonymous
+from megatron_jackpot.monitor.peak_memory import PeakAnonymous
+from megatron_jackpot.train.losses import policy_loss
 from tests.parallel.spawn import run_ranks
 
 REPEATS = 3

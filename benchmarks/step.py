@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jackpot.algorithm.corrections import make_correction
-from megatron_jackpot.assembly import assemble
 from megatron_jackpot.config import load_config
-from megatron_jackpot.launch import start_actor_servers
+from megatron_jackpot.launch.local import start_actor_servers
 from megatron_jackpot.models.mesh import init_mesh
-from megatron_jackpot.rollout.server import stop_servers
+from megatron_jackpot.servers.process import stop_servers
+from megatron_jackpot.train.run import assemble
 
 PHASES = ("rollout", "score", "correct", "update_policy", "update_actor", "sync")
 ARMS = ("jackpot", "none")

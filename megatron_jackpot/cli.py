@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a mistake in the config or the command line."""
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.command == "doctor":
-        from megatron_jackpot.doctor import doctor
+        from megatron_jackpot.launch.doctor import doctor
 
         return doctor(args.server_python)
     if args.command == "report":
@@ -128,14 +128,14 @@ def refuse(error: Exception) -> int:
 
 
 def _train(config: Config) -> int:
-    from megatron_jackpot.interrupt import StopRequest, die_with_parent
+    from megatron_jackpot.run.interrupt import StopRequest, die_with_parent
 
     # torchrun's end, however it came, asks its ranks to save; signals count from here on, also during the imports.
     die_with_parent(signal.SIGTERM)
     stop = StopRequest(config.run)
     stop.listen()
     _hush()
-    from megatron_jackpot.assembly import Refused, run
+    from megatron_jackpot.train.run import Refused, run
 
     try:
         run(config, stop=stop)
@@ -145,7 +145,7 @@ def _train(config: Config) -> int:
 
 
 def _launch(config: Config, nproc: int | None) -> int:
-    from megatron_jackpot.launch import check, launch
+    from megatron_jackpot.launch.local import check, launch
 
     try:
         check(config, nproc)
@@ -155,7 +155,7 @@ def _launch(config: Config, nproc: int | None) -> int:
 
 
 def _node(role: str, config: Config) -> int:
-    from megatron_jackpot.node import join, serve
+    from megatron_jackpot.launch.node import join, serve
 
     try:
         return serve(config) if role == "serve" else join(config)
@@ -165,7 +165,7 @@ def _node(role: str, config: Config) -> int:
 
 def _submit(config: Config, args: argparse.Namespace) -> int:
     _hush()
-    from megatron_jackpot.slurm import submit
+    from megatron_jackpot.launch.slurm import submit
 
     try:
         return submit(config, dry_run=args.dry_run, chain=args.chain)
@@ -175,7 +175,7 @@ def _submit(config: Config, args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     _hush()
-    from megatron_jackpot.report import write_report
+    from megatron_jackpot.monitor.report import write_report
 
     try:
         print(write_report(args.run, args.out))
@@ -197,7 +197,7 @@ def _hush() -> None:
 
 def _plan(config: Config, args: argparse.Namespace) -> int:
     _hush()
-    from megatron_jackpot.plan_report import Assumptions, memory_troubles, show_plan
+    from megatron_jackpot.plan.tables import Assumptions, memory_troubles, show_plan
 
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
     if args.gpu_memory:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megatron_jackpot.batch import Prompt, Rollout
+from megatron_jackpot.records import Prompt, Rollout
 
 POLICY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4)
 ACTOR = dict(

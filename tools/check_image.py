@@ -12,9 +12,9 @@ import re
 import sys
 from pathlib import Path
 
-from megatron_jackpot.doctor import attempt, same_nccl
+from megatron_jackpot.launch.doctor import attempt, same_nccl
 
-ALWAYS = ("torch", "megatron.core.models.gpt", "megatron_jackpot.cli", "megatron_jackpot.plan_report")
+ALWAYS = ("torch", "megatron.core.models.gpt", "megatron_jackpot.cli", "megatron_jackpot.plan.tables")
 
 
 def pins(lock: Path) -> dict[str, str]:

@@ -10,8 +10,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: these tools run on mach
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_jackpot.memory import PeakAnonymous
 from megatron_jackpot.models.convert import Report, checksums, model_bytes
+from megatron_jackpot.monitor.peak_memory import PeakAnonymous
 
 Work = Callable[[Callable[[int], None]], Report]
 """Does a conversion, calling its argument with the bytes of every tensor."""

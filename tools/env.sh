@@ -17,7 +17,7 @@ if [[ ${BASH_SOURCE[0]} != "$0" ]]; then
   return 0
 fi
 set -euo pipefail
-TORCHVISION_FIX="$JACKPOT_REPO/megatron_jackpot/rollout/cpu_server/sitecustomize.py"
+TORCHVISION_FIX="$JACKPOT_REPO/megatron_jackpot/servers/cpu_server/sitecustomize.py"
 
 say() { printf '[env] %s\n' "$*" >&2; }
 die() { printf '[env] ERROR: %s\n' "$@" >&2; exit 1; }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_jackpot.curves import plot_runs  # noqa: E402
+from megatron_jackpot.monitor.curves import plot_runs  # noqa: E402
 
 
 def main() -> None:

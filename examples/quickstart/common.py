@@ -7,14 +7,14 @@ from typing import Any
 import yaml
 
 from megatron_jackpot.config import Config, Optimizer, Parallel, Precision, load_config
+from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.data.prompts import PromptSet, heldout_prompts, training_prompts
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of
-from megatron_jackpot.models.generate import greedy
 from megatron_jackpot.models.mesh import init_mesh
-from megatron_jackpot.packing import Packer
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.vocab import vocab_parallel_argmax
+from megatron_jackpot.train.greedy import greedy
 
 HERE = Path(__file__).parent
 DEVELOPMENT_SEED = 9_000_000

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from megatron_jackpot.batch import Prompt, Rollout
 from megatron_jackpot.config import Data
 from megatron_jackpot.data.problems import reasoning_gym_problems
+from megatron_jackpot.records import Prompt, Rollout
 
 FIRST_SEED = 50_000_000
 """reasoning-gym's item i under seed s is item i - 1 under s + 1: seeds lie further apart than any data set is long."""

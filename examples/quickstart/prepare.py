@@ -24,10 +24,10 @@ from supervised import train
 from tokenizer import VOCAB_SIZE, build
 
 from megatron_jackpot.config import Config, Optimizer
-from megatron_jackpot.hf_folder import Spec, write_safetensors
-from megatron_jackpot.packing import Packer
+from megatron_jackpot.data.packing import Packer
+from megatron_jackpot.models.hf_folder import Spec, write_safetensors
 from megatron_jackpot.parallel.context import Mesh
-from megatron_jackpot.sync.export import export
+from megatron_jackpot.sync.stream import export
 
 CODE = ("warmup.yaml", "tokenizer.py", "corpus.py", "supervised.py", "common.py", "prepare.py")
 console = Console(stderr=True)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_jackpot.batch import Batch, Rollout
+from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.packing import Packer
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
+from megatron_jackpot.records import Batch, Rollout
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from megatron_jackpot.batch import Prompt
+from megatron_jackpot.records import Prompt
 
 
 class PromptLoader:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_jackpot.config import nearest
+from megatron_jackpot.algorithm.registry import nearest
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from megatron_jackpot.batch import Prompt
 from megatron_jackpot.config import Data, Evaluation
 from megatron_jackpot.data.problems import Problem, jsonl_problems, reasoning_gym_problems
+from megatron_jackpot.records import Prompt
 
 MAX_DRAWS = 20
 """reasoning_gym: draws per held-out problem wanted before the tasks count as exhausted."""

@@ -18,7 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_jackpot.hf_folder import (
+from megatron_jackpot.models.dist_folder import DistFolder, is_dist_folder, write_dist_folder
+from megatron_jackpot.models.families import Family, Kind, family_of, read_hf_config
+from megatron_jackpot.models.hf_folder import (
     HFFolder,
     Spec,
     copy_other_files,
@@ -26,10 +28,8 @@ from megatron_jackpot.hf_folder import (
     tensor_bytes,
     write_safetensors,
 )
-from megatron_jackpot.models.dist_folder import DistFolder, is_dist_folder, write_dist_folder
-from megatron_jackpot.models.families import Family, Kind, family_of, read_hf_config
 from megatron_jackpot.models.weights import check_names
-from megatron_jackpot.provenance import checkpoints
+from megatron_jackpot.run.provenance import checkpoints
 
 REPORT = "conversion.json"
 MODELS = ("policy", "actor")

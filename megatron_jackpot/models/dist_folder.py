@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_jackpot.hf_folder import Spec
 from megatron_jackpot.models.families import Family, Kind
+from megatron_jackpot.models.hf_folder import Spec
 from megatron_jackpot.models.pickles import COMMON, check_pickles
 
 BACKEND = CheckpointingConfig("torch_dist", 1)

@@ -25,7 +25,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_jackpot.batch import Batch
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.models.build import (
     build_chunks,
@@ -38,6 +37,7 @@ from megatron_jackpot.models.precision import check_precision, layers_for, this_
 from megatron_jackpot.models.weights import load_weights
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.linear import LinearLogits, Logits
+from megatron_jackpot.records import Batch
 
 Reader = Callable[[Logits, int], dict[str, Tensor]]
 """(logits [T, V/TP], micro-batch index) -> tensors; runs on the last pipeline stage."""

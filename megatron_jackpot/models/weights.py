@@ -10,10 +10,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
-from megatron_jackpot.hf_folder import HFFolder
 from megatron_jackpot.models.build import global_names
 from megatron_jackpot.models.dist_folder import DistFolder, is_dist_folder
 from megatron_jackpot.models.families import Family
+from megatron_jackpot.models.hf_folder import HFFolder
 from megatron_jackpot.parallel.context import Mesh
 
 

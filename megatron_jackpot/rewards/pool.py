@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_jackpot.rewards.worker import frame
 
 if TYPE_CHECKING:
-    from megatron_jackpot.batch import Prompt
+    from megatron_jackpot.records import Prompt
 
 START_TIMEOUT_S = 120.0
 MAX_REPORTED = 5

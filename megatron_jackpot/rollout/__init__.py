@@ -1,0 +1,1 @@
+"""Prompts to finished groups of rollouts: every prompt once."""

@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 
-from megatron_jackpot.batch import Prompt, Rollout
-from megatron_jackpot.rollout.engine import Completion, Engine, Sampling, ServerError, StaleWeights
+from megatron_jackpot.records import Prompt, Rollout
+from megatron_jackpot.servers.protocol import Completion, Engine, Sampling, ServerError, StaleWeights
 
 POLL_S = 0.25
 """How often a rollout looks whether it is to stop."""

@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from megatron_jackpot.batch import Prompt, Rollout
+from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.collect import collect
-from megatron_jackpot.rollout.engine import Sampling
-from megatron_jackpot.rollout.sglang import SGLangClient
+from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.protocol import Sampling
 
 T = TypeVar("T")
 

@@ -22,12 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_jackpot.hf_folder import write_hf_folder
-from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
-from megatron_jackpot.rollout.engine import ServerError
-from megatron_jackpot.sync.ahead import Ahead, FlatBucket
-from megatron_jackpot.sync.muster import muster, persistently
-from megatron_jackpot.sync.occupation import Occupation
+from megatron_jackpot.models.hf_folder import write_hf_folder
+from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
+from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.sync.memory_saver import Occupation
+from megatron_jackpot.sync.prefetcher import Ahead, FlatBucket
 from megatron_jackpot.sync.proof import (
     Proof,
     SentTensors,
@@ -38,6 +37,7 @@ from megatron_jackpot.sync.proof import (
     same_weights,
     wait,
 )
+from megatron_jackpot.sync.retry import muster, persistently
 
 Backend = Literal["nccl", "gloo"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_jackpot.hf_folder import write_hf_folder
-from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
-from megatron_jackpot.sync.muster import muster, persistently
-from megatron_jackpot.sync.occupation import Occupation
+from megatron_jackpot.models.hf_folder import write_hf_folder
+from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
+from megatron_jackpot.sync.memory_saver import Occupation
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
+from megatron_jackpot.sync.retry import muster, persistently
 
 KEPT_VERSIONS = 2
 

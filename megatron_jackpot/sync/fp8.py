@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.config import Config
-from megatron_jackpot.hf_folder import copy_other_files
 from megatron_jackpot.models.families import read_hf_config
+from megatron_jackpot.models.hf_folder import copy_other_files
 
 BLOCK = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max

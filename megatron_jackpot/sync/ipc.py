@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from megatron_jackpot.sync.ahead import FlatBucket
 from megatron_jackpot.sync.broadcast import BroadcastSync
+from megatron_jackpot.sync.prefetcher import FlatBucket
 from megatron_jackpot.sync.proof import wait
 
 DEVICE_INDEX = 6

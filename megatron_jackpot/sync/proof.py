@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.models.families import family_of, read_hf_config
-from megatron_jackpot.rollout.admin import PauseMode, ServerAdmin
-from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
+from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.fp8 import SCALE, quantised_shapes
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.config import load_config
-from megatron_jackpot.methods import Methods
+from megatron_jackpot.train.methods import Methods
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(path for path in EXAMPLES.glob("*/*.yaml") if path.name != "warmup.yaml")

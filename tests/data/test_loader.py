@@ -1,7 +1,7 @@
 import pytest
 
-from megatron_jackpot.batch import Prompt
 from megatron_jackpot.data.loader import PromptLoader, epoch_order, prompts_fingerprint
+from megatron_jackpot.records import Prompt
 
 PROMPTS = [Prompt(id=10 + i, tokens=(1, i), label={"answer": str(i)}) for i in range(23)]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megatron_jackpot.logger import StepLogger, final_table, print_report, progress_line
-from megatron_jackpot.metrics import METRICS, MetricsWriter, read_metrics, series
+from megatron_jackpot.monitor.console import StepLogger, final_table, print_report, progress_line
+from megatron_jackpot.monitor.metrics import METRICS, MetricsWriter, read_metrics, series
 
 
 def writer(folder, *, tensorboard=False, wandb=None, **knobs):
@@ -96,7 +96,7 @@ def test_wandb_receives_finite_values_when_configured(tmp_path, monkeypatch):
 
 
 def test_the_tools_use_only_stable_metric_names():
-    from megatron_jackpot.logger import REPORTED, SHOWN
+    from megatron_jackpot.monitor.console import REPORTED, SHOWN
 
     assert set(REPORTED) | set(SHOWN) <= set(METRICS)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jackpot.metrics import MetricsWriter
+from megatron_jackpot.monitor.metrics import MetricsWriter
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "plot.py"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from megatron_jackpot.metrics import METRICS
-from megatron_jackpot.prometheus import PREFIX, PrometheusEndpoint, gauge_name
+from megatron_jackpot.monitor.metrics import METRICS
+from megatron_jackpot.monitor.prometheus import PREFIX, PrometheusEndpoint, gauge_name
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from megatron_jackpot.algorithm.scores import Correction, Scores
-from megatron_jackpot.batch import Batch
 from megatron_jackpot.config import Logging
-from megatron_jackpot.metrics import MetricsWriter
-from megatron_jackpot.report import chosen, most_rejected, write_report
-from megatron_jackpot.token_log import TokenLog, load, record_of, records, save
+from megatron_jackpot.monitor.metrics import MetricsWriter
+from megatron_jackpot.monitor.report import chosen, most_rejected, write_report
+from megatron_jackpot.monitor.token_log import TokenLog, load, record_of, records, save
+from megatron_jackpot.records import Batch
 
 LENGTHS, PROMPTS = (5, 3, 4), (2, 1, 2)
 """Two rollouts in the first row of 9 tokens, one in the second; the rest is padding."""
@@ -197,7 +197,7 @@ def test_the_page_shows_every_token_once_in_its_class(tmp_path) -> None:
 
 def test_tokens_cannot_break_out_of_the_page(tmp_path, monkeypatch) -> None:
     evil = "</div><script>alert('\"')</script>\n"
-    monkeypatch.setattr("megatron_jackpot.report.decoder_of", lambda config: lambda token: evil)
+    monkeypatch.setattr("megatron_jackpot.monitor.report.decoder_of", lambda config: lambda token: evil)
     page = write_report(run_folder(tmp_path)).read_text()
     assert "<script" not in page
     assert html.escape(evil.strip()) in page

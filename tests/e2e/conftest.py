@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_jackpot.rollout import apikey
-from megatron_jackpot.rollout.server import start_servers, stop_servers
+from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.process import start_servers, stop_servers
 from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
 
 RUN = dict(
@@ -42,11 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(folder: Path):
     """With an API key, which clients, syncs and ranks take from the environment."""
-    os.environ[apikey.VARIABLE] = "-a key of the tests"
+    os.environ[api_key.VARIABLE] = "-a key of the tests"
     servers = start_servers(
         folder / "actor", dtype="float32", folder=folder, max_total_tokens=8192, start_timeout_s=180,
         release_memory=True,
     )  # fmt: skip
     yield servers[0].url
     stop_servers(servers)
-    del os.environ[apikey.VARIABLE]
+    del os.environ[api_key.VARIABLE]

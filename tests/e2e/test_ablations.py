@@ -11,10 +11,10 @@ from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
-from megatron_jackpot.assembly import run
 from megatron_jackpot.config import Parallel, load_config
-from megatron_jackpot.metrics import read_metrics
 from megatron_jackpot.models.mesh import init_mesh
+from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.train.run import run
 from tests.parallel.spawn import run_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

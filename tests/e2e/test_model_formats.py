@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_jackpot.hf_folder import HFFolder
-from megatron_jackpot.metrics import read_metrics
 from megatron_jackpot.models.convert import checksums, hf_to_megatron
+from megatron_jackpot.models.hf_folder import HFFolder
+from megatron_jackpot.monitor.metrics import read_metrics
 from tests.models.hf_models import write_hf
 from tests.tiny import write_tokenizer
 

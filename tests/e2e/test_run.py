@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_jackpot.assembly import assemble, run
 from megatron_jackpot.config import load_config
-from megatron_jackpot.gates import probe
-from megatron_jackpot.metrics import METRICS, read_metrics
 from megatron_jackpot.models.mesh import init_mesh
-from megatron_jackpot.rollout import apikey
-from megatron_jackpot.rollout.admin import ServerAdmin
-from megatron_jackpot.rollout.engine import ServerError
-from megatron_jackpot.token_log import records
+from megatron_jackpot.monitor.metrics import METRICS, read_metrics
+from megatron_jackpot.monitor.token_log import records
+from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.admin import ServerAdmin
+from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.train.probe import probe
+from megatron_jackpot.train.run import assemble, run
 from tests.parallel.spawn import run_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -127,14 +127,14 @@ def test_the_probe_refuses_a_trainer_that_disagrees_with_the_server(folder: Path
 
 def test_a_server_with_a_key_turns_strangers_away(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(ServerAdmin([server]).versions())
-    monkeypatch.delenv(apikey.VARIABLE)
+    monkeypatch.delenv(api_key.VARIABLE)
     with pytest.raises(ServerError, match="HTTP 401"):
         asyncio.run(ServerAdmin([server]).versions())
 
 
 @pytest.mark.parametrize(("host", "made"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
 def test_a_key_is_made_where_others_can_reach_the_servers(host: str, made: bool, monkeypatch) -> None:
-    monkeypatch.setenv(apikey.VARIABLE, "")
-    monkeypatch.delenv(apikey.VARIABLE)
-    apikey.provide(host)
-    assert bool(apikey.headers()) == made == bool(apikey.arguments())
+    monkeypatch.setenv(api_key.VARIABLE, "")
+    monkeypatch.delenv(api_key.VARIABLE)
+    api_key.provide(host)
+    assert bool(api_key.headers()) == made == bool(api_key.arguments())

@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_jackpot.rollout.engine import Completion, Sampling, ServerError
-from megatron_jackpot.rollout.server import CPU_SHIMS, start_servers, stop_servers
-from megatron_jackpot.rollout.sglang import SGLangClient
+from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.process import CPU_SHIMS, start_servers, stop_servers
+from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
 from megatron_jackpot.sync.ipc import IPCSync

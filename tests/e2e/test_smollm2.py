@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from megatron_jackpot.config import Parallel
-from megatron_jackpot.hf_folder import HFFolder
-from megatron_jackpot.metrics import read_metrics
 from megatron_jackpot.models.convert import checksums, find_model, hf_to_megatron, megatron_to_hf
+from megatron_jackpot.models.hf_folder import HFFolder
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.rollout.engine import Sampling
-from megatron_jackpot.rollout.server import start_servers, stop_servers
-from megatron_jackpot.rollout.sglang import SGLangClient
-from megatron_jackpot.sync.export import exported
+from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.process import start_servers, stop_servers
+from megatron_jackpot.servers.protocol import Sampling
+from megatron_jackpot.sync.stream import exported
 from tests.models.test_families import load, logits
 from tests.parallel.spawn import run_ranks
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from megatron_jackpot.metrics import read_metrics
+from megatron_jackpot.monitor.metrics import read_metrics
 from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
 
 STEP_LIMIT_S = 180

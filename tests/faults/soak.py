@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 from rich.table import Table
 
-from megatron_jackpot.interrupt import EXIT_REQUEUE
+from megatron_jackpot.run.interrupt import EXIT_REQUEUE
 from tests.faults.harness import FaultRun, check_account, make_models
 
 Fault = Callable[[FaultRun, random.Random], None]
@@ -54,7 +54,7 @@ def kill_rank(run: FaultRun, draw: random.Random) -> None:
 
 
 def kill_torchrun(run: FaultRun, draw: random.Random) -> None:
-    run.hit(run.find("megatron_jackpot.agent")[0], signal.SIGKILL)
+    run.hit(run.find("megatron_jackpot.launch.agent")[0], signal.SIGKILL)
 
 
 def kill_launcher(run: FaultRun, draw: random.Random) -> None:

@@ -7,10 +7,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_jackpot import assembly
 from megatron_jackpot.config import load_config
-from megatron_jackpot.metrics import read_metrics
-from megatron_jackpot.provenance import checkpoints
+from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.run.provenance import checkpoints
+from megatron_jackpot.train import run as run_module
 from tests.faults.harness import PHASES, check_account, kill_in_phase, make_models
 from tests.parallel.spawn import run_ranks, start_ranks
 from tests.tiny import groups
@@ -44,9 +44,9 @@ def _train(
 ) -> int:
     """A whole run, but without servers: how often it asked for rollouts."""
     source = Scripted(bad)
-    assembly.make_source = lambda *_: source
-    assembly.make_sync = lambda *_: None
-    assembly.probe = assembly.evaluate = lambda *_: {}
+    run_module.make_source = lambda *_: source
+    run_module.make_sync = lambda *_: None
+    run_module.probe = run_module.evaluate = lambda *_: {}
     overrides = [
         f"run.folder={run}",
         f"run.steps={steps}",
@@ -55,7 +55,7 @@ def _train(
         "servers.urls=['http://127.0.0.1:1']",
     ]
     guard = ["guard.rollback=true", "guard.max_skipped=1"]
-    assert assembly.run(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard]))
+    assert run_module.run(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard]))
     return source.num_asked
 
 

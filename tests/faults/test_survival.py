@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jackpot.interrupt import EXIT_REQUEUE
-from megatron_jackpot.metrics import read_metrics
+from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.run.interrupt import EXIT_REQUEUE
 from tests.faults.harness import (
     PHASES,
     STEP_LIMIT_S,

@@ -15,8 +15,8 @@ from megatron_jackpot.config import describe, load_config, parse_config
 from megatron_jackpot.data.problems import jsonl_problems
 from megatron_jackpot.rewards.exact import score
 from megatron_jackpot.rewards.pool import RewardPool
-from megatron_jackpot.rollout.engine import BadReply, Sampling
-from megatron_jackpot.rollout.reply import parse_group
+from megatron_jackpot.servers.protocol import BadReply, Sampling
+from megatron_jackpot.servers.reply import parse_group
 from tests.rewards.test_pool import score_all
 from tests.rollout.fake_server import VOCAB, group
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models import engine
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.packing import Packer
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
-from megatron_jackpot.sync.export import export
+from megatron_jackpot.sync.stream import export
 from tests.tiny import groups, write_model
 
 pytestmark = pytest.mark.gpu

@@ -15,10 +15,10 @@ from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.sync.ahead import Ahead, FlatBucket
-from megatron_jackpot.sync.export import export, exported
 from megatron_jackpot.sync.fp8 import quantise
 from megatron_jackpot.sync.ipc import serialise
+from megatron_jackpot.sync.prefetcher import Ahead, FlatBucket
+from megatron_jackpot.sync.stream import export, exported
 from tests.gpu.test_models import SHAPE
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.tiny import groups, write_model

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jackpot import doctor
+from megatron_jackpot.launch import doctor
 from tools.check_image import main, pins, wrong_pins
 
 ROOT = Path(__file__).parents[2]

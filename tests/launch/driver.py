@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from megatron_jackpot.config import parse_config
-from megatron_jackpot.launch import launch, torchrun
-from megatron_jackpot.rollout.server import ServerProcess, free_port
+from megatron_jackpot.launch.local import launch, torchrun
+from megatron_jackpot.servers.process import ServerProcess, free_port
 
 COMMON = """
 import os, pathlib, signal, subprocess, sys, time
@@ -60,7 +60,7 @@ note("trainer"); child("worker"); wait_for("worker"); time.sleep(300)
 }
 RANK = """
 import torch, torch.distributed as dist
-from megatron_jackpot.interrupt import die_with_parent
+from megatron_jackpot.run.interrupt import die_with_parent
 die_with_parent(signal.SIGTERM)
 dist.init_process_group("gloo"); total = torch.ones(1); dist.all_reduce(total)
 if dist.get_rank() == 0: print("ranks:", int(total), flush=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_jackpot import children, cli
+from megatron_jackpot import cli
 from megatron_jackpot.config import parse_config
-from megatron_jackpot.launch import check, num_processes, torchrun, visible_gpus
+from megatron_jackpot.launch.local import check, children, num_processes, torchrun, visible_gpus
 
 
 @pytest.fixture

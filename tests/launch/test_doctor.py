@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from megatron_jackpot import doctor as module
-from megatron_jackpot.doctor import Check, doctor
+from megatron_jackpot.launch import doctor as module
+from megatron_jackpot.launch.doctor import Check, doctor
 
 
 def put(folder, name: str, files: dict[str, str]) -> None:

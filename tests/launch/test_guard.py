@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jackpot.config_run import Guards
-from megatron_jackpot.guard import Guard, RollBack
-from megatron_jackpot.watchdog import EXIT_STUCK, Watchdog
+from megatron_jackpot.config.run import Guards
+from megatron_jackpot.run.watchdog import EXIT_STUCK, Watchdog
+from megatron_jackpot.train.guard import Guard, RollBack
 
 
 def pauses(knobs: dict, *seen: tuple[float, float]) -> list[bool]:
@@ -68,7 +68,7 @@ def test_a_pause_outlives_a_checkpoint():
 STUCK = """
 import sys, time
 from pathlib import Path
-from megatron_jackpot.watchdog import Watchdog
+from megatron_jackpot.run.watchdog import Watchdog
 dog = Watchdog(Path(sys.argv[1]), 3, 1.0)
 def stuck_here(): time.sleep(60)
 with dog.phase("step 7"):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jackpot import interrupt
-from megatron_jackpot.config_run import Run
-from megatron_jackpot.interrupt import StopRequest, forget_stop, was_stopped, write_stop
+from megatron_jackpot.config.run import Run
+from megatron_jackpot.run import interrupt
+from megatron_jackpot.run.interrupt import StopRequest, forget_stop, was_stopped, write_stop
 
 
 def test_the_file_asks_and_becomes_word_of_the_stop(tmp_path: Path):
@@ -45,8 +45,8 @@ def test_the_end_of_a_slurm_job_counts_too(tmp_path, monkeypatch):
 LISTENS = """
 import sys, time
 from pathlib import Path
-from megatron_jackpot.config_run import Run
-from megatron_jackpot.interrupt import StopRequest
+from megatron_jackpot.config.run import Run
+from megatron_jackpot.run.interrupt import StopRequest
 stop = StopRequest(Run(folder=Path(sys.argv[1])))
 stop.listen()
 print("ready", flush=True)
@@ -74,7 +74,7 @@ NODE = """
 import sys
 from pathlib import Path
 from megatron_jackpot.config import parse_config
-from megatron_jackpot.launch import launch
+from megatron_jackpot.launch.local import launch
 folder, first = Path(sys.argv[1]), sys.argv[2] == "first"
 tree = {
     "run": {"folder": folder}, "servers": {"urls": ["http://127.0.0.1:1"]}, "policy": {"hf": folder},

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from megatron_jackpot.config import load_config
-from megatron_jackpot.interrupt import EXIT_REQUEUE
+from megatron_jackpot.run.interrupt import EXIT_REQUEUE
 
 ROOT = Path(__file__).parents[2]
 START_LIMIT_S = 60

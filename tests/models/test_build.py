@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_jackpot.config import Parallel, Precision
+from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models.build import (
     padded_vocab_size,
     transformer_config,
@@ -15,9 +16,8 @@ from megatron_jackpot.models.build import (
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import init_mesh
-from megatron_jackpot.packing import Packer
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
-from megatron_jackpot.sync.export import export
+from megatron_jackpot.sync.stream import export
 from tests.parallel.spawn import run_ranks
 from tests.tiny import groups, hf_config, write_model
 

@@ -14,8 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_jackpot.hf_folder import INDEX, HFFolder
-from megatron_jackpot.memory import PeakAnonymous
 from megatron_jackpot.models import convert
 from megatron_jackpot.models.convert import (
     checksums,
@@ -25,6 +23,8 @@ from megatron_jackpot.models.convert import (
     open_model,
     published,
 )
+from megatron_jackpot.models.hf_folder import INDEX, HFFolder
+from megatron_jackpot.monitor.peak_memory import PeakAnonymous
 from tests.models.hf_models import write_hf
 
 ROOT = Path(__file__).parents[2]

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
-from megatron_jackpot.hf_folder import HFFolder, write_hf_folder
 from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.checkpoint import Snapshot
 from megatron_jackpot.models.convert import checksums, hf_to_megatron, megatron_to_hf
 from megatron_jackpot.models.engine import MegatronModel, packed_seq_params
 from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.hf_folder import HFFolder, write_hf_folder
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.sync.export import export
+from megatron_jackpot.sync.stream import export
 from tests.models.hf_models import tiny_config, write_hf
 from tests.parallel.spawn import run_ranks
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_jackpot.config import Config, parse_config
-from megatron_jackpot.methods import Methods
+from megatron_jackpot.train.methods import Methods
 
 
 def config(**changes: dict) -> Config:

@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_jackpot.config import Config, parse_config
-from megatron_jackpot.methods import Methods
 from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.sync.export import export
-from megatron_jackpot.trainer import Trainer
+from megatron_jackpot.sync.stream import export
+from megatron_jackpot.train.methods import Methods
+from megatron_jackpot.train.trainer import Trainer
 from tests.tiny import groups
 
 NUM_PROMPTS = 8

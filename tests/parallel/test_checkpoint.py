@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_jackpot import checkpoint
-from megatron_jackpot.collector import StopRun
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.rollout.collect import Interrupted
-from megatron_jackpot.sync.export import export
+from megatron_jackpot.rollout.collector import StopRun
+from megatron_jackpot.sync.stream import export
+from megatron_jackpot.train import checkpoint
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
 from tests.tiny import ACTOR, POLICY, groups, rollout, write_model

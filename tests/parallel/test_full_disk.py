@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jackpot import checkpoint
 from megatron_jackpot.models.mesh import destroy_mesh
-from megatron_jackpot.sync.export import export_hf
+from megatron_jackpot.sync.stream import export_hf
+from megatron_jackpot.train import checkpoint
 from tests.parallel.layouts import Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
 from tests.tiny import ACTOR, POLICY, write_model

@@ -10,10 +10,10 @@ import torch
 
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.config import Parallel
-from megatron_jackpot.guard import RollBack
-from megatron_jackpot.losses import TRAINED_GAP, policy_loss
 from megatron_jackpot.models.mesh import init_mesh
-from megatron_jackpot.scoring import slice_scores
+from megatron_jackpot.train.guard import RollBack
+from megatron_jackpot.train.losses import TRAINED_GAP, policy_loss
+from megatron_jackpot.train.scoring import slice_scores
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
 from tests.tiny import ACTOR, POLICY, groups, write_model

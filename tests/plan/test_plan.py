@@ -13,9 +13,9 @@ from megatron_jackpot.models.engine import MegatronModel, packed_seq_params
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.parallel.context import Mesh
-from megatron_jackpot.plan import GIB, Shape, make_plan
-from megatron_jackpot.plan_report import Assumptions, memory_troubles, shared_seconds
-from megatron_jackpot.sync.export import export
+from megatron_jackpot.plan.formulas import GIB, Shape, make_plan
+from megatron_jackpot.plan.tables import Assumptions, memory_troubles, shared_seconds
+from megatron_jackpot.sync.stream import export
 from tests.parallel.spawn import run_ranks
 from tests.tiny import ACTOR, POLICY, hf_config
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jackpot.batch import Prompt
+from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.pool import RewardPool
 
 pytestmark = pytest.mark.timeout(60)

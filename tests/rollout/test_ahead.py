@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from megatron_jackpot.sync.ahead import Ahead, FlatBucket
+from megatron_jackpot.sync.prefetcher import Ahead, FlatBucket
 
 CPU = torch.device("cpu")
 

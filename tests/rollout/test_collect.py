@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_jackpot.batch import Prompt
+from megatron_jackpot.records import Prompt
 from megatron_jackpot.rollout.collect import Interrupted, ServersLost, collect, group_metrics
-from megatron_jackpot.rollout.engine import Completion, Sampling, ServerError, StaleWeights
+from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=2)
 PROMPTS = [Prompt(id=10 + i, tokens=(1, i), label=None) for i in range(10)]

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("aiohttp")
 
 from megatron_jackpot.config import parse_config
-from megatron_jackpot.hf_folder import HFFolder, write_hf_folder
-from megatron_jackpot.rollout.admin import ServerAdmin
+from megatron_jackpot.models.hf_folder import HFFolder, write_hf_folder
+from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.sync.fp8 import BLOCK, CONFIG, dequantise, quantise, quantised, served_folder
 from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import Proof, SyncError, hf_shapes

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 pytest.importorskip("aiohttp")
 
-from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync import ipc
-from megatron_jackpot.sync.ahead import FlatBucket
 from megatron_jackpot.sync.ipc import IPCSync, serialise
-from megatron_jackpot.sync.muster import ATTEMPTS
+from megatron_jackpot.sync.prefetcher import FlatBucket
+from megatron_jackpot.sync.retry import ATTEMPTS
 from tests.rollout.fake_server import FakeServer, error, ok
 from tests.rollout.test_weight_sync import checksums, info
 from tests.tiny import write_model

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatron_jackpot.rollout.kept import load_groups, save_groups
+from megatron_jackpot.rollout.finished_groups import load_groups, save_groups
 from tests.tiny import groups
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_jackpot.rollout import server as server_module
-from megatron_jackpot.rollout.server import (
+from megatron_jackpot.servers import process as server_module
+from megatron_jackpot.servers.process import (
     ServerProcess,
     free_port,
     server_command,

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("aiohttp")
 
-from megatron_jackpot.rollout.admin import ServerAdmin
-from megatron_jackpot.rollout.engine import BadReply, Completion, Sampling, ServerError, StaleWeights
-from megatron_jackpot.rollout.reply import parse_group
-from megatron_jackpot.rollout.sglang import SGLangClient
+from megatron_jackpot.servers.admin import ServerAdmin
+from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.protocol import BadReply, Completion, Sampling, ServerError, StaleWeights
+from megatron_jackpot.servers.reply import parse_group
 from tests.rollout.fake_server import VOCAB, FakeServer, cut_off, error, flat_topk, group, ok, raw, sample
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=3)
@@ -178,7 +178,7 @@ def test_a_server_with_old_weights_is_not_asked_again_until_it_holds_new_ones():
 
 def test_a_server_that_was_started_anew_is_left_out_for_one_with_new_weights(monkeypatch):
     # Without its rest after a failure it is the least loaded and would be asked first.
-    monkeypatch.setattr("megatron_jackpot.rollout.sglang.REST_S", 0.0)
+    monkeypatch.setattr("megatron_jackpot.servers.client.REST_S", 0.0)
 
     async def three_groups(urls: list[str]) -> None:
         settings = {"request_timeout_s": 5, "backoff_s": 0.01, "min_version": 5}

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 pytest.importorskip("aiohttp")
 
-from megatron_jackpot.hf_folder import buckets, write_hf_folder
-from megatron_jackpot.rollout.admin import ServerAdmin
-from megatron_jackpot.rollout.engine import ServerError
+from megatron_jackpot.models.hf_folder import buckets, write_hf_folder
+from megatron_jackpot.servers.admin import ServerAdmin
+from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.broadcast import address_towards, side_by_side
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncError, check_names, hf_shapes, paused
 from tests.rollout.fake_server import FakeServer, ok

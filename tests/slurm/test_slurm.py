@@ -15,8 +15,16 @@ import pytest
 
 from megatron_jackpot.cli import main
 from megatron_jackpot.config import Config, load_config, parse_config
-from megatron_jackpot.layout import trainer_procs, training_processes
-from megatron_jackpot.node import Place, array_member, enter, meet, own_address, publish, wait_for_servers
+from megatron_jackpot.config.placement import trainer_procs, training_processes
+from megatron_jackpot.launch.node import (
+    Place,
+    array_member,
+    enter,
+    meet,
+    own_address,
+    publish,
+    wait_for_servers,
+)
 from tests.tiny import ACTOR, POLICY, hf_config
 
 ROOT = Path(__file__).parents[2]
@@ -248,7 +256,7 @@ def test_nodes_meet_through_the_shared_folder(tmp_path) -> None:
 
 
 def test_an_address_of_an_earlier_attempt_is_not_believed_and_the_wait_ends(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_jackpot.node.MEETING_S", 0.0)
+    monkeypatch.setattr("megatron_jackpot.launch.node.MEETING_S", 0.0)
     config = config_for(tmp_path, cluster=dict(GPUS), servers=dict(start_timeout_s=0.5))
     earlier, now = (Place(f"17-{n}", 1, 2, "n2", "127.0.0.1", None) for n in (0, 1))
     publish(earlier.folder(config) / "servers/0.json", {"urls": ["http://gone:1"]})
@@ -277,7 +285,7 @@ def test_a_node_told_to_stop_before_training_asks_to_be_requeued(tmp_path) -> No
 
 DRIVER = """
 import sys
-from megatron_jackpot import node
+from megatron_jackpot.launch import node
 from megatron_jackpot.config import load_config
 wait = node.read_when_there
 def spoken(*args):

@@ -1,0 +1,52 @@
+"""The knobs of how both models are laid out over the ranks, and in what numbers they compute."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_jackpot.config.base import Section
+
+
+class Parallel(Section):
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel size."""
+    pp: int = Field(1, ge=1)
+    """Pipeline-parallel size."""
+    vpp: int | None = Field(None, ge=2)
+    """Virtual pipeline chunks per rank (interleaved 1F1B); null runs plain 1F1B."""
+    cp: int = Field(1, ge=1)
+    """Context-parallel size; only 1 is supported."""
+    sequence_parallel: bool = False
+    """Split activations outside attention and MLP over the tensor-parallel ranks."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Overlap gradient reduction with the backward pass."""
+    overlap_param_gather: bool = False
+    """Overlap the parameter all-gather with the next forward pass (distributed optimizer)."""
+    recompute: bool = False
+    """Keep only the input of every layer and run its forward again in backward: less memory, a third more work."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory and no gradient buffers from a push to the next update, for servers on the
+    trainer's GPUs."""
+    timeout_s: float = Field(600, gt=0)
+    """Time limit of every collective."""
+
+
+class Precision(Section):
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameters and activations of the trainer."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """fp8 format of the Transformer Engine layers; needs Transformer Engine and a capable GPU."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] = "tensorwise"
+    """Scaling recipe of fp8."""
+    fp8_param: bool = False
+    """Keep the parameters in fp8 as well."""
+    first_last_layers_bf16: bool = False
+    """Keep the first and last layers in bf16 under fp8 (not with the delayed recipe)."""
+    fused_linear: bool = True
+    """Make logits only in blocks, from hidden states and output weight: no [T, V/TP], one more product in backward."""
+    deterministic: bool = False
+    """The trainer computes the same bits from the same rollouts on one layout, at the price of speed."""
+    max_trained_gap: float = Field(0.1, gt=0)
+    """Largest mean |trained logp - scored logp| in a step's first mini-batch; above it the run stops."""

@@ -1,0 +1,203 @@
+"""Rollouts -> packed micro-batches of one fixed length, balanced by length over data-parallel ranks.
+
+Every rank gets the same number of micro-batches; what a rank lacks is padding that trains nothing but still runs,
+because every rank must enter the same collectives.
+"""
+
+import heapq
+import math
+import pickle
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.records import Batch, Rollout
+
+SHORTEST_PADDING = 64
+"""Padding sequences are at least this long, so that an empty micro-batch does not hold thousands of them."""
+
+
+class Packer:
+    """Packs a step's rollouts for every rank of the mesh."""
+
+    def __init__(
+        self, mesh: Mesh, *, tokens: int, enabled: bool, num_minibatches: int, vpp: int | None
+    ) -> None:
+        self.mesh = mesh
+        multiple = math.lcm(16, mesh.tp)
+        self.tokens = math.ceil(tokens / multiple) * multiple
+        self.enabled = enabled
+        self.num_minibatches = num_minibatches
+        self.microbatch_multiple = mesh.pp if vpp is not None else 1
+
+    def pack(self, groups: Sequence[Sequence[Rollout]] | None, top_k: int) -> Batch:
+        """`groups` are the DP leader's prompts in order, each a list of rollouts; None on other ranks.
+
+        Collectives: exchange between leaders over dp, one max over dp, broadcast over tp x pp.
+        """
+        fields = None
+        if self.mesh.is_leader:
+            if groups is None:
+                raise RuntimeError("The DP leader must bring its rollouts to Packer.pack.")
+            minis = self._balance(split_groups(groups, self.num_minibatches))
+            fields = self._pack_minis(minis, top_k)
+        tensors = self.mesh.tensors_from_leader(fields)
+        cu_seqlens = tuple(row[: int((row >= 0).sum())].contiguous() for row in tensors[-1])
+        return Batch(*tensors[:-1], cu_seqlens=cu_seqlens, num_minibatches=self.num_minibatches)
+
+    def _balance(self, minis: list[list[Rollout]]) -> list[list[Rollout]]:
+        if self.mesh.dp == 1:
+            return minis
+        return [exchange(mini, self.mesh.dp_group) for mini in minis]
+
+    def _pack_minis(self, minis: list[list[Rollout]], top_k: int) -> list[Tensor]:
+        capacity = self.tokens if self.enabled else 0
+        bins = [fill_bins([r.num_tokens for r in mini], capacity) for mini in minis]
+        count = torch.tensor(max(1, *(len(b) for b in bins)) if len(bins) > 1 else max(1, len(bins[0])))
+        count = count.to(self.mesh.device)
+        if self.mesh.dp > 1:
+            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
+        rows = math.ceil(int(count) / self.microbatch_multiple) * self.microbatch_multiple
+        packed = []
+        for mini, mini_bins in zip(minis, bins, strict=True):
+            segment = 0
+            for content in mini_bins + [[]] * (rows - len(mini_bins)):
+                packed.append(pack_row([mini[i] for i in content], self.tokens, top_k, first_segment=segment))
+                segment += len(content)
+        longest = max(len(row[-1]) for row in packed)
+        ends = [np.pad(row[-1], (0, longest - len(row[-1])), constant_values=-1) for row in packed]
+        columns = [
+            torch.from_numpy(np.stack(column)) for column in zip(*(row[:-1] for row in packed), strict=True)
+        ]
+        return [*columns, torch.from_numpy(np.stack(ends))]
+
+
+def split_groups(groups: Sequence[Sequence[Rollout]], num_minibatches: int) -> list[list[Rollout]]:
+    """Consecutive whole groups per mini-batch, the same cut on every layout."""
+    bounds = [len(groups) * i // num_minibatches for i in range(num_minibatches + 1)]
+    return [
+        [r for group in groups[lo:hi] for r in group] for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def assign_balanced(lengths: Sequence[int], ranks: int) -> list[int]:
+    """Rank of each sequence: longest first, always to the rank with the fewest tokens so far."""
+    heap = [(0, rank) for rank in range(ranks)]
+    owner = [0] * len(lengths)
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        tokens, rank = heapq.heappop(heap)
+        owner[index] = rank
+        heapq.heappush(heap, (tokens + lengths[index], rank))
+    return owner
+
+
+def exchange(rollouts: list[Rollout], group: ProcessGroup) -> list[Rollout]:
+    """Move rollouts between DP leaders so that every rank holds about the same number of tokens.
+
+    Collectives over dp: all-gather of lengths, all-to-all of the moved rollouts' bytes.
+    """
+    lengths: list[list[int]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(lengths, [r.num_tokens for r in rollouts], group=group)
+    owner = assign_balanced([n for part in lengths for n in part], group.size())
+    start = sum(len(part) for part in lengths[: group.rank()])
+    mine = owner[start : start + len(rollouts)]
+    parcels: list[list[tuple[int, Rollout]]] = [[] for _ in range(group.size())]
+    for offset, (rank, rollout) in enumerate(zip(mine, rollouts, strict=True)):
+        parcels[rank].append((start + offset, rollout))
+    received = _all_to_all([pickle.dumps(parcel) for parcel in parcels], group)
+    # Only our own ranks' bytes are unpickled here; nothing from a server or a file comes this way.
+    indexed = [item for parcel in received for item in pickle.loads(parcel)]
+    return [rollout for _, rollout in sorted(indexed, key=lambda item: item[0])]
+
+
+def _all_to_all(parcels: list[bytes], group: ProcessGroup) -> list[bytes]:
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    sizes = torch.tensor([len(p) for p in parcels], dtype=torch.int64, device=device)
+    incoming = torch.empty_like(sizes)
+    dist.all_to_all_single(incoming, sizes, group=group)
+    outgoing = torch.frombuffer(bytearray(b"".join(parcels)), dtype=torch.uint8).to(device)
+    received = torch.empty(int(incoming.sum()), dtype=torch.uint8, device=device)
+    dist.all_to_all_single(received, outgoing, incoming.tolist(), sizes.tolist(), group=group)
+    return [part.cpu().numpy().tobytes() for part in received.split(incoming.tolist())]
+
+
+def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: indices per bin. Capacity 0 gives every sequence its own bin."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        slot = next((b for b, left in enumerate(room) if lengths[index] <= left), None)
+        if slot is None:
+            bins.append([index])
+            room.append(capacity - lengths[index])
+        else:
+            bins[slot].append(index)
+            room[slot] -= lengths[index]
+    return bins
+
+
+def pack_row(rollouts: Sequence[Rollout], tokens: int, top_k: int, *, first_segment: int) -> list[np.ndarray]:
+    """One micro-batch as arrays in the order of Batch's fields, cu_seqlens last.
+
+    Raises ValueError when the sequences do not fit, naming lengths and the budget.
+    """
+    total = sum(r.num_tokens for r in rollouts)
+    if total > tokens:
+        raise ValueError(
+            f"{len(rollouts)} sequences of {total} tokens do not fit packing.tokens = {tokens}. Raise packing.tokens."
+        )
+    row = _empty_row(tokens, top_k)
+    starts = [0]
+    for index, rollout in enumerate(rollouts):
+        _write(row, rollout, starts[-1], first_segment + index)
+        starts.append(starts[-1] + rollout.num_tokens)
+    # Padding is cut like the real sequences: one long tail would dominate attention's cost.
+    piece = max([SHORTEST_PADDING, *(r.num_tokens for r in rollouts)])
+    while starts[-1] < tokens:
+        stop = min(starts[-1] + piece, tokens)
+        row["position"][starts[-1] : stop] = np.arange(stop - starts[-1])
+        starts.append(stop)
+    return [*row.values(), np.array(starts, dtype=np.int32)]
+
+
+def _empty_row(tokens: int, top_k: int) -> dict[str, np.ndarray]:
+    return dict(
+        tokens=np.zeros(tokens, np.int64),
+        labels=np.zeros(tokens, np.int64),
+        mask=np.zeros(tokens, np.bool_),
+        position=np.zeros(tokens, np.int64),
+        segment=np.full(tokens, -1, np.int64),
+        rollout_id=np.full((tokens, 3), -1, np.int64),
+        server_logp=np.zeros(tokens, np.float32),
+        topk_ids=np.full((tokens, top_k), -1, np.int64),
+        topk_logp=np.full((tokens, top_k), -np.inf, np.float32),
+        weight_version=np.full(tokens, -1, np.int64),
+        advantage=np.zeros(tokens, np.float32),
+        correct=np.zeros(tokens, np.bool_),
+    )
+
+
+def _write(row: dict[str, np.ndarray], rollout: Rollout, start: int, segment: int) -> None:
+    prompt, response = len(rollout.prompt.tokens), len(rollout.tokens)
+    stop = start + rollout.num_tokens
+    sequence = np.concatenate([np.asarray(rollout.prompt.tokens, np.int64), rollout.tokens.astype(np.int64)])
+    row["tokens"][start:stop] = sequence
+    row["labels"][start : stop - 1] = sequence[1:]
+    row["position"][start:stop] = np.arange(stop - start)
+    row["segment"][start:stop] = segment
+    row["rollout_id"][start:stop] = rollout.key
+    # Row t predicts token t + 1: the first response token is predicted at the last prompt position.
+    answer = slice(start + prompt - 1, start + prompt - 1 + response)
+    width = min(rollout.topk_ids.shape[1], row["topk_ids"].shape[1])
+    row["mask"][answer] = rollout.valid
+    row["server_logp"][answer] = np.where(rollout.valid, rollout.server_logp, 0.0)
+    row["topk_ids"][answer, :width] = rollout.topk_ids[:, :width]
+    row["topk_logp"][answer, :width] = rollout.topk_logp[:, :width]
+    row["weight_version"][answer] = rollout.weight_version
+    row["advantage"][answer] = rollout.advantage
+    row["correct"][answer] = rollout.correct

@@ -1,0 +1,330 @@
+"""A whole run on one machine: SGLang servers and torchrun as children, watched, and ended whatever happens.
+
+Order: check -> record the run -> servers -> torchrun -> watch both, start again what failed -> end torchrun, then
+the servers.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_jackpot.config import Config
+from megatron_jackpot.launch import children
+from megatron_jackpot.run.interrupt import (
+    EXIT_REQUEUE,
+    SIGNALS,
+    STOP_FILE,
+    STOPPED_FILE,
+    forget_stop,
+    was_stopped,
+    write_stop,
+)
+from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE, checkpoints, record
+from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.process import ServerProcess, port_is_free, start_servers, stop_servers
+from megatron_jackpot.servers.supervisor import ServerCare
+
+TRAINER_GRACE_S = 40.0
+"""torchrun itself gives its workers 30 s after SIGTERM before it kills them."""
+SERVER_GRACE_S = 15.0
+STRAY_GRACE_S = 5.0
+EXIT_REFUSED = 2
+"""Exit code of a rank whose input cannot work: trying again cannot help."""
+TRAIN_LOG = "train.log"
+OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log", "actor-fp8")
+"""What a launch writes before training starts: a folder with nothing else may be used again."""
+
+
+ALONE = ("--standalone", "--local-addr", "127.0.0.1")
+"""torchrun's rendezvous on one machine; --local-addr keeps it off a host name that may not resolve."""
+
+StartServers = Callable[[Config, int], Sequence[ServerProcess]]
+TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the run at once arrived."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def check(config: Config, nproc: int | None = None) -> None:
+    """Everything that can be refused before anything is started. Raises ValueError with the remedy."""
+    p = config.parallel
+    model = p.tp * p.pp * p.cp
+    if num_processes(config, nproc) % model:
+        raise ValueError(f"--nproc {nproc} is not a multiple of tp * pp * cp = {model}. Use --nproc {model}.")
+    for name, folder in (("policy.hf", config.policy.hf), ("actor.hf", config.actor.hf)):
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"{name} = {folder} holds no config.json. Set it to a Hugging Face model folder."
+            )
+        # safetensors' own writer makes files that only their owner may read: not a container's user, for one.
+        closed = [path.name for path in sorted(folder.iterdir()) if not os.access(path, os.R_OK)]
+        if closed:
+            raise ValueError(
+                f"{name} = {folder}: user {os.geteuid()} may not read {', '.join(closed[:3])}. "
+                f"As their owner: chmod -R a+rX {folder}"
+            )
+    if not config.servers.urls and config.servers.port:
+        for port in range(config.servers.port, config.servers.port + config.servers.num):
+            if not port_is_free(config.servers.host, port):
+                raise ValueError(
+                    f"Port {port} on {config.servers.host} is in use: no server can start there. "
+                    "Set servers.port to a free one, or to 0 to have one chosen."
+                )
+    if not config.run.resume:
+        _check_folder(config.run.folder)
+    elif config.run.resume is True and not checkpoints(config.run.folder):
+        raise ValueError(
+            f"run.resume = true, but run.folder = {config.run.folder} holds no checkpoint. Set run.resume=false."
+        )
+
+
+def num_processes(config: Config, nproc: int | None) -> int:
+    if nproc is not None and nproc < 1:
+        raise ValueError(f"--nproc {nproc} must be at least 1.")
+    return nproc or config.parallel.tp * config.parallel.pp * config.parallel.cp
+
+
+def launch(
+    config: Config,
+    nproc: int | None = None,
+    *,
+    start: StartServers | None = None,
+    trainer_command: TrainerCommand | None = None,
+    log: str = TRAIN_LOG,
+    first: bool = True,
+) -> int:
+    """Run the job to its end and return the exit code: 0 done, EXIT_REQUEUE if it saved and ended as asked.
+
+    SIGTERM or SIGUSR1 ask it to; after a second one, SIGINT or SIGHUP it ends at once with 128 + n. Training that
+    fails is started again from the last checkpoint, at most run.max_restarts times, then its code is returned; a
+    server that ends or hangs is started again, at most servers.max_restarts times, then 1. Must run in the main
+    thread of its process. Every process started here has ended when this returns. Of a job's nodes only the `first`
+    clears what an earlier run was asked: another may start when this one has been asked already.
+    """
+    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = record(config, folder)
+    nproc = num_processes(config, nproc)
+    children.become_subreaper()
+    if first:
+        forget_stop(folder)
+    with _Job(config, folder / log, first) as job:
+        urls: Sequence[str] = config.servers.urls
+        if not urls:
+            api_key.provide(config.servers.host)
+            say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
+            try:
+                job.look_after((start or start_actor_servers)(config, nproc))
+            except (RuntimeError, TimeoutError) as error:
+                say(f"the servers did not start. {error}")
+                return 1
+            urls = [server.url for server in job.servers]
+        say(f"servers: {', '.join(urls)}")
+        job.train((trainer_command or torchrun)(config_file, nproc, urls))
+    return job.code
+
+
+def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
+    """Servers of the actor's initial weights, on the last GPUs: ranks take theirs from the front."""
+    servers, gpus = config.servers, visible_gpus()
+    # A folder in Megatron's format has nothing that SGLang could load: the first push brings the weights.
+    folder = config.actor.hf
+    if servers.quantization is not None:
+        from megatron_jackpot.sync.fp8 import served_folder  # imports torch
+
+        folder = served_folder(config)
+    dummy = () if any(folder.glob("*.safetensors")) else ("--load-format", "dummy")
+    needed, numbered = servers.num * servers.tp, all(gpu.isdigit() for gpu in gpus)
+    return start_servers(
+        folder,
+        dtype=servers.dtype or config.precision.dtype,
+        folder=config.run.folder,
+        num=servers.num,
+        tp=servers.tp,
+        host=servers.host,
+        port=servers.port,
+        python=servers.python,
+        start_timeout_s=servers.start_timeout_s,
+        max_total_tokens=servers.max_total_tokens,
+        release_memory=servers.release_memory,
+        extra_args=(*dummy, *servers.extra_args),
+        device="cuda" if gpus else "cpu",
+        gpus=[int(gpu) for gpu in gpus[-needed:]] if numbered and len(gpus) >= needed else None,
+        all_gpus=[int(gpu) for gpu in gpus] if numbered and config.sync.method == "ipc" else None,
+    )
+
+
+def torchrun(
+    config_file: Path, nproc: int, urls: Sequence[str], rendezvous: Sequence[str] = ALONE
+) -> list[str]:
+    """The training command of one node."""
+    run = [sys.executable, "-m", "megatron_jackpot.launch.agent", *rendezvous]
+    train = [
+        "-m",
+        "megatron_jackpot.cli",
+        "train",
+        str(config_file),
+        f"servers.urls={json.dumps(list(urls))}",
+    ]
+    return [*run, "--nproc-per-node", str(nproc), *train]
+
+
+def trainer_env() -> dict[str, str]:
+    """This environment, with the package importable and, on a CPU, one thread for each rank."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not visible_gpus():
+        env.setdefault("OMP_NUM_THREADS", "1")
+        env.setdefault("MKL_NUM_THREADS", "1")
+    return env
+
+
+def visible_gpus() -> list[str]:
+    """Ids of the GPUs this process may use, as CUDA_VISIBLE_DEVICES spells them, without importing torch."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not found:
+        return found
+    return [gpu.strip() for gpu in chosen.split(",") if gpu.strip() not in ("", "-1")]
+
+
+def say(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone, and the children must be ended all the same
+        print(f"[launch] {text}", flush=True)
+
+
+class _Job:
+    """The children of one launch and the one way they end: leaving the block, for whatever reason."""
+
+    def __init__(self, config: Config, log: Path, first: bool):
+        self.config, self.folder, self.log, self.first = config, config.run.folder, log, first
+        self.look_after(())
+        self.trainer: children.Streamed | None = None
+        self.code = 1
+        self._spare = children.descendants()
+        self._signals = 0
+        self._ending = False
+        self._asked: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Job":
+        for signum in (signal.SIGINT, signal.SIGHUP, *SIGNALS):
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # started by nohup
+            self._handlers[signum] = signal.signal(signum, self._on_signal)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self._ending = True
+        try:
+            if isinstance(error, Stopped):
+                self.code = 128 + error.signum
+                say(f"{signal.Signals(error.signum).name}: ending the run (once more to end it at once)")
+            self._end()
+        finally:
+            for signum, handler in self._handlers.items():
+                signal.signal(signum, handler)
+        return isinstance(error, Stopped)
+
+    def look_after(self, servers: Sequence[ServerProcess]) -> None:
+        self.servers, self.care = servers, ServerCare(servers, self.config.servers, say)
+
+    def train(self, argv: Sequence[str]) -> None:
+        """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
+        for attempt in range(self.config.run.max_restarts + 1):
+            again = ["run.resume=auto"] if attempt else []
+            self.trainer = children.Streamed([*argv, *again], log=self.log, env=trainer_env())
+            self.code = self._watch()
+            saved = checkpoints(self.folder)
+            if self.code in (0, EXIT_REFUSED) or self._asked is not None or not saved:
+                return
+            if attempt < self.config.run.max_restarts:
+                say(
+                    f"starting again after {saved[-1].name}: restart {attempt + 1} of {self.config.run.max_restarts}"
+                )
+                children.end(self._below_trainer(), grace_s=STRAY_GRACE_S, hurry=self._hurry)
+                if self.first:
+                    forget_stop(self.folder)
+
+    def _watch(self) -> int:
+        """Until training ends or a server is lost for good."""
+        assert self.trainer is not None
+        while (code := self.trainer.code()) is None:
+            if (
+                self._asked is not None
+                and not (self.folder / STOP_FILE).exists()
+                and was_stopped(self.folder) is None
+            ):
+                write_stop(self.folder, signal.Signals(self._asked).name)
+            if not self.care.look():
+                return 1
+            time.sleep(0.2)
+        self.trainer.drain(limit_s=1)
+        if code:
+            say(f"training ended with exit code {code}; its output is in {self.trainer.log}")
+        elif reason := was_stopped(self.folder):
+            say(f"saved and ended ({reason}); go on with run.resume=auto: {self.folder}")
+            return EXIT_REQUEUE
+        else:
+            say(f"done: {self.folder}")
+        return code
+
+    def _end(self) -> None:
+        if self.trainer and self.trainer.code() is None:
+            below = [p for p in children.descendants(self._spare) if p.pid == self.trainer.popen.pid]
+            # torchrun passes SIGHUP on to its ranks, which it ends; SIGTERM would ask them to save first.
+            children.end(below, grace_s=TRAINER_GRACE_S, hurry=self._hurry, signum=signal.SIGHUP)
+        if self.servers and not self._hurry():
+            stop_servers(self.servers, SERVER_GRACE_S)
+        children.end(children.descendants(self._spare), grace_s=STRAY_GRACE_S, hurry=self._hurry)
+        if self.trainer:
+            self.trainer.drain(limit_s=5)
+
+    def _below_trainer(self) -> list[Any]:
+        servers = [server.process.pid for server in self.servers if server.process is not None]
+        kept = [p for pid in servers for p in children.tree(pid)]
+        return children.descendants([*self._spare, *kept])
+
+    def _hurry(self) -> bool:
+        return self._signals > 1
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if signum in SIGNALS and self.trainer is not None and self._asked is None and not self._ending:
+            self._asked = signum
+            return
+        if not self._ending:
+            self._ending = True
+            raise Stopped(signum)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.folder = {folder} is a file. Set run.folder to a new folder.")
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    foreign = [path.name for path in found if not any(path.match(pattern) for pattern in OWN_FILES)]
+    if foreign:
+        raise ValueError(
+            f"run.folder = {folder} already holds a run ({', '.join(foreign[:4])}). "
+            "Set run.folder to a new folder, delete this one, or continue it with run.resume=true."
+        )

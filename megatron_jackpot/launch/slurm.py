@@ -1,0 +1,159 @@
+"""`launch --slurm`: the cluster section of a configuration as a Slurm job, checked before it is submitted.
+
+A job is one of the scripts in slurm/ with its #SBATCH lines and settings filled in, kept with the resolved
+configuration in RUN/slurm. Nothing of the configuration is left for a shell to interpret.
+"""
+
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from megatron_jackpot.config import Config
+from megatron_jackpot.config.placement import trainer_procs, training_processes
+from megatron_jackpot.plan.formulas import make_plan
+from megatron_jackpot.plan.tables import memory_troubles
+
+REPO = Path(__file__).resolve().parents[2]
+JOB_FILE = "job.sbatch"
+CONFIG_FILE = "config.yaml"
+SBATCH_LIMIT_S = 60
+
+
+def submit(config: Config, *, dry_run: bool, chain: int = 1) -> int:
+    """Check, render, keep, submit and say how to follow; `dry_run` prints the job and writes nothing.
+
+    Raises ValueError for what cannot run, with the arithmetic. Returns 0, or sbatch's exit code.
+    """
+    if chain < 1:
+        raise ValueError(f"--chain {chain} must be at least 1.")
+    check(config)
+    folder = (config.run.folder / "slurm").absolute()
+    script = render(config, folder / CONFIG_FILE)
+    if dry_run:
+        print(script, end="")
+        return 0
+    (folder).mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    job = folder / JOB_FILE
+    job.write_text(script)
+    after: list[str] = []
+    for _ in range(chain):
+        done = _sbatch([*after, str(job)])
+        if done.returncode:
+            print(f"sbatch refused {job}: {done.stderr.strip()}")
+            return done.returncode
+        number = done.stdout.strip().split(";")[0]
+        print(f"Submitted job {number}{' after ' + after[0].split(':')[1] if after else ''}: {job}")
+        after = [f"--dependency=afterany:{number}"]
+    pattern = (
+        "%A_%a.out".replace("%A", number).replace("%a", "*") if config.cluster.seeds else f"{number}.out"
+    )
+    print(f"  squeue -j {number}                where it stands; scancel {number} ends it")
+    print(f"  tail -F {folder / pattern}        both roles, and what the job does")
+    print(f"  ls {config.run.folder.absolute()}     metrics.jsonl, train-NODE.log, servers/NODE/server-N.log")
+    return 0
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for a layout that does not come out or does not fit, and for missing scripts."""
+    if not script_of(config).is_file():
+        raise ValueError(
+            f"{script_of(config)} is missing: Slurm jobs are rendered from a checkout. Run "
+            "`python -m megatron_jackpot.cli launch` with PYTHONPATH set to one."
+        )
+    if config.servers.urls:
+        raise ValueError(
+            f"servers.urls = {list(config.servers.urls)}: a Slurm job starts its own. Set servers.urls=[]."
+        )
+    troubles = memory_troubles(make_plan(config, training_processes(config)))
+    if troubles:
+        raise ValueError("Does not fit: " + " Also: ".join(troubles))
+
+
+def script_of(config: Config) -> Path:
+    return REPO / "slurm" / f"{config.cluster.layout}.sbatch"
+
+
+def render(config: Config, config_file: Path) -> str:
+    """The job script: #SBATCH lines, settings, arguments, then the body of the script in slurm/."""
+    template = script_of(config).read_text().splitlines()
+    body = [line for line in template[1:] if not line.startswith("#")]
+    settings = [f"{name}={shlex.quote(value)}" for name, value in settings_of(config).items()]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# Rendered from slurm/{script_of(config).name}: {layout_line(config)}",
+            *(f"#SBATCH {option}" for option in options(config, config_file.parent)),
+            f"export {' '.join(settings)}",
+            f"cd -- {shlex.quote(str(Path.cwd()))} || exit 1",
+            f"set -- {shlex.quote(str(config_file))}",
+            *body,
+            "",
+        ]
+    )
+
+
+def layout_line(config: Config) -> str:
+    """Example: "2 training nodes x 6 = tp 2 x pp 1 x cp 1 x dp 6; servers: 2 nodes x 1 x tp 2"."""
+    c, p = config.cluster, config.parallel
+    total = training_processes(config)
+    return (
+        f"{c.num_trainer_nodes} training nodes x {trainer_procs(config)} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp "
+        f"{total // (p.tp * p.pp * p.cp)}; servers: {c.num_server_nodes} nodes x {config.servers.num} x tp "
+        f"{config.servers.tp}"
+    )
+
+
+def options(config: Config, folder: Path) -> list[str]:
+    """#SBATCH options. Raises ValueError for a folder that Slurm's output pattern cannot spell."""
+    c = config.cluster
+    if not re.fullmatch(r"[\w./@:+=-]+", str(folder)):
+        raise ValueError(
+            f"run.folder = {config.run.folder}: a #SBATCH line takes letters, digits and ./@:+=_- only. Rename it."
+        )
+    chosen = [
+        "--job-name=jackpot",
+        f"--nodes={c.nodes}",
+        "--ntasks-per-node=1",
+        *([f"--gpus-per-node={c.gpus_per_node}", "--exclusive"] if c.gpus_per_node else []),
+        f"--time={c.minutes}",
+        *([f"--partition={c.partition}"] if c.partition else []),
+        *([f"--account={c.account}"] if c.account else []),
+        "--requeue",
+        f"--signal=B:USR1@{c.signal_s}",
+        "--open-mode=append",
+        f"--output={folder}/{'%A_%a' if c.seeds else '%j'}.out",
+    ]
+    if c.seeds:
+        chosen.append(f"--array={','.join(map(str, c.seeds))}")
+    return chosen + list(c.sbatch)
+
+
+def settings_of(config: Config) -> dict[str, str]:
+    """The environment of slurm/common.sh."""
+    c = config.cluster
+    return {
+        "JACKPOT_REPO": str(REPO),
+        "JACKPOT_SERVER_NODES": str(c.num_server_nodes),
+        "JACKPOT_RUNTIME": c.runtime,
+        "JACKPOT_IMAGE": c.image or "",
+        "JACKPOT_MOUNTS": ",".join(c.mounts),
+        "JACKPOT_SETUP": str(c.setup or ""),
+        "JACKPOT_MAX_REQUEUES": str(c.max_requeues),
+    }
+
+
+def _sbatch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = ["sbatch", "--parsable", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=SBATCH_LIMIT_S)
+    except FileNotFoundError as error:
+        raise ValueError(
+            "sbatch is not here: --slurm submits from a login node. --dry-run prints the job."
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"sbatch did not answer within {SBATCH_LIMIT_S} s: see `scontrol ping`.") from error

@@ -1,0 +1,144 @@
+"""What the correction decided, token by token, for a few rollouts of some steps: RUN/tokens/step-000011.npz.
+
+Shapes: S rollouts, N tokens of all of them one after another, prompts included.
+"""
+
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from megatron_jackpot.algorithm.scores import Correction, Scores
+from megatron_jackpot.config import Logging
+from megatron_jackpot.records import Batch
+
+FOLDER = "tokens"
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """The sampled tokens of S rollouts and what became of each; a number of a prompt's token is 0."""
+
+    step: int
+    """The step that trained on them, from 1."""
+    length_S: np.ndarray
+    """int64, tokens of each rollout."""
+    rollout_S3: np.ndarray
+    """int64, (epoch, prompt id, sample)."""
+    advantage_S: np.ndarray
+    """float32."""
+    correct_S: np.ndarray
+    """bool."""
+    token_N: np.ndarray
+    """int64."""
+    response_N: np.ndarray
+    """bool, the server sampled it."""
+    trained_N: np.ndarray
+    """bool, it has a finite log-prob of the server."""
+    keep_N: np.ndarray
+    """bool, the correction keeps it."""
+    weight_N: np.ndarray
+    """float32, the factor of its loss."""
+    target_logp_N: np.ndarray
+    """float32, under what the correction aligns to: the policy."""
+    actor_logp_N: np.ndarray
+    """float32, under the trainer's actor."""
+    server_logp_N: np.ndarray
+    """float32, under the server: the proposal."""
+
+
+class TokenLog:
+    """Writes a record every `logging.tokens_every` steps, on the rank that is given `here`."""
+
+    def __init__(self, run_folder: Path, knobs: Logging, *, here: bool) -> None:
+        self.folder = Path(run_folder) / FOLDER
+        self.every, self.num_rollouts = knobs.tokens_every, knobs.tokens_rollouts
+        self.here = here and self.every is not None
+        self.last = 0
+
+    def note(self, step: int, mini: Batch, scores: Scores, correction: Correction) -> None:
+        """Record rollouts of the step's first mini-batch, spread evenly. A disk that refuses is reported, not raised."""
+        if not self.here or step == self.last or (step - 1) % self.every:
+            return
+        self.last = step
+        record = record_of(step, mini, scores, correction, self.num_rollouts)
+        try:
+            save(self.folder / f"step-{step:06d}.npz", record)
+        except OSError as error:
+            print(
+                f"WARNING: the tokens of step {step} were not recorded: {error}", file=sys.stderr, flush=True
+            )
+
+
+def record_of(
+    step: int, mini: Batch, scores: Scores, correction: Correction, num_rollouts: int
+) -> TokenRecord:
+    """`num_rollouts` rollouts, evenly among those of a mini-batch.
+
+    A decision stands where its token is the label; here it moves to the token itself.
+    """
+    segment_T = scores.segment_T.cpu().numpy()
+    segments = np.unique(segment_T[segment_T >= 0])
+    few = np.linspace(0, len(segments) - 1, min(num_rollouts, len(segments))).round().astype(int)
+    places = [np.flatnonzero(segment_T == segment) for segment in segments[few]]
+    order_N = np.concatenate(places) if places else np.zeros(0, np.int64)
+    first_N = np.concatenate([np.arange(len(p)) == 0 for p in places]) if places else np.zeros(0, bool)
+
+    def taken(tensor: Tensor) -> np.ndarray:
+        return tensor.cpu().numpy()[order_N]
+
+    def moved(tensor_T: Tensor) -> np.ndarray:
+        """A label belongs to the next token of its sequence; the first token is nobody's label."""
+        return np.where(first_N, 0, np.roll(taken(tensor_T), 1)).astype(taken(tensor_T).dtype)
+
+    trained_N = moved(scores.mask_T)
+    starts = np.flatnonzero(first_N)
+    return TokenRecord(
+        step=step,
+        length_S=np.array([len(p) for p in places], np.int64),
+        rollout_S3=taken(scores.rollout_id_T3)[starts],
+        advantage_S=np.array(
+            [_of_response(scores.advantage_T, scores.mask_T, p) for p in places], np.float32
+        ),
+        correct_S=taken(scores.correct_T)[starts],
+        token_N=taken(mini.tokens_MT.flatten()),
+        response_N=~first_N & (np.roll(taken(mini.weight_version_MT.flatten()), 1) >= 0),
+        trained_N=trained_N,
+        keep_N=moved(correction.keep_T) & trained_N,
+        weight_N=np.where(trained_N, moved(correction.weight_T.float()), 0),
+        target_logp_N=np.where(trained_N, moved(scores.target_logp_T.float()), 0),
+        actor_logp_N=np.where(trained_N, moved(scores.actor_logp_T.float()), 0),
+        server_logp_N=np.where(trained_N, moved(scores.server_logp_T.float()), 0),
+    )
+
+
+def _of_response(advantage_T: Tensor, mask_T: Tensor, place: np.ndarray) -> float:
+    values = advantage_T.cpu().numpy()[place][mask_T.cpu().numpy()[place]]
+    return float(values[0]) if len(values) else 0.0
+
+
+def save(path: Path, record: TokenRecord) -> None:
+    """Whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez_compressed(file, **vars(record))
+    partial.replace(path)
+
+
+def load(path: Path) -> TokenRecord:
+    """Raises ValueError for a file that is not what `save` wrote."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        return TokenRecord(**{**arrays, "step": int(arrays["step"])})
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no record of tokens: {error}. Delete it.") from error
+
+
+def records(run_folder: Path) -> list[TokenRecord]:
+    """All of a run, by step. Raises ValueError as `load` does."""
+    return [load(path) for path in sorted((Path(run_folder) / FOLDER).glob("step-*.npz"))]

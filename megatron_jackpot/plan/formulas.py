@@ -1,0 +1,304 @@
+"""What a run needs, by arithmetic alone: parameters, bytes per GPU, tokens, traffic and FLOPs of a step.
+
+docs/planning.md has the formulas and what they were checked against. Shapes: h hidden, f ffn, q and kv the widths of
+all query heads and of all key heads, V vocabulary, L layers, T tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_jackpot.config import Config, Parallel
+from megatron_jackpot.config.placement import data_parallel
+from megatron_jackpot.models.build import padded_vocab_size, transformer_config
+from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.parallel.linear import READ_ELEMENTS
+
+BYTES = {"float32": 4, "bfloat16": 2}
+GIB = 2**30
+TRAINER_RESERVE_GIB = 4.0
+"""CUDA context, NCCL, cuBLAS and fragmentation; an assumption until a run on GPUs replaces it."""
+SERVER_SHARE = 0.88
+"""Share of a server's GPU for weights and KV cache; SGLang's own default of mem_fraction_static is near it."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of one dense decoder that decide its memory and its work."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    query: int
+    """q: heads x head_dim."""
+    key: int
+    """kv: key-value heads x head_dim."""
+    head_dim: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+    qk_norm: bool
+    qkv_bias: bool
+
+    @classmethod
+    def of(cls, config: Config, name: str) -> "Shape":
+        """Of `policy` or `actor`, through Megatron's own configuration.
+
+        Raises ValueError naming the model where tp or pp does not divide it, where its config.json is missing or
+        unknown, and for a mixture of experts, which these formulas do not cover.
+        """
+        folder = getattr(config, name).hf
+        try:
+            family = family_of(read_hf_config(folder))
+            megatron = transformer_config(family, config.parallel, config.precision, te=False)
+        except ValueError as error:
+            raise ValueError(f"{name}.hf = {folder}: {error}") from error
+        if megatron.num_moe_experts:
+            raise ValueError(f"{name}.hf = {folder}: a mixture of experts; `plan` covers dense models only.")
+        return cls(
+            layers=megatron.num_layers,
+            hidden=megatron.hidden_size,
+            ffn=megatron.ffn_hidden_size,
+            query=megatron.num_attention_heads * family.head_dim,
+            key=megatron.num_query_groups * family.head_dim,
+            head_dim=family.head_dim,
+            kv_heads=megatron.num_query_groups,
+            vocab=family.vocab_size,
+            tied=family.tied,
+            qk_norm=megatron.qk_layernorm,
+            qkv_bias=megatron.add_qkv_bias,
+        )
+
+    @property
+    def layer_split(self) -> int:
+        """Parameters of a layer that tensor parallelism divides."""
+        bias = self.query + 2 * self.key if self.qkv_bias else 0
+        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.ffn) + bias
+
+    @property
+    def layer_copied(self) -> int:
+        """Parameters of a layer that every tensor-parallel rank holds: the norms."""
+        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+
+    @property
+    def params(self) -> int:
+        """Parameters of the HF model."""
+        tables = 1 if self.tied else 2
+        layer = self.layer_split + self.layer_copied
+        return tables * self.vocab * self.hidden + self.layers * layer + self.hidden
+
+    def params_on(self, stage: int, parallel: Parallel, padded_vocab: int) -> int:
+        """Parameters that one rank of a pipeline stage holds."""
+        layers = self.layers // parallel.pp
+        count = layers * (self.layer_split // parallel.tp + self.layer_copied)
+        table = padded_vocab // parallel.tp * self.hidden
+        last = stage == parallel.pp - 1
+        if stage == 0:
+            count += table
+        if last:
+            # A tied embedding has a copy of its own on the last stage, unless that is the first.
+            count += self.hidden + (0 if self.tied and stage == 0 else table)
+        return count
+
+    def forward_flops(self, context: float) -> float:
+        """FLOPs of a token's forward pass at `context` tokens per sequence, causal attention, head included."""
+        matrices = self.layers * self.layer_split + self.hidden * self.vocab
+        return 2.0 * matrices + 2.0 * self.layers * self.query * context
+
+    def activation_elements(self, parallel: Parallel) -> float:
+        """Numbers kept for backward per token and layer: 4 h + (4 q + 3 kv + 5 f) / tp; nothing is recomputed.
+
+        4 h: inputs of both norms and of both column-parallel layers. 4 q + 3 kv: their joint projection, Megatron's
+        copy of the queries, queries and keys with rotary positions, attention's output. 5 f: gate and up, silu of
+        the gate, Megatron's copy of up, their product.
+        """
+        wide = 4 * self.hidden / (parallel.tp if parallel.sequence_parallel else 1)
+        return wide + (4 * self.query + 3 * self.key + 5 * self.ffn) / parallel.tp
+
+    def kv_bytes(self, tp: int, width: int) -> float:
+        """KV cache of one token on one rank of a server; a head is not cut."""
+        return 2.0 * self.layers * max(1, self.kv_heads // tp) * self.head_dim * width
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """One model on its fullest GPU, in bytes, and its share of a step."""
+
+    name: str
+    shape: Shape
+    params: int
+    params_per_gpu: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    flops: float
+    """Training FLOPs of a step over all GPUs: scoring and update."""
+    tp_bytes: float
+    """Bytes that one GPU sends to its tensor-parallel peers in a step."""
+    dp_bytes: float
+    """Bytes that one GPU sends to its data-parallel peers in a step."""
+
+    @property
+    def resident(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def transient(self) -> float:
+        return self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on `gpus` training GPUs (processes on a CPU)."""
+
+    config: Config
+    gpus: int
+    dp: int
+    policy: ModelPlan
+    actor: ModelPlan
+    mean_tokens: float
+    """Prompt and response tokens of a sequence, on average."""
+    microbatches: int
+    """Per optimizer step and data-parallel rank."""
+    server_weights: float
+    """Bytes of the actor on one GPU of a server."""
+    server_kv_token: float
+    num_servers: int
+    rollout_flops: float
+    synced: float
+    """Bytes of one weight update, received by every rank of every server."""
+
+    @property
+    def models(self) -> tuple[ModelPlan, ModelPlan]:
+        return self.policy, self.actor
+
+    @property
+    def sequences(self) -> int:
+        return self.config.rollout.prompts_per_step * self.config.rollout.samples_per_prompt
+
+    @property
+    def tokens(self) -> float:
+        return self.sequences * self.mean_tokens
+
+    @property
+    def trainer_bytes(self) -> float:
+        """On the fullest GPU: both models stay, their activations take turns."""
+        return sum(m.resident for m in self.models) + max(m.transient for m in self.models)
+
+    @property
+    def longest(self) -> int:
+        return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
+
+    @property
+    def server_bytes(self) -> float:
+        """The least a server's GPU must hold: weights and the cache of one longest sequence."""
+        return self.server_weights + self.longest * self.server_kv_token
+
+    @property
+    def bubble(self) -> float:
+        """Share of a model's pass that its GPUs idle in the pipeline: (pp - 1) / (M vpp + pp - 1)."""
+        p = self.config.parallel
+        idle = p.pp - 1
+        return idle / (self.microbatches * (p.vpp or 1) + idle)
+
+
+def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Plan:
+    """The plan on `gpus` training GPUs; `mean_tokens` per sequence, by default the longest allowed.
+
+    Raises ValueError naming the field where the layout divides neither the GPUs nor a model.
+    """
+    p = config.parallel
+    dp = data_parallel(config, gpus)
+    shapes = {name: Shape.of(config, name) for name in ("policy", "actor")}
+    rollout = config.rollout
+    mean = mean_tokens or float(config.data.max_prompt_tokens + rollout.max_new_tokens)
+    tokens = rollout.prompts_per_step * rollout.samples_per_prompt * mean
+    microbatches = math.ceil(tokens / dp / config.algorithm.num_minibatches / config.packing.tokens)
+    if p.vpp:
+        microbatches = math.ceil(microbatches / p.pp) * p.pp
+    padded = padded_vocab_size([shape.vocab for shape in shapes.values()], p.tp)
+    load = _Load(config, dp, padded, mean, tokens, microbatches)
+    actor, width = shapes["actor"], BYTES[config.servers.dtype or config.precision.dtype]
+    return Plan(
+        config=config,
+        gpus=gpus,
+        dp=dp,
+        policy=load.plan("policy", shapes["policy"]),
+        actor=load.plan("actor", actor),
+        mean_tokens=mean,
+        microbatches=microbatches,
+        server_weights=actor.params * width / config.servers.tp,
+        server_kv_token=actor.kv_bytes(config.servers.tp, width),
+        num_servers=config.servers.num * config.cluster.num_server_nodes,
+        rollout_flops=tokens * actor.forward_flops(mean),
+        synced=actor.params * BYTES[config.precision.dtype],
+    )
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What both models' plans share."""
+
+    config: Config
+    dp: int
+    padded_vocab: int
+    mean_tokens: float
+    tokens: float
+    microbatches: int
+
+    def plan(self, name: str, shape: Shape) -> ModelPlan:
+        p, width = self.config.parallel, BYTES[self.config.precision.dtype]
+        own = max(shape.params_on(stage, p, self.padded_vocab) for stage in range(p.pp))
+        updated = name == "policy" or self.config.algorithm.train_actor
+        passes = self._forward_passes(name)
+        rows = self.config.packing.tokens
+        kept = rows * shape.layers * self._in_flight() * shape.activation_elements(p) * width
+        # AdamW's two moments, and fp32 masters where the parameters themselves are not fp32.
+        states = (8.0 if width == 4 else 12.0) * own
+        dense = shape.forward_flops(self.mean_tokens)
+        # Two all-reduces a layer forward and two backward; a ring sends 2 (n - 1) / n of what it reduces.
+        reduced = (2.0 * passes + 2.0 * updated) * shape.layers / p.pp * self.tokens / self.dp * shape.hidden
+        # Gradients travel in fp32; a distributed optimizer scatters them and gathers parameters.
+        back = width if p.distributed_optimizer else 4.0
+        return ModelPlan(
+            name=name,
+            shape=shape,
+            params=shape.params,
+            params_per_gpu=own,
+            weights=own * width,
+            gradients=own * 4.0,
+            optimizer=states / (self.dp if p.distributed_optimizer else 1),
+            activations=kept if updated else 0.0,
+            logits=self._logits(rows, updated) * width,
+            flops=(passes + 2.0 * updated) * self.tokens * dense,
+            tp_bytes=2.0 * (p.tp - 1) / p.tp * reduced * width,
+            dp_bytes=updated
+            * self.config.algorithm.num_minibatches
+            * (self.dp - 1)
+            / self.dp
+            * own
+            * (4.0 + back),
+        )
+
+    def _logits(self, rows: int, updated: bool) -> float:
+        """Logits that exist at once on a GPU: a block, or all of a micro-batch and in an update their gradient."""
+        whole = rows * self.padded_vocab / self.config.parallel.tp
+        if self.config.precision.fused_linear:
+            return min(whole, READ_ELEMENTS["cuda"])
+        return (2.0 if updated else 1.0) * whole
+
+    def _forward_passes(self, name: str) -> float:
+        """Scoring once, the update's own forward, and another of all minis but the first under target = current."""
+        algorithm = self.config.algorithm
+        if name == "actor":
+            return 2.0 if algorithm.train_actor else 1.0
+        minis = algorithm.num_minibatches
+        return 2.0 + ((minis - 1) / minis if algorithm.target == "current" else 0.0)
+
+    def _in_flight(self) -> float:
+        """Micro-batches whose activations the first pipeline stage holds, as a share of all layers."""
+        p = self.config.parallel
+        if p.vpp:
+            return 1.0 + (p.pp - 1) / (p.pp * p.vpp)
+        return min(p.pp, self.microbatches) / p.pp

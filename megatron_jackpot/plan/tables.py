@@ -1,0 +1,154 @@
+"""The tables of `megatron-jackpot plan`."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_jackpot.config import Config
+from megatron_jackpot.config.placement import training_processes
+from megatron_jackpot.plan.formulas import GIB, SERVER_SHARE, TRAINER_RESERVE_GIB, ModelPlan, Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What no configuration tells."""
+
+    mean_tokens: float | None = None
+    """Prompt and response of a sequence on average; None is the longest allowed."""
+    acceptance: float = 0.75
+    """Share of tokens that rejection keeps."""
+    tflops: float = 400.0
+    """Achieved per GPU, 1e12/s."""
+    tp_gbs: float = 300.0
+    """Achieved by a GPU towards its tensor-parallel peers, 1e9 bytes/s."""
+
+
+def show_plan(config: Config, gpus: int | None, assumed: Assumptions, console: Console | None = None) -> Plan:
+    """Print the plan on `gpus` training GPUs, by default those of the cluster section. Raises ValueError."""
+    plan = make_plan(config, gpus or training_processes(config), assumed.mean_tokens)
+    console = console or Console()
+    for table in (memory_table(plan), step_table(plan, assumed), sharing_table(plan, assumed)):
+        console.print(table)
+    for trouble in memory_troubles(plan):
+        console.print(f"DOES NOT FIT: {trouble}", markup=False, highlight=False, soft_wrap=True)
+    return plan
+
+
+def memory_troubles(plan: Plan) -> list[str]:
+    """What exceeds a GPU's memory, with the arithmetic and the remedy; nothing on a cluster of CPUs."""
+    cluster = plan.config.cluster
+    if cluster.gpus_per_node == 0:
+        return []
+    troubles = []
+    room = cluster.gpu_memory_gib - TRAINER_RESERVE_GIB
+    if plan.trainer_bytes > room * GIB:
+        parts = " + ".join(
+            f"{m.name} {m.weights / GIB:.1f} weights + {m.gradients / GIB:.1f} gradients + "
+            f"{m.optimizer / GIB:.1f} optimizer"
+            for m in plan.models
+        )
+        most = max(plan.models, key=lambda m: m.transient)
+        troubles.append(
+            f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + {most.activations / GIB:.1f} "
+            f"activations + {most.logits / GIB:.1f} logits ({most.name}), but cluster.gpu_memory_gib = "
+            f"{cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = {room:g}. Raise parallel.tp, parallel.pp "
+            "or nodes, or lower packing.tokens."
+        )
+    room = cluster.gpu_memory_gib * SERVER_SHARE
+    if not plan.config.servers.urls and plan.server_bytes > room * GIB:
+        troubles.append(
+            f"a server's GPU needs {plan.server_bytes / GIB:.1f} GiB = {plan.server_weights / GIB:.1f} weights + "
+            f"{plan.longest} tokens x {plan.server_kv_token / 2**10:.1f} KiB KV, but cluster.gpu_memory_gib = "
+            f"{cluster.gpu_memory_gib:g} x {SERVER_SHARE:g} = {room:.1f}. Raise servers.tp or lower "
+            "rollout.max_new_tokens."
+        )
+    return troubles
+
+
+def memory_table(plan: Plan) -> Table:
+    p = plan.config.parallel
+    table = Table(title=f"GiB on one of {plan.gpus} training GPUs: tp {p.tp} x pp {p.pp} x dp {plan.dp}")
+    for column in ("", "policy", "actor", "together"):
+        table.add_column(column, justify="left" if not column else "right")
+    policy, actor = plan.models
+    table.add_row("parameters, whole model", f"{policy.params:,}", f"{actor.params:,}", "")
+    table.add_row("parameters on this GPU", f"{policy.params_per_gpu:,}", f"{actor.params_per_gpu:,}", "")
+    for kind in ("weights", "gradients", "optimizer"):
+        values = [getattr(m, kind) for m in plan.models]
+        table.add_row(kind, *(f"{v / GIB:.3f}" for v in (*values, sum(values))))
+    for kind in ("activations", "logits"):
+        values = [getattr(m, kind) for m in plan.models]
+        table.add_row(kind, *(f"{v / GIB:.3f}" for v in values), "in turns")
+    table.add_row("all", "", "", f"{plan.trainer_bytes / GIB:.3f}")
+    table.add_row("server GPU: weights", "", f"{plan.server_weights / GIB:.3f}", "")
+    table.add_row("server GPU: KV of the longest", "", f"{plan.longest * plan.server_kv_token / GIB:.3f}", "")
+    return table
+
+
+def step_table(plan: Plan, assumed: Assumptions) -> Table:
+    table = Table(title="One step, all GPUs together")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    trained = sum(m.flops for m in plan.models)
+    rows = {
+        "sequences": f"{plan.sequences:,}",
+        f"tokens, {plan.mean_tokens:g} a sequence": f"{plan.tokens:,.0f}",
+        "micro-batches per optimizer step and rank": f"{plan.microbatches}",
+        "FLOPs of the policy": f"{plan.policy.flops:.3e}",
+        "FLOPs of the actor, training": f"{plan.actor.flops:.3e}",
+        "FLOPs of rollout": f"{plan.rollout_flops:.3e}",
+        "bytes of a weight update": f"{plan.synced:,.0f}",
+        "bytes received by all server ranks": f"{plan.synced * plan.num_servers * plan.config.servers.tp:,.0f}",
+        "bytes a GPU sends to its data-parallel peers": f"{sum(m.dp_bytes for m in plan.models):,.0f}",
+        "training FLOPs per token": f"{trained / plan.tokens:.3e}",
+        f"... per accepted token, acceptance {assumed.acceptance:g}": (
+            f"{trained / plan.tokens / assumed.acceptance:.3e}"
+        ),
+        "policy FLOPs spent on rejected tokens": f"{(1 - assumed.acceptance) * plan.policy.flops:.3e}",
+        f"seconds of training at {assumed.tflops:g} TFLOP/s": f"{_total_seconds(plan, assumed):.2f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def sharing_table(plan: Plan, assumed: Assumptions) -> Table:
+    """What the policy's mesh costs the actor, against one of pure data parallelism on the same GPUs."""
+    table = Table(title="What sharing one mesh costs")
+    for column in ("", "policy", "actor"):
+        table.add_column(column, justify="left" if not column else "right")
+    models = plan.models
+    table.add_row("training FLOPs, share of a step", *(f"{_share(plan, m):.1%}" for m in models))
+    table.add_row("idle in the pipeline", *(f"{plan.bubble:.1%}" for _ in models))
+    table.add_row("bytes to tensor-parallel peers", *(f"{m.tp_bytes:,.0f}" for m in models))
+    table.add_row(
+        "FLOPs per such byte",
+        *(f"{m.flops / plan.gpus / m.tp_bytes:,.0f}" if m.tp_bytes else "-" for m in models),
+    )
+    table.add_row("seconds on this mesh", *(f"{shared_seconds(plan, m, assumed):.2f}" for m in models))
+    table.add_row("seconds without tp and pp", *(f"{alone_seconds(plan, m, assumed):.2f}" for m in models))
+    table.add_row(
+        "ratio",
+        *(f"{shared_seconds(plan, m, assumed) / alone_seconds(plan, m, assumed):.2f}" for m in models),
+    )
+    return table
+
+
+def alone_seconds(plan: Plan, model: ModelPlan, assumed: Assumptions) -> float:
+    """F / (P R): no pipeline, no tensor-parallel traffic."""
+    return model.flops / plan.gpus / (assumed.tflops * 1e12)
+
+
+def shared_seconds(plan: Plan, model: ModelPlan, assumed: Assumptions) -> float:
+    """(F / (P R) + tensor-parallel bytes / bandwidth) / (1 - bubble), nothing overlapped."""
+    work = alone_seconds(plan, model, assumed) + model.tp_bytes / (assumed.tp_gbs * 1e9)
+    return work / (1 - plan.bubble)
+
+
+def _total_seconds(plan: Plan, assumed: Assumptions) -> float:
+    return sum(shared_seconds(plan, m, assumed) for m in plan.models)
+
+
+def _share(plan: Plan, model: ModelPlan) -> float:
+    return model.flops / sum(m.flops for m in plan.models)

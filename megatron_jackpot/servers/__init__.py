@@ -1,0 +1,1 @@
+"""SGLang servers: client, replies, administration, and the processes themselves."""

@@ -1,0 +1,190 @@
+"""Control calls to SGLang servers: health, pause, weight updates, checksums. Time limits everywhere.
+
+A call goes to all servers side by side; `ServerAdmin([url])` speaks to one. Sessions live for one call, so
+the methods may run on any event loop (`asyncio.run(admin.pause())` in synchronous code).
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import aiohttp
+
+from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.servers.reply import parse_version
+
+PauseMode = Literal["abort", "retract", "in_place"]
+
+
+class ServerAdmin:
+    """Control of servers at `urls`. Answers come one per server, in their order. Raises ServerError."""
+
+    def __init__(self, urls: Sequence[str], *, timeout_s: float = 60) -> None:
+        self.urls = [url.rstrip("/") for url in urls]
+        self.timeout_s = timeout_s
+
+    async def health(self, timeout_s: float = 10) -> None:
+        await self._all("GET", "/health", timeout_s=timeout_s)
+
+    async def model_info(self) -> list[dict[str, Any]]:
+        return await self._all("GET", "/model_info")
+
+    async def versions(self) -> list[int]:
+        """Weight version of each server; "default" counts as 0."""
+        return [parse_version(info.get("weight_version")) for info in await self.model_info()]
+
+    async def tp_sizes(self) -> list[int]:
+        return [int(info["tp_size"]) for info in await self._all("GET", "/server_info")]
+
+    async def pause(self, mode: PauseMode = "retract") -> None:
+        """Stop sampling.
+
+        retract: running requests are prefilled again under the new weights, so the cache can be flushed.
+        in_place: they keep their old keys and values. abort: they end.
+        """
+        await self._all("POST", "/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        await self._all("POST", "/continue_generation", {"torch_empty_cache": False})
+
+    async def flush_cache(self) -> None:
+        """Drop cached prefixes. Refused by the server while requests hold them."""
+        await self._all("POST", "/flush_cache")
+
+    async def abort(self, rid: str) -> None:
+        await self._all("POST", "/abort_request", {"rid": rid})
+
+    async def abort_all(self) -> None:
+        await self._all("POST", "/abort_request", {"abort_all": True})
+
+    async def update_from_disk(self, path: str, version: int | None = None, *, flush: bool = True) -> None:
+        # Named, because a server may have been started with weights of the format "dummy".
+        body: dict[str, Any] = {"model_path": path, "load_format": "auto", "flush_cache": flush}
+        if version is not None:
+            body["weight_version"] = str(version)
+        await self._all("POST", "/update_weights_from_disk", body)
+
+    async def begin_update(self) -> None:
+        await self._all("POST", "/begin_weight_update", {})
+
+    async def end_update(self) -> None:
+        await self._all("POST", "/end_weight_update", {})
+
+    async def init_group(
+        self, *, host: str, port: int, rank_offsets: Sequence[int], world_size: int, name: str, backend: str
+    ) -> None:
+        """Each server joins the weight group from its own rank offset on; returns when the group stands."""
+        shared = {
+            "master_address": host,
+            "master_port": port,
+            "world_size": world_size,
+            "group_name": name,
+            "backend": backend,
+        }
+        bodies = [shared | {"rank_offset": offset} for offset in rank_offsets]
+        await self._all("POST", "/init_weights_update_group", bodies)
+
+    async def destroy_group(self, name: str) -> None:
+        await self._all("POST", "/destroy_weights_update_group", {"group_name": name})
+
+    async def update_from_distributed(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        group: str,
+        version: int | None = None,
+        load_format: str | None = None,
+        flush: bool = False,
+    ) -> None:
+        """Receive one broadcast; the reply comes after it, so send and ask side by side."""
+        body: dict[str, Any] = {
+            "names": list(names),
+            "dtypes": list(dtypes),
+            "shapes": [list(shape) for shape in shapes],
+            "group_name": group,
+            "flush_cache": flush,
+            "load_format": load_format,
+        }
+        if version is not None:
+            body["weight_version"] = str(version)
+        await self._all("POST", "/update_weights_from_distributed", body)
+
+    async def update_from_tensor(self, serialised: Sequence[Sequence[str]]) -> None:
+        """Flattened buckets in base64: per server, one for each of its ranks (sync/ipc.py)."""
+        shared = {"load_format": "flattened_bucket", "flush_cache": False}
+        bodies = [shared | {"serialized_named_tensors": list(ranks)} for ranks in serialised]
+        await self._all("POST", "/update_weights_from_tensor", bodies)
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give back GPU memory. An idle server only: a busy one refuses, with an assertion that ends it."""
+        await self._all("POST", "/release_memory_occupation", {"tags": list(tags)})
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take memory again that was released; its content is lost, but for what SGLang calls static state."""
+        await self._all("POST", "/resume_memory_occupation", {"tags": list(tags)})
+
+    async def set_version(self, version: int) -> None:
+        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._all("POST", "/update_weight_version", body)
+
+    async def checksums(self) -> list[dict[str, dict[str, str]]]:
+        """Per server: "tp0 pp0" -> {the server's tensor name -> its hash}."""
+        answers = await self._all("POST", "/weights_checker", {"action": "checksum"})
+        return [{_rank_name(rank): rank["checksums"] for rank in answer["ranks"]} for answer in answers]
+
+    async def _all(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | list[dict[str, Any]] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> list[Any]:
+        """One body for all servers, or a list of one each. The first failure ends the call."""
+        bodies = body if isinstance(body, list) else [body] * len(self.urls)
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        timeout = aiohttp.ClientTimeout(total=limit)
+        async with aiohttp.ClientSession(timeout=timeout, headers=api_key.headers()) as session:
+            calls = [
+                asyncio.ensure_future(_call(session, method, url, path, own_body, limit))
+                for url, own_body in zip(self.urls, bodies, strict=True)
+            ]
+            try:
+                return await asyncio.gather(*calls)
+            finally:
+                for call in calls:
+                    call.cancel()
+                await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def _call(
+    session: aiohttp.ClientSession,
+    method: str,
+    url: str,
+    path: str,
+    body: dict[str, Any] | None,
+    limit: float,
+) -> Any:
+    try:
+        async with session.request(method, url + path, json=body) as answer:
+            status, text = answer.status, await answer.text()
+    except TimeoutError as error:
+        raise ServerError(f"{url}: no reply to {method} {path} within {limit:g} s") from error
+    except aiohttp.ClientError as error:
+        raise ServerError(f"{url}: {method} {path} failed: {type(error).__name__}: {error}") from error
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = text
+    if status != 200 or (isinstance(content, dict) and content.get("success") is False):
+        raise ServerError(f"{url}: {method} {path} was refused with HTTP {status}: {text[:500]}")
+    return content
+
+
+def _rank_name(rank: dict[str, Any]) -> str:
+    place = rank["parallelism_info"][0]  # One entry per model of the rank, the served one first.
+    return f"tp{place['tp_rank']} pp{place['pp_rank']}"

@@ -1,0 +1,248 @@
+"""asyncio client of SGLang's /generate: a group's samples go to one server, least-loaded first, with retries.
+
+Temperature is the only sampling transform: the server's log-probs are those of logits / temperature. Top-p,
+top-k, min-p and penalties are switched off explicitly: servers may take defaults from generation_config.json.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import aiohttp
+import numpy as np
+
+from megatron_jackpot.servers import api_key, reply
+from megatron_jackpot.servers.admin import ServerAdmin
+from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
+
+T = TypeVar("T")
+
+NO_TRUNCATION = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+CONTEXT_MARGIN = 2
+"""SGLang lets prompt + response grow to context_length - 2 and shortens longer requests without an error."""
+HEALTH_LIMIT_S = 10.0
+REST_S = 10.0
+"""How long a server that failed is avoided while another one is there."""
+
+
+class Refused(ServerError):
+    """HTTP 4xx: the request itself is wrong, another server would say the same."""
+
+
+@dataclass
+class Server:
+    """Load and health of one server as this client sees them."""
+
+    url: str
+    in_flight: int = 0
+    rests_until: float = 0.0
+    suspect: bool = False
+    """It failed: before it is asked again it must say that it holds weights that are new enough."""
+
+
+class SGLangClient:
+    """Completions from SGLang servers. Use as `async with SGLangClient(urls, ...) as client`.
+
+    A request that fails (network, HTTP 5xx, time limit, malformed reply) is tried again with back-off, on
+    another server where there is one. A request past its time limit is aborted by its id. The samples of a
+    group have ids that only the server knows: it ends them within seconds of the closed connection, which is
+    also what happens to a cancelled request.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        vocab_size: int,
+        context_length: int,
+        concurrency: int = 256,
+        request_timeout_s: float = 1800,
+        retries: int = 3,
+        min_version: int = 0,
+        backoff_s: float = 0.5,
+        admin_timeout_s: float = 60,
+    ) -> None:
+        if not urls:
+            raise ValueError("No server urls. Set servers.urls, or let `launch` start servers.")
+        self.servers = [Server(url.rstrip("/")) for url in urls]
+        self.vocab_size = vocab_size
+        self.context_length = context_length
+        self.request_timeout_s = request_timeout_s
+        self.retries = retries
+        self.min_version = min_version
+        """Oldest acceptable weight version; the trainer raises it as steps go by."""
+        self.backoff_s = backoff_s
+        self.admin = ServerAdmin([server.url for server in self.servers], timeout_s=admin_timeout_s)
+        self.num_retries = 0
+        """Requests tried again since the client was made."""
+        self._slots = asyncio.Semaphore(concurrency)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=30)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=limits, headers=api_key.headers()
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def generate_group(
+        self, prompt_tokens: Sequence[int], n: int, sampling: Sampling
+    ) -> list[Completion]:
+        """n samples of one prompt from one server. Raises ValueError, ServerError or StaleWeights."""
+        self._check(prompt_tokens, sampling.max_new_tokens, sampling.stop_token_ids)
+        if sampling.top_k_logp > self.vocab_size:
+            raise ValueError(
+                f"top_k_logp = {sampling.top_k_logp} exceeds the vocabulary of {self.vocab_size} ids."
+            )
+        body = {
+            "input_ids": [int(token) for token in prompt_tokens],
+            "sampling_params": {
+                "n": n,
+                "temperature": sampling.temperature,
+                "max_new_tokens": sampling.max_new_tokens,
+                "stop_token_ids": [int(token) for token in sampling.stop_token_ids],
+                "ignore_eos": sampling.ignore_eos,
+                **NO_TRUNCATION,
+            },
+            "return_logprob": True,
+            "top_logprobs_num": sampling.top_k_logp,
+            "return_flat_raw_output_top_logprobs": True,
+            "return_flat_raw_top_logprobs_b64": True,
+        }
+        return await self._ask(body, n, lambda content: self._parse_group(content, n, sampling))
+
+    async def greedy(
+        self, prompt_tokens: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int] = ()
+    ) -> np.ndarray:
+        """The most probable continuation [R] int32, for evaluation."""
+        self._check(prompt_tokens, max_new_tokens, stop_token_ids)
+        body = {
+            "input_ids": [int(token) for token in prompt_tokens],
+            "sampling_params": {
+                "temperature": 0.0,
+                "max_new_tokens": max_new_tokens,
+                "stop_token_ids": [int(token) for token in stop_token_ids],
+                **NO_TRUNCATION,
+            },
+        }
+        return await self._ask(body, 1, lambda content: self._parse_greedy(content, max_new_tokens))
+
+    def _check(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int]) -> None:
+        if len(prompt) == 0:
+            raise ValueError("The prompt is empty: a server needs at least one token.")
+        for field, ids in (("prompt", prompt), ("stop_token_ids", stop_token_ids)):
+            wrong = [int(token) for token in ids if not 0 <= token < self.vocab_size]
+            if wrong:
+                # SGLang does not check ids: one outside the vocabulary takes the whole server down.
+                raise ValueError(
+                    f"{field} holds id {wrong[0]}, outside the vocabulary 0 .. {self.vocab_size - 1}."
+                )
+        if len(prompt) + max_new_tokens > self.context_length - CONTEXT_MARGIN:
+            raise ValueError(
+                f"prompt of {len(prompt)} tokens + max_new_tokens = {max_new_tokens} exceeds context_length "
+                f"{self.context_length} - {CONTEXT_MARGIN}. Lower data.max_prompt_tokens or "
+                "rollout.max_new_tokens."
+            )
+
+    async def _ask(self, body: dict[str, Any], weight: int, parse: Callable[[bytes], T]) -> T:
+        tried: set[str] = set()
+        failure: ServerError | StaleWeights | None = None
+        async with self._slots:
+            for attempt in range(self.retries + 1):
+                if attempt:
+                    self.num_retries += 1
+                    await asyncio.sleep(min(self.backoff_s * 2 ** (attempt - 1), 10.0))
+                server = self._pick(tried)
+                tried.add(server.url)
+                server.in_flight += weight
+                try:
+                    if server.suspect:
+                        await self._readmit(server)
+                    return await self._post(server.url, body, parse)
+                except Refused:
+                    raise
+                except (ServerError, StaleWeights) as error:
+                    failure = error
+                    server.suspect, server.rests_until = True, time.monotonic() + REST_S
+                finally:
+                    server.in_flight -= weight
+        kind = StaleWeights if isinstance(failure, StaleWeights) else ServerError
+        raise kind(f"/generate failed {self.retries + 1} times, last: {failure}") from failure
+
+    async def _readmit(self, server: Server) -> None:
+        """A server that was started anew holds the first weights until the next sync, and must not sample."""
+        (version,) = await ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S).versions()
+        if version < self.min_version:
+            raise StaleWeights(
+                f"{server.url} holds weight version {version}, older than the oldest allowed version {self.min_version}."
+            )
+        server.suspect = False
+
+    def _pick(self, tried: set[str]) -> Server:
+        """Untried before tried, rested before failed, then the least loaded."""
+        now = time.monotonic()
+        return min(self.servers, key=lambda s: (s.url in tried, s.rests_until > now, s.in_flight))
+
+    async def _post(self, url: str, body: dict[str, Any], parse: Callable[[bytes], T]) -> T:
+        assert self._session is not None, "use the client inside `async with`"
+        rid = uuid.uuid4().hex
+        try:
+            async with asyncio.timeout(self.request_timeout_s):
+                async with self._session.post(f"{url}/generate", json=body | {"rid": rid}) as answer:
+                    status, content = answer.status, await answer.read()
+            if status != 200:
+                refused = 400 <= status < 500 and status not in (408, 429)
+                kind = Refused if refused else ServerError
+                raise kind(f"{url}: HTTP {status} from /generate: {content[:300].decode(errors='replace')}")
+            return parse(content)
+        except aiohttp.ClientError as error:
+            raise ServerError(f"{url}: /generate broke off: {type(error).__name__}: {error}") from error
+        except TimeoutError as error:
+            await self._abort(url, rid)
+            raise ServerError(f"{url}: no reply to /generate within {self.request_timeout_s:g} s") from error
+        except reply.BadReply as error:
+            raise ServerError(f"{url}: {error}") from error
+        except StaleWeights as error:
+            raise StaleWeights(f"{url}: {error}") from None
+
+    async def _abort(self, url: str, rid: str) -> None:
+        try:
+            await ServerAdmin([url], timeout_s=5).abort(rid)
+        except ServerError:
+            pass  # It was asked because it does not answer; the request's own error is the one to show.
+
+    def _parse_group(self, content: bytes, n: int, sampling: Sampling) -> list[Completion]:
+        group = reply.parse_group(content, n, sampling, vocab_size=self.vocab_size)
+        oldest = min((int(c.weight_version.min()) for c in group if len(c.tokens)), default=self.min_version)
+        if oldest < self.min_version:
+            raise StaleWeights(
+                f"meta_info.weight_version = {oldest}, older than the oldest allowed version "
+                f"{self.min_version}. The server missed a weight update; raise rollout.max_staleness only if "
+                "that is meant."
+            )
+        return group
+
+    def _parse_greedy(self, content: bytes, max_new_tokens: int) -> np.ndarray:
+        (sample,) = reply.parse_samples(content, 1)
+        finish = reply.parse_finish(sample["meta_info"])
+        if finish == "abort":
+            raise reply.BadReply("the server aborted the request")
+        return reply.parse_tokens(sample, finish, max_new_tokens, vocab_size=self.vocab_size)

@@ -1,0 +1,322 @@
+"""SGLang servers as child processes: start, wait for health, stop exactly what was started.
+
+On a machine without CUDA the flags and two import stand-ins (cpu_server/) run the stock wheel on CPU.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Literal
+
+from megatron_jackpot.servers import api_key
+
+Device = Literal["cuda", "cpu"]
+
+DIE_WITH_PARENT = Path(__file__).parent / "die_with_parent.py"
+CPU_SHIMS = Path(__file__).parent / "cpu_server"
+CPU_FLAGS = (
+    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--disable-overlap-schedule", "--mem-fraction-static", "0.05", "--sleep-on-idle"),
+)
+"""--sleep-on-idle: without it the idle scheduler keeps a core busy (101% against 1%, same tokens/s)."""
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+SILENT_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+"""/health samples a token; while a server lends its memory it samples none, and would be taken for hung."""
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class ServerProcess:
+    """One server in a process group of its own. Example: ServerProcess(argv, port=30000, log_path=path)."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        port: int,
+        log_path: Path,
+        host: str = "127.0.0.1",
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.command = list(command)
+        self.host = host
+        self.port = port
+        self.log_path = Path(log_path)
+        self.environment = environment
+        self.process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where to reach it; a server bound to every interface is reached on the loopback one."""
+        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Spawn it. Raises RuntimeError when the port is in use."""
+        if not port_is_free(self.host, self.port):
+            raise RuntimeError(
+                f"Port {self.port} on {self.host} is in use: no server can start there. "
+                "Set servers.port to a free port, or to 0 to take one."
+            )
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = self.log_path.open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, str(DIE_WITH_PARENT), *self.command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=self.environment,
+            start_new_session=True,
+        )
+
+    def wait_healthy(self, timeout_s: float) -> None:
+        """Poll /health. Raises RuntimeError at once when the process ends, TimeoutError after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while not self.answers(deadline - time.monotonic()):
+            if not self.running:
+                code = self.process.returncode if self.process else None
+                raise RuntimeError(
+                    f"Server {self.url} ended with exit code {code} while starting.\n{self.log_end()}"
+                )
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"Server {self.url} did not answer /health within {timeout_s:g} s "
+                    f"(servers.start_timeout_s).\n{self.log_end()}"
+                )
+            time.sleep(0.25)
+
+    def answers(self, limit_s: float) -> bool:
+        """Whether it answers /health within `limit_s`, at most 5 s."""
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=min(5.0, max(0.1, limit_s))) as answer:
+                # A stranger may have taken the port since it was checked; then our process has ended or will.
+                return answer.status == 200 and self.running
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def log_end(self, num_lines: int = 20) -> str:
+        """The last lines of the log, without the noise of optional models."""
+        if not self.log_path.exists():
+            return f"No log at {self.log_path}."
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - 65536))
+            lines = log.read().decode(errors="replace").splitlines()
+        lines = [line for line in lines if "Ignore import error" not in line]
+        return "\n".join([f"Last lines of {self.log_path}:", *lines[-num_lines:]])
+
+    def terminate(self) -> None:
+        """Ask it to end; `stop` makes sure of it."""
+        if self.running:
+            # The leader alone: it ends its children in order, and takes one that others end for a crash.
+            self.process.terminate()
+        else:
+            self._signal(signal.SIGTERM)
+
+    def stop(self, grace_s: float = 10) -> None:
+        """SIGTERM, up to `grace_s` of waiting, SIGKILL to the whole process group: nothing of it runs on."""
+        if self.process is None:
+            return
+        self.terminate()
+        if not self._gone_within(grace_s):
+            self._signal(signal.SIGKILL)
+            self._gone_within(5)
+        self.process = None
+        if self._log is not None:
+            self._log.close()
+
+    def _signal(self, number: int) -> None:
+        # The group keeps the leader's id while any member lives: this reaches only what was started here.
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def _gone_within(self, limit_s: float) -> bool:
+        assert self.process is not None
+        deadline, left_alone = time.monotonic() + limit_s, False
+        while True:
+            if self.process.poll() is not None and not left_alone:
+                # The leader has ended without them: nobody else will tell its children.
+                left_alone = True
+                self._signal(signal.SIGTERM)
+            if not _group_runs(self.process.pid):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+
+
+def start_servers(
+    model_path: Path | str,
+    *,
+    dtype: str,
+    folder: Path,
+    num: int = 1,
+    tp: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    python: Path | str | None = None,
+    start_timeout_s: float = 300,
+    max_total_tokens: int | None = None,
+    extra_args: Sequence[str] = (),
+    device: Device | None = None,
+    gpus: Sequence[int] | None = None,
+    all_gpus: Sequence[int] | None = None,
+    release_memory: bool = False,
+) -> list[ServerProcess]:
+    """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all.
+
+    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, but it sees
+    `all_gpus`: CUDA IPC maps only what both sides see. With `release_memory` they lend theirs (sync/memory_saver.py).
+    """
+    device = device or detect_device()
+    if gpus is not None and len(gpus) < num * tp:
+        raise ValueError(
+            f"{num} servers of tp {tp} need {num * tp} GPUs, got {list(gpus)}. Lower servers.num or tp."
+        )
+    saver = ("--enable-memory-saver",) if release_memory and device == "cuda" else ()
+    health = SILENT_HEALTH if release_memory else {}
+    servers: list[ServerProcess] = []
+    deadline = time.monotonic() + start_timeout_s
+    try:
+        for i in range(num):
+            own_port = port + i if port else free_port(host)
+            place, seen = _placed(gpus and gpus[i * tp : (i + 1) * tp], all_gpus)
+            command = server_command(
+                model_path,
+                python=python or sys.executable,
+                host=host,
+                port=own_port,
+                tp=tp,
+                dtype=dtype,
+                device=device,
+                max_total_tokens=max_total_tokens,
+                extra_args=(*place, *saver, *extra_args),
+            )
+            environment = server_environment(device, tp=tp, gpus=seen) | health
+            log_path = Path(folder) / f"server-{i}.log"
+            servers.append(
+                ServerProcess(command, host=host, port=own_port, log_path=log_path, environment=environment)
+            )
+            servers[-1].start()
+        for server in servers:
+            server.wait_healthy(max(0.1, deadline - time.monotonic()))
+    except BaseException:
+        stop_servers(servers)
+        raise
+    return servers
+
+
+def _placed(
+    own: Sequence[int] | None, every: Sequence[int] | None
+) -> tuple[tuple[str, ...], Sequence[int] | None]:
+    """(flags that put a server on its `own` GPUs, those that it sees)."""
+    if not own or not every:
+        return (), own
+    return ("--base-gpu-id", str(list(every).index(own[0]))), every
+
+
+def stop_servers(servers: Sequence[ServerProcess], grace_s: float = 10) -> None:
+    """Stop all of them, waiting once for the slowest."""
+    deadline = time.monotonic() + grace_s
+    for server in servers:
+        server.terminate()
+    for server in servers:
+        server.stop(max(0.5, deadline - time.monotonic()))
+
+
+def server_command(
+    model_path: Path | str,
+    *,
+    python: Path | str,
+    host: str,
+    port: int,
+    tp: int,
+    dtype: str,
+    device: Device,
+    max_total_tokens: int | None = None,
+    extra_args: Sequence[str] = (),
+) -> list[str]:
+    """argv of one server. Its first weights are version 0; no sampling default comes from the model."""
+    command = [str(python), "-m", "sglang.launch_server", "--model-path", str(model_path)]
+    command += ["--host", host, "--port", str(port), "--tp-size", str(tp)]
+    command += ["--device", device, "--dtype", dtype]
+    command += ["--weight-version", "0", "--sampling-defaults", "openai", "--skip-server-warmup"]
+    command += ["--log-level", "warning"]
+    if device == "cpu":
+        command += CPU_FLAGS
+    if max_total_tokens is not None:
+        command += ["--max-total-tokens", str(max_total_tokens)]
+    return [*command, *api_key.arguments(), *extra_args]
+
+
+def server_environment(device: Device, *, tp: int = 1, gpus: Sequence[int] | None = None) -> dict[str, str]:
+    """This process's environment without torchrun's variables, and what the device needs."""
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in TORCHRUN_VARIABLES and not key.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    }
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if device == "cpu":
+        cores = os.cpu_count() or 1
+        paths = [str(CPU_SHIMS), *filter(None, [environment.get("PYTHONPATH")])]
+        environment |= CPU_ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+        if tp > 1:
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % cores) for rank in range(tp))
+    elif gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    return environment
+
+
+def detect_device() -> Device:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def port_is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        # As servers do: a closed connection that still lingers on the port does not block a new listener.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def _group_runs(group: int) -> bool:
+    """Whether any process of the group is alive; one that ended but was not collected yet does not count."""
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, member_of = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(member_of) == group and state != "Z":
+                return True
+    return not Path("/proc/self/stat").exists()

@@ -1,0 +1,56 @@
+"""Which servers a push reaches: those that answer now; a push that breaks off is tried again with who is left."""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from megatron_jackpot.servers.admin import ServerAdmin
+from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.sync.proof import SyncError, wait
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+HEALTH_LIMIT_S = 5.0
+POLL_S = 1.0
+
+
+def muster(urls: Sequence[str], patience_s: float) -> list[str]:
+    """Those of `urls` that answer /health, in their order.
+
+    Raises SyncError when none does within `patience_s`: a server that is being started again needs that long.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        if present := wait(answering(urls)):
+            return present
+        if time.monotonic() > deadline:
+            raise SyncError(f"Waited {patience_s:g} s for any server to answer /health: {', '.join(urls)}.")
+        time.sleep(POLL_S)
+
+
+def persistently(push: Callable[[], T]) -> T:
+    """`push()`, again when it breaks off, ATTEMPTS times in all; then its error."""
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return push()
+        except (ServerError, SyncError) as error:
+            if not left:
+                raise
+            print(
+                f"WARNING: a weight update broke off and is tried again: {error}", file=sys.stderr, flush=True
+            )
+    raise AssertionError("unreachable")
+
+
+async def answering(urls: Sequence[str]) -> list[str]:
+    async def ask(url: str) -> str | None:
+        try:
+            await ServerAdmin([url]).health(timeout_s=HEALTH_LIMIT_S)
+        except ServerError:
+            return None
+        return url
+
+    return [url for url in await asyncio.gather(*(ask(url) for url in urls)) if url is not None]

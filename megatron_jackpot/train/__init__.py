@@ -1,0 +1,1 @@
+"""Training: the step in the paper's order, and the loop around it."""

@@ -1,0 +1,354 @@
+"""A run's whole state in one folder per saved step, published atomically and checked before it is believed.
+
+    RUN/checkpoints/step-000040/policy/  actor/  rollouts-0.npz  state.json  manifest.json      latest -> step-000040
+
+A folder is written as .step-000040.unfinished and renamed when its manifest (size and sha256 of every file) is on
+disk; a later crash leaves at most an unfinished folder. Random draws are functions of (seed, step, rollout), so
+that no generator needs saving. `rollouts-*` are the finished groups of a step that was interrupted.
+"""
+
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import CheckpointException
+
+from megatron_jackpot.config.run import Run
+from megatron_jackpot.models.checkpoint import Snapshot, load_model, load_schedule, schedule_state
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.parallel.reduce import together
+from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
+from megatron_jackpot.run.provenance import CHECKPOINTS, LATEST, checkpoints
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+MODELS = ("policy", "actor")
+
+Digests = dict[str, list]
+"""File, relative to the checkpoint -> [bytes, sha256]."""
+
+
+class Saver:
+    """Saves of one run, one at a time; every rank calls every method.
+
+    The pause that training sees is a copy of this rank's own state into host memory. A thread gathers, writes, hashes
+    and publishes, on process groups that training never uses: collectives of two threads on one group would mix.
+    """
+
+    def __init__(self, trainer: Any, knobs: Run) -> None:
+        self.trainer, self.knobs = trainer, knobs
+        self.mesh: Mesh = trainer.mesh
+        self.folder = Path(knobs.folder) / CHECKPOINTS
+        self.num_failed = 0
+        self.led_astray: set[str] = set()
+        """Checkpoints that the run went back to and has not saved anew since."""
+        self._group = dist.new_group(
+            backend="gloo", timeout=datetime.timedelta(seconds=knobs.phase_timeout_s)
+        )
+        self._snapshots: dict[str, Snapshot] = {}
+        self._writing: _Writing | None = None
+        if knobs.save_every is not None and knobs.save_in_background:
+            # Host memory is slow at first touch: that is no pause of the first save then.
+            self._snapshots = {name: Snapshot(getattr(trainer, name)) for name in MODELS}
+
+    def save(self, *, background: bool) -> None:
+        """Save the state after `trainer.num_steps` steps; in the foreground it is published on return.
+
+        Raises OSError on every rank when a foreground save cannot be written.
+        """
+        self.wait()
+        final = self.folder / f"step-{self.trainer.num_steps:06d}"
+        unfinished = final.with_name(f".{final.name}.unfinished")
+        refusal = self.mesh.from_main(self._make_room(unfinished) if self.mesh.is_main else None)
+        if refusal:
+            self._fail(OSError(refusal), raise_it=not background)
+            return
+        self.led_astray.discard(final.name)
+        state = run_state(self.trainer)
+        groups = self.trainer.collector.kept if self.mesh.is_leader else {}
+        self._take()
+        self._writing = _Writing(self, unfinished, final, state, dict(groups))
+        if not background:
+            self.wait(raise_it=True)
+
+    def poll(self) -> None:
+        """Take note of a save that has ended."""
+        if self._writing is not None and not self._writing.thread.is_alive():
+            self._note_end(raise_it=False)
+
+    def wait(self, *, raise_it: bool = False) -> None:
+        """Until the save under way has ended. Raises TimeoutError when it takes longer than run.phase_timeout_s."""
+        if self._writing is None:
+            return
+        limit = self.knobs.phase_timeout_s
+        self._writing.thread.join(limit)
+        if self._writing.thread.is_alive():
+            raise TimeoutError(
+                f"Rank {dist.get_rank()} waited {limit:g} s (run.phase_timeout_s) for the files of "
+                f"{self._writing.unfinished} to be written."
+            )
+        self._note_end(raise_it)
+
+    def _take(self) -> None:
+        for name in MODELS:
+            if name in self._snapshots:
+                self._snapshots[name].take()
+            else:
+                self._snapshots[name] = Snapshot(getattr(self.trainer, name))
+
+    def _note_end(self, raise_it: bool) -> None:
+        assert self._writing is not None
+        writing, self._writing = self._writing, None
+        if writing.error is not None:
+            self._fail(writing.error, raise_it)
+
+    def _make_room(self, unfinished: Path) -> str | None:
+        """An empty folder to write into; a reason not to."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(".step-*"):
+                shutil.rmtree(left)
+            for name in MODELS:
+                (unfinished / name).mkdir(parents=True)
+            newest = checkpoints(self.folder.parent)[-1:]
+            need = sum(path.stat().st_size for folder in newest for path in _files(folder))
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            return str(error)
+        if free < need:
+            return (
+                f"{self.folder} has {free / 1e9:.2f} GB free, the last checkpoint took {need / 1e9:.2f} GB. "
+                "Free some space or lower run.keep."
+            )
+        return None
+
+    def write(self, writing: "_Writing") -> None:
+        """Everything of a save that training need not wait for; what fails on one rank raises on all."""
+        with self.trainer.watchdog.phase(f"write {writing.final.name}"):
+            digests = self._write_files(writing)
+        with self.trainer.watchdog.phase(f"publish {writing.final.name}"), together(self._group):
+            if self.mesh.is_main:
+                self._publish(writing, digests)
+
+    def _write_files(self, writing: "_Writing") -> Digests:
+        """Size and hash of what every rank has written."""
+        unfinished, group, rank = writing.unfinished, self._group, dist.get_rank()
+        for name in MODELS:
+            self._snapshots[name].write(unfinished / name, group)
+        parts: list[Any] = [None] * dist.get_world_size()
+        with together(group):
+            if self.mesh.is_main:
+                _write(unfinished / STATE, writing.state)
+            if writing.groups:
+                save_groups(unfinished / f"rollouts-{self.mesh.dp_rank}.npz", writing.groups)
+            own = [path for path in _files(unfinished) if path.name.startswith(f"__{rank}_")]
+            digests = {str(path.relative_to(unfinished)): digest(path) for path in own}
+        dist.all_gather_object(parts, digests, group=group)
+        return {name: entry for part in parts for name, entry in part.items()}
+
+    def _publish(self, writing: "_Writing", digests: Digests) -> None:
+        unfinished, final = writing.unfinished, writing.final
+        for path in _files(unfinished):
+            if (name := str(path.relative_to(unfinished))) not in digests:
+                digests[name] = digest(path)
+        _write(unfinished / MANIFEST, {"step": writing.state["num_steps"], "files": digests})
+        replaced = final.with_name(f".{final.name}.replaced")
+        if final.exists():
+            final.rename(replaced)
+        unfinished.rename(final)
+        pointer = self.folder / f".{LATEST}"
+        pointer.unlink(missing_ok=True)
+        pointer.symlink_to(final.name)
+        pointer.replace(self.folder / LATEST)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in checkpoints(self.folder.parent)[: -self.knobs.keep]:
+            every = self.knobs.keep_every
+            if every is None or int(old.name.removeprefix("step-")) % every:
+                shutil.rmtree(old)
+
+    def _fail(self, error: BaseException, raise_it: bool) -> None:
+        self.num_failed += 1
+        if self.mesh.is_main:
+            for left in self.folder.glob(".step-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        if raise_it:
+            raise OSError(f"The checkpoint could not be saved: {error}") from error
+        print(
+            f"WARNING: the checkpoint could not be saved, the run goes on: {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class _Writing:
+    """The thread that writes and publishes one checkpoint."""
+
+    def __init__(self, saver: Saver, unfinished: Path, final: Path, state: dict[str, Any], groups: Groups):
+        self.saver, self.unfinished, self.final = saver, unfinished, final
+        self.state, self.groups = state, groups
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True, name="checkpoint")
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.saver.write(self)
+        except BaseException as error:
+            # For the training thread, which raises or reports it.
+            self.error = _cause(error)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of the first rank that had one, where torch's save has collected them."""
+    if not (isinstance(error, CheckpointException) and error.failures):
+        return error
+    rank, (first, _) = min(error.failures.items(), key=lambda item: item[0])
+    return OSError(f"rank {rank}: {first}")
+
+
+def expected_bytes(trainer: Any) -> int:
+    """About how large a checkpoint gets: weights, fp32 copy and two moments of both models; every rank calls it."""
+    mesh: Mesh = trainer.mesh
+    local = sum(
+        parameter.numel() * (parameter.element_size() + 12)
+        for name in MODELS
+        for chunk in getattr(trainer, name).chunks
+        for parameter in chunk.parameters()
+    )
+    total = torch.tensor(float(local), dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(total)
+    return int(total.item() / mesh.dp)
+
+
+def check_room(trainer: Any, run: Run) -> None:
+    """Raises ValueError, on every rank, when the disk of a run that saves has no room for two checkpoints."""
+    need = 2 * expected_bytes(trainer)
+    free = 0
+    if trainer.mesh.is_main:
+        Path(run.folder).mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(run.folder).free
+    free = trainer.mesh.from_main(free)
+    if run.save_every is not None and free < need:
+        raise ValueError(
+            f"run.folder = {run.folder} has {free / 1e9:.2f} GB free, two checkpoints take about {need / 1e9:.2f} GB. "
+            "Free some space, or set run.save_every=null."
+        )
+
+
+def resume(trainer: Any, run_folder: Path, newest: str | None = None) -> list[str]:
+    """Load the newest checkpoint that is whole; every rank calls it. Returns what went wrong with newer ones.
+
+    Those after `newest` (a name like step-000040) are left aside.
+
+    Raises ValueError when there is none, or when prompts or seed are others than those it was made with.
+    """
+    mesh: Mesh = trainer.mesh
+    troubles = []
+    for folder in reversed(mesh.from_main(checkpoints(run_folder) if mesh.is_main else None)):
+        if newest is not None and folder.name > newest:
+            continue
+        trouble = damage(folder, mesh)
+        if trouble is None:
+            _load(trainer, folder)
+            return troubles
+        troubles.append(f"WARNING: {folder} is damaged and passed over: {trouble}.")
+    raise ValueError(
+        f"run.resume: {Path(run_folder) / CHECKPOINTS} holds no whole checkpoint. "
+        + (" ".join(troubles) or "Set run.resume=false to start from step 0.")
+    )
+
+
+def damage(folder: Path, mesh: Mesh) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank; None if every file is as it was written."""
+    wanted: Digests | str = ""
+    if mesh.is_main:
+        try:
+            wanted = json.loads((folder / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wanted = f"{MANIFEST} cannot be read ({error})"
+    wanted = mesh.from_main(wanted)
+    if isinstance(wanted, str):
+        return wanted
+    found = _digests(folder)
+    names = sorted(name for name in {*wanted, *found} if found.get(name) != wanted.get(name))
+    return f"{', '.join(names[:3])} differ from the manifest" if names else None
+
+
+def run_state(trainer: Any) -> dict[str, Any]:
+    """Everything beside the models, as JSON; the same on every rank."""
+    mesh: Mesh = trainer.mesh
+    controllers = {n: controller.state_dict() for n, controller in trainer.methods.controllers().items()}
+    return {
+        "num_steps": trainer.num_steps,
+        "num_probes": trainer.num_probes,
+        "guard": trainer.guard.state_dict(),
+        "loader": mesh.from_main(trainer.loader.state_dict() if trainer.loader is not None else None),
+        # They measure on the last pipeline stage and stand still elsewhere.
+        "controllers": mesh.object_from_last_stage(controllers),
+        "schedule": {name: schedule_state(getattr(trainer, name)) for name in MODELS},
+    }
+
+
+def _load(trainer: Any, folder: Path) -> None:
+    state = json.loads((folder / STATE).read_text())
+    if trainer.loader is not None and state["loader"] is not None:
+        trainer.loader.load_state_dict(state["loader"])
+    for name in MODELS:
+        load_model(getattr(trainer, name), folder / name)
+        load_schedule(getattr(trainer, name), state["schedule"][name])
+    trainer.methods.load_controllers(state["controllers"])
+    trainer.guard.load_state_dict(state["guard"])
+    trainer.num_steps, trainer.num_probes = state["num_steps"], state["num_probes"]
+    if trainer.mesh.is_leader and trainer.loader is not None:
+        prompts = {prompt.id: prompt for prompt in trainer.loader.prompts}
+        # Every leader takes all: with another dp size, a prompt is another leader's.
+        for path in sorted(folder.glob("rollouts-*.npz")):
+            trainer.collector.kept |= load_groups(path, prompts)
+
+
+def digest(path: Path) -> list:
+    """[bytes, sha256] of a file; [-1, the reason] of one that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    except OSError as error:
+        return [-1, str(error)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _digests(folder: Path) -> Digests:
+    """Those of a folder on shared disk, the work spread over the ranks; every rank calls it."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = {str(path.relative_to(folder)): digest(path) for path in _files(folder)[rank::world]}
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, mine)
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """The folder's entries to disk: a rename is only then safe from a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,142 @@
+"""The methods of a run, built from the configuration once, and the controllers that move two of their knobs."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_jackpot.algorithm.advantages import ADVANTAGES, Advantage
+from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
+from megatron_jackpot.algorithm.corrections import make_correction
+from megatron_jackpot.algorithm.distill import DISTILL
+from megatron_jackpot.algorithm.jackpot import Jackpot, Normaliser
+from megatron_jackpot.algorithm.objectives import OBJECTIVES
+from megatron_jackpot.algorithm.objectives_base import Objective
+from megatron_jackpot.algorithm.obrs import log_ratio
+from megatron_jackpot.algorithm.registry import build
+from megatron_jackpot.algorithm.scores import Correction, Scores, SumOverBatch
+from megatron_jackpot.config import Config, Method
+from megatron_jackpot.records import Rollout
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Methods:
+    """One of each kind. Raises ValueError from `from_config` for a method or knob that cannot work."""
+
+    correction: Callable[[Scores, SumOverBatch], Correction]
+    objective: Objective
+    actor_objective: Objective
+    distill: Any
+    distill_weight: float
+    advantage: Advantage
+    exact_lam: float | None = None
+    """lam of a correction that needs Z over the whole vocabulary; None on every rank alike where none does."""
+    acceptance: TargetAcceptance | None = None
+    """Steers the correction's lam, on the last pipeline stage."""
+    adaptive: AdaptiveDistill | None = None
+    """Steers distill_weight, on the last pipeline stage."""
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Methods":
+        algorithm, actor = config.algorithm, config.actor
+        correction = make_correction(algorithm.correction.name, algorithm.correction.knobs, config.run.seed)
+        exact = isinstance(correction, Normaliser) and correction.z == "exact"
+        if exact:
+            _check_exact(correction, config)
+        objective = _build(algorithm.objective, OBJECTIVES, "algorithm.objective")
+        actor_objective = _build(actor.objective, OBJECTIVES, "actor.objective")
+        _check_corrected_once(objective, actor_objective, config)
+        wanted = correction.target_acceptance if isinstance(correction, Jackpot) else None
+        kl = actor.distill_target_kl
+        return cls(
+            correction=correction,
+            objective=objective,
+            actor_objective=actor_objective,
+            distill=_build(actor.distill, DISTILL, "actor.distill"),
+            distill_weight=actor.distill_weight,
+            advantage=_build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
+            exact_lam=correction.lam if exact else None,
+            acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
+            adaptive=None if kl is None else AdaptiveDistill(kl=kl, weight=actor.distill_weight),
+        )
+
+    def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> dict[str, Pair]:
+        """Move lam and the distillation weight for the next mini-batch; what they are then, as metrics.
+
+        `kl` is (sum, count) of KL(policy || server) on this rank. Sums over the batch once per controller.
+        """
+        one = torch.ones_like(kl[1])
+        metrics = {}
+        if self.acceptance is not None:
+            log_ratio_T = log_ratio(
+                *(torch.where(scores.mask_T, x, 0.0) for x in (scores.target_logp_T, scores.server_logp_T))
+            )
+            lam = self.acceptance.update(log_ratio_T, scores.mask_T, sum_over_batch)
+            self._use_lam(lam)
+        if self.adaptive is not None:
+            total, count = sum_over_batch(torch.stack(kl)).tolist()
+            self.distill_weight = self.adaptive.update(total / count if count else math.nan)
+            metrics["actor/distill_weight"] = (one * self.distill_weight, one)
+        return metrics
+
+    def controllers(self) -> dict[str, Any]:
+        """name -> controller, those that the configuration asks for."""
+        both = {"acceptance": self.acceptance, "adaptive": self.adaptive}
+        return {name: controller for name, controller in both.items() if controller is not None}
+
+    def load_controllers(self, states: Mapping[str, Mapping[str, float]]) -> None:
+        """Continue where a checkpoint was taken; a controller that it does not know starts afresh."""
+        for name, controller in self.controllers().items():
+            if name in states:
+                controller.load_state_dict(states[name])
+        if self.acceptance is not None:
+            self._use_lam(self.acceptance.lam)
+        if self.adaptive is not None:
+            self.distill_weight = self.adaptive.weight
+
+    def _use_lam(self, lam: float) -> None:
+        self.correction = replace(self.correction, lam=lam)
+        self.exact_lam = None if self.exact_lam is None else lam
+
+    def advantages_over_batch(
+        self, groups: list[list[Rollout]], sum_over_batch: SumOverBatch, device: torch.device
+    ) -> list[list[Rollout]]:
+        """The groups of one DP leader with their advantages' step over the whole batch; every leader calls it."""
+        flat = [rollout.advantage for group in groups for rollout in group]
+        advantage_N = torch.tensor(flat, dtype=torch.float32, device=device)
+        values = iter(self.advantage.over_batch(advantage_N, sum_over_batch).tolist())
+        return [[replace(rollout, advantage=next(values)) for rollout in group] for group in groups]
+
+
+def _build(method: Method, registry: dict[str, type], where: str) -> Any:
+    return build(method.name, method.knobs, registry, where)
+
+
+def _check_exact(correction: Any, config: Config) -> None:
+    moving = config.algorithm.target == "current" or getattr(correction, "target_acceptance", None)
+    if moving and config.algorithm.num_minibatches > 1:
+        raise ValueError(
+            f"algorithm.correction.z = 'exact' is scored once per step, algorithm.num_minibatches = "
+            f"{config.algorithm.num_minibatches} with a moving target or lam needs it per mini-batch. "
+            "Use z='topk' or num_minibatches=1."
+        )
+
+
+def _check_corrected_once(objective: Objective, actor_objective: Objective, config: Config) -> None:
+    algorithm, actor = config.algorithm, config.actor
+    if objective.corrects and algorithm.correction.name != "none":
+        raise ValueError(
+            f"algorithm.objective.name = '{algorithm.objective.name}' carries its own ratio to the server, "
+            f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction none"
+            + (", or objective anchor old." if hasattr(objective, "anchor") else ".")
+        )
+    if actor_objective.corrects:
+        raise ValueError(
+            f"actor.objective.name = '{actor.objective.name}' carries its own ratio to the server, and the actor's "
+            "loss is weighted by actor.tis_cap's already. Use ppo, gspo, cispo, opsm or reinforce."
+        )

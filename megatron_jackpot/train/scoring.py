@@ -1,0 +1,198 @@
+"""The no-grad pass of both models over a batch: everything a correction may look at, as `Scores`.
+
+Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2K candidates.
+"""
+
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_jackpot.algorithm.scores import Scores
+from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.head import FrozenHead, record_head
+from megatron_jackpot.parallel.divergence import vocab_parallel_overlap
+from megatron_jackpot.parallel.linear import Logits
+from megatron_jackpot.parallel.vocab import (
+    vocab_parallel_logp,
+    vocab_parallel_scores,
+)
+from megatron_jackpot.records import Batch
+
+MINUS_INFINITY = float("-inf")
+
+
+class Scorer:
+    """Scores batches with policy and actor; results exist on the last pipeline stage only."""
+
+    def __init__(
+        self,
+        policy: MegatronModel,
+        actor: MegatronModel,
+        *,
+        temperature: float,
+        top_k: int,
+        keep_head: bool = False,
+    ) -> None:
+        self.policy = policy
+        self.actor = actor
+        self.top_k = top_k
+        self.temperature = temperature
+        self.keep_head = keep_head
+        """Keep the policy's last hidden states of a pass in `head`, for a teacher over the whole vocabulary."""
+        self.head: FrozenHead | None = None
+
+    def __call__(
+        self, batch: Batch, *, step: int, actor_version: int, exact_lam: float | None = None
+    ) -> Scores | None:
+        """Both models on the whole batch, flattened to [M * T, ...]; once, before any update.
+
+        `exact_lam` asks for Z over the whole vocabulary at that lam.
+        """
+        keep = self.keep_head or exact_lam is not None
+        with record_head(self.policy) if keep else nullcontext() as head:
+            policy = self.policy.score(batch, partial(self._read_policy, batch))
+        ids_MTC = None if policy is None else union_of_candidates(batch.topk_ids_MTK, policy["topk_ids"])
+        exact = None if exact_lam is None else (head, exact_lam)
+        actor = self.actor.score(batch, partial(self._read_actor, batch, ids_MTC, exact))
+        self.head = head if self.keep_head else None
+        if policy is None or actor is None or ids_MTC is None:
+            return None
+        target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
+        server_MTC = self._server_logp(batch, actor["topk_logp"], actor_version)
+        padding = ids_MTC < 0
+        return Scores(
+            policy_logp_T=policy["logp"].flatten(),
+            target_logp_T=policy["logp"].flatten(),
+            actor_logp_T=actor["logp"].flatten(),
+            server_logp_T=batch.server_logp_MT.flatten(),
+            mask_T=batch.mask_MT.flatten(),
+            segment_T=batch.segment_MT.flatten(),
+            rollout_id_T3=batch.rollout_id_MT3.flatten(0, 1),
+            position_T=batch.position_MT.flatten(),
+            advantage_T=batch.advantage_MT.flatten(),
+            correct_T=batch.correct_MT.flatten(),
+            token_T=batch.labels_MT.flatten(),
+            microbatch_T=_microbatch(batch).flatten(),
+            candidate_ids_TK=ids_MTC.flatten(0, 1),
+            candidate_shared_TK=_shared(ids_MTC, policy["topk_ids"]).flatten(0, 1),
+            candidate_target_logp_TK=target_MTC.masked_fill(padding, MINUS_INFINITY).flatten(0, 1),
+            candidate_server_logp_TK=server_MTC.masked_fill(padding, MINUS_INFINITY).flatten(0, 1),
+            exact_overlap_T=None if exact_lam is None else actor["exact_overlap"].flatten(),
+            step=step,
+        )
+
+    def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
+        """The same scores aimed at the current policy: a fresh policy pass at the sampled token and candidates."""
+        ids_MTC = None if scores is None else scores.candidate_ids_TK.unflatten(0, mini.tokens_MT.shape)
+        fresh = self.policy.score(mini, partial(self._read_target, mini, ids_MTC))
+        if scores is None or fresh is None:
+            return None
+        return replace(
+            scores,
+            target_logp_T=fresh["logp"].flatten(),
+            candidate_target_logp_TK=fresh["candidates_logp"].flatten(0, 1),
+        )
+
+    def teacher(self, scores: Scores, mini: Batch) -> FrozenHead | None:
+        """The policy's logits on a mini-batch of the last pass; None unless `keep_head`."""
+        if self.head is None:
+            return None
+        first = int(scores.microbatch_T[0])
+        return self.head.rows(first, first + mini.num_microbatches)
+
+    def logp(self, model: MegatronModel, batch: Batch) -> Tensor | None:
+        """log-prob [M, T] of every label under one model, None off the last stage."""
+        scored = model.score(batch, lambda logits, m: {"logp": self._logp(model, logits, batch.labels_MT[m])})
+        return None if scored is None else scored["logp"]
+
+    def _logp(self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor) -> Tensor:
+        return vocab_parallel_logp(logits_TV, labels_T, **self.vocab(model))
+
+    def _logp_and(
+        self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor, **ids_TK: Tensor
+    ) -> dict[str, Tensor]:
+        """logp [T] of the labels and, from the same read, a name's log-probs at its ids [T, K]."""
+        ((name, at_TK),) = ids_TK.items()
+        read = vocab_parallel_scores(logits_TV, labels_T, ids_TK=at_TK, **self.vocab(model))
+        return {"logp": read.logp_T, name: read.at_ids_TK}
+
+    def vocab(self, model: MegatronModel) -> dict:
+        """What every vocab-parallel function needs to know about a model."""
+        return dict(
+            vocab_size=model.family.vocab_size, group=model.mesh.tp_group, temperature=self.temperature
+        )
+
+    def _read_policy(self, batch: Batch, logits_TV: Logits, index: int) -> dict[str, Tensor]:
+        labels_T, ids_TK = batch.labels_MT[index], batch.topk_ids_MTK[index]
+        read = vocab_parallel_scores(
+            logits_TV, labels_T, ids_TK=ids_TK, k=self.top_k, **self.vocab(self.policy)
+        )
+        return dict(
+            logp=read.logp_T,
+            server_ids_logp=read.at_ids_TK,
+            topk_logp=read.topk_logp_TK,
+            topk_ids=read.topk_ids_TK,
+        )
+
+    def _read_actor(
+        self,
+        batch: Batch,
+        ids_MTC: Tensor | None,
+        exact: tuple[FrozenHead, float] | None,
+        logits_TV: Logits,
+        index: int,
+    ) -> dict[str, Tensor]:
+        assert ids_MTC is not None, "readers run on the last stage only"
+        policy_only_TK = ids_MTC[index, :, batch.topk_ids_MTK.shape[-1] :]
+        read = self._logp_and(self.actor, logits_TV, batch.labels_MT[index], topk_logp=policy_only_TK)
+        if exact is not None:
+            head, lam = exact
+            read["exact_overlap"] = vocab_parallel_overlap(
+                head.logits(index), logits_TV, lam=lam, **head.common(self.vocab(self.actor))
+            )
+        return read
+
+    def _read_target(
+        self, mini: Batch, ids_MTC: Tensor | None, logits_TV: Logits, index: int
+    ) -> dict[str, Tensor]:
+        assert ids_MTC is not None, "readers run on the last stage only"
+        return self._logp_and(self.policy, logits_TV, mini.labels_MT[index], candidates_logp=ids_MTC[index])
+
+    def _server_logp(self, batch: Batch, actor_logp_MTK: Tensor, actor_version: int) -> Tensor:
+        """log q at the candidates. The server does not return q at policy-only ids: the scored actor's log-prob
+        stands in, capped by the server's k-th, where that actor produced the token; 0 probability elsewhere."""
+        kth_MT1 = batch.topk_logp_MTK.masked_fill(batch.topk_ids_MTK < 0, float("inf")).amin(-1, keepdim=True)
+        known_MT1 = (batch.weight_version_MT == actor_version)[..., None]
+        policy_only = torch.minimum(actor_logp_MTK, kth_MT1).masked_fill(~known_MT1, MINUS_INFINITY)
+        return torch.cat([batch.topk_logp_MTK, policy_only], dim=-1)
+
+
+def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tensor:
+    """[M, T, 2K]: the server's ids, then the policy's with those already listed replaced by -1."""
+    listed = (policy_ids_MTK[..., :, None] == server_ids_MTK[..., None, :]).any(-1)
+    return torch.cat([server_ids_MTK, policy_ids_MTK.masked_fill(listed, -1)], dim=-1)
+
+
+def _shared(ids_MTC: Tensor, policy_ids_MTK: Tensor) -> Tensor:
+    """[M, T, 2K] bool: the server's ids that the policy's top-k holds too."""
+    num_server = ids_MTC.shape[-1] - policy_ids_MTK.shape[-1]
+    server_ids = ids_MTC[..., :num_server]
+    both = (server_ids[..., :, None] == policy_ids_MTK[..., None, :]).any(-1) & (server_ids >= 0)
+    return torch.cat([both, torch.zeros_like(policy_ids_MTK, dtype=torch.bool)], -1)
+
+
+def _microbatch(batch: Batch) -> Tensor:
+    """[M, T] int64: the micro-batch of every token."""
+    index_M = torch.arange(batch.num_microbatches, device=batch.tokens_MT.device)
+    return index_M[:, None].expand_as(batch.tokens_MT)
+
+
+def slice_scores(scores: Scores | None, start: int, stop: int) -> Scores | None:
+    """Tokens start .. stop - 1 of flattened scores: one mini-batch."""
+    if scores is None:
+        return None
+    kept = {f.name: getattr(scores, f.name) for f in fields(scores)}
+    return Scores(**{k: v[start:stop] if isinstance(v, Tensor) else v for k, v in kept.items()})
