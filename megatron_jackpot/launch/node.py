@@ -23,7 +23,8 @@ import psutil
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
-from megatron_jackpot.launch import children, launch, say, start_actor_servers, torchrun
+from megatron_jackpot.launch import children
+from megatron_jackpot.launch.local import launch, say, start_actor_servers, torchrun
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS
 from megatron_jackpot.servers.process import free_port, stop_servers
 from megatron_jackpot.servers.supervisor import ServerCare
