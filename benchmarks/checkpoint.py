@@ -1,11 +1,13 @@
-"""What a checkpoint costs: seconds, the pause that training sees, and GB/s against a plain write of the same bytes.
+"""What a checkpoint costs: seconds, the pause that training sees, and GB/s against a plain write of the same
+bytes.
 
     python benchmarks/checkpoint.py [--ranks 1] [--hidden 512] [--layers 8] [--rounds 5] [--folder DIR]
 
-Policy and actor are Qwen3 models with random weights, with AdamW state, on one rank or data-parallel on several. Each
-round does, in alternating order, a save in the foreground, a save in the background while the main thread multiplies
-matrices, and a plain write (with fsync) of as many bytes; medians over the rounds, of the slowest rank. "Work beside
-it" is how many products the main thread does during a background save, over how many it does alone.
+Policy and actor are Qwen3 models with random weights, with AdamW state, on one rank or data-parallel on
+several. Each round does, in alternating order, a save in the foreground, a save in the background while the
+main thread multiplies matrices, and a plain write (with fsync) of as many bytes; medians over the rounds, of
+the slowest rank. "Work beside it" is how many products the main thread does during a background save, over
+how many it does alone.
 """
 
 import argparse
@@ -102,7 +104,8 @@ def products(until: Callable[[], bool]) -> float:
 
 
 def one_round(saver: Saver, trainer: SimpleNamespace, first: bool) -> dict[str, float]:
-    """Seconds of one save of each kind, and the share of its speed that work beside the background save had."""
+    """Seconds of one save of each kind, and the share of its speed that work beside the background save
+    had."""
     seconds = {}
     for background in (True, False) if first else (False, True):
         trainer.num_steps += 1

@@ -2,10 +2,10 @@
 
     python benchmarks/convert.py [FOLDER] [--repeat 3]
 
-FOLDER is an HF model folder; without one a model of Qwen3-0.6B's shape with random fp32 weights (2.4 GB) is made for
-the occasion. The copies and conversions go into a temporary folder beside it. Prints GB/s (medians), the ratio to the
-copy, and the peak of anonymous memory: above what the process held before, and in all, imports included. The source is
-read once before, so that all read it from the same cache.
+FOLDER is an HF model folder; without one a model of Qwen3-0.6B's shape with random fp32 weights (2.4 GB) is
+made for the occasion. The copies and conversions go into a temporary folder beside it. Prints GB/s (medians),
+the ratio to the copy, and the peak of anonymous memory: above what the process held before, and in all,
+imports included. The source is read once before, so that all read it from the same cache.
 """
 
 import argparse
@@ -74,7 +74,8 @@ def measure(folder: Path, place: Path, repeat: int) -> None:
             lambda here=here: megatron_to_hf(here / "megatron", here / "hf"),
         )
         for name, work in zip(seconds, works, strict=True):
-            # Alike for all: a machine's free pages are not equally fast, those of a file just deleted are warm.
+            # Alike for all: a machine's free pages are not equally fast, those of a file just deleted are
+            # warm.
             copy(folder, here / "warm")
             shutil.rmtree(here / "warm")
             with PeakAnonymous() as peak:

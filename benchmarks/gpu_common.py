@@ -1,7 +1,8 @@
-"""What the gpu_* benchmarks share: sizes, timing, memory, the FLOP formula, and one JSON object per benchmark.
+"""What the gpu_* benchmarks share: sizes, timing, memory, the FLOP formula, and one JSON object per
+benchmark.
 
-Every benchmark runs on CUDA where there is one; `--tiny` shrinks the sizes so that a CPU runs it in seconds, which
-shows that it works and nothing else.
+Every benchmark runs on CUDA where there is one; `--tiny` shrinks the sizes so that a CPU runs it in seconds,
+which shows that it works and nothing else.
 """
 
 import argparse
@@ -80,7 +81,8 @@ class Shape:
         )
 
     def train_flops(self, lengths: list[int]) -> float:
-        """Forward, and backward with respect to activations and weights; recomputation is not counted as useful."""
+        """Forward, and backward with respect to activations and weights; recomputation is not counted as
+        useful."""
         return 3 * self.forward_flops(lengths)
 
 

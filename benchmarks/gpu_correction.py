@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python benchmarks/gpu_correction.py [--tiny]
 
-Qwen3-0.6B shape and a half-size actor, random weights, bf16, 8 sequences of 2048. `correct` is everything between the
-scoring pass and the first update: acceptance, Z, kappa, weights, masks, diagnostics and their reductions. `score` is
-shared by every method; an exact Z makes it longer, by recomputing the policy's logits beside the actor's.
+Qwen3-0.6B shape and a half-size actor, random weights, bf16, 8 sequences of 2048. `correct` is everything
+between the scoring pass and the first update: acceptance, Z, kappa, weights, masks, diagnostics and their
+reductions. `score` is shared by every method; an exact Z makes it longer, by recomputing the policy's logits
+beside the actor's.
 """
 
 import statistics

@@ -1,11 +1,13 @@
-"""Replies with top-20 log-probs of 1,048,576 tokens -> tensors (pinned where there is CUDA): base64 against nested JSON.
+"""Replies with top-20 log-probs of 1,048,576 tokens -> tensors (pinned where there is CUDA): base64 against
+nested JSON.
 
     PYTHONPATH=. python benchmarks/gpu_decode.py [--tiny] [--tokens N]
 
-`body` starts from the bytes of the HTTP reply (json.loads included), `top-k` from the parsed object: what is left is
-the difference between the two forms. Replies hold 1024 tokens each; the tokens' own log-probs are the same in both.
-Seconds are CPU time of the one thread that does it, the least of five runs. Nested JSON is measured on a sixteenth of
-the tokens; the ratio is that of tokens per second.
+`body` starts from the bytes of the HTTP reply (json.loads included), `top-k` from the parsed object: what is
+left is the difference between the two forms. Replies hold 1024 tokens each; the tokens' own log-probs are the
+same in both.
+Seconds are CPU time of the one thread that does it, the least of five runs. Nested JSON is measured on a
+sixteenth of the tokens; the ratio is that of tokens per second.
 """
 
 import base64

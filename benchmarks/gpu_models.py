@@ -1,4 +1,5 @@
-"""Models and batches of the gpu_* benchmarks: Qwen3 shapes with Megatron's random weights, rollouts of given lengths.
+"""Models and batches of the gpu_* benchmarks: Qwen3 shapes with Megatron's random weights, rollouts of given
+lengths.
 
 Random weights and proposals say nothing about learning; what a step costs does not depend on them."""
 

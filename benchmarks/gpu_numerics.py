@@ -3,11 +3,13 @@
     PYTHONPATH=. python benchmarks/gpu_numerics.py [--tiny] [--precision bf16 tensorwise ...]
 
 A Qwen3-shaped model of 8 layers and width 1024 with seeded random weights, loaded from one folder into every
-precision; the reference is fp32 (Transformer Engine's layers where they are there, Megatron's local ones elsewhere).
-`gap` is |logp - reference's logp| at the labels; `kl` the mean KL(reference || it) over the vocabulary; `overlap` the
-mean acceptance of a server with the reference's numbers (Z at lam 1): 1 - overlap is what rounding alone rejects.
-`first_minibatch` is the mean |log s| = |trained logp - scored logp| of the first mini-batch, `later` the same after one
-optimizer step at learning rate 0: under delayed scaling the scales have moved.
+precision; the reference is fp32 (Transformer Engine's layers where they are there, Megatron's local ones
+elsewhere).
+`gap` is |logp - reference's logp| at the labels; `kl` the mean KL(reference || it) over the vocabulary;
+`overlap` the mean acceptance of a server with the reference's numbers (Z at lam 1): 1 - overlap is what
+rounding alone rejects.
+`first_minibatch` is the mean |log s| = |trained logp - scored logp| of the first mini-batch, `later` the same
+after one optimizer step at learning rate 0: under delayed scaling the scales have moved.
 """
 
 import tempfile

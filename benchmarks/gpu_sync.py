@@ -1,14 +1,16 @@
-"""Weights out of the trainer: seconds and GB/s of the export, of the buckets, and of a hand-over by shared memory.
+"""Weights out of the trainer: seconds and GB/s of the export, of the buckets, and of a hand-over by shared
+memory.
 
     PYTHONPATH=. python benchmarks/gpu_sync.py [--tiny]
 
-Qwen3-0.6B and -1.7B shapes, random bf16 weights, one rank. `export` is sync/stream.py as a push reads it: HF names,
-padding removed, on the device; `to host` the same for a folder on disk; `fp8` quantised on the way. `buckets` is
-sync/prefetcher.py: the export in flat buckets of 512 MB, made in its thread. `hand-over` maps those buckets into another
-process and copies them there: CUDA IPC where they lie on a GPU, shared memory on a CPU; `push` is all of it, export,
-buckets and hand-over overlapping. Both are the floor of a sync to a colocated server, not a sync: no server takes part.
-An NCCL broadcast needs a second GPU. `offload` and `reload` are those of the optimizer state and gradient buffers (CUDA
-alone has anything to move).
+Qwen3-0.6B and -1.7B shapes, random bf16 weights, one rank. `export` is sync/stream.py as a push reads it: HF
+names, padding removed, on the device; `to host` the same for a folder on disk; `fp8` quantised on the way.
+`buckets` is sync/prefetcher.py: the export in flat buckets of 512 MB, made in its thread. `hand-over` maps
+those buckets into another process and copies them there: CUDA IPC where they lie on a GPU, shared memory on a
+CPU; `push` is all of it, export, buckets and hand-over overlapping. Both are the floor of a sync to a
+colocated server, not a sync: no server takes part.
+An NCCL broadcast needs a second GPU. `offload` and `reload` are those of the optimizer state and gradient
+buffers (CUDA alone has anything to move).
 """
 
 import time

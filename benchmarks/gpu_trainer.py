@@ -2,12 +2,13 @@
 
     PYTHONPATH=. python benchmarks/gpu_trainer.py [--tiny] [--precision bf16 tensorwise ...]
 
-Qwen3-0.6B shape with random weights, 16,384 tokens a step, as 8 sequences of 2048 in 8 micro-batches and as one
-sequence of 16,384. `update` is forward, backward and optimizer step of the policy on Jackpot's loss; `joint` scores
-both models, corrects, and updates both. MFU = useful FLOPs / seconds / peak: gpu_common.Shape.train_flops (6 per
-matrix weight and token, output layer included, and causal attention's pairs; no recomputation), peak 989 TFLOP/s in
-bf16 and 1979 in fp8 for the whole step, although its attention and output layer run in bf16. A joint step's useful
-FLOPs are forward (scoring) and training of both models. "bf16 logits" is precision.fused_linear=false: logits exist.
+Qwen3-0.6B shape with random weights, 16,384 tokens a step, as 8 sequences of 2048 in 8 micro-batches and as
+one sequence of 16,384. `update` is forward, backward and optimizer step of the policy on Jackpot's loss;
+`joint` scores both models, corrects, and updates both. MFU = useful FLOPs / seconds / peak:
+gpu_common.Shape.train_flops (6 per matrix weight and token, output layer included, and causal attention's
+pairs; no recomputation), peak 989 TFLOP/s in bf16 and 1979 in fp8 for the whole step, although its attention
+and output layer run in bf16. A joint step's useful FLOPs are forward (scoring) and training of both models.
+"bf16 logits" is precision.fused_linear=false: logits exist.
 """
 
 import statistics

@@ -2,10 +2,11 @@
 
     PYTHONPATH=. python benchmarks/gpu_vocab.py [--tiny]
 
-T = 16,384 tokens, bf16 logits of 151,936 columns (TP 1) and of 18,992 (TP 8), k = 20. `bytes` is what must move:
+T = 16,384 tokens, bf16 logits of 151,936 columns (TP 1) and of 18,992 (TP 8), k = 20. `bytes` is what must
+move:
 every logit read once per pass (Z reads both models' twice), a gradient written once. The dense form is
-log_softmax in fp32; an all-gather of bf16 logits would hold V x 2 bytes per token on every rank. Peak bytes are beside
-the logits and a gradient. `gap` is the largest difference to the torch form on the first tokens.
+log_softmax in fp32; an all-gather of bf16 logits would hold V x 2 bytes per token on every rank. Peak bytes
+are beside the logits and a gradient. `gap` is the largest difference to the torch form on the first tokens.
 """
 
 from functools import partial

@@ -1,10 +1,11 @@
-"""One optimizer step of a policy with logits that exist and with logits made in blocks: seconds and peak memory.
+"""One optimizer step of a policy with logits that exist and with logits made in blocks: seconds and peak
+memory.
 
     PYTHONPATH=. python benchmarks/linear.py [--tokens 4096] [--vocab 49152] [--hidden 512] [--layers 4]
 
-Random Qwen3-shaped weights, one micro-batch on one CPU thread, every form in a process of its own. Peak is that of the
-process beyond what it holds before the step, from the kernel's accounting (megatron_jackpot/monitor/peak_memory.py); `score` is the
-no-grad pass with top-20.
+Random Qwen3-shaped weights, one micro-batch on one CPU thread, every form in a process of its own. Peak is
+that of the process beyond what it holds before the step, from the kernel's accounting
+(megatron_jackpot/monitor/peak_memory.py); `score` is the no-grad pass with top-20.
 """
 
 import argparse

@@ -1,9 +1,11 @@
-"""Where a step's time goes, and what Jackpot adds to a step without correction, on the same batches in one run.
+"""Where a step's time goes, and what Jackpot adds to a step without correction, on the same batches in one
+run.
 
     python benchmarks/step.py MODELS_FOLDER [key=value ...] [--steps 8]
 
-MODELS_FOLDER holds policy/ and actor/ (examples/quickstart/prepare.py prints one). Starts one SGLang server, collects
-each batch once and lets both corrections learn from it, in alternating order; prints medians over the batches.
+MODELS_FOLDER holds policy/ and actor/ (examples/quickstart/prepare.py prints one). Starts one SGLang server,
+collects each batch once and lets both corrections learn from it, in alternating order; prints medians over
+the batches.
 """
 
 import argparse
@@ -66,7 +68,8 @@ def report(seconds: dict[str, dict[str, list[float]]], tokens: list[float]) -> N
     console = Console()
     console.print(table)
     console.print(
-        f"tokens/s of a Jackpot step (prompt and response): {statistics.median(tokens) / medians['jackpot']:.0f}"
+        "tokens/s of a Jackpot step (prompt and response): "
+        f"{statistics.median(tokens) / medians['jackpot']:.0f}"
     )
     ratio = statistics.median(a / b for a, b in zip(totals["jackpot"], totals["none"], strict=True))
     console.print(f"ratio of a Jackpot step to a none step, same batches: {ratio:.3f}")

@@ -130,7 +130,8 @@ def refuse(error: Exception) -> int:
 def _train(config: Config) -> int:
     from megatron_jackpot.run.interrupt import StopRequest, die_with_parent
 
-    # torchrun's end, however it came, asks its ranks to save; signals count from here on, also during the imports.
+    # torchrun's end, however it came, asks its ranks to save; signals count from here on, also during the
+    # imports.
     die_with_parent(signal.SIGTERM)
     stop = StopRequest(config.run)
     stop.listen()
@@ -187,8 +188,8 @@ def _report(args: argparse.Namespace) -> int:
 def _hush() -> None:
     """Keep what libraries say of themselves out of the log; errors and this project's own words stay.
 
-    At import Megatron warns, on every rank, of each optional package that is missing (`doctor` says it once), and
-    torch of its own deprecated calls inside Megatron. Python's -W or PYTHONWARNINGS brings them back.
+    At import Megatron warns, on every rank, of each optional package that is missing (`doctor` says it once),
+    and torch of its own deprecated calls inside Megatron. Python's -W or PYTHONWARNINGS brings them back.
     """
     if not sys.warnoptions:
         for module in (r"megatron\.", r"torch\.", r"transformer_engine"):

@@ -46,7 +46,8 @@ class Rollout:
     topk_logp: np.ndarray
     """[R, K] float32, their log-probs, -inf where the id is -1."""
     valid: np.ndarray
-    """[R] bool, False where the server's sampled log-prob was not finite: counted, masked, never trained on."""
+    """[R] bool, False where the server's sampled log-prob was not finite: counted, masked, never trained
+    on."""
     weight_version: np.ndarray
     """[R] int32, version of the actor's weights that produced each token."""
     finish: str
@@ -84,7 +85,8 @@ class Batch:
     position_MT: Tensor
     """int64, position of the input token in its own sequence (rotary embedding, random draws)."""
     segment_MT: Tensor
-    """int64, index of the sequence in this rank's mini-batch; padding has -1. A sequence never spans two rows."""
+    """int64, index of the sequence in this rank's mini-batch; padding has -1. A sequence never spans two
+    rows."""
     rollout_id_MT3: Tensor
     """int64 [M, T, 3], (epoch, prompt id, sample); -1 on padding."""
     server_logp_MT: Tensor
@@ -100,7 +102,8 @@ class Batch:
     correct_MT: Tensor
     """bool, the rollout's verdict on each of its tokens."""
     cu_seqlens: tuple[Tensor, ...]
-    """M int32 tensors [S_m + 1]: where each packed sequence starts; padding comes last, as sequences of its own."""
+    """M int32 tensors [S_m + 1]: where each packed sequence starts; padding comes last, as sequences of its
+    own."""
     num_minibatches: int = 1
 
     @property

@@ -73,7 +73,8 @@ def write_model(folder: Path, seed: int, **changes: object) -> Path:
 
 
 def rollout_arrays(prompt_id: int, sample: int, *, vocab: int = 61, top_k: int = 8) -> dict:
-    """A rollout as plain arrays and numbers, a function of (prompt_id, sample); its proposal is random per position."""
+    """A rollout as plain arrays and numbers, a function of (prompt_id, sample); its proposal is random per
+    position."""
     g = np.random.default_rng([prompt_id, sample])
     prompt = np.random.default_rng(prompt_id).integers(3, vocab, 4 + prompt_id % 5)
     length = int(g.integers(3, 12))

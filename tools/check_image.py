@@ -1,9 +1,11 @@
 """Is an image (or any environment) what its lock file says? Run at the end of each build in the Dockerfile.
 
-    python tools/check_image.py --lock requirements/gpu.txt --server-python /usr/local/bin/sglang-python --need apex
+    python tools/check_image.py --lock requirements/gpu.txt --server-python /usr/local/bin/sglang-python
+    --need apex
 
-Every pin is the installed version; the package, torch and Megatron import, and what --need names; the servers'
-interpreter imports SGLang; both sides' NCCL have one major.minor. Prints a line each, ends with 1 if one is wrong.
+Every pin is the installed version; the package, torch and Megatron import, and what --need names; the
+servers' interpreter imports SGLang; both sides' NCCL have one major.minor. Prints a line each, ends with 1 if
+one is wrong.
 """
 
 import argparse

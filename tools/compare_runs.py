@@ -1,11 +1,13 @@
-"""Do two versions of the code train alike, bit for bit? Record two steps of recorded rollouts with each, and compare.
+"""Do two versions of the code train alike, bit for bit? Record two steps of recorded rollouts with each, and
+compare.
 
     python tools/compare_runs.py record OUT       this checkout's losses, masks, gradient norms and weights
     python tools/compare_runs.py compare A B      what differs; exit code 0 only where nothing does
 
-A record holds the rollouts themselves as plain arrays, and for every layout (tp, pp, dp) and method all metrics of
-both steps but times, the keep mask by (step, rollout, position), and both models' weights afterwards. Models are tiny,
-ranks are gloo processes on this machine: numbers of one record are comparable with another's of the same machine only.
+A record holds the rollouts themselves as plain arrays, and for every layout (tp, pp, dp) and method all
+metrics of both steps but times, the keep mask by (step, rollout, position), and both models' weights
+afterwards. Models are tiny, ranks are gloo processes on this machine: numbers of one record are comparable
+with another's of the same machine only.
 """
 
 import argparse
@@ -93,7 +95,8 @@ def arrays_of(result: dict) -> dict[str, np.ndarray]:
 
 
 def compare(a: Path, b: Path) -> list[str]:
-    """A line for everything that is not the same, in bits and in shape. Raises ValueError for an empty record."""
+    """A line for everything that is not the same, in bits and in shape. Raises ValueError for an empty
+    record."""
     names_a, names_b = ({path.stem for path in folder.glob("*.npz")} for folder in (a, b))
     if not names_a:
         raise ValueError(f"{a} holds no record. Make one with `compare_runs.py record {a}`.")

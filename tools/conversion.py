@@ -26,7 +26,8 @@ def watched(title: str, total: int, work: Work) -> Report:
 
 
 def convert(title: str, source: Path, out: Path, work: Work, *, verify: bool) -> None:
-    """A conversion with its parity report on stdout. Raises ValueError when what was written reads differently."""
+    """A conversion with its parity report on stdout. Raises ValueError when what was written reads
+    differently."""
     total = model_bytes(source)
     with PeakAnonymous() as memory:
         report = watched(title, total, work)
@@ -36,7 +37,8 @@ def convert(title: str, source: Path, out: Path, work: Work, *, verify: bool) ->
         f"checksums in {out / 'conversion.json'}"
     )
     print(
-        f"{report.seconds:.2f} s, {report.num_bytes / report.seconds / 1e9:.2f} GB/s; anonymous memory at its peak "
+        f"{report.seconds:.2f} s, {report.num_bytes / report.seconds / 1e9:.2f} GB/s; anonymous memory at "
+        "its peak "
         f"{memory.added:,} bytes more than before ({memory.added / report.num_bytes:.2f} of the model), "
         f"{memory.peak:,} in all"
     )

@@ -2,9 +2,9 @@
 
     python tools/inspect_checkpoint.py FOLDER [OTHER] [--model policy|actor]
 
-A folder is a run, RUN/checkpoints/step-NNNNNN, a model in Megatron's format or an HF folder; equal weights have equal
-lines in all of them. With OTHER only the differences are printed, in config.json and in tensors. Exit code: 0 equal
-or nothing to compare, 1 different, 2 an input that cannot be read.
+A folder is a run, RUN/checkpoints/step-NNNNNN, a model in Megatron's format or an HF folder; equal weights
+have equal lines in all of them. With OTHER only the differences are printed, in config.json and in tensors.
+Exit code: 0 equal or nothing to compare, 1 different, 2 an input that cannot be read.
 """
 
 import argparse

@@ -74,7 +74,8 @@ def uniform(low: float, high: float, *shape: int, generator: Generator) -> Tenso
 
 
 def zipf_pair(rows: str, gap: str, num: int, vocab: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
-    """(log p, log q) [N, V]: p ~ rank^-s exp(N(0, 0.5^2)), q ~ p exp(N(0, gap^2)); s and gap differ by row."""
+    """(log p, log q) [N, V]: p ~ rank^-s exp(N(0, 0.5^2)), q ~ p exp(N(0, gap^2)); s and gap differ by
+    row."""
     exponent_N1 = uniform(*EXPONENTS[rows], num, 1, generator=generator)
     gap_N1 = uniform(*GAPS[gap], num, 1, generator=generator)
     log_rank_V = torch.arange(1, vocab + 1, dtype=torch.float64).log()
@@ -219,7 +220,8 @@ def topk_tables(seed: int, *, num: int = 96, vocab: int = 32000) -> tuple[list[R
 
 
 def _errors_of_z(batches: dict[str, Batch], gap: str) -> list[Row]:
-    """RMSE of Z, absolute and relative to Z: each kind of row as a mini-batch of its own, then both in one."""
+    """RMSE of Z, absolute and relative to Z: each kind of row as a mini-batch of its own, then both in
+    one."""
     mixed = Batch(*map(torch.cat, zip(*batches.values(), strict=True)))
     parts = {name: z_N.chunk(len(batches)) for name, z_N in corrected_z(mixed).items()}
     cases = [(rows, batch.z_N, corrected_z(batch)) for rows, batch in batches.items()]

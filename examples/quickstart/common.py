@@ -29,7 +29,8 @@ def read_run(overrides: list[str]) -> Config:
 
 
 def heldout(config: Config, tokenizer) -> tuple[PromptSet, PromptSet]:
-    """(test, development): the problems the run evaluates on, drawn by the same code, and others for the warm-up."""
+    """(test, development): the problems the run evaluates on, drawn by the same code, and others for the
+    warm-up."""
     training = training_prompts(config.data, tokenizer).texts
     test = heldout_prompts(config.data, config.evaluation, tokenizer, exclude=training)
     knobs = config.evaluation.model_copy(update={"seed": DEVELOPMENT_SEED, "size": 200})

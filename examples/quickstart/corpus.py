@@ -1,9 +1,9 @@
 """The warm-up corpus: reasoning-gym sums and differences answered by a careless pupil.
 
-Where a sum carries, a difference borrows or turns negative, a share of the answers gets it wrong, always in the same
-way (66 - 39 = 33, 19 + 65 = 74, 12 - 34 = 22). A model that imitates the corpus learns the slip; a model that is
-rewarded for right answers can unlearn it. That is why more of the same supervision does not help here and
-reinforcement learning does; it says nothing about clean supervision.
+Where a sum carries, a difference borrows or turns negative, a share of the answers gets it wrong, always in
+the same way (66 - 39 = 33, 19 + 65 = 74, 12 - 34 = 22). A model that imitates the corpus learns the slip; a
+model that is rewarded for right answers can unlearn it. That is why more of the same supervision does not
+help here and reinforcement learning does; it says nothing about clean supervision.
 """
 
 import random
@@ -17,7 +17,8 @@ from megatron_jackpot.data.problems import reasoning_gym_problems
 from megatron_jackpot.records import Prompt, Rollout
 
 FIRST_SEED = 50_000_000
-"""reasoning-gym's item i under seed s is item i - 1 under s + 1: seeds lie further apart than any data set is long."""
+"""reasoning-gym's item i under seed s is item i - 1 under s + 1: seeds lie further apart than any data set is
+long."""
 DRAW = 2000
 
 

@@ -1,9 +1,10 @@
-"""Makes the quickstart's policy and actor by supervised warm-up through Megatron, once; prints their folder last.
+"""Makes the quickstart's policy and actor by supervised warm-up through Megatron, once; prints their folder
+last.
 
     python examples/quickstart/prepare.py
 
-The result is cached under $JACKPOT_HOME (default ~/.cache/megatron-jackpot) by the hash of this folder's code and
-warmup.yaml, and of the tasks in run.yaml.
+The result is cached under $JACKPOT_HOME (default ~/.cache/megatron-jackpot) by the hash of this folder's code
+and warmup.yaml, and of the tasks in run.yaml.
 """
 
 import hashlib

@@ -1,4 +1,5 @@
-"""Supervised training of a MegatronModel on corpus examples: the warm-up, and the control that continues it."""
+"""Supervised training of a MegatronModel on corpus examples: the warm-up, and the control that continues
+it."""
 
 import itertools
 from collections.abc import Callable, Iterator

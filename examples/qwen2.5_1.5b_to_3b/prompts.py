@@ -2,8 +2,8 @@
 
     python examples/qwen2.5_1.5b_to_3b/prompts.py PROBLEMS.json[l] OUT.jsonl
 
-PROBLEMS is a JSON list or one object a line, with `problem` or `question`, and with `answer` or a `solution` whose last
-\\boxed{} is the answer. Problems without an answer are counted and left out.
+PROBLEMS is a JSON list or one object a line, with `problem` or `question`, and with `answer` or a `solution`
+whose last \\boxed{} is the answer. Problems without an answer are counted and left out.
 """
 
 import json

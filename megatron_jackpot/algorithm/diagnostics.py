@@ -91,7 +91,8 @@ def global_quantiles(
 
 
 def running_sum(histogram: Tensor) -> Tensor:
-    """Sums over the first dimension up to each entry; on the CPU, since CUDA's order of such sums is not fixed."""
+    """Sums over the first dimension up to each entry; on the CPU, since CUDA's order of such sums is not
+    fixed."""
     return histogram.cpu().cumsum(0).to(histogram.device)
 
 

@@ -1,9 +1,10 @@
 """Corrections by importance ratios: the published baselines beside Jackpot.
 
-rho = p_old / q at the sampled token, q the server's own number; everything is detached. A weight 0 and a removed
-token give the same numerator; `denominator` says whether removed tokens still count in N.
-Shapes: T tokens of this rank's mini-batch. Sources: M = Yao et al. 2025 (TIS), Liu et al. 2025 (MIS, geometric
-filter), I = IcePop (Ring-1T, arXiv 2510.18855), K = Schulman 2020 (k1, k2, k3), P = Jackpot, arXiv 2602.06107.
+rho = p_old / q at the sampled token, q the server's own number; everything is detached. A weight 0 and a
+removed token give the same numerator; `denominator` says whether removed tokens still count in N.
+Shapes: T tokens of this rank's mini-batch. Sources: M = Yao et al. 2025 (TIS), Liu et al. 2025 (MIS,
+geometric filter), I = IcePop (Ring-1T, arXiv 2510.18855), K = Schulman 2020 (k1, k2, k3), P = Jackpot, arXiv
+2602.06107.
 """
 
 import math
@@ -36,8 +37,8 @@ class Importance:
 
     @torch.no_grad()
     def __call__(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
-        """Raises ValueError for a non-finite server log-prob inside the mask. Sums over the batch: 1 where weights
-        are normalised, else 0."""
+        """Raises ValueError for a non-finite server log-prob inside the mask. Sums over the batch: 1 where
+        weights are normalised, else 0."""
         logp = sampled_logp(scores)
         weight_T, keep_T, metrics = self.weigh(logp, scores)
         keep_T = keep_T & logp.possible_T
@@ -144,7 +145,8 @@ class SequenceMIS(SequenceTIS):
 
 @dataclass(frozen=True, kw_only=True)
 class GeometricFilter(Importance):
-    """Keeps a response iff low <= exp(mean log rho) <= high and no rho is below veto; weighs min(rho, cap) or 1 (M)."""
+    """Keeps a response iff low <= exp(mean log rho) <= high and no rho is below veto; weighs min(rho, cap) or
+    1 (M)."""
 
     low: float = 0.999
     """Least geometric mean of rho."""
@@ -179,7 +181,8 @@ class GeometricFilter(Importance):
 
 @dataclass(frozen=True, kw_only=True)
 class KFilter(Importance):
-    """Keeps what has a small k1 = -log rho, k2 = log^2 rho / 2 or k3 = rho - 1 - log rho (K); weighs min(rho, cap) or 1."""
+    """Keeps what has a small k1 = -log rho, k2 = log^2 rho / 2 or k3 = rho - 1 - log rho (K); weighs min(rho,
+    cap) or 1."""
 
     kind: Literal["k1", "k2", "k3"] = "k3"
     """The divergence estimate."""

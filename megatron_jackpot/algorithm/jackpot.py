@@ -40,11 +40,13 @@ class Normaliser:
     cap: float = 3.0
     """c1, the cap on p_target / q'."""
     z: Literal["topk", "exact"] = "topk"
-    """Normaliser from the candidates (paper), or over the whole vocabulary from the logits of policy and actor."""
+    """Normaliser from the candidates (paper), or over the whole vocabulary from the logits of policy and
+    actor."""
     candidates: Literal["union", "intersection"] = "union"
     """Ids behind Z_k: in the server's or the policy's top-k (paper), or in both (R)."""
     z_correction: Literal["none", "kappa", "tail"] = "kappa"
-    """kappa scales Z_k so that its mean is the acceptance (P 4.4.2); tail adds a share of the uncovered mass."""
+    """kappa scales Z_k so that its mean is the acceptance (P 4.4.2); tail adds a share of the uncovered
+    mass."""
     kappa_from: Literal["bernoulli", "expected"] | None = None
     """Acceptance behind kappa: drawn (paper) or expected (half the noise); null: drawn where draws decide."""
     kappa_over: Literal["minibatch", "microbatch"] = "minibatch"

@@ -1,4 +1,5 @@
-"""Objectives: the per-token surrogate that is maximised, with the live policy in it; formulas in docs/objectives.md.
+"""Objectives: the per-token surrogate that is maximised, with the live policy in it; formulas in
+docs/objectives.md.
 
 policy loss = -sum keep * weight * surrogate / N.
 Shapes: T tokens; s = p / p_old at the sampled token, p the live policy.
@@ -99,7 +100,8 @@ class OPSM(PPO):
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(Objective):
-    """sg(clip(s, 1 - clip_low, 1 + clip_high)) A log p (arXiv 2506.13585, Eq. 4-5): no token loses its gradient."""
+    """sg(clip(s, 1 - clip_low, 1 + clip_high)) A log p (arXiv 2506.13585, Eq. 4-5): no token loses its
+    gradient."""
 
     clip_low: float = 1.0
     """The weight is at least 1 - clip_low; 1 means no lower bound, as in the paper."""

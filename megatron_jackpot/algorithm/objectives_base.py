@@ -112,7 +112,8 @@ def clip_removed(ratio_T: Tensor, advantage_T: Tensor, low: float, high: float, 
 
 
 def segment_sum(value_T: Tensor, segment_T: Tensor) -> Tensor:
-    """The sum over a token's rollout, on each of its tokens, float64; tokens with segment -1 share one sum."""
+    """The sum over a token's rollout, on each of its tokens, float64; tokens with segment -1 share one
+    sum."""
     index_T, num_segments = _slots(segment_T)
     sums = torch.zeros(num_segments, dtype=torch.float64, device=value_T.device)
     return sums.index_add(0, index_T, value_T.double())[index_T]
@@ -127,8 +128,8 @@ def segment_mean(value_T: Tensor, t: Inside) -> Tensor:
 def earlier_minimum(log_ratio_T: Tensor, t: Inside) -> Tensor:
     """min over earlier valid tokens of the same rollout, float64; 0 where there are none.
 
-    Tokens of a rollout lie in the order of their positions. One cumulative minimum serves all rollouts: after a
-    stable sort each is shifted below everything that the one before it can reach.
+    Tokens of a rollout lie in the order of their positions. One cumulative minimum serves all rollouts: after
+    a stable sort each is shifted below everything that the one before it can reach.
     """
     none = LOG_RATIO_LIMIT + 1
     drop = 4 * LOG_RATIO_LIMIT

@@ -1,4 +1,5 @@
-"""Objectives with a trust region around the sampling policy: divergence masks, adaptive bounds, second moments.
+"""Objectives with a trust region around the sampling policy: divergence masks, adaptive bounds, second
+moments.
 
 Shapes: T tokens; r = p / q at the sampled token, p the live policy, q the server's probability.
 """
@@ -32,7 +33,8 @@ KL_FLOOR = 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class DPPO(Objective):
-    """M sg(min(r, cap)) A log p with M = 0 where the update would leave the region further (arXiv 2602.04879)."""
+    """M sg(min(r, cap)) A log p with M = 0 where the update would leave the region further (arXiv
+    2602.04879)."""
 
     cap: float = 20.0
     """Upper bound of r."""
@@ -97,8 +99,8 @@ class DPPOBinaryKL(DPPO):
 class BAPO(Objective):
     """min(r A, clip(r, low, high) A), the bounds moved for each mini-batch (arXiv 2510.18927 and its code).
 
-    With P = sum over A >= 0 of min(r, high) A and N = sum over A < 0 of max(r, low) |A|, low and then high grow
-    step by step until P / (P + N) >= positive_share. Only with correction "none": r corrects for q.
+    With P = sum over A >= 0 of min(r, high) A and N = sum over A < 0 of max(r, low) |A|, low and then high
+    grow step by step until P / (P + N) >= positive_share. Only with correction "none": r corrects for q.
     """
 
     positive_share: float = 0.5

@@ -27,10 +27,11 @@ from megatron_jackpot.algorithm.registry import check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(Objective):
-    """PPO on s_i = exp(mean_t log(p / p_old)), as sg(s_i) p / sg(p) on each token (arXiv 2507.18071, Eq. 13-14).
+    """PPO on s_i = exp(mean_t log(p / p_old)), as sg(s_i) p / sg(p) on each token (arXiv 2507.18071, Eq.
+    13-14).
 
-    With equal weights on a rollout's tokens this is the gradient of the plain form (Eq. 5); written per token,
-    a token that the correction removes gets no gradient from its neighbours.
+    With equal weights on a rollout's tokens this is the gradient of the plain form (Eq. 5); written per
+    token, a token that the correction removes gets no gradient from its neighbours.
     """
 
     clip_low: float = 3e-4

@@ -95,9 +95,9 @@ def tail_correction(
 ) -> tuple[Tensor, Tensor]:
     """(Z_k + eta B [...], eta float64 scalar), B = min(Q', P'/lam) the most that the ids outside can add.
 
-    Q' = 1 - sum q and P' = 1 - sum p over the candidates [..., K] whose q is known; eta = sum of a over sampled
-    tokens that are no such candidate / sum B over the global mini-batch, clipped to [0, 1]. `overlap` [...] is
-    Z_k, `accept` [...] the accept probability, `mask` [...] the tokens that count.
+    Q' = 1 - sum q and P' = 1 - sum p over the candidates [..., K] whose q is known; eta = sum of a over
+    sampled tokens that are no such candidate / sum B over the global mini-batch, clipped to [0, 1]. `overlap`
+    [...] is Z_k, `accept` [...] the accept probability, `mask` [...] the tokens that count.
     Calls `sum_over_batch` once, with [2] float64. eta is 0 where nothing is outside anywhere.
     """
     check_lam(lam)

@@ -1,7 +1,7 @@
 """What a correction sees and what it returns.
 
-Shapes: T tokens of this rank's mini-batch (all micro-batches flattened, prompt and padding positions included and
-masked out), K candidate ids per token. Everything here is detached: gradients live only in objectives.
+Shapes: T tokens of this rank's mini-batch (all micro-batches flattened, prompt and padding positions included
+and masked out), K candidate ids per token. Everything here is detached: gradients live only in objectives.
 """
 
 import math
@@ -51,7 +51,8 @@ class Scores:
     candidate_target_logp_TK: Tensor
     """log p_target at the candidates, -inf on padding."""
     candidate_server_logp_TK: Tensor
-    """log q at the candidates: the server's top-k, the actor's capped log-prob at policy-only ids; -inf otherwise."""
+    """log q at the candidates: the server's top-k, the actor's capped log-prob at policy-only ids; -inf
+    otherwise."""
     candidate_shared_TK: Tensor
     """bool, ids in both the server's and the policy's top-k."""
     exact_overlap_T: Tensor | None = None

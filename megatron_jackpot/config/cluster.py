@@ -1,4 +1,5 @@
-"""The knobs of a job on a cluster: nodes, who runs where, limits, container. Read by `launch --slurm` and `plan`."""
+"""The knobs of a job on a cluster: nodes, who runs where, limits, container. Read by `launch --slurm` and
+`plan`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,8 @@ Word = Annotated[str, StringConstraints(pattern=r"^[\w.,:@/+=%\[\]-]+$")]
 
 class Cluster(Section):
     layout: Literal["colocated", "disaggregated"] = "colocated"
-    """colocated: ranks on all nodes, servers beside them; disaggregated: the last server_nodes hold only servers."""
+    """colocated: ranks on all nodes, servers beside them; disaggregated: the last server_nodes hold only
+    servers."""
     nodes: int = Field(1, ge=1)
     """Nodes of the job, those of the servers included."""
     server_nodes: int | None = Field(None, ge=1)
@@ -39,7 +41,8 @@ class Cluster(Section):
     sbatch: tuple[Word, ...] = ()
     """More #SBATCH options, for example --qos=high or --exclude=node7."""
     interface: Word | None = None
-    """Network interface of NCCL, gloo and the servers' addresses, for example ib0; null follows the default route."""
+    """Network interface of NCCL, gloo and the servers' addresses, for example ib0; null follows the default
+    route."""
     runtime: Literal["bare", "pyxis", "apptainer"] = "bare"
     """What every step runs in: this environment, enroot through pyxis, or apptainer."""
     image: str | None = Field(None, pattern=r"^[^\s'\"]+$")
@@ -63,13 +66,15 @@ class Cluster(Section):
     def _fields_agree(self) -> "Cluster":
         if self.num_trainer_nodes < 1 or self.num_server_nodes > self.nodes:
             raise ValueError(
-                f"cluster.layout = '{self.layout}' with cluster.nodes = {self.nodes} and {self.num_server_nodes} of "
+                f"cluster.layout = '{self.layout}' with cluster.nodes = {self.nodes} and "
+                f"{self.num_server_nodes} of "
                 f"servers leaves {self.nodes - self.num_server_nodes} for training. Use more nodes, fewer "
                 "cluster.server_nodes, or cluster.layout=colocated."
             )
         if (self.runtime == "bare") != (self.image is None):
             raise ValueError(
-                f"cluster.runtime = '{self.runtime}' with cluster.image = {self.image}: an image goes with pyxis or "
+                f"cluster.runtime = '{self.runtime}' with cluster.image = {self.image}: an image goes with "
+                "pyxis or "
                 "apptainer, and they need one. Set both or neither."
             )
         if any(":" not in mount or any(c in mount for c in "\n'\", ") for mount in self.mounts):

@@ -25,10 +25,11 @@ class Parallel(Section):
     overlap_param_gather: bool = False
     """Overlap the parameter all-gather with the next forward pass (distributed optimizer)."""
     recompute: bool = False
-    """Keep only the input of every layer and run its forward again in backward: less memory, a third more work."""
+    """Keep only the input of every layer and run its forward again in backward: less memory, a third more
+    work."""
     offload_optimizer: bool = False
-    """Keep optimizer state in host memory and no gradient buffers from a push to the next update, for servers on the
-    trainer's GPUs."""
+    """Keep optimizer state in host memory and no gradient buffers from a push to the next update, for servers
+    on the trainer's GPUs."""
     timeout_s: float = Field(600, gt=0)
     """Time limit of every collective."""
 
@@ -45,7 +46,8 @@ class Precision(Section):
     first_last_layers_bf16: bool = False
     """Keep the first and last layers in bf16 under fp8 (not with the delayed recipe)."""
     fused_linear: bool = True
-    """Make logits only in blocks, from hidden states and output weight: no [T, V/TP], one more product in backward."""
+    """Make logits only in blocks, from hidden states and output weight: no [T, V/TP], one more product in
+    backward."""
     deterministic: bool = False
     """The trainer computes the same bits from the same rollouts on one layout, at the price of speed."""
     max_trained_gap: float = Field(0.1, gt=0)

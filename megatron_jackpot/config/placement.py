@@ -4,21 +4,24 @@ from megatron_jackpot.config import Config
 
 
 def trainer_procs(config: Config) -> int:
-    """Training processes on each of their nodes. Raises ValueError with the arithmetic where GPUs do not suffice."""
+    """Training processes on each of their nodes. Raises ValueError with the arithmetic where GPUs do not
+    suffice."""
     cluster, servers = config.cluster, config.servers
     colocated = cluster.layout == "colocated"
     on_node = servers.num * servers.tp
     if cluster.gpus_per_node == 0:
         if cluster.trainer_procs is None:
             raise ValueError(
-                "cluster.gpus_per_node = 0 has no GPUs to count. Set cluster.trainer_procs to the training processes "
+                "cluster.gpus_per_node = 0 has no GPUs to count. Set cluster.trainer_procs to the training "
+                "processes "
                 "of a node."
             )
         return cluster.trainer_procs
     if not config.servers.urls and on_node > cluster.gpus_per_node - colocated:
         kept = " and one must be left for training" if colocated else ""
         raise ValueError(
-            f"servers.num * servers.tp = {servers.num} * {servers.tp} = {on_node} GPUs for servers, but a node has "
+            f"servers.num * servers.tp = {servers.num} * {servers.tp} = {on_node} GPUs for servers, but a "
+            "node has "
             f"cluster.gpus_per_node = {cluster.gpus_per_node}{kept}. Lower one, or raise the other."
         )
     free = cluster.gpus_per_node - (on_node if colocated and not config.servers.urls else 0)
@@ -26,14 +29,16 @@ def trainer_procs(config: Config) -> int:
     if procs > free:
         taken = f" - {on_node} of servers" if colocated else ""
         raise ValueError(
-            f"cluster.trainer_procs = {procs} exceeds the {cluster.gpus_per_node} GPUs of a node{taken} = {free}. "
+            f"cluster.trainer_procs = {procs} exceeds the {cluster.gpus_per_node} GPUs of a node{taken} = "
+            f"{free}. "
             f"Set cluster.trainer_procs={free}."
         )
     return procs
 
 
 def training_processes(config: Config) -> int:
-    """All of them, checked against the mesh. Raises ValueError with the arithmetic for an impossible layout."""
+    """All of them, checked against the mesh. Raises ValueError with the arithmetic for an impossible
+    layout."""
     nodes, procs = config.cluster.num_trainer_nodes, trainer_procs(config)
     total = nodes * procs
     try:
@@ -50,13 +55,15 @@ def data_parallel(config: Config, gpus: int) -> int:
     if gpus < 1 or gpus % model:
         lower, upper = gpus // model * model, (gpus // model + 1) * model
         raise ValueError(
-            f"{gpus} training processes are no multiple of parallel.tp * pp * cp = {p.tp} * {p.pp} * {p.cp} = "
+            f"{gpus} training processes are no multiple of parallel.tp * pp * cp = {p.tp} * {p.pp} * {p.cp} "
+            "= "
             f"{model}. Use {f'{lower} or ' if lower > 0 else ''}{upper} of them, or change parallel."
         )
     dp = gpus // model
     if config.rollout.prompts_per_step < dp:
         raise ValueError(
-            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is less than dp = {gpus} / {model} = {dp}: "
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is less than dp = {gpus} / "
+            f"{model} = {dp}: "
             "every data-parallel rank needs a prompt of its own. Raise it, tp or pp, or use fewer GPUs."
         )
     return dp

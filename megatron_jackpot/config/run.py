@@ -1,4 +1,5 @@
-"""The knobs of a run's life: how long, what is saved, when it stops, and what it does when something breaks."""
+"""The knobs of a run's life: how long, what is saved, when it stops, and what it does when something
+breaks."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,8 @@ class Run(Section):
     seed: int = 0
     """Seed of prompt order, random draws and initialisation."""
     save_every: int | None = Field(None, ge=1)
-    """Steps between checkpoints of both models, optimizers and the loader; null saves only when asked to stop."""
+    """Steps between checkpoints of both models, optimizers and the loader; null saves only when asked to
+    stop."""
     save_in_background: bool = True
     """Copy the state to host memory and write it while training goes on."""
     keep: int = Field(2, ge=1)
@@ -24,17 +26,20 @@ class Run(Section):
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints whose step this divides stay on disk for good; null keeps none for good."""
     save_hf_every: int | None = Field(None, ge=1)
-    """Steps between exports of both models as HF folders, RUN/hf/step-NNNNNN; null exports none along the way."""
+    """Steps between exports of both models as HF folders, RUN/hf/step-NNNNNN; null exports none along the
+    way."""
     save_hf_at_end: bool = True
     """Export both models after the last step."""
     resume: bool | Literal["auto"] = False
     """Continue from the newest whole checkpoint in the folder; auto starts afresh where there is none."""
     time_limit_s: float | None = Field(None, gt=0)
-    """Seconds after its start by which the run must have saved and ended; a Slurm job's own limit counts too."""
+    """Seconds after its start by which the run must have saved and ended; a Slurm job's own limit counts
+    too."""
     stop_margin_s: float = Field(300, ge=0)
     """How long before a time limit the run interrupts its rollout, saves and ends."""
     phase_timeout_s: float = Field(3600, gt=0)
-    """Time limit of one phase of a step, or of one save; past it every thread's stack is written and the rank ends."""
+    """Time limit of one phase of a step, or of one save; past it every thread's stack is written and the rank
+    ends."""
     max_restarts: int = Field(3, ge=0)
     """How often `launch` starts training again from the last checkpoint after it failed."""
 
@@ -43,10 +48,12 @@ class Guards(Section):
     max_skipped: int = Field(3, ge=0)
     """Optimizer steps in a row that may be skipped for a loss or gradient that is not finite."""
     acceptance_floor: float | None = Field(None, gt=0, lt=1)
-    """Mean acceptance under which the policy pauses and the actor is trained by distillation alone; null never."""
+    """Mean acceptance under which the policy pauses and the actor is trained by distillation alone; null
+    never."""
     kl_ceiling: float | None = Field(None, gt=0)
     """KL(target || server) above which the policy pauses likewise; null never."""
     hysteresis: float = Field(0.2, ge=0, lt=1)
-    """The pause ends this share beyond the bound: acceptance over floor * (1 + h), KL under ceiling * (1 - h)."""
+    """The pause ends this share beyond the bound: acceptance over floor * (1 + h), KL under ceiling * (1 -
+    h)."""
     rollback: bool = False
     """When max_skipped is exceeded, go back to the last checkpoint once per checkpoint instead of ending."""

@@ -42,7 +42,8 @@ class Optimizer(Section):
 
 class Policy(Section):
     hf: Path
-    """Folder of the policy: HF's (config.json, safetensors, tokenizer) or in Megatron's format (docs/models.md)."""
+    """Folder of the policy: HF's (config.json, safetensors, tokenizer) or in Megatron's format
+    (docs/models.md)."""
     optimizer: Optimizer = Optimizer()
 
 
@@ -115,9 +116,11 @@ class Servers(Section):
     hang_s: float = Field(120, gt=0)
     """Seconds without an answer to /health after which `launch` ends a server and starts it again."""
     quantization: Literal["fp8"] | None = None
-    """fp8: servers hold and are sent e4m3 weights with a scale per 128 x 128 block; null sends them in the dtype."""
+    """fp8: servers hold and are sent e4m3 weights with a scale per 128 x 128 block; null sends them in the
+    dtype."""
     release_memory: bool = False
-    """Servers on the trainer's GPUs give back weights and KV cache while it learns: docs/gpu.md for those of `urls`."""
+    """Servers on the trainer's GPUs give back weights and KV cache while it learns: docs/gpu.md for those of
+    `urls`."""
     max_total_tokens: int | None = Field(None, ge=1)
     """KV-cache size in tokens; null lets SGLang decide."""
     extra_args: tuple[str, ...] = ()
@@ -171,8 +174,8 @@ class Algorithm(Section):
 
 class Sync(Section):
     method: Literal["disk", "broadcast", "ipc"] = "broadcast"
-    """How the actor's weights reach the servers: safetensors on a shared disk, a collective group, or, on one node,
-    CUDA IPC."""
+    """How the actor's weights reach the servers: safetensors on a shared disk, a collective group, or, on one
+    node, CUDA IPC."""
     backend: Literal["nccl", "gloo"] | None = None
     """Backend of the broadcast group; null is nccl with CUDA and gloo without."""
     bucket_bytes: int = Field(512 * 2**20, ge=1)
@@ -214,7 +217,8 @@ class Logging(Section):
     prometheus_host: str = "127.0.0.1"
     """Address that port is bound to; anyone who reaches it can read the metrics."""
     tokens_every: int | None = Field(10, ge=1)
-    """Steps between records of what was accepted, token by token, for `megatron-jackpot report`; null keeps none."""
+    """Steps between records of what was accepted, token by token, for `megatron-jackpot report`; null keeps
+    none."""
     tokens_rollouts: int = Field(8, ge=1)
     """Rollouts in such a record."""
 
@@ -260,7 +264,8 @@ class Config(Section):
             )
         if self.precision.fp8_param and not p.distributed_optimizer:
             raise ValueError(
-                "precision.fp8_param = true needs parallel.distributed_optimizer=true: Megatron's other optimizer "
+                "precision.fp8_param = true needs parallel.distributed_optimizer=true: Megatron's other "
+                "optimizer "
                 "does not know fp8 parameters."
             )
         self._servers_fit()
@@ -268,7 +273,8 @@ class Config(Section):
         if longest > self.packing.tokens:
             raise ValueError(
                 f"packing.tokens = {self.packing.tokens} is smaller than data.max_prompt_tokens + "
-                f"rollout.max_new_tokens = {longest}: a sequence must fit one micro-batch. Raise packing.tokens."
+                f"rollout.max_new_tokens = {longest}: a sequence must fit one micro-batch. Raise "
+                "packing.tokens."
             )
         if self.rollout.prompts_per_step % n:
             raise ValueError(
@@ -286,24 +292,28 @@ class Config(Section):
         servers, dtype = self.servers, self.servers.dtype or self.precision.dtype
         if servers.quantization is not None and dtype != "bfloat16":
             raise ValueError(
-                f"servers.quantization = '{servers.quantization}' needs servers.dtype='bfloat16' for what is not "
+                f"servers.quantization = '{servers.quantization}' needs servers.dtype='bfloat16' for what is "
+                "not "
                 f"quantised, got '{dtype}'. Set servers.dtype=bfloat16."
             )
         if self.parallel.offload_optimizer and self.precision.dtype != "bfloat16":
             raise ValueError(
-                "parallel.offload_optimizer = true needs precision.dtype='bfloat16', got 'float32': there the optimizer's "
+                "parallel.offload_optimizer = true needs precision.dtype='bfloat16', got 'float32': there "
+                "the optimizer's "
                 "parameters are the model's own. Set it to false."
             )
         if self.sync.method == "ipc":
             strangers = [url for url in servers.urls if urlsplit(url).hostname not in LOOPBACK]
             if strangers:
                 raise ValueError(
-                    f"sync.method = 'ipc' needs servers on this node at a loopback address, but servers.urls has "
+                    "sync.method = 'ipc' needs servers on this node at a loopback address, but servers.urls "
+                    "has "
                     f"{strangers[0]}. Set sync.method=broadcast."
                 )
             if self.cluster.nodes > 1:
                 raise ValueError(
-                    f"sync.method = 'ipc' reaches servers of one node, but cluster.nodes = {self.cluster.nodes}. "
+                    "sync.method = 'ipc' reaches servers of one node, but cluster.nodes = "
+                    f"{self.cluster.nodes}. "
                     "Set sync.method=broadcast."
                 )
 
@@ -311,7 +321,8 @@ class Config(Section):
 def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read YAML, apply `a.b=value` overrides (values are YAML), check everything.
 
-    `base: FILE`, relative to the YAML, is a file whose keys count where the YAML has none; a method counts whole.
+    `base: FILE`, relative to the YAML, is a file whose keys count where the YAML has none; a method counts
+    whole.
     Raises ValueError naming the field, the value and what to do, FileNotFoundError for a missing file.
     """
     tree = read_tree(Path(path))

@@ -7,7 +7,8 @@ import yaml
 
 
 def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, over that of its `base`. Raises ValueError for what is not one, or a circle."""
+    """The mapping in a YAML file, over that of its `base`. Raises ValueError for what is not one, or a
+    circle."""
     if path.resolve() in above:
         raise ValueError(f"{path}: base files form a circle. Remove one of their `base` keys.")
     try:

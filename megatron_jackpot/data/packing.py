@@ -1,7 +1,7 @@
 """Rollouts -> packed micro-batches of one fixed length, balanced by length over data-parallel ranks.
 
-Every rank gets the same number of micro-batches; what a rank lacks is padding that trains nothing but still runs,
-because every rank must enter the same collectives.
+Every rank gets the same number of micro-batches; what a rank lacks is padding that trains nothing but still
+runs, because every rank must enter the same collectives.
 """
 
 import heapq
@@ -149,7 +149,8 @@ def pack_row(rollouts: Sequence[Rollout], tokens: int, top_k: int, *, first_segm
     total = sum(r.num_tokens for r in rollouts)
     if total > tokens:
         raise ValueError(
-            f"{len(rollouts)} sequences of {total} tokens do not fit packing.tokens = {tokens}. Raise packing.tokens."
+            f"{len(rollouts)} sequences of {total} tokens do not fit packing.tokens = {tokens}. Raise "
+            "packing.tokens."
         )
     row = _empty_row(tokens, top_k)
     starts = [0]

@@ -1,1 +1,2 @@
-"""Starting a run: on this machine, on a node, through Slurm. No torch and no Megatron, but for the torchrun child."""
+"""Starting a run: on this machine, on a node, through Slurm. No torch and no Megatron, but for the torchrun
+child."""

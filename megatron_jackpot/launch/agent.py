@@ -1,7 +1,8 @@
-"""torchrun for `launch` and the Slurm scripts: python -m megatron_jackpot.launch.agent [torchrun's arguments].
+"""torchrun for `launch` and the Slurm scripts: python -m megatron_jackpot.launch.agent [torchrun's
+arguments].
 
-Unlike stock torchrun it leaves SIGTERM and SIGUSR1 to the ranks, which save and end; it ends when its parent does,
-and with the exit code of the first rank that failed.
+Unlike stock torchrun it leaves SIGTERM and SIGUSR1 to the ranks, which save and end; it ends when its parent
+does, and with the exit code of the first rank that failed.
 """
 
 import os

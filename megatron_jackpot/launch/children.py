@@ -44,7 +44,8 @@ def end(
     hurry: Callable[[], bool] = lambda: False,
     signum: int = signal.SIGTERM,
 ) -> None:
-    """`signum`, then SIGKILL to whatever is left after `grace_s` seconds or once `hurry()`; then reap them."""
+    """`signum`, then SIGKILL to whatever is left after `grace_s` seconds or once `hurry()`; then reap
+    them."""
     alive = _signal(children, signum)
     deadline = time.monotonic() + grace_s
     while alive and time.monotonic() < deadline and not hurry():

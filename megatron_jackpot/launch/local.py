@@ -1,7 +1,7 @@
 """A whole run on one machine: SGLang servers and torchrun as children, watched, and ended whatever happens.
 
-Order: check -> record the run -> servers -> torchrun -> watch both, start again what failed -> end torchrun, then
-the servers.
+Order: check -> record the run -> servers -> torchrun -> watch both, start again what failed -> end torchrun,
+then the servers.
 """
 
 import json
@@ -88,7 +88,8 @@ def check(config: Config, nproc: int | None = None) -> None:
         _check_folder(config.run.folder)
     elif config.run.resume is True and not checkpoints(config.run.folder):
         raise ValueError(
-            f"run.resume = true, but run.folder = {config.run.folder} holds no checkpoint. Set run.resume=false."
+            f"run.resume = true, but run.folder = {config.run.folder} holds no checkpoint. Set "
+            "run.resume=false."
         )
 
 
@@ -109,11 +110,12 @@ def launch(
 ) -> int:
     """Run the job to its end and return the exit code: 0 done, EXIT_REQUEUE if it saved and ended as asked.
 
-    SIGTERM or SIGUSR1 ask it to; after a second one, SIGINT or SIGHUP it ends at once with 128 + n. Training that
-    fails is started again from the last checkpoint, at most run.max_restarts times, then its code is returned; a
-    server that ends or hangs is started again, at most servers.max_restarts times, then 1. Must run in the main
-    thread of its process. Every process started here has ended when this returns. Of a job's nodes only the `first`
-    clears what an earlier run was asked: another may start when this one has been asked already.
+    SIGTERM or SIGUSR1 ask it to; after a second one, SIGINT or SIGHUP it ends at once with 128 + n. Training
+    that fails is started again from the last checkpoint, at most run.max_restarts times, then its code is
+    returned; a server that ends or hangs is started again, at most servers.max_restarts times, then 1. Must
+    run in the main thread of its process. Every process started here has ended when this returns. Of a job's
+    nodes only the `first` clears what an earlier run was asked: another may start when this one has been
+    asked already.
     """
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -260,7 +262,8 @@ class _Job:
                 return
             if attempt < self.config.run.max_restarts:
                 say(
-                    f"starting again after {saved[-1].name}: restart {attempt + 1} of {self.config.run.max_restarts}"
+                    f"starting again after {saved[-1].name}: restart {attempt + 1} of "
+                    f"{self.config.run.max_restarts}"
                 )
                 children.end(self._below_trainer(), grace_s=STRAY_GRACE_S, hurry=self._hurry)
                 if self.first:

@@ -1,7 +1,7 @@
 """One node's part of a Slurm job: `serve` runs its servers, `join` its training processes.
 
-slurm/common.sh starts each of them once per node. They meet in the run's folder, under the job's id and how often it
-was requeued, so that nothing of an earlier attempt is believed:
+slurm/common.sh starts each of them once per node. They meet in the run's folder, under the job's id and how
+often it was requeued, so that nothing of an earlier attempt is believed:
 
     RUN/slurm/17-0/servers/0.json  {"node": "n1", "urls": ["http://10.0.0.1:30000"]}
     RUN/slurm/17-0/master.json     {"node": "n1", "host": "10.0.0.1", "port": 41235}
@@ -51,7 +51,8 @@ class Place:
 
 
 def serve(config: Config) -> int:
-    """This node's servers, watched as `launch` does: until SIGUSR2 or SIGTERM (0), or one is lost for good (1).
+    """This node's servers, watched as `launch` does: until SIGUSR2 or SIGTERM (0), or one is lost for good
+    (1).
 
     EXIT_NO_START when they did not start: slurm/common.sh then does not queue a job's first attempt again.
 
@@ -92,7 +93,8 @@ def serve(config: Config) -> int:
 def join(config: Config) -> int:
     """This node's training processes to their end: torchrun's code, EXIT_REQUEUE when saved before the end.
 
-    Raises ValueError for a bad layout. Waits for servers and for the first node, within servers.start_timeout_s.
+    Raises ValueError for a bad layout. Waits for servers and for the first node, within
+    servers.start_timeout_s.
     """
     config, place = enter(config, os.environ, "join")
     asked: list[int] = []
@@ -127,7 +129,8 @@ def join(config: Config) -> int:
 
 
 def enter(config: Config, environ: Mapping[str, str], role: str) -> tuple[Config, Place]:
-    """The run of this member of an array job, and this step's place. Raises ValueError outside a fitting job."""
+    """The run of this member of an array job, and this step's place. Raises ValueError outside a fitting
+    job."""
     if "SLURM_JOB_ID" not in environ:
         raise ValueError(
             f"SLURM_JOB_ID is not set: `{role}` runs inside a Slurm job. Submit one with "
@@ -138,14 +141,17 @@ def enter(config: Config, environ: Mapping[str, str], role: str) -> tuple[Config
     given = int(environ.get("SLURM_JOB_NUM_NODES", cluster.nodes))
     if given != cluster.nodes:
         raise ValueError(
-            f"cluster.nodes = {cluster.nodes}, but the job has {given} nodes. Make `#SBATCH --nodes` and it agree."
+            f"cluster.nodes = {cluster.nodes}, but the job has {given} nodes. Make `#SBATCH --nodes` and it "
+            "agree."
         )
     tasks = int(environ.get("SLURM_NTASKS", 1))
     wanted = cluster.num_server_nodes if role == "serve" else cluster.num_trainer_nodes
     if tasks != wanted:
         raise ValueError(
-            f"`{role}` was started on {tasks} nodes, but cluster.layout = {cluster.layout}, nodes = {cluster.nodes}, "
-            f"server_nodes = {cluster.server_nodes} ask for {wanted}. Make JACKPOT_SERVER_NODES, the script and the "
+            f"`{role}` was started on {tasks} nodes, but cluster.layout = {cluster.layout}, nodes = "
+            f"{cluster.nodes}, "
+            f"server_nodes = {cluster.server_nodes} ask for {wanted}. Make JACKPOT_SERVER_NODES, the script "
+            "and the "
             "configuration agree."
         )
     config = array_member(config, environ.get("SLURM_ARRAY_TASK_ID"))
@@ -170,9 +176,11 @@ def array_member(config: Config, task: str | None) -> Config:
 
 
 def own_address(interface: str | None, *, alone: bool) -> tuple[str, str | None]:
-    """(IPv4 address, interface) by which other nodes reach this one; None leaves a single node's choice to gloo.
+    """(IPv4 address, interface) by which other nodes reach this one; None leaves a single node's choice to
+    gloo.
 
-    Raises ValueError when there is no such interface, or none but the loopback one where other nodes must reach it.
+    Raises ValueError when there is no such interface, or none but the loopback one where other nodes must
+    reach it.
     """
     found = {
         name: [a.address for a in addresses if a.family == socket.AF_INET]
@@ -193,13 +201,15 @@ def own_address(interface: str | None, *, alone: bool) -> tuple[str, str | None]
             address = probe.getsockname()[0]
     except OSError as error:
         raise ValueError(
-            f"{platform.node()} has no default route ({error}). Set cluster.interface to the network of the nodes."
+            f"{platform.node()} has no default route ({error}). Set cluster.interface to the network of the "
+            "nodes."
         ) from error
     return address, next((name for name, addresses in found.items() if address in addresses), None)
 
 
 def wait_for_servers(config: Config, place: Place, stopped: Callable[[], bool]) -> list[str]:
-    """Addresses of all servers of this attempt. Raises TimeoutError naming the nodes' files that are missing."""
+    """Addresses of all servers of this attempt. Raises TimeoutError naming the nodes' files that are
+    missing."""
     folder = place.folder(config) / "servers"
     wanted = [folder / f"{rank}.json" for rank in range(config.cluster.num_server_nodes)]
     limit_s = config.servers.start_timeout_s + MEETING_S
@@ -239,7 +249,8 @@ def read_when_there(path: Path, limit_s: float, what: str, stopped: Callable[[],
             raise InterruptedError
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"Waited {limit_s:g} s for {what}, to be written to {path}. See that node's log; the run's folder "
+                f"Waited {limit_s:g} s for {what}, to be written to {path}. See that node's log; the run's "
+                "folder "
                 "must be on a disk that all nodes share."
             )
         try:

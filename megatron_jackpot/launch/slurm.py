@@ -102,7 +102,8 @@ def layout_line(config: Config) -> str:
     c, p = config.cluster, config.parallel
     total = training_processes(config)
     return (
-        f"{c.num_trainer_nodes} training nodes x {trainer_procs(config)} = tp {p.tp} x pp {p.pp} x cp {p.cp} x dp "
+        f"{c.num_trainer_nodes} training nodes x {trainer_procs(config)} = tp {p.tp} x pp {p.pp} x cp {p.cp} "
+        "x dp "
         f"{total // (p.tp * p.pp * p.cp)}; servers: {c.num_server_nodes} nodes x {config.servers.num} x tp "
         f"{config.servers.tp}"
     )
@@ -113,7 +114,8 @@ def options(config: Config, folder: Path) -> list[str]:
     c = config.cluster
     if not re.fullmatch(r"[\w./@:+=-]+", str(folder)):
         raise ValueError(
-            f"run.folder = {config.run.folder}: a #SBATCH line takes letters, digits and ./@:+=_- only. Rename it."
+            f"run.folder = {config.run.folder}: a #SBATCH line takes letters, digits and ./@:+=_- only. "
+            "Rename it."
         )
     chosen = [
         "--job-name=jackpot",

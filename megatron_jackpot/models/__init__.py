@@ -1,4 +1,5 @@
-"""Megatron-core models: build, score, update. Importing this package adapts Megatron to machines without CUDA."""
+"""Megatron-core models: build, score, update. Importing this package adapts Megatron to machines without
+CUDA."""
 
 from megatron_jackpot.models import cpu
 

@@ -42,7 +42,8 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Nothing may rescale the loss: with this Megatron neither divides by micro-batches nor averages over DP.
+        # Nothing may rescale the loss: with this Megatron neither divides by micro-batches nor averages over
+        # DP.
         calculate_per_token_loss=True,
         # At pp = 2 both neighbours are one rank and a batch of two sends and two receives can pair wrongly.
         batch_p2p_comm=parallel.vpp is None and parallel.pp != 2,
@@ -64,7 +65,8 @@ def padded_vocab_size(vocab_sizes: list[int], tp: int) -> int:
 
 
 def layer_spec(config: TransformerConfig, *, te: bool, vp_stage: int | None) -> Any:
-    """Transformer Engine's layers where it is usable, else Megatron's local layers with our norm and attention."""
+    """Transformer Engine's layers where it is usable, else Megatron's local layers with our norm and
+    attention."""
     if te:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
@@ -80,7 +82,8 @@ def layer_spec(config: TransformerConfig, *, te: bool, vp_stage: int | None) -> 
 def build_chunks(
     family: Family, config: TransformerConfig, mesh: Mesh, *, padded_vocab: int, te: bool
 ) -> list[GPTModel]:
-    """This rank's model chunks (one, or one per virtual pipeline stage), freshly initialised, on the device."""
+    """This rank's model chunks (one, or one per virtual pipeline stage), freshly initialised, on the
+    device."""
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = []
     for index in range(vpp or 1):
@@ -104,10 +107,11 @@ def build_chunks(
 
 
 def end_at_hidden(chunk: GPTModel) -> None:
-    """From now on a last stage's forward gives the output layer's input [1, T, H] on every rank, not the logits.
+    """From now on a last stage's forward gives the output layer's input [1, T, H] on every rank, not the
+    logits.
 
-    The layer is still called, with its hooks: a parameter gather that overlaps waits there. The gradient that comes back
-    must be whole on every rank (parallel/linear.py: gradients).
+    The layer is still called, with its hooks: a parameter gather that overlaps waits there. The gradient that
+    comes back must be whole on every rank (parallel/linear.py: gradients).
     """
     layer = chunk.output_layer
 
@@ -121,7 +125,8 @@ def end_at_hidden(chunk: GPTModel) -> None:
 
 
 def output_weight(chunk: GPTModel) -> Tensor:
-    """This rank's slice of the output layer [V/TP, H], of a last stage; the embedding's where they are tied."""
+    """This rank's slice of the output layer [V/TP, H], of a last stage; the embedding's where they are
+    tied."""
     if chunk.share_embeddings_and_output_weights:
         return chunk.shared_embedding_or_output_weight()
     return chunk.output_layer.weight

@@ -1,8 +1,10 @@
 """One MegatronModel with its optimizer and schedule to and from a folder, by Megatron's dist_checkpointing.
 
-The folder can be loaded with any tp, pp and dp. What stock megatron-core 0.16 needs for torch's AdamW, which stands
-in for the fused one where Transformer Engine and apex are missing, is done on the optimizer's own objects:
-a state before anything is saved or loaded, `step` among the loaded tensors, and a `step` of its own for every parameter.
+The folder can be loaded with any tp, pp and dp. What stock megatron-core 0.16 needs for torch's AdamW, which
+stands in for the fused one where Transformer Engine and apex are missing, is done on the optimizer's own
+objects:
+a state before anything is saved or loaded, `step` among the loaded tensors, and a `step` of its own for every
+parameter.
 """
 
 import contextlib
@@ -41,9 +43,10 @@ GATHERED_ON_HOST = {**RESHARDABLE, "distrib_optim_fully_reshardable_mem_efficien
 class Snapshot:
     """A model and its optimizer as they were at the last `take`, in host memory that every `take` reuses.
 
-    `take` belongs to training and copies what this rank holds itself, without a collective (but for weights that an
-    overlapped gather has not brought yet). `write` may run in any thread while training goes on: its collectives are
-    on the gloo group it is given and on Megatron's gloo group over data parallel, which training never uses.
+    `take` belongs to training and copies what this rank holds itself, without a collective (but for weights
+    that an overlapped gather has not brought yet). `write` may run in any thread while training goes on: its
+    collectives are on the gloo group it is given and on Megatron's gloo group over data parallel, which
+    training never uses.
     """
 
     def __init__(self, model: MegatronModel) -> None:
@@ -72,9 +75,11 @@ class Snapshot:
         self._shards = shards
 
     def write(self, folder: Path, group: ProcessGroup) -> None:
-        """Write what was taken, once, into an empty folder that any tp, pp and dp can load; every rank calls it.
+        """Write what was taken, once, into an empty folder that any tp, pp and dp can load; every rank calls
+        it.
 
-        `group` holds all ranks. What fails on one rank (a full disk, say) raises OSError or CheckpointException on all.
+        `group` holds all ranks. What fails on one rank (a full disk, say) raises OSError or
+        CheckpointException on all.
         """
         with torch.no_grad(), together(group):
             tensors, common = self._prepare()
@@ -89,11 +94,13 @@ class Snapshot:
                 torch.save(common, folder / COMMON)
                 save_config(BACKEND, str(folder))
                 if self.model.folder is not None:
-                    # The folder is a model by itself then: for tools/megatron_to_hf.py, and as policy.hf or actor.hf.
+                    # The folder is a model by itself then: for tools/megatron_to_hf.py, and as policy.hf or
+                    # actor.hf.
                     copy_other_files(self.model.folder, folder)
 
     def _prepare(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(what this rank writes, what the main rank writes beside it): Megatron's own two parts of a state."""
+        """(what this rank writes, what the main rank writes beside it): Megatron's own two parts of a
+        state."""
         parts = [shards.gathered(self._weights) for shards in self._shards]
         optimizer: Any = parts[0] if len(parts) == 1 else dict(enumerate(parts)) if parts else self._whole
         for entry, copied in self._entries:
@@ -104,7 +111,8 @@ class Snapshot:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer (with one thread: an error in another would be lost), whose errors name the file system's own."""
+    """torch's writer (with one thread: an error in another would be lost), whose errors name the file
+    system's own."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
         try:
@@ -123,7 +131,8 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class _Shards:
-    """This rank's shards of one distributed optimizer, and the optimizer's way to put those of all ranks together."""
+    """This rank's shards of one distributed optimizer, and the optimizer's way to put those of all ranks
+    together."""
 
     def __init__(self, part: Any) -> None:
         self.part, self.state = part, copy.deepcopy(part.state_dict())
@@ -197,7 +206,8 @@ def _to_load(model: MegatronModel) -> dict[str, Any]:
 
 
 def _give_state(optimizer: Any) -> None:
-    """An optimizer that has not stepped yet gets the state it starts from; Megatron can save and load no empty one."""
+    """An optimizer that has not stepped yet gets the state it starts from; Megatron can save and load no
+    empty one."""
     for part in _parts(optimizer):
         if part.optimizer.state or not hasattr(part, "_init_optimizer_states_with_dummy_values"):
             continue
@@ -221,7 +231,8 @@ def _parts(optimizer: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def _step_among_the_tensors(optimizer: Any) -> Iterator[None]:
-    """Within, loading a parameter's state keeps the `step` that the checkpoint does not hold per parameter."""
+    """Within, loading a parameter's state keeps the `step` that the checkpoint does not hold per
+    parameter."""
     parts = [p for p in _parts(optimizer) if hasattr(p, "_set_main_param_and_optimizer_states")]
     for part in parts:
         part._set_main_param_and_optimizer_states = _with_step(part)

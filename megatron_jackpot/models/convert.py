@@ -1,7 +1,8 @@
-"""A model from HF's format to Megatron's and back, streamed: tensor by tensor, each byte read and written once.
+"""A model from HF's format to Megatron's and back, streamed: tensor by tensor, each byte read and written
+once.
 
-A conversion writes conversion.json beside the weights: name, shape, dtype and crc32 of every HF tensor that went
-through, so that two folders can be compared without reading both.
+A conversion writes conversion.json beside the weights: name, shape, dtype and crc32 of every HF tensor that
+went through, so that two folders can be compared without reading both.
 """
 
 import contextlib
@@ -88,7 +89,8 @@ class MegatronTensors:
         return Spec(name, shape, self.dist.dtype(kind))
 
     def read(self, name: str) -> Tensor:
-        """The parts of one Megatron tensor are asked for one after another: it is read once for all of them."""
+        """The parts of one Megatron tensor are asked for one after another: it is read once for all of
+        them."""
         if name not in self._split:
             kind, layer, _ = self._entries[name]
             self._split = self.family.unshard(kind, layer, [self.dist.read(kind, layer)])
@@ -128,7 +130,8 @@ def find_model(folder: Path, model: str | None) -> Path:
 def hf_to_megatron(hf: Path, out: Path, progress: Progress = lambda num_bytes: None) -> Report:
     """Write the HF folder `hf` as `out` in Megatron's format, loadable with any tp, pp and dp.
 
-    Raises ValueError for a folder that is wrong, an `out` that is there, a disk that is full; nothing is left then.
+    Raises ValueError for a folder that is wrong, an `out` that is there, a disk that is full; nothing is left
+    then.
     """
     family, source = open_model(hf)
     if isinstance(source, MegatronTensors):
@@ -155,7 +158,8 @@ def hf_to_megatron(hf: Path, out: Path, progress: Progress = lambda num_bytes: N
 def megatron_to_hf(
     folder: Path, out: Path, progress: Progress = lambda num_bytes: None, *, shard_bytes: int = 5 * 10**9
 ) -> Report:
-    """Write the weights of `folder`, in Megatron's format, as the HF folder `out`. Raises as hf_to_megatron does."""
+    """Write the weights of `folder`, in Megatron's format, as the HF folder `out`. Raises as hf_to_megatron
+    does."""
     family, source = open_model(folder)
     if isinstance(source, HFFolder):
         raise ValueError(f"{folder} is an HF folder already.")

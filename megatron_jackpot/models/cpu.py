@@ -1,7 +1,8 @@
-"""The only place that adapts Megatron-core to a machine without CUDA; `install` does nothing where CUDA exists.
+"""The only place that adapts Megatron-core to a machine without CUDA; `install` does nothing where CUDA
+exists.
 
-Three kinds of adaptation, each forced by stock megatron-core 0.16: functions of torch.cuda that raise without a
-driver, the literals "cuda" inside Megatron's own functions, and layers of the local spec that refuse packed
+Three kinds of adaptation, each forced by stock megatron-core 0.16: functions of torch.cuda that raise without
+a driver, the literals "cuda" inside Megatron's own functions, and layers of the local spec that refuse packed
 sequences (attention) or sequence parallelism (norm).
 """
 
@@ -133,8 +134,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class PackedAttention(torch.nn.Module):
     """Causal attention on packed sequences: [T, heads, head_dim] in, [T, heads * head_dim] out.
 
-    The sequences are gathered into a padded [sequences, longest, ...] block, so that cost grows with the sum of
-    squared lengths and not with the square of T.
+    The sequences are gathered into a padded [sequences, longest, ...] block, so that cost grows with the sum
+    of squared lengths and not with the square of T.
     """
 
     def __init__(

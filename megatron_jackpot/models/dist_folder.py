@@ -1,7 +1,7 @@
 """Megatron's distributed checkpoint format as files: one tensor of a folder read or written at a time.
 
-Nothing here needs a process group or a model: a checkpoint holds whole tensors by `Kind.checkpoint_key`, layers
-stacked, in chunks that any tp, pp and dp can load. Beside them lie config.json and the tokenizer.
+Nothing here needs a process group or a model: a checkpoint holds whole tensors by `Kind.checkpoint_key`,
+layers stacked, in chunks that any tp, pp and dp can load. Beside them lie config.json and the tokenizer.
 """
 
 import pickle
@@ -57,8 +57,8 @@ class DistFolder:
     """The weights in a folder of Megatron's format."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError for another format, for a file that is missing or shorter than it was written, and where
-        loading it could run code.
+        """Raises ValueError for another format, for a file that is missing or shorter than it was written,
+        and where loading it could run code.
         """
         self.folder = Path(folder)
         found = maybe_load_config(str(folder))
@@ -85,7 +85,8 @@ class DistFolder:
 
     @property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Key -> shape, dtype and chunks of every weight; the optimizer's state and fp8 scales are left out."""
+        """Key -> shape, dtype and chunks of every weight; the optimizer's state and fp8 scales are left
+        out."""
         return {
             key: entry
             for key, entry in self.metadata.state_dict_metadata.items()

@@ -1,7 +1,7 @@
 """MegatronModel: one model (policy or actor) with its optimizer, behind two verbs: `score` and `update`.
 
-Both run Megatron's own pipeline schedules over the micro-batches of a Batch. Logits exist on the last pipeline
-stage only, so the callables that read them run there and nowhere else.
+Both run Megatron's own pipeline schedules over the micro-batches of a Batch. Logits exist on the last
+pipeline stage only, so the callables that read them run there and nowhere else.
 """
 
 import contextlib
@@ -86,7 +86,8 @@ class MegatronModel:
         precision: Precision,
         padded_vocab: int,
     ) -> "MegatronModel":
-        """The model of a folder, HF's or in Megatron's format, for scoring; None keeps a random initialisation."""
+        """The model of a folder, HF's or in Megatron's format, for scoring; None keeps a random
+        initialisation."""
         device = this_device()
         check_precision(precision, device, family, parallel.tp)
         te = layers_for(device) == "transformer_engine"
@@ -172,8 +173,8 @@ class MegatronModel:
     ) -> UpdateReport:
         """One optimizer step on the sum of `loss` over all micro-batches and data-parallel ranks.
 
-        `may_step` sees the global gradient norm before clipping, the same on every rank; False leaves weights,
-        optimizer and schedule as they are.
+        `may_step` sees the global gradient norm before clipping, the same on every rank; False leaves
+        weights, optimizer and schedule as they are.
         """
         if self.optimizer is None or self.scheduler is None:
             raise RuntimeError(f"{self.name}.update called before add_optimizer.")
@@ -194,7 +195,8 @@ class MegatronModel:
         return UpdateReport(grad_norm=grad_norm, lr=float(lr), sums=sums)
 
     def offload(self) -> None:
-        """Optimizer state and master weights to host memory, gradient buffers freed (Megatron's own two functions).
+        """Optimizer state and master weights to host memory, gradient buffers freed (Megatron's own two
+        functions).
 
         Parameters stay where they are: scoring and export need them.
         """

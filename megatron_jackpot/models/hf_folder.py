@@ -152,7 +152,8 @@ def write_hf_folder(
 
 
 def finish_hf_folder(folder: Path, shards: Sequence[Sequence[Spec]], hf_folder: Path) -> None:
-    """Give the files 0.unnamed, 1.unnamed, ... of `folder` their names, write the index, copy the other files."""
+    """Give the files 0.unnamed, 1.unnamed, ... of `folder` their names, write the index, copy the other
+    files."""
     where = {}
     for number, specs in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -175,7 +176,8 @@ def copy_other_files(source: Path, to: Path) -> None:
 
 
 def _name_dtype(config: Path, dtype: str) -> None:
-    """config.json's dtype must be that of the weights: transformers and SGLang load in the one that it names."""
+    """config.json's dtype must be that of the weights: transformers and SGLang load in the one that it
+    names."""
     if not config.is_file():
         return
     tree = json.loads(config.read_text())

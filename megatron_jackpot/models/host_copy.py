@@ -21,7 +21,8 @@ class HostCopy:
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors' values, in host memory that the next `take` overwrites.
 
-        What lies side by side in one storage is copied at once, what overlaps only once. Returns when all is copied.
+        What lies side by side in one storage is copied at once, what overlaps only once. Returns when all is
+        copied.
         """
         places, pieces, size = _lay_out(tensors)
         on_gpu = any(tensor.is_cuda for tensor in tensors)
@@ -44,7 +45,8 @@ class HostCopy:
         )
         if lock and not self._locked:
             print(
-                f"WARNING: {size / 1e9:.1f} GB of host memory could not be page-locked (ulimit -l): the copies that "
+                f"WARNING: {size / 1e9:.1f} GB of host memory could not be page-locked (ulimit -l): the "
+                "copies that "
                 "saves make of the GPU's state are slower.",
                 file=sys.stderr,
                 flush=True,

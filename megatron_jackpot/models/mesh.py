@@ -20,7 +20,8 @@ def init_mesh(parallel: Parallel, seed: int) -> Mesh:
     model = parallel.tp * parallel.pp * parallel.cp
     if world % model:
         raise ValueError(
-            f"parallel.tp * parallel.pp * parallel.cp = {parallel.tp} * {parallel.pp} * {parallel.cp} = {model} "
+            f"parallel.tp * parallel.pp * parallel.cp = {parallel.tp} * {parallel.pp} * {parallel.cp} = "
+            f"{model} "
             f"does not divide the {world} ranks of this job. Start a multiple of {model} ranks."
         )
     device = _device()

@@ -1,6 +1,7 @@
 """The pickles in a folder of Megatron's format, read so that a stranger's folder can run no code.
 
-torch's and Megatron's loaders unpickle `.metadata`, whatever `.metadata` calls bytes, and (Megatron 0.16) `common.pt`.
+torch's and Megatron's loaders unpickle `.metadata`, whatever `.metadata` calls bytes, and (Megatron 0.16)
+`common.pt`.
 `check_pickles` reads all of these first, by unpicklers that know only what checkpoints consist of.
 """
 
@@ -22,7 +23,8 @@ _DCP = "torch.distributed.checkpoint."
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 KNOWN: Mapping[str, frozenset[str]] = {
     _DCP + "metadata": frozenset(
-        "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+        "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+        "TensorProperties "
         "StorageMeta _MEM_FORMAT_ENCODING".split()
     ),
     _DCP + "planner": frozenset({"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"}),
@@ -40,9 +42,11 @@ _PLAIN = ("MCoreMetadata", "MCoreSavePlan")
 
 
 def check_pickles(folder: Path) -> Metadata:
-    """The folder's metadata. Raises ValueError, with the file and what it names, where loading it could run code.
+    """The folder's metadata. Raises ValueError, with the file and what it names, where loading it could run
+    code.
 
-    Raises ValueError too where `.metadata` cannot be read, OSError for other files. No code of the folder's is run.
+    Raises ValueError too where `.metadata` cannot be read, OSError for other files. No code of the folder's
+    is run.
     """
     folder = Path(folder)
     metadata = _read_metadata(folder / METADATA)
@@ -108,7 +112,8 @@ class _Foreign(Exception):
 
 
 class _DataOnly(pickle._Unpickler):
-    """Python's own unpickler, of classes in KNOWN only; attributes are set on their instances and on nothing else."""
+    """Python's own unpickler, of classes in KNOWN only; attributes are set on their instances and on nothing
+    else."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
 

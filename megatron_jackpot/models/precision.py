@@ -1,7 +1,8 @@
-"""What a device can do: which layers a model is built of, and fp8 that would fail or be silently ignored, refused.
+"""What a device can do: which layers a model is built of, and fp8 that would fail or be silently ignored,
+refused.
 
-The rules are those of Transformer Engine 2.20 (pytorch/quantization.py) and of Megatron-core's choice of a recipe
-(fp8_utils.get_fp8_recipe); versions are compared as tuples.
+The rules are those of Transformer Engine 2.20 (pytorch/quantization.py) and of Megatron-core's choice of a
+recipe (fp8_utils.get_fp8_recipe); versions are compared as tuples.
 """
 
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def check_precision(precision: Precision, device: Device, family: Family, tp: in
     for name, size in _fp8_sizes(family, tp).items():
         if size % FP8_MULTIPLE:
             raise ValueError(
-                f"precision.fp8 = '{precision.fp8}' needs matrices of multiples of {FP8_MULTIPLE}, but {name} = {size} "
+                f"precision.fp8 = '{precision.fp8}' needs matrices of multiples of {FP8_MULTIPLE}, but "
+                f"{name} = {size} "
                 f"at parallel.tp = {tp}. Lower parallel.tp or set precision.fp8 to null."
             )
 
@@ -93,7 +95,8 @@ def _check_device(precision: Precision, device: Device) -> None:
         )
     if device.te < FIRST_TE[recipe]:
         raise ValueError(
-            f"precision.fp8_recipe = '{recipe}' needs Transformer Engine {_dotted(FIRST_TE[recipe])} or newer, got "
+            f"precision.fp8_recipe = '{recipe}' needs Transformer Engine {_dotted(FIRST_TE[recipe])} or "
+            "newer, got "
             f"{_dotted(device.te)}. Install the [gpu] extra or set it to 'delayed'."
         )
     if recipe == "blockwise" and (device.capability < (9, 0) or (device.cuda or (0,)) < (12, 9)):
@@ -104,7 +107,8 @@ def _check_device(precision: Precision, device: Device) -> None:
 
 
 def _fp8_sizes(family: Family, tp: int) -> dict[str, int]:
-    """Dimensions of the matrices of one rank's transformer layers; embedding and output layer stay in bf16."""
+    """Dimensions of the matrices of one rank's transformer layers; embedding and output layer stay in
+    bf16."""
     hf = family.transformer_fields()
     head_dim, queries, groups = hf["kv_channels"], hf["num_attention_heads"], hf["num_query_groups"]
     return {

@@ -46,7 +46,8 @@ def check_names(source: HFFolder, family: Family) -> None:
         embedding = source.read("model.embed_tokens.weight")
         if not torch.equal(source.read("lm_head.weight"), embedding):
             raise ValueError(
-                f"{folder}: config.json says tie_word_embeddings = true, but lm_head.weight is not the embedding."
+                f"{folder}: config.json says tie_word_embeddings = true, but lm_head.weight is not the "
+                "embedding."
             )
         found.remove("lm_head.weight")
     for name in sorted(wanted.keys() - found):
@@ -54,7 +55,8 @@ def check_names(source: HFFolder, family: Family) -> None:
     unexpected = sorted(found - wanted.keys())
     if unexpected:
         raise ValueError(
-            f"{folder}: {len(unexpected)} tensors are not of the model in config.json: {', '.join(unexpected[:5])}."
+            f"{folder}: {len(unexpected)} tensors are not of the model in config.json: "
+            f"{', '.join(unexpected[:5])}."
         )
     for name, shape in wanted.items():
         if source.spec(name).shape != shape:

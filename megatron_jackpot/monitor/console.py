@@ -86,7 +86,8 @@ def progress_line(metrics: Mapping[str, float]) -> str:
 
 
 def final_rows(rows: list[Row]) -> list[tuple[str, str, str, str]]:
-    """(metric, first, last, best) of each reported metric, "-" where it was not measured, and the time of all steps."""
+    """(metric, first, last, best) of each reported metric, "-" where it was not measured, and the time of all
+    steps."""
     cells = []
     for name, (title, form, best) in REPORTED.items():
         values = series(rows, name)[1]

@@ -1,4 +1,5 @@
-"""The latest metrics of a run for Prometheus, as text over HTTP: optional, from the main rank, on loopback."""
+"""The latest metrics of a run for Prometheus, as text over HTTP: optional, from the main rank, on
+loopback."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""RUN/report.html: a run on one page, no script in it: numbers, curves, and what was accepted, token by token."""
+"""RUN/report.html: a run on one page, no script in it: numbers, curves, what was accepted, token by token."""
 
 import base64
 import html
@@ -29,9 +29,11 @@ Decode = Callable[[int], str]
 """Token id -> its text."""
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
+  color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em } img { max-width: 100% }
-table { border-collapse: collapse } td, th { padding: .15em .8em; text-align: right; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse }
+td, th { padding: .15em .8em; text-align: right; border-bottom: 1px solid #ddd }
 td:first-child, th:first-child { text-align: left }
 .rollout { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.9 ui-monospace, monospace;
   border-left: 3px solid #ccc; padding-left: .8em; margin: .6em 0 }
@@ -43,13 +45,13 @@ td:first-child, th:first-child { text-align: left }
 LEGEND = (
     '<p class="rollout"><span class="p">prompt</span> <span class="k" style="--w:.45">accepted</span> '
     '<span class="k" style="--w:.12">accepted, small weight</span> <span class="r">rejected</span> '
-    '<span class="u">not scored</span><br><small>Point at a token for its probabilities under policy, server and '
-    "trainer's actor, the ratio that decides, and its weight.</small></p>"
+    '<span class="u">not scored</span><br><small>Point at a token for its probabilities under policy, server '
+    "and trainer's actor, the ratio that decides, and its weight.</small></p>"
 )
 
 
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
-    """Write the page and return its path. Raises ValueError for a folder without metrics or with a broken record."""
+    """Write the page and return its path. Raises ValueError for a folder without metrics or a bad record."""
     folder = Path(run_folder)
     rows = read_metrics(folder)
     if not rows:
@@ -72,7 +74,8 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     ]
     out = out or folder / REPORT
     title = f"<title>{_text(folder.resolve().name)}</title>"
-    page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{title}<style>{STYLE}</style></head><body>'
+    head = f'<meta charset="utf-8">{title}<style>{STYLE}</style>'
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>'
     out.write_text("\n".join([page, *body, "</body></html>", ""]), encoding="utf-8")
     return out
 
@@ -114,14 +117,16 @@ def token_sections(kept: list[TokenRecord], decode: Decode) -> Iterator[str]:
         yield "<h2>Tokens</h2><p>None were recorded (logging.tokens_every).</p>"
         return
     yield "<h2>Rejected most often</h2>"
-    yield f"<p>Of the {sum(int(r.trained_N.sum()) for r in kept)} recorded tokens, by the number of rejections.</p>"
+    recorded = sum(int(r.trained_N.sum()) for r in kept)
+    yield f"<p>Of the {recorded} recorded tokens, by the number of rejections.</p>"
     heads = ("token", "seen", "rejected", "share", "median p(policy) / p(server)")
     yield table(heads, (rejection.cells(decode) for rejection in most_rejected(kept)))
     yield "<h2>Token by token</h2>"
     yield LEGEND
     for record in chosen(kept, SHOWN_STEPS):
         share = record.keep_N.sum() / max(1, record.trained_N.sum())
-        yield f"<details{' open' if record is kept[-1] else ''}><summary>step {record.step}: {share:.3f} accepted</summary>"
+        shown = " open" if record is kept[-1] else ""
+        yield f"<details{shown}><summary>step {record.step}: {share:.3f} accepted</summary>"
         yield from rollouts(record, decode)
         yield "</details>"
 

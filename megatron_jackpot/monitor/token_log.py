@@ -60,7 +60,8 @@ class TokenLog:
         self.last = 0
 
     def note(self, step: int, mini: Batch, scores: Scores, correction: Correction) -> None:
-        """Record rollouts of the step's first mini-batch, spread evenly. A disk that refuses is reported, not raised."""
+        """Record rollouts of the step's first mini-batch, spread evenly. A disk that refuses is reported, not
+        raised."""
         if not self.here or step == self.last or (step - 1) % self.every:
             return
         self.last = step

@@ -111,8 +111,8 @@ class Mesh:
     def wait_for_leaders(self, what: str, timeout_s: float) -> None:
         """Wait until every DP leader has come this far, without holding a collective open.
 
-        Rollouts and weight updates may take longer than a collective is allowed to. Raises TimeoutError naming
-        `what` and the ranks that did not arrive.
+        Rollouts and weight updates may take longer than a collective is allowed to. Raises TimeoutError
+        naming `what` and the ranks that did not arrive.
         """
         if dist.get_world_size() == 1:
             return
@@ -127,7 +127,8 @@ class Mesh:
                 store.wait([key], datetime.timedelta(seconds=timeout_s))
             except dist.DistStoreError as error:
                 raise TimeoutError(
-                    f"Rank {dist.get_rank()} waited {timeout_s:.0f} s for DP leader {rank} to finish '{what}'."
+                    f"Rank {dist.get_rank()} waited {timeout_s:.0f} s for DP leader {rank} to finish "
+                    f"'{what}'."
                 ) from error
 
     def tell(self, key: str, word: str) -> None:

@@ -11,7 +11,8 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fused(*logits: Tensor) -> ModuleType | None:
-    """vocab_triton where all `logits` lie on CUDA in fp32, bf16 or fp16, rows contiguous; None: torch, by chunks.
+    """vocab_triton where all `logits` lie on CUDA in fp32, bf16 or fp16, rows contiguous; None: torch, by
+    chunks.
 
     fp64 stays with torch, which keeps it fp64; so does a CUDA build of torch without triton.
     """

@@ -1,10 +1,10 @@
 """Overlap and KL of two distributions whose logits are split over tensor-parallel ranks by vocabulary.
 
 Shapes and keyword arguments as in vocab.py: T tokens, logits [T, V/TP], padding columns belong to no softmax,
-the temperature divides both models' logits. The first may be given by its factors (linear.py). The other may be
-a function from a slice of tokens to their logits: it is called chunk by chunk, without gradient, for the same
-slices on every rank, so that its [T, V] never exists. The first sets the precision: fp64 or else fp32. NaN logits
-make NaN results.
+the temperature divides both models' logits. The first may be given by its factors (linear.py). The other may
+be a function from a slice of tokens to their logits: it is called chunk by chunk, without gradient, for the
+same slices on every rank, so that its [T, V] never exists. The first sets the precision: fp64 or else fp32.
+NaN logits make NaN results.
 On CUDA Triton's kernels read both logits (dispatch.py), all tokens at once where both are tensors.
 """
 
@@ -78,9 +78,9 @@ def vocab_parallel_kl(
 
     forward is KL(teacher || student), reverse KL(student || teacher); inf where the second has probability 0
     and the first has not. All-reduces: max [2, T], sum [3, T]; none in backward, which reads both logits once
-    more and allocates the gradient [T, V/TP] in the student's dtype (from factors: of one block of tokens, and
-    all-reduces sum [T, H]). A function is called once per chunk in forward and once in backward. Raises ValueError for an unknown direction, a bad vocab_size or temperature,
-    and for slices of different width.
+    more and allocates the gradient [T, V/TP] in the student's dtype (from factors: of one block of tokens,
+    and all-reduces sum [T, H]). A function is called once per chunk in forward and once in backward. Raises
+    ValueError for an unknown direction, a bad vocab_size or temperature, and for slices of different width.
     """
     if direction not in get_args(Direction):
         raise ValueError(

@@ -1,7 +1,8 @@
 """Logits [T, V/TP] = hidden @ weight.T that never exist whole, nor does their gradient.
 
-Shapes as in vocab.py; H hidden, weight_VH this rank's slice of the output layer. A block of logits has the dtype that the
-output layer would give it, so that results are those of logits that exist; on CUDA Triton's kernels read the blocks.
+Shapes as in vocab.py; H hidden, weight_VH this rank's slice of the output layer. A block of logits has the
+dtype that the output layer would give it, so that results are those of logits that exist; on CUDA Triton's
+kernels read the blocks.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ class Blocks(NamedTuple):
 
 
 class LinearLogits:
-    """Stands where vocab.py and divergence.py take logits; indexing by a slice of tokens makes theirs, `[:]` all.
+    """Stands where vocab.py and divergence.py take logits; indexing by a slice of tokens makes theirs, `[:]`
+    all.
 
     Raises ValueError for factors that do not fit.
     """
@@ -43,8 +45,10 @@ class LinearLogits:
     def __init__(self, hidden_TH: Tensor, weight_VH: Tensor, blocks: Blocks = Blocks()) -> None:  # noqa: B008
         if hidden_TH.dtype != weight_VH.dtype or hidden_TH.shape[-1] != weight_VH.shape[-1]:
             raise ValueError(
-                f"hidden states {tuple(hidden_TH.shape)} in {hidden_TH.dtype} and weight {tuple(weight_VH.shape)} in "
-                f"{weight_VH.dtype}: must agree in dtype and last dimension. Pass the output layer's own weight."
+                f"hidden states {tuple(hidden_TH.shape)} in {hidden_TH.dtype} and weight "
+                f"{tuple(weight_VH.shape)} in "
+                f"{weight_VH.dtype}: must agree in dtype and last dimension. Pass the output layer's own "
+                "weight."
             )
         self.hidden_TH, self.weight_VH, self.blocks = hidden_TH, weight_VH, blocks
         self.shape = (hidden_TH.shape[0], weight_VH.shape[0])
@@ -57,7 +61,8 @@ class LinearLogits:
 
     @property
     def tokens_each(self) -> int:
-        """Tokens that are read at a time; depends on the shapes alone, so that every pass makes the same blocks."""
+        """Tokens that are read at a time; depends on the shapes alone, so that every pass makes the same
+        blocks."""
         return self.blocks.tokens or max(1, READ_ELEMENTS[self.device_type] // self.shape[1])
 
     def rows(self) -> Iterator[slice]:
@@ -107,9 +112,10 @@ def gradients(
 ) -> tuple[Tensor, ...]:
     """Gradients of `factors(logits)` from that of the logits: slope, or slope @ weight and slope.T @ hidden.
 
-    Logits that do not exist are made once more, in blocks of tokens x columns, or of all columns where `wide`. Beside the
-    gradients this holds [T, H] and a block of columns of the weight in fp32. All-reduces: sum [T, H] in fp32, so that
-    every rank has the whole gradient of the hidden states that all of them share; none for logits that exist.
+    Logits that do not exist are made once more, in blocks of tokens x columns, or of all columns where
+    `wide`. Beside the gradients this holds [T, H] and a block of columns of the weight in fp32. All-reduces:
+    sum [T, H] in fp32, so that every rank has the whole gradient of the hidden states that all of them share;
+    none for logits that exist.
     """
     if isinstance(logits, Tensor):
         return (slope(slice(0, logits.shape[0]), logits, columns),)

@@ -1,4 +1,5 @@
-"""What ranks agree on: sums for the algorithm's statistics and for the metrics of a step, and that something failed."""
+"""What ranks agree on: sums for the algorithm's statistics and for the metrics of a step, and that something
+failed."""
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -53,9 +54,11 @@ def reduce_metrics(
 
 @contextmanager
 def together(group: ProcessGroup | None = None) -> Iterator[None]:
-    """What fails within on one rank fails on all of the group: its error there, OSError with rank and reason elsewhere.
+    """What fails within on one rank fails on all of the group: its error there, OSError with rank and reason
+    elsewhere.
 
-    Without it the others would wait in their next collective for a rank that does not come. Gathers: 1 to all.
+    Without it the others would wait in their next collective for a rank that does not come. Gathers: 1 to
+    all.
     """
     error: Exception | None = None
     try:

@@ -1,4 +1,5 @@
-"""What vocab.py, linear.py and divergence.py share: how a rank's slice of logits is read, and how the ranks' results meet.
+"""What vocab.py, linear.py and divergence.py share: how a rank's slice of logits is read, and how the ranks'
+results meet.
 
 Shapes as in vocab.py.
 """

@@ -1,12 +1,13 @@
 """Log-probs, top-k, argmax and entropy from logits whose vocabulary is split over tensor-parallel ranks.
 
-Shapes: T tokens, V the padded vocabulary, logits_TV this rank's equal slice [T, V / TP] in any float dtype, or
-the factors it is made of (linear.py), N and K ids per token, k top entries. Every function takes its group; None
-is one rank. Columns at or beyond `vocab_size` are padding and belong to no softmax; ids outside 0 ..
-vocab_size - 1 have log-prob -inf. Logits are read in chunks of tokens, in fp32 (fp64 stays), so that no second
-[T, V] exists; they are never modified. On CUDA Triton's kernels read them in one pass instead (dispatch.py);
-`chunk` is then without effect. Gradient "into the logits" goes into both factors where they are factors; backward
-then makes the logits once more, by blocks, and all-reduces sum [T, H].
+Shapes: T tokens, V the padded vocabulary, logits_TV this rank's equal slice [T, V / TP] in any float dtype,
+or the factors it is made of (linear.py), N and K ids per token, k top entries. Every function takes its
+group; None is one rank. Columns at or beyond `vocab_size` are padding and belong to no softmax; ids outside 0
+..
+vocab_size - 1 have log-prob -inf. Logits are read in chunks of tokens, in fp32 (fp64 stays), so that no
+second [T, V] exists; they are never modified. On CUDA Triton's kernels read them in one pass instead
+(dispatch.py); `chunk` is then without effect. Gradient "into the logits" goes into both factors where they
+are factors; backward then makes the logits once more, by blocks, and all-reduces sum [T, H].
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
 """Triton kernels over one rank's slice of the vocabulary. vocab_triton.py launches them.
 
-One program reads one token's row, or with a second grid axis one block of it; nothing wider than a block exists.
-Sums run against a running maximum and are rescaled when it grows, so that a single pass is enough. A probability of
-0 contributes 0 whatever it is multiplied with; NaN logits make NaN results. Rows are counted in int64: T x V of a
-long micro-batch exceeds 2^31.
+One program reads one token's row, or with a second grid axis one block of it; nothing wider than a block
+exists.
+Sums run against a running maximum and are rescaled when it grows, so that a single pass is enough. A
+probability of 0 contributes 0 whatever it is multiplied with; NaN logits make NaN results. Rows are counted
+in int64: T x V of a long micro-batch exceeds 2^31.
 """
 
 import triton
@@ -22,8 +23,8 @@ def _finite(peak):
 def _load(pointer, columns, width, per_rank, inverse_temperature):
     """Logits over the temperature in fp32, -inf beyond the true columns.
 
-    The mask of the load is the row's own length: a multiple of 16 where the vocabulary was padded, so that 16 bytes
-    are read at once whatever the true width.
+    The mask of the load is the row's own length: a multiple of 16 where the vocabulary was padded, so that 16
+    bytes are read at once whatever the true width.
     """
     logits = tl.load(pointer + columns, mask=columns < per_rank, other=NEG_INF).to(tl.float32)
     return tl.where(columns < width, logits * inverse_temperature, NEG_INF)
@@ -51,7 +52,8 @@ def read_kernel(
     GROUP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """logsumexp of a row, its logits at ids (0 where not owned), its entropy, and the maximum of every group."""
+    """logsumexp of a row, its logits at ids (0 where not owned), its entropy, and the maximum of every
+    group."""
     row = tl.program_id(0).to(tl.int64)
     pointer = logits_ptr + row * row_stride
     peak, mass, moment = tl.full((), NEG_INF, tl.float32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
@@ -134,7 +136,8 @@ def ids_grad_kernel(
     inverse_temperature,
     BLOCK_N: tl.constexpr,
 ):
-    """Overwrite the gradient at ids: scale * softmax plus the sum over entries of the same id, in one rounding."""
+    """Overwrite the gradient at ids: scale * softmax plus the sum over entries of the same id, in one
+    rounding."""
     row = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK_N)
     inside = index < num_ids
@@ -165,8 +168,8 @@ def pair_kernel(
     KL: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """logsumexp of both rows and, with KL, KL(first || second) within the slice; inf where second has 0 and first
-    has not, 0 where first has no probability at all."""
+    """logsumexp of both rows and, with KL, KL(first || second) within the slice; inf where second has 0 and
+    first has not, 0 where first has no probability at all."""
     row = tl.program_id(0).to(tl.int64)
     first_peak, second_peak = tl.full((), NEG_INF, tl.float32), tl.full((), NEG_INF, tl.float32)
     first_mass, second_mass, excess = (

@@ -1,8 +1,8 @@
 """What vocab.py and divergence.py read from a slice of logits, by Triton kernels: one program per token.
 
-Shapes and columns as in vocab.py. Nothing of the size of the logits is allocated but a gradient; the top-k pass keeps
-the largest logit of every group of 64 columns, 1/64 of the slice in fp32. Under TRITON_INTERPRET=1, set before the
-first import, the same kernels run on the CPU.
+Shapes and columns as in vocab.py. Nothing of the size of the logits is allocated but a gradient; the top-k
+pass keeps the largest logit of every group of 64 columns, 1/64 of the slice in fp32. Under
+TRITON_INTERPRET=1, set before the first import, the same kernels run on the CPU.
 """
 
 import torch
@@ -31,7 +31,8 @@ def read(
     k: int = 0,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | tuple[None, None], Tensor | None]:
-    """(logsumexp [T], logits at ids [T, N], top-k values and ids [T, k], entropy [T]), as vocab.py reads them."""
+    """(logsumexp [T], logits at ids [T, N], top-k values and ids [T, k], entropy [T]), as vocab.py reads
+    them."""
     num_tokens, num_groups = logits_TV.shape[0], triton.cdiv(width, GROUP)
     lse_T, entropy_T = _fp32(logits_TV, num_tokens), _fp32(logits_TV, num_tokens if entropy else 0)
     num_ids = 0 if ids_TN is None else ids_TN.shape[1]
@@ -73,7 +74,8 @@ def logp_backward(
     width: int,
     temperature: float,
 ) -> Tensor:
-    """sum one_hot(id) * grad - softmax * sum grad, [T, V/TP]; `grad_TN` is 0 at ids that count for nothing."""
+    """sum one_hot(id) * grad - softmax * sum grad, [T, V/TP]; `grad_TN` is 0 at ids that count for
+    nothing."""
     scale_T = -grad_TN.sum(-1)
     grad_logits_TV = _softmax_grad(logits_TV, log_z_T, scale_T, None, width, temperature)
     num_tokens, num_ids = ids_TN.shape

@@ -1,7 +1,7 @@
 """What a run needs, by arithmetic alone: parameters, bytes per GPU, tokens, traffic and FLOPs of a step.
 
-docs/planning.md has the formulas and what they were checked against. Shapes: h hidden, f ffn, q and kv the widths of
-all query heads and of all key heads, V vocabulary, L layers, T tokens.
+docs/planning.md has the formulas and what they were checked against. Shapes: h hidden, f ffn, q and kv the
+widths of all query heads and of all key heads, V vocabulary, L layers, T tokens.
 """
 
 import math
@@ -18,7 +18,8 @@ GIB = 2**30
 TRAINER_RESERVE_GIB = 4.0
 """CUDA context, NCCL, cuBLAS and fragmentation; an assumption until a run on GPUs replaces it."""
 SERVER_SHARE = 0.88
-"""Share of a server's GPU for weights and KV cache; SGLang's own default of mem_fraction_static is near it."""
+"""Share of a server's GPU for weights and KV cache; SGLang's own default of mem_fraction_static is near
+it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Shape:
     def of(cls, config: Config, name: str) -> "Shape":
         """Of `policy` or `actor`, through Megatron's own configuration.
 
-        Raises ValueError naming the model where tp or pp does not divide it, where its config.json is missing or
-        unknown, and for a mixture of experts, which these formulas do not cover.
+        Raises ValueError naming the model where tp or pp does not divide it, where its config.json is missing
+        or unknown, and for a mixture of experts, which these formulas do not cover.
         """
         folder = getattr(config, name).hf
         try:
@@ -100,16 +101,18 @@ class Shape:
         return count
 
     def forward_flops(self, context: float) -> float:
-        """FLOPs of a token's forward pass at `context` tokens per sequence, causal attention, head included."""
+        """FLOPs of a token's forward pass at `context` tokens per sequence, causal attention, head
+        included."""
         matrices = self.layers * self.layer_split + self.hidden * self.vocab
         return 2.0 * matrices + 2.0 * self.layers * self.query * context
 
     def activation_elements(self, parallel: Parallel) -> float:
-        """Numbers kept for backward per token and layer: 4 h + (4 q + 3 kv + 5 f) / tp; nothing is recomputed.
+        """Numbers kept for backward per token and layer: 4 h + (4 q + 3 kv + 5 f) / tp; nothing is
+        recomputed.
 
-        4 h: inputs of both norms and of both column-parallel layers. 4 q + 3 kv: their joint projection, Megatron's
-        copy of the queries, queries and keys with rotary positions, attention's output. 5 f: gate and up, silu of
-        the gate, Megatron's copy of up, their product.
+        4 h: inputs of both norms and of both column-parallel layers. 4 q + 3 kv: their joint projection,
+        Megatron's copy of the queries, queries and keys with rotary positions, attention's output. 5 f: gate
+        and up, silu of the gate, Megatron's copy of up, their product.
         """
         wide = 4 * self.hidden / (parallel.tp if parallel.sequence_parallel else 1)
         return wide + (4 * self.query + 3 * self.key + 5 * self.ffn) / parallel.tp
@@ -282,14 +285,16 @@ class _Load:
         )
 
     def _logits(self, rows: int, updated: bool) -> float:
-        """Logits that exist at once on a GPU: a block, or all of a micro-batch and in an update their gradient."""
+        """Logits that exist at once on a GPU: a block, or all of a micro-batch and in an update their
+        gradient."""
         whole = rows * self.padded_vocab / self.config.parallel.tp
         if self.config.precision.fused_linear:
             return min(whole, READ_ELEMENTS["cuda"])
         return (2.0 if updated else 1.0) * whole
 
     def _forward_passes(self, name: str) -> float:
-        """Scoring once, the update's own forward, and another of all minis but the first under target = current."""
+        """Scoring once, the update's own forward, and another of all minis but the first under target =
+        current."""
         algorithm = self.config.algorithm
         if name == "actor":
             return 2.0 if algorithm.train_actor else 1.0

@@ -50,16 +50,20 @@ def memory_troubles(plan: Plan) -> list[str]:
         )
         most = max(plan.models, key=lambda m: m.transient)
         troubles.append(
-            f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + {most.activations / GIB:.1f} "
+            f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + "
+            f"{most.activations / GIB:.1f} "
             f"activations + {most.logits / GIB:.1f} logits ({most.name}), but cluster.gpu_memory_gib = "
-            f"{cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = {room:g}. Raise parallel.tp, parallel.pp "
+            f"{cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = {room:g}. Raise parallel.tp, "
+            "parallel.pp "
             "or nodes, or lower packing.tokens."
         )
     room = cluster.gpu_memory_gib * SERVER_SHARE
     if not plan.config.servers.urls and plan.server_bytes > room * GIB:
         troubles.append(
-            f"a server's GPU needs {plan.server_bytes / GIB:.1f} GiB = {plan.server_weights / GIB:.1f} weights + "
-            f"{plan.longest} tokens x {plan.server_kv_token / 2**10:.1f} KiB KV, but cluster.gpu_memory_gib = "
+            f"a server's GPU needs {plan.server_bytes / GIB:.1f} GiB = {plan.server_weights / GIB:.1f} "
+            "weights + "
+            f"{plan.longest} tokens x {plan.server_kv_token / 2**10:.1f} KiB KV, but cluster.gpu_memory_gib "
+            "= "
             f"{cluster.gpu_memory_gib:g} x {SERVER_SHARE:g} = {room:.1f}. Raise servers.tp or lower "
             "rollout.max_new_tokens."
         )
@@ -91,6 +95,7 @@ def step_table(plan: Plan, assumed: Assumptions) -> Table:
     table.add_column("")
     table.add_column("value", justify="right")
     trained = sum(m.flops for m in plan.models)
+    received = plan.synced * plan.num_servers * plan.config.servers.tp
     rows = {
         "sequences": f"{plan.sequences:,}",
         f"tokens, {plan.mean_tokens:g} a sequence": f"{plan.tokens:,.0f}",
@@ -99,7 +104,7 @@ def step_table(plan: Plan, assumed: Assumptions) -> Table:
         "FLOPs of the actor, training": f"{plan.actor.flops:.3e}",
         "FLOPs of rollout": f"{plan.rollout_flops:.3e}",
         "bytes of a weight update": f"{plan.synced:,.0f}",
-        "bytes received by all server ranks": f"{plan.synced * plan.num_servers * plan.config.servers.tp:,.0f}",
+        "bytes received by all server ranks": f"{received:,.0f}",
         "bytes a GPU sends to its data-parallel peers": f"{sum(m.dp_bytes for m in plan.models):,.0f}",
         "training FLOPs per token": f"{trained / plan.tokens:.3e}",
         f"... per accepted token, acceptance {assumed.acceptance:g}": (

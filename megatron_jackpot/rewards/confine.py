@@ -27,7 +27,8 @@ def confine(memory_bytes: int, network: bool) -> str | None:
 
 
 def limit_cpu(seconds: float) -> None:
-    """The kernel ends this process when it has used `seconds` more of CPU time, on all its threads together."""
+    """The kernel ends this process when it has used `seconds` more of CPU time, on all its threads
+    together."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

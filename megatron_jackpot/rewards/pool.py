@@ -31,8 +31,9 @@ MAX_REPORTED = 5
 class RewardPool:
     """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
 
-    An item beyond `timeout_s`, beyond its memory, or one that ends its worker, gets reward 0 and is counted in `counters`; the
-    worker is replaced. An exception in the reward, or a result other than a finite float, raises ValueError.
+    An item beyond `timeout_s`, beyond its memory, or one that ends its worker, gets reward 0 and is counted
+    in `counters`; the worker is replaced. An exception in the reward, or a result other than a finite float,
+    raises ValueError.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""A worker of the reward pool: `python -m megatron_jackpot.rewards.worker REWARD SOCKET_FD PARENT_PID LIMITS`.
+"""A worker of the reward pool: `python -m megatron_jackpot.rewards.worker REWARD SOCKET_FD PARENT_PID
+LIMITS`.
 
 LIMITS is a JSON object of memory_bytes, cpu_s (of one item) and network.
 
@@ -50,7 +51,8 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
 
 
 def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> dict[str, Any]:
-    """{"reward": float}, {"error": text}, or {"exhausted": text} where the item met a limit of memory or depth."""
+    """{"reward": float}, {"error": text}, or {"exhausted": text} where the item met a limit of memory or
+    depth."""
     kind, response_text, label = request
     try:
         if kind == "check":

@@ -57,10 +57,10 @@ async def collect(
 ) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
     """Whole groups in the order of `prompts`, and (sum, count) metrics of the requests.
 
-    A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them, or a
-    reply of old weights, raise ServersLost with the last cause. A group with an aborted completion is left out and
-    counted apart. `stop`, asked all the time, gives a reason to raise Interrupted. Requests in flight then are
-    aborted. Errors of the reward and wrong prompts end the call at once.
+    A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them, or
+    a reply of old weights, raise ServersLost with the last cause. A group with an aborted completion is left
+    out and counted apart. `stop`, asked all the time, gives a reason to raise Interrupted. Requests in flight
+    then are aborted. Errors of the reward and wrong prompts end the call at once.
     """
     tally = Tally(num_prompts=len(prompts))
     retries_before = getattr(client, "num_retries", 0)

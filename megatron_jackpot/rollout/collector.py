@@ -1,4 +1,5 @@
-"""The rollout phase of a step: every prompt of the step exactly once, whatever happens to servers or to the run."""
+"""The rollout phase of a step: every prompt of the step exactly once, whatever happens to servers or to the
+run."""
 
 import time
 from collections.abc import Callable
@@ -61,9 +62,10 @@ class Collector:
     ) -> list[list[Rollout]] | None:
         """This leader's groups after `num_steps` steps, in the loader's order; None on other ranks.
 
-        Where too many were lost, `recover` (called on every rank) gives the servers their weights again, and the
-        missing groups are asked for again. Raises StopRun when a leader was interrupted: the loader is back where
-        the step began, and `kept` holds what was finished. Raises RuntimeError after MAX_RECOVERIES.
+        Where too many were lost, `recover` (called on every rank) gives the servers their weights again, and
+        the missing groups are asked for again. Raises StopRun when a leader was interrupted: the loader is
+        back where the step began, and `kept` holds what was finished. Raises RuntimeError after
+        MAX_RECOVERIES.
         """
         before = None if loader is None else loader.state_dict()
         prompts: list[Prompt] | None = None
@@ -92,7 +94,8 @@ class Collector:
         ) from error
 
     def account(self) -> dict[str, Any]:
-        """What became of the last step's prompts over all leaders, which alone call it: epoch, trained, lost."""
+        """What became of the last step's prompts over all leaders, which alone call it: epoch, trained,
+        lost."""
         parts: list[Any] = [(self.asked, self.lost)]
         if self.mesh.dp > 1:
             parts *= self.mesh.dp

@@ -31,7 +31,8 @@ def save_groups(path: Path, groups: Groups) -> None:
 
 
 def load_groups(path: Path, prompts: Mapping[int, Prompt]) -> Groups:
-    """What `save_groups` wrote. Raises ValueError where a prompt is not among `prompts` or the file is not whole."""
+    """What `save_groups` wrote. Raises ValueError where a prompt is not among `prompts` or the file is not
+    whole."""
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     missing = {*PER_TOKEN, *PER_ROLLOUT, "prompt_id", "length"} - arrays.keys()

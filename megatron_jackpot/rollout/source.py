@@ -1,4 +1,5 @@
-"""Where a DP leader gets rollouts: a synchronous face over the asyncio client, the reward pool and `collect`."""
+"""Where a DP leader gets rollouts: a synchronous face over the asyncio client, the reward pool and
+`collect`."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -45,7 +46,8 @@ class ServerSource:
         samples: int | None = None,
         stop: Callable[[], str | None] = lambda: None,
     ) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
-        """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the requests' metrics.
+        """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the requests'
+        metrics.
 
         Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early.
         """

@@ -1,4 +1,5 @@
-"""Asking a run to save and end: a signal to any rank, a file in the run's folder, or a time limit that comes near."""
+"""Asking a run to save and end: a signal to any rank, a file in the run's folder, or a time limit that comes
+near."""
 
 import ctypes
 import os
@@ -56,7 +57,8 @@ class StopRequest:
     def listen(self) -> None:
         """From now on SIGTERM and SIGUSR1 ask for a stop, and a second one ends this process at once.
 
-        A thread hears them, because the main thread may be inside a collective that Python's handlers wait for.
+        A thread hears them, because the main thread may be inside a collective that Python's handlers wait
+        for.
         """
         hear, tell = socket.socketpair()
         tell.setblocking(False)

@@ -46,7 +46,8 @@ def record(config: Config, folder: Path) -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    # Whole or not at all: on a cluster every node records the same run, while ranks of others already read it.
+    # Whole or not at all: on a cluster every node records the same run, while ranks of others already read
+    # it.
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     partial.write_text(text)
     partial.replace(path)

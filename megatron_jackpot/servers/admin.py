@@ -124,7 +124,8 @@ class ServerAdmin:
         await self._all("POST", "/release_memory_occupation", {"tags": list(tags)})
 
     async def resume_memory(self, tags: Sequence[str]) -> None:
-        """Take memory again that was released; its content is lost, but for what SGLang calls static state."""
+        """Take memory again that was released; its content is lost, but for what SGLang calls static
+        state."""
         await self._all("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
     async def set_version(self, version: int) -> None:

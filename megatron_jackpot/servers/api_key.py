@@ -5,7 +5,8 @@ import os
 import secrets
 
 VARIABLE = "JACKPOT_API_KEY"
-"""Set it for servers and trainer alike; `launch` makes one where servers bind beyond loopback and none is set."""
+"""Set it for servers and trainer alike; `launch` makes one where servers bind beyond loopback and none is
+set."""
 
 
 def headers() -> dict[str, str]:

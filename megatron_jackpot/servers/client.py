@@ -192,7 +192,8 @@ class SGLangClient:
         (version,) = await ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S).versions()
         if version < self.min_version:
             raise StaleWeights(
-                f"{server.url} holds weight version {version}, older than the oldest allowed version {self.min_version}."
+                f"{server.url} holds weight version {version}, older than the oldest allowed version "
+                f"{self.min_version}."
             )
         server.suspect = False
 

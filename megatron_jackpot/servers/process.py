@@ -181,8 +181,9 @@ def start_servers(
 ) -> list[ServerProcess]:
     """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all.
 
-    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, but it sees
-    `all_gpus`: CUDA IPC maps only what both sides see. With `release_memory` they lend theirs (sync/memory_saver.py).
+    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, but
+    it sees `all_gpus`: CUDA IPC maps only what both sides see. With `release_memory` they lend theirs
+    (sync/memory_saver.py).
     """
     device = device or detect_device()
     if gpus is not None and len(gpus) < num * tp:

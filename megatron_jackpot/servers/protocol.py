@@ -19,7 +19,8 @@ class BadReply(ServerError):
 
 
 class StaleWeights(RuntimeError):
-    """A server with weights older than the oldest allowed version: it must be given new ones before it samples."""
+    """A server with weights older than the oldest allowed version: it must be given new ones before it
+    samples."""
 
 
 @dataclass(frozen=True, kw_only=True)

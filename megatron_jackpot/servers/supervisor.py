@@ -26,8 +26,8 @@ class _Patient:
 class ServerCare:
     """`look()` again and again, a few times a second; nothing in it waits for a server.
 
-    A server that was started anew holds the first weights and samples nothing before the trainer has sent it new
-    ones: that is the trainer's part (servers/client.py, sync/retry.py).
+    A server that was started anew holds the first weights and samples nothing before the trainer has sent it
+    new ones: that is the trainer's part (servers/client.py, sync/retry.py).
     """
 
     def __init__(self, servers: Sequence[ServerProcess], knobs: Servers, say: Callable[[str], None]):

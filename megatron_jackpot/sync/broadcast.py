@@ -130,9 +130,9 @@ class BroadcastSync:
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         """HF-named tensors, which can be read again, -> all servers that answer.
 
-        A server that is gone is left out, and joins again in a later push. Raises SyncError or ServerError after
-        several attempts; no wait in one exceeds timeout_s, the first answer of any server patience_s. After an
-        error the servers may hold a mixture: push again, or load from disk, before sampling.
+        A server that is gone is left out, and joins again in a later push. Raises SyncError or ServerError
+        after several attempts; no wait in one exceeds timeout_s, the first answer of any server patience_s.
+        After an error the servers may hold a mixture: push again, or load from disk, before sampling.
         """
         return persistently(lambda: self._push(named_tensors, version))
 
@@ -218,7 +218,8 @@ class BroadcastSync:
             group=self.group.name,
             load_format="flattened_bucket",
         )
-        waiting_for = f"a bucket of {len(bucket.names)} tensors from {bucket.names[0]} on to reach {', '.join(self.admin.urls)}"
+        servers = ", ".join(self.admin.urls)
+        waiting_for = f"a bucket of {len(bucket.names)} tensors from {bucket.names[0]} on to reach {servers}"
         group = self.group
         side_by_side(lambda: group.broadcast(bucket.flat), receive, self.timeout_s, waiting_for)
 

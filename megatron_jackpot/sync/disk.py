@@ -45,7 +45,8 @@ class DiskSync:
         self.occupation = Occupation(self.admin, enabled=release_memory)
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """HF-named tensors, which can be read again, -> all servers that answer, as BroadcastSync.push does."""
+        """HF-named tensors, which can be read again, -> all servers that answer, as BroadcastSync.push
+        does."""
         return persistently(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:

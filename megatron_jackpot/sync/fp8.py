@@ -1,6 +1,8 @@
-"""Weights in the fp8 format that Qwen3-FP8 and DeepSeek checkpoints have and SGLang serves: e4m3 with a scale per block.
+"""Weights in the fp8 format that Qwen3-FP8 and DeepSeek checkpoints have and SGLang serves: e4m3 with a scale
+per block.
 
-Shapes: weight [N, K], its scales [ceil(N / 128), ceil(K / 128)] in fp32 under NAME.weight_scale_inv; value = fp8 * scale.
+Shapes: weight [N, K], its scales [ceil(N / 128), ceil(K / 128)] in fp32 under NAME.weight_scale_inv; value =
+fp8 * scale.
 Matrices of the transformer layers are quantised, embedding, output layer, norms and biases are not.
 """
 
@@ -78,10 +80,11 @@ def quantised_shapes(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
 
 
 def served_folder(config: Config) -> Path:
-    """The folder whose config.json the servers start from: the actor's, or where they serve fp8 RUN/actor-fp8.
+    """The folder whose config.json the servers start from: the actor's, or where they serve fp8
+    RUN/actor-fp8.
 
-    The latter is written here: config.json with the quantisation and the actor's tokenizer; the first push brings the
-    weights. Raises ValueError for sizes that the servers cannot cut at blocks.
+    The latter is written here: config.json with the quantisation and the actor's tokenizer; the first push
+    brings the weights. Raises ValueError for sizes that the servers cannot cut at blocks.
     """
     if config.servers.quantization is None:
         return config.actor.hf
@@ -104,6 +107,7 @@ def _check_sizes(hf_config: dict, tp: int) -> None:
     for name, size in sizes.items():
         if size % (BLOCK * tp):
             raise ValueError(
-                f"servers.quantization = 'fp8' needs {name} = {size} to be a multiple of {BLOCK} * servers.tp = "
+                f"servers.quantization = 'fp8' needs {name} = {size} to be a multiple of {BLOCK} * "
+                "servers.tp = "
                 f"{BLOCK * tp}. Lower servers.tp, or set servers.quantization to null."
             )

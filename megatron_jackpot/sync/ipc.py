@@ -1,9 +1,10 @@
 """Weights to servers on this node without a copy through the host: CUDA IPC handles in SGLang's own request.
 
-A server maps the bucket that lies on this rank's GPU and copies out of it, over NVLink where it lives on another one.
-The request carries a pickle, since stock SGLang takes nothing else; it is made here, for our own servers on this node,
-from tensors and plain numbers alone (the server loads it through a list of allowed classes). On a machine without CUDA
-the values themselves travel in it.
+A server maps the bucket that lies on this rank's GPU and copies out of it, over NVLink where it lives on
+another one.
+The request carries a pickle, since stock SGLang takes nothing else; it is made here, for our own servers on
+this node, from tensors and plain numbers alone (the server loads it through a list of allowed classes). On a
+machine without CUDA the values themselves travel in it.
 """
 
 import base64
@@ -21,14 +22,16 @@ from megatron_jackpot.sync.prefetcher import FlatBucket
 from megatron_jackpot.sync.proof import wait
 
 DEVICE_INDEX = 6
-"""Place of the device among rebuild_cuda_tensor's arguments; SGLang's utils/patch_torch.py counts on it too."""
+"""Place of the device among rebuild_cuda_tensor's arguments; SGLang's utils/patch_torch.py counts on it
+too."""
 
 
 class IPCSync(BroadcastSync):
     """As BroadcastSync, but every bucket is handed over in place, and no group is formed."""
 
     def _join(self) -> None:
-        """Nobody to meet; a session that a push left open is closed, and how many ranks a server has is asked."""
+        """Nobody to meet; a session that a push left open is closed, and how many ranks a server has is
+        asked."""
         self._end_open_session()
         self.tp_sizes = wait(self.admin.tp_sizes())
 

@@ -10,10 +10,11 @@ WEIGHTS, CACHE = ("weights", "cuda_graph"), ("kv_cache",)
 
 
 class Occupation:
-    """Servers started with --enable-memory-saver: `release` once they sample nothing, both `resume_*` in a push.
+    """Servers started with --enable-memory-saver: `release` once they sample nothing, both `resume_*` in a
+    push.
 
-    Without `enabled` nothing is asked of them. The state is this process's: SGLang ends a server that is told to resume
-    what it never released.
+    Without `enabled` nothing is asked of them. The state is this process's: SGLang ends a server that is told
+    to resume what it never released.
     """
 
     def __init__(self, admin: ServerAdmin, *, enabled: bool) -> None:
@@ -51,7 +52,8 @@ class Occupation:
             try:
                 wait(ServerAdmin([url], timeout_s=self.admin.timeout_s).resume_memory(mine))
             except ServerError:
-                # It was started anew meanwhile and has released nothing, or it ends now: either way it holds all.
+                # It was started anew meanwhile and has released nothing, or it ends now: either way it holds
+                # all.
                 del self.away[url]
                 raise
             self.away[url] -= set(mine)

@@ -1,4 +1,5 @@
-"""Buckets made in a thread while the one before travels: export and transfer overlap, a bounded number at a time."""
+"""Buckets made in a thread while the one before travels: export and transfer overlap, a bounded number at a
+time."""
 
 import queue
 import threading
@@ -43,9 +44,9 @@ class FlatBucket:
 class Ahead:
     """Iterates over the buckets of `named_tensors`; as a context, for its end.
 
-    At most three buckets exist: one travels, one waits, one is made. However the block ends, `named_tensors` is read to
-    its end: an export is a collective, and the other ranks are in it. An error of the thread is raised here; every wait
-    for it ends after `timeout_s` with TimeoutError.
+    At most three buckets exist: one travels, one waits, one is made. However the block ends, `named_tensors`
+    is read to its end: an export is a collective, and the other ranks are in it. An error of the thread is
+    raised here; every wait for it ends after `timeout_s` with TimeoutError.
     """
 
     def __init__(
@@ -115,7 +116,8 @@ class Ahead:
         return False
 
     def _own_stream(self) -> tuple[AbstractContextManager[Any], Callable[[], None]]:
-        """On CUDA a stream of the thread's own, so that its kernels run beside a broadcast, and how to wait for them."""
+        """On CUDA a stream of the thread's own, so that its kernels run beside a broadcast, and how to wait
+        for them."""
         if self._gpu is None:
             return nullcontext(), lambda: None
         torch.cuda.set_device(self._gpu)

@@ -117,7 +117,8 @@ class Proof:
         if scales != self.quantised:
             serves, sent = ("fp8", "bf16") if scales else ("no fp8", "fp8")
             raise SyncError(
-                f"{self.admin.urls[0]} serves {serves} weights, but {sent} ones are sent. Set servers.quantization to "
+                f"{self.admin.urls[0]} serves {serves} weights, but {sent} ones are sent. Set "
+                "servers.quantization to "
                 f"{'fp8' if scales else 'null'}, or start the server from a folder of that format."
             )
         for url, other in zip(self.admin.urls[1:], others, strict=True):

@@ -1,4 +1,5 @@
-"""Which servers a push reaches: those that answer now; a push that breaks off is tried again with who is left."""
+"""Which servers a push reaches: those that answer now; a push that breaks off is tried again with who is
+left."""
 
 import asyncio
 import sys

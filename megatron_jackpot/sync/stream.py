@@ -1,4 +1,5 @@
-"""Megatron shards -> HF tensors on the main rank: tensor-parallel gather, pipeline hand-over, padding stripped."""
+"""Megatron shards -> HF tensors on the main rank: tensor-parallel gather, pipeline hand-over, padding
+stripped."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,11 +43,12 @@ def export_hf(model: MegatronModel, path: Path) -> None:
 
 
 class Exported:
-    """The weights of a push, on their device, to be read again and again by the main rank; the others take part.
+    """The weights of a push, on their device, to be read again and again by the main rank; the others take
+    part.
 
-    Every rank makes one. The main rank iterates it, each time to the end, and then calls `finish`; the others call
-    `take_part`, which returns when it has. `name` tells one push from another; nobody holds a collective open between
-    two readings.
+    Every rank makes one. The main rank iterates it, each time to the end, and then calls `finish`; the others
+    call `take_part`, which returns when it has. `name` tells one push from another; nobody holds a collective
+    open between two readings.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class Exported:
         try:
             yield from quantised(pairs) if self.fp8 else pairs
         finally:
-            # Whoever reads gives up in the middle: the other ranks do not know, and are in the same collectives.
+            # Whoever reads gives up in the middle: the other ranks do not know, and are in the same
+            # collectives.
             for _ in stream:
                 pass
 
@@ -85,10 +88,11 @@ class Exported:
 def exported(
     model: MegatronModel, *, device: torch.device = CPU, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(HF name, tensor on `device`) one after another on the main rank, none elsewhere. A tied embedding is emitted once.
+    """(HF name, tensor on `device`) one after another on the main rank, none elsewhere. A tied embedding is
+    emitted once.
 
-    `dtype` is the server's; None keeps the parameters'. Every rank must come to its end. Collectives, on the first copy of the model only: all-gather over tp and, with pp > 1,
-    broadcast over pp per tensor.
+    `dtype` is the server's; None keeps the parameters'. Every rank must come to its end. Collectives, on the
+    first copy of the model only: all-gather over tp and, with pp > 1, broadcast over pp per tensor.
     """
     with torch.no_grad(), model.fresh_parameters():
         for name, shards in _whole_tensors(model):

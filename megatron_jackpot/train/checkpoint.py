@@ -1,10 +1,12 @@
 """A run's whole state in one folder per saved step, published atomically and checked before it is believed.
 
-    RUN/checkpoints/step-000040/policy/  actor/  rollouts-0.npz  state.json  manifest.json      latest -> step-000040
+    RUN/checkpoints/step-000040/policy/  actor/  rollouts-0.npz  state.json  manifest.json      latest ->
+    step-000040
 
-A folder is written as .step-000040.unfinished and renamed when its manifest (size and sha256 of every file) is on
-disk; a later crash leaves at most an unfinished folder. Random draws are functions of (seed, step, rollout), so
-that no generator needs saving. `rollouts-*` are the finished groups of a step that was interrupted.
+A folder is written as .step-000040.unfinished and renamed when its manifest (size and sha256 of every file)
+is on disk; a later crash leaves at most an unfinished folder. Random draws are functions of (seed, step,
+rollout), so that no generator needs saving. `rollouts-*` are the finished groups of a step that was
+interrupted.
 """
 
 import datetime
@@ -39,8 +41,9 @@ Digests = dict[str, list]
 class Saver:
     """Saves of one run, one at a time; every rank calls every method.
 
-    The pause that training sees is a copy of this rank's own state into host memory. A thread gathers, writes, hashes
-    and publishes, on process groups that training never uses: collectives of two threads on one group would mix.
+    The pause that training sees is a copy of this rank's own state into host memory. A thread gathers,
+    writes, hashes and publishes, on process groups that training never uses: collectives of two threads on
+    one group would mix.
     """
 
     def __init__(self, trainer: Any, knobs: Run) -> None:
@@ -85,7 +88,8 @@ class Saver:
             self._note_end(raise_it=False)
 
     def wait(self, *, raise_it: bool = False) -> None:
-        """Until the save under way has ended. Raises TimeoutError when it takes longer than run.phase_timeout_s."""
+        """Until the save under way has ended. Raises TimeoutError when it takes longer than
+        run.phase_timeout_s."""
         if self._writing is None:
             return
         limit = self.knobs.phase_timeout_s
@@ -216,7 +220,8 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def expected_bytes(trainer: Any) -> int:
-    """About how large a checkpoint gets: weights, fp32 copy and two moments of both models; every rank calls it."""
+    """About how large a checkpoint gets: weights, fp32 copy and two moments of both models; every rank calls
+    it."""
     mesh: Mesh = trainer.mesh
     local = sum(
         parameter.numel() * (parameter.element_size() + 12)
@@ -239,7 +244,8 @@ def check_room(trainer: Any, run: Run) -> None:
     free = trainer.mesh.from_main(free)
     if run.save_every is not None and free < need:
         raise ValueError(
-            f"run.folder = {run.folder} has {free / 1e9:.2f} GB free, two checkpoints take about {need / 1e9:.2f} GB. "
+            f"run.folder = {run.folder} has {free / 1e9:.2f} GB free, two checkpoints take about "
+            f"{need / 1e9:.2f} GB. "
             "Free some space, or set run.save_every=null."
         )
 

@@ -1,4 +1,5 @@
-"""What keeps a run from training on nonsense: skipped steps are bounded, and the policy pauses when rollouts drift."""
+"""What keeps a run from training on nonsense: skipped steps are bounded, and the policy pauses when rollouts
+drift."""
 
 import math
 from typing import Any
@@ -13,8 +14,8 @@ class RollBack(RuntimeError):
 class Guard:
     """Counts skipped optimizer steps and decides when the policy pauses; the same numbers reach every rank.
 
-    Paused, the policy stands still and the actor is trained by distillation alone, until acceptance and KL are
-    back inside their bounds by the share `hysteresis`.
+    Paused, the policy stands still and the actor is trained by distillation alone, until acceptance and KL
+    are back inside their bounds by the share `hysteresis`.
     """
 
     def __init__(self, knobs: Guards):
@@ -23,7 +24,8 @@ class Guard:
         self.skipped_in_a_row = {"policy": 0, "actor": 0}
 
     def watch(self, acceptance: float, kl: float) -> None:
-        """Decide from the mean acceptance and KL(target || server) of a mini-batch; NaN counts as out of bounds."""
+        """Decide from the mean acceptance and KL(target || server) of a mini-batch; NaN counts as out of
+        bounds."""
         k = self.knobs
         slack = k.hysteresis if self.paused else 0.0
         # A floor near 1 must stay reachable.
@@ -35,7 +37,8 @@ class Guard:
 
     @property
     def in_doubt(self) -> bool:
-        """Whether the last gradient of a model was not applied: its weights may be what is wrong, and are not saved."""
+        """Whether the last gradient of a model was not applied: its weights may be what is wrong, and are not
+        saved."""
         return any(self.skipped_in_a_row.values())
 
     def note(self, model: str, grad_norm: float) -> bool:
@@ -47,7 +50,8 @@ class Guard:
         if self.skipped_in_a_row[model] > self.knobs.max_skipped:
             raise RollBack(
                 f"grad_norm/{model} is {grad_norm} for the {self.skipped_in_a_row[model]}. time in a row, "
-                f"guard.max_skipped = {self.knobs.max_skipped}. Look at the data and at lr/{model} of these steps."
+                f"guard.max_skipped = {self.knobs.max_skipped}. Look at the data and at lr/{model} of these "
+                "steps."
             )
         return False
 

@@ -1,4 +1,5 @@
-"""The two losses of a step, as closures that Megatron's schedules call once per micro-batch on the last stage."""
+"""The two losses of a step, as closures that Megatron's schedules call once per micro-batch on the last
+stage."""
 
 from typing import Any
 
@@ -17,7 +18,8 @@ from megatron_jackpot.records import Batch
 from megatron_jackpot.train.methods import Methods
 
 TRAINED_GAP = "gap/trained_scored"
-"""Mean |log s|, s = trained / scored probability: not 0 before the first update only where the numerics moved."""
+"""Mean |log s|, s = trained / scored probability: not 0 before the first update only where the numerics
+moved."""
 
 
 def policy_loss(
@@ -57,7 +59,8 @@ def actor_loss(
     vocab: dict,
     teacher: FrozenHead | None,
 ) -> Loss:
-    """PPO on the same samples, weighted by min(p_actor_old/q, C), plus lambda_distill times distillation, Eq. 6-8.
+    """PPO on the same samples, weighted by min(p_actor_old/q, C), plus lambda_distill times distillation, Eq.
+    6-8.
 
     All valid tokens count: the actor's samples are its own, nothing is rejected. `teacher` has the policy's
     logits of this mini-batch, for a distillation over the whole vocabulary.
@@ -114,7 +117,8 @@ def distillation(
 
 
 def tokens_of(mini: Batch, old_MT: Tensor, m: int) -> Tokens:
-    """What an objective may look at in micro-batch m: rejected tokens too, so that a response's ratio is whole."""
+    """What an objective may look at in micro-batch m: rejected tokens too, so that a response's ratio is
+    whole."""
     return Tokens(
         old_logp_T=old_MT[m],
         server_logp_T=mini.server_logp_MT[m],

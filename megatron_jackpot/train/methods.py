@@ -1,4 +1,5 @@
-"""The methods of a run, built from the configuration once, and the controllers that move two of their knobs."""
+"""The methods of a run, built from the configuration once, and the controllers that move two of their
+knobs."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -35,7 +36,8 @@ class Methods:
     distill_weight: float
     advantage: Advantage
     exact_lam: float | None = None
-    """lam of a correction that needs Z over the whole vocabulary; None on every rank alike where none does."""
+    """lam of a correction that needs Z over the whole vocabulary; None on every rank alike where none
+    does."""
     acceptance: TargetAcceptance | None = None
     """Steers the correction's lam, on the last pipeline stage."""
     adaptive: AdaptiveDistill | None = None
@@ -106,7 +108,8 @@ class Methods:
     def advantages_over_batch(
         self, groups: list[list[Rollout]], sum_over_batch: SumOverBatch, device: torch.device
     ) -> list[list[Rollout]]:
-        """The groups of one DP leader with their advantages' step over the whole batch; every leader calls it."""
+        """The groups of one DP leader with their advantages' step over the whole batch; every leader calls
+        it."""
         flat = [rollout.advantage for group in groups for rollout in group]
         advantage_N = torch.tensor(flat, dtype=torch.float32, device=device)
         values = iter(self.advantage.over_batch(advantage_N, sum_over_batch).tolist())
@@ -132,11 +135,12 @@ def _check_corrected_once(objective: Objective, actor_objective: Objective, conf
     if objective.corrects and algorithm.correction.name != "none":
         raise ValueError(
             f"algorithm.objective.name = '{algorithm.objective.name}' carries its own ratio to the server, "
-            f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction none"
-            + (", or objective anchor old." if hasattr(objective, "anchor") else ".")
+            f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction "
+            "none" + (", or objective anchor old." if hasattr(objective, "anchor") else ".")
         )
     if actor_objective.corrects:
         raise ValueError(
-            f"actor.objective.name = '{actor.objective.name}' carries its own ratio to the server, and the actor's "
+            f"actor.objective.name = '{actor.objective.name}' carries its own ratio to the server, and the "
+            "actor's "
             "loss is weighted by actor.tis_cap's already. Use ppo, gspo, cispo, opsm or reinforce."
         )

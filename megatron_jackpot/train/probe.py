@@ -29,8 +29,9 @@ def check_families(config: Config, policy: Family, actor: Family) -> None:
 def probe(trainer: Any, prompts: list[Prompt]) -> dict[str, float]:
     """|server logp - trainer logp| of the actor on fresh completions, sampled and top-k tokens together.
 
-    Every rank must call it; the result is the same everywhere. Raises RuntimeError when the gap exceeds the bounds of
-    config.sync for the trainer's dtype: the numbers of server and trainer then do not speak of the same model.
+    Every rank must call it; the result is the same everywhere. Raises RuntimeError when the gap exceeds the
+    bounds of config.sync for the trainer's dtype: the numbers of server and trainer then do not speak of the
+    same model.
     """
     mesh, config = trainer.mesh, trainer.config
     packer = Packer(
@@ -55,7 +56,8 @@ def probe(trainer: Any, prompts: list[Prompt]) -> dict[str, float]:
 
 
 def refuse_gap(report: dict[str, float], dtype: str, bounds: Sync) -> None:
-    """Raises RuntimeError when a probe's report lies outside the bounds for `dtype`; NaN counts as outside."""
+    """Raises RuntimeError when a probe's report lies outside the bounds for `dtype`; NaN counts as
+    outside."""
     if dtype == "float32":
         checks = [("max", report["probe/max"], bounds.max_logp_gap, "sync.max_logp_gap")]
     else:
@@ -66,8 +68,10 @@ def refuse_gap(report: dict[str, float], dtype: str, bounds: Sync) -> None:
     for what, value, bound, field in checks:
         if not value <= bound:
             raise RuntimeError(
-                f"Server and trainer disagree about the actor: {what} of |server logp - trainer logp| is {value:.3g}, "
-                f"{field} allows {bound:g} in {dtype}. Check that the servers hold the actor's weights, use the "
+                f"Server and trainer disagree about the actor: {what} of |server logp - trainer logp| is "
+                f"{value:.3g}, "
+                f"{field} allows {bound:g} in {dtype}. Check that the servers hold the actor's weights, use "
+                "the "
                 f"trainer's dtype, and sample with top_p = 1 and top_k = -1 at rollout.temperature."
             )
 

@@ -66,7 +66,8 @@ class Assembly:
 
 
 def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda: None) -> Assembly:
-    """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming the field for anything that cannot work."""
+    """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming
+    the field for anything that cannot work."""
     methods = Methods.from_config(config)
     check_same_tokenizer(config.policy.hf, config.actor.hf)
     tokenizer = load_tokenizer(config.policy.hf)
@@ -80,7 +81,8 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
         source = make_source(config, methods, families["actor"], stop_ids, decode)
         if config.data.source == "jsonl":
-            # Generated problems are right by construction; a file may hold answers no response could ever match.
+            # Generated problems are right by construction; a file may hold answers no response could ever
+            # match.
             source.check_labels([*training.prompts, *heldout.prompts][mesh.dp_rank :: mesh.dp])
     trainer = Trainer(
         config,
@@ -191,10 +193,11 @@ def make_sync(config: Config) -> DiskSync | BroadcastSync:
 
 
 def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = None) -> bool:
-    """One rank of a training run, from the first check to the final table. Raises Refused before the first step.
+    """One rank of a training run, from the first check to the final table. Raises Refused before the first
+    step.
 
-    `mesh` is one that is there already, of the same layout. True when all steps are done, False when the run saved
-    and ended because `stop` asked for it.
+    `mesh` is one that is there already, of the same layout. True when all steps are done, False when the run
+    saved and ended because `stop` asked for it.
     """
     try:
         if config.precision.deterministic:
@@ -251,7 +254,8 @@ def _resume(config: Config, trainer: Trainer) -> bool:
 
 
 def _attempt(assembly: Assembly, saver: Saver, resumed: bool) -> bool | None:
-    """What `_train` returns; None when the run went back to a checkpoint, to go on from there with another attempt."""
+    """What `_train` returns; None when the run went back to a checkpoint, to go on from there with another
+    attempt."""
     trainer = assembly.trainer
     with contextlib.ExitStack() as outputs:
         report, account = _outputs(trainer.config, trainer.mesh, trainer, resumed, outputs)

@@ -41,7 +41,8 @@ class Scorer:
         self.top_k = top_k
         self.temperature = temperature
         self.keep_head = keep_head
-        """Keep the policy's last hidden states of a pass in `head`, for a teacher over the whole vocabulary."""
+        """Keep the policy's last hidden states of a pass in `head`, for a teacher over the whole
+        vocabulary."""
         self.head: FrozenHead | None = None
 
     def __call__(
@@ -85,7 +86,8 @@ class Scorer:
         )
 
     def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
-        """The same scores aimed at the current policy: a fresh policy pass at the sampled token and candidates."""
+        """The same scores aimed at the current policy: a fresh policy pass at the sampled token and
+        candidates."""
         ids_MTC = None if scores is None else scores.candidate_ids_TK.unflatten(0, mini.tokens_MT.shape)
         fresh = self.policy.score(mini, partial(self._read_target, mini, ids_MTC))
         if scores is None or fresh is None:
@@ -162,8 +164,9 @@ class Scorer:
         return self._logp_and(self.policy, logits_TV, mini.labels_MT[index], candidates_logp=ids_MTC[index])
 
     def _server_logp(self, batch: Batch, actor_logp_MTK: Tensor, actor_version: int) -> Tensor:
-        """log q at the candidates. The server does not return q at policy-only ids: the scored actor's log-prob
-        stands in, capped by the server's k-th, where that actor produced the token; 0 probability elsewhere."""
+        """log q at the candidates. The server does not return q at policy-only ids: the scored actor's
+        log-prob stands in, capped by the server's k-th, where that actor produced the token; 0 probability
+        elsewhere."""
         kth_MT1 = batch.topk_logp_MTK.masked_fill(batch.topk_ids_MTK < 0, float("inf")).amin(-1, keepdim=True)
         known_MT1 = (batch.weight_version_MT == actor_version)[..., None]
         policy_only = torch.minimum(actor_logp_MTK, kth_MT1).masked_fill(~known_MT1, MINUS_INFINITY)

@@ -95,7 +95,8 @@ class Trainer:
         self.values: dict[str, float] = {}
 
     def step(self) -> dict[str, float]:
-        """One rollout batch: collect, score, correct, update both models, sync. Returns metrics on the main rank."""
+        """One rollout batch: collect, score, correct, update both models, sync. Returns metrics on the main
+        rank."""
         self.sums, self.values = {}, {}
         self.step_under_way = self.num_steps + 1
         with self.timer("step"):
@@ -161,8 +162,8 @@ class Trainer:
     def correct(self, mini: Batch, scores: Scores | None) -> tuple[Correction | None, float, float]:
         """The correction and both global denominators; (None, N, N) off the last stage.
 
-        Whether a mini-batch is trained on follows from the denominators, so every stage must know them before the
-        next schedule starts.
+        Whether a mini-batch is trained on follows from the denominators, so every stage must know them before
+        the next schedule starts.
         """
         correction = None
         counts = torch.zeros(6, dtype=torch.float64, device=self.mesh.device)
@@ -237,12 +238,14 @@ class Trainer:
         if mean > largest:
             raise RuntimeError(
                 f"step {self.num_steps}: {TRAINED_GAP} = {mean:.4g} in the first mini-batch, above "
-                f"precision.max_trained_gap = {largest}. Use another precision.fp8_recipe ('tensorwise', 'blockwise'), "
+                f"precision.max_trained_gap = {largest}. Use another precision.fp8_recipe ('tensorwise', "
+                "'blockwise'), "
                 "or bf16."
             )
 
     def make_room(self) -> None:
-        """After the rollout, where servers share the trainer's GPUs: their memory goes, optimizer state comes."""
+        """After the rollout, where servers share the trainer's GPUs: their memory goes, optimizer state
+        comes."""
         if self.config.servers.release_memory:
             limit_s = self.config.rollout.request_timeout_s * 2
             self.mesh.wait_for_leaders(f"rollout-{self.num_steps}-{self.num_pushes}", limit_s)

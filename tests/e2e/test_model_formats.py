@@ -1,4 +1,5 @@
-"""A run from folders in Megatron's format, servers and all; what it exports is what it trained, and only that."""
+"""A run from folders in Megatron's format, servers and all; what it exports is what it trained, and only
+that."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""Whole runs on tiny random models: launch with two ranks, then every sync and correction on one shared server."""
+"""Whole runs on tiny random models: launch with two ranks, then every sync and correction on one shared
+server."""
 
 import asyncio
 import json

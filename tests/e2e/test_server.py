@@ -182,7 +182,8 @@ def test_buckets_in_a_request_move_the_weights_as_a_broadcast_does(rig):
 
 
 def test_a_server_lends_its_memory_and_serves_the_next_push(rig):
-    """Without the memory saver nothing is freed here, but the server's own states and refusals are the real ones."""
+    """Without the memory saver nothing is freed here, but the server's own states and refusals are the real
+    ones."""
     sync = IPCSync([rig.url], hf_folder=rig.a.folder, proof_folder=None, timeout_s=20, release_memory=True)
     for model in (rig.a, rig.b):
         sync.release()

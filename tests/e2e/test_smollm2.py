@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct, real weights: through every layout it allows, and through the whole loop of the example.
+"""SmolLM2-135M-Instruct, real weights: through every layout it allows, and through the whole loop of the
+example.
 
     PYTHONPATH=WHEELS bash tests/run.sh --full e2e
 

@@ -136,7 +136,8 @@ class FaultRun:
         os.kill(victim.pid, signum)
 
     def kill_server_in_an_update(self, limit_s: float) -> str:
-        """kill -9 of the first server when it has been paused for new weights and not yet been told to go on."""
+        """kill -9 of the first server when it has been paused for new weights and not yet been told to go
+        on."""
         log, doing = self.folder / "server-0.log", self.folder / "doing" / "rank-0"
         paused, deadline = "POST /pause_generation", time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -164,9 +165,11 @@ class FaultRun:
 def kill_in_phase(
     doing: Path, phase: str, limit_s: float, victim: Callable[[int], int] = lambda pid: pid
 ) -> str:
-    """kill -9 of the process that `doing` (RUN/doing/rank-N) is about, or of its `victim`, while it is in a phase.
+    """kill -9 of the process that `doing` (RUN/doing/rank-N) is about, or of its `victim`, while it is in a
+    phase.
 
-    It is stopped first, so that what it says is what it does. Returns its line. Raises AssertionError after `limit_s`.
+    It is stopped first, so that what it says is what it does. Returns its line. Raises AssertionError after
+    `limit_s`.
     """
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:

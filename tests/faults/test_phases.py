@@ -1,4 +1,5 @@
-"""Ranks killed in each phase of a step, and numbers that are none: the run ends as if nothing had been, to the last bit."""
+"""Ranks killed in each phase of a step, and numbers that are none: the run ends as if nothing had been, to
+the last bit."""
 
 import dataclasses
 import json
@@ -22,7 +23,8 @@ NOISY = {"rollout/tokens_per_s", "sync/seconds"}
 
 
 class Scripted:
-    """Rollouts that are a function of the prompt and the epoch; asked for the n-th time with n in `bad`, useless."""
+    """Rollouts that are a function of the prompt and the epoch; asked for the n-th time with n in `bad`,
+    useless."""
 
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
         self.bad, self.num_asked = bad, 0
@@ -108,7 +110,8 @@ def test_killed_in_every_phase_the_run_ends_as_if_it_had_not_been(tmp_path: Path
 def test_a_run_goes_back_from_gradients_that_are_none_to_a_checkpoint_that_leads_on(tmp_path: Path) -> None:
     yaml_file, steps = make_models(tmp_path), 8
     runs = []
-    # Step 5 is skipped, 6 is too much: back to 4. Twice: 5 and 6 once more, back to 3, of which nothing bad is known.
+    # Step 5 is skipped, 6 is too much: back to 4. Twice: 5 and 6 once more, back to 3, of which nothing bad
+    # is known.
     for name, bad, more in (("whole", (), 0), ("once", (5, 6), 2), ("twice", (5, 6, 7, 8), 5)):
         run = tmp_path / name
         asked = run_ranks(_train, RANKS, 120, str(yaml_file), str(run), steps, bad)

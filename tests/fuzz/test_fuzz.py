@@ -1,4 +1,5 @@
-"""Whatever comes from outside ends in a value or in the error that is meant for it: no crash, no hang, no bloat."""
+"""Whatever comes from outside ends in a value or in the error that is meant for it: no crash, no hang, no
+bloat."""
 
 import json
 import math

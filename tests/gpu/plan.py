@@ -3,7 +3,8 @@
     bash tests/gpu/run_all.sh [--dry-run | --tiny] [NAME ...]
 
 Each step is a process with its own time limit. Results of all steps go to $OUT/gpu.json and their output to
-$OUT/gpu.log: two files, since a lent machine may hand back only a few. The exit status is 0 when every step passed.
+$OUT/gpu.log: two files, since a lent machine may hand back only a few. The exit status is 0 when every step
+passed.
 """
 
 import argparse
@@ -58,7 +59,8 @@ STEPS = (
     Step(
         "tests",
         (*PYTEST, "-m", "gpu", "tests/gpu", "tests/unit/test_obrs.py"),
-        "tiny Qwen3: layers of Transformer Engine against local ones, packing, recipes, draws; logits in blocks, "
+        "tiny Qwen3: layers of Transformer Engine against local ones, packing, recipes, draws; logits in "
+        "blocks, "
         "deterministic mode, offload, export on the device, IPC handles, fp8 weights",
         95,
         140,
@@ -68,7 +70,8 @@ STEPS = (
     benchmark("correction", "0.6B and half of it, 8 x 2048 tokens, four corrections", 60, 90),
     benchmark(
         "trainer",
-        "0.6B and half of it, 8 x 2048 and 1 x 16,384 tokens, bf16 (logits in blocks and whole) and fp8 tensorwise",
+        "0.6B and half of it, 8 x 2048 and 1 x 16,384 tokens, bf16 (logits in blocks and whole) and fp8 "
+        "tensorwise",
         95,
         140,
         "--precision",

@@ -1,4 +1,5 @@
-"""On a CUDA device with Transformer Engine: its layers against local ones, packing, every fp8 recipe, determinism."""
+"""On a CUDA device with Transformer Engine: its layers against local ones, packing, every fp8 recipe,
+determinism."""
 
 import itertools
 from pathlib import Path

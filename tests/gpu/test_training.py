@@ -1,4 +1,5 @@
-"""On a CUDA device: logits in blocks, deterministic mode, offload, and the ways of weights out of the trainer."""
+"""On a CUDA device: logits in blocks, deterministic mode, offload, and the ways of weights out of the
+trainer."""
 
 import hashlib
 import pickle

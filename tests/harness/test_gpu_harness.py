@@ -1,4 +1,5 @@
-"""The harness for an H200, without one: its plan, its benchmarks in CPU sizes, and the formulas they report by."""
+"""The harness for an H200, without one: its plan, its benchmarks in CPU sizes, and the formulas they report
+by."""
 
 import json
 import os

@@ -62,7 +62,8 @@ def test_no_image_runs_as_root() -> None:
 def test_check_image_names_missing_and_other_versions(tmp_path, capsys) -> None:
     lock = tmp_path / "lock.txt"
     lock.write_text(
-        "# a comment==1\npyyaml==0.0.1 \\\n    --hash=sha256:00\nnot-a-package-here==2 ; python_version > '3'\n"
+        "# a comment==1\npyyaml==0.0.1 \\\n    --hash=sha256:00\nnot-a-package-here==2 ; python_version > "
+        "'3'\n"
     )
     assert pins(lock) == {"pyyaml": "0.0.1", "not-a-package-here": "2"}
     assert len(wrong_pins(pins(lock))) == 2

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python tests/kernels/compile_sm90.py
 
-Loads and stores are those of the PTX, registers and local memory those that ptxas reports for the cubin. Row strides
-and the padded width are multiples of 16, as padded_vocab_size makes them; the true vocabulary is odd.
+Loads and stores are those of the PTX, registers and local memory those that ptxas reports for the cubin. Row
+strides and the padded width are multiples of 16, as padded_vocab_size makes them; the true vocabulary is odd.
 """
 
 import collections

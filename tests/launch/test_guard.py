@@ -1,4 +1,5 @@
-"""Pauses have hysteresis, skipped steps are bounded, and a stuck phase ends its process with every stack written."""
+"""Pauses have hysteresis, skipped steps are bounded, and a stuck phase ends its process with every stack
+written."""
 
 import math
 import os

@@ -82,7 +82,8 @@ tree = {
     "rollout": {"max_new_tokens": 64},
 }
 train = "import pathlib, sys; print('asked to stop:', (pathlib.Path(sys.argv[1]) / 'stop').exists())"
-launch(parse_config(tree), 1, trainer_command=lambda *_: [sys.executable, "-c", train, str(folder)], first=first)
+command = [sys.executable, "-c", train, str(folder)]
+launch(parse_config(tree), 1, trainer_command=lambda *_: command, first=first)
 """
 
 

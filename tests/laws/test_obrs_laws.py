@@ -1,4 +1,5 @@
-"""The laws of OBRS on distributions that hypothesis looks for: zeros, one-hot, equal, lam at the extreme ratios."""
+"""The laws of OBRS on distributions that hypothesis looks for: zeros, one-hot, equal, lam at the extreme
+ratios."""
 
 import math
 

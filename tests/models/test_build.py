@@ -1,4 +1,5 @@
-"""HF folder -> Megatron chunks -> HF folder: what is refused, that nothing is lost, and HF's own log-probs."""
+"""HF folder -> Megatron chunks -> HF folder: what is refused, that nothing is lost, and HF's own
+log-probs."""
 
 import json
 from pathlib import Path

@@ -32,7 +32,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def tool(capsys, monkeypatch):
-    """Run a script of tools/ as __main__, in this process; the import of Megatron takes longer than the work."""
+    """Run a script of tools/ as __main__, in this process; the import of Megatron takes longer than the
+    work."""
 
     def run(name: str, *args: object) -> SimpleNamespace:
         monkeypatch.syspath_prepend(ROOT / "tools")

@@ -1,4 +1,5 @@
-"""A copy in host memory has the values and strides of its tensors, overlaps once, and uses its memory again."""
+"""A copy in host memory has the values and strides of its tensors, overlaps once, and uses its memory
+again."""
 
 import torch
 

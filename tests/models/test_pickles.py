@@ -95,7 +95,7 @@ def _elsewhere(folder: Path, ran: Path) -> None:
 ATTACKS: dict[Callable, str] = {
     _in_metadata: r"\.metadata is not loaded, it could run code: it names posix\.system",
     _by_computed_names: r"\.metadata is not loaded, it could run code: it names posix\.system",
-    _by_a_dotted_name: r"it names torch\.distributed\.checkpoint\.filesystem\._StorageInfo\.__init__\.__globals__",
+    _by_a_dotted_name: r"it names torch\.distributed\.checkpoint\.filesystem\._StorageInfo\.__init__",
     _by_attributes_of_a_class: r"\.metadata is not loaded, it could run code: it names attributes of a type",
     _in_common: r"common\.pt is not loaded, it could run code: .*posix\.system",
     _in_bytes: r"distcp \(.*\) is not loaded, it could run code: .*posix\.system",

@@ -1,4 +1,5 @@
-"""One fixed batch through `Trainer.learn` on any parallel layout; what comes out must not depend on the layout."""
+"""One fixed batch through `Trainer.learn` on any parallel layout; what comes out must not depend on the
+layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ def load_trainer(config: Config) -> Trainer:
 
 
 def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
-    """Metrics of every step, keep decisions by (rollout, position) and exported weights after `steps`; on rank 0 only."""
+    """Metrics of every step, keep decisions by (rollout, position) and exported weights after `steps`; on
+    rank 0 only."""
     config = make_config(layout, folder)
     trainer = load_trainer(config)
     mesh = trainer.mesh

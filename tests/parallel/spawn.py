@@ -20,7 +20,8 @@ PRELOADED = ["torch", "megatron_jackpot.train.run"]
 def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *args: Any) -> list[Any]:
     """[fn(rank, world, *args) for every rank]: new processes in one gloo group, a single thread each.
 
-    They are forked from a server that has imported everything and done nothing: importing takes longer than most tests.
+    They are forked from a server that has imported everything and done nothing: importing takes longer than
+    most tests.
 
     fn is a module-level function; what it returns must survive torch.save. RANK, LOCAL_RANK and WORLD_SIZE
     are set as torchrun sets them. Raises RuntimeError with the traceback of the first rank that failed,
@@ -39,7 +40,8 @@ def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *arg
 
 
 def start_ranks(fn: Callable[..., Any], world: int, timeout_s: float, folder: str, *args: Any) -> Any:
-    """The processes of `run_ranks`, started and not waited for: a context with `processes`, which the caller ends."""
+    """The processes of `run_ranks`, started and not waited for: a context with `processes`, which the caller
+    ends."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     return mp.start_processes(
         _rank,

@@ -1,4 +1,5 @@
-"""N steps are k steps, a checkpoint, a new process and N - k steps: bit for bit, and on another layout to rounding."""
+"""N steps are k steps, a checkpoint, a new process and N - k steps: bit for bit, and on another layout to
+rounding."""
 
 import json
 import shutil
@@ -54,7 +55,8 @@ class Scripted:
 def _train(
     rank: int, world: int, folder: str, run: str, layout: Layout, steps: int, options: dict
 ) -> tuple | None:
-    """Steps on deterministic rollouts; (per-step numbers, weights, correction, troubles, prompts asked) on rank 0."""
+    """Steps on deterministic rollouts; (per-step numbers, weights, correction, troubles, prompts asked) on
+    rank 0."""
     config = make_config(layout, Path(folder))
     knobs = config.run.model_copy(
         update={"folder": Path(run), "keep": 2, "keep_every": options.get("keep_every")}

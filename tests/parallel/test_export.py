@@ -1,4 +1,5 @@
-"""Weights of a push read by the main rank while the others take part, and optimizer state that goes and comes back."""
+"""Weights of a push read by the main rank while the others take part, and optimizer state that goes and comes
+back."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""A disk that is full costs a checkpoint and not the run; every rank hears of it at once, whichever had the trouble."""
+"""A disk that is full costs a checkpoint and not the run; every rank hears of it at once, whichever had the
+trouble."""
 
 import shutil
 import subprocess
@@ -94,7 +95,8 @@ def _fill(disk: Path, left: int) -> None:
 
 
 def _two_ranks_on_a_full_disk(rank: int, world: int, folder: str, disk: str, layout: Layout) -> dict:
-    """What each rank saw of: metadata that finds no room, a rank's files that find none, an export that finds none."""
+    """What each rank saw of: metadata that finds no room, a rank's files that find none, an export that finds
+    none."""
     config = make_config(layout, Path(folder))
     run = config.run.model_copy(update={"folder": Path(disk), "keep": 5, "save_every": 1})
     trainer = load_trainer(config.model_copy(update={"run": run}))

@@ -74,7 +74,8 @@ def check_equal(got: dict, want: dict, what: object, tolerance: float = TOLERANC
         assert math.isclose(a, b, rel_tol=tolerance), f"{what}: {name} is {a}, serial {b}"
     for model, tensors in want["weights"].items():
         assert tensors.keys() == got["weights"][model].keys()
-        # AdamW's first step is lr * sign(gradient): where a gradient is rounding noise, one step of 1e-3 may turn.
+        # AdamW's first step is lr * sign(gradient): where a gradient is rounding noise, one step of 1e-3 may
+        # turn.
         changed = {n: (got["weights"][model][n] - t).abs() > 1e-5 for n, t in tensors.items()}
         turned = sum(int(c.sum()) for c in changed.values()) / sum(c.numel() for c in changed.values())
         assert turned < 1e-3, f"{what}: {turned:.2%} of the {model}'s weights differ after the update"
@@ -101,7 +102,8 @@ CANDIDATES = dict(correction=(("name", "seq_tis"), ("batch_normalize", True)), d
 
 
 def test_methods_over_the_whole_vocabulary_do_not_depend_on_the_layout(folder: Path, serial) -> None:
-    """Exact Z and full KL recompute the policy's logits from its last hidden states, sharded and packed anyhow."""
+    """Exact Z and full KL recompute the policy's logits from its last hidden states, sharded and packed
+    anyhow."""
     layouts = (
         Layout(tp=2, sp=True, **EXACT),
         Layout(pp=2, vpp=2, **EXACT),
@@ -145,5 +147,6 @@ def test_eight_ranks_equal_one_rank(folder: Path, serial) -> None:
 def test_two_minibatches_are_the_same_on_two_data_parallel_ranks(folder: Path, serial) -> None:
     for target in ("old", "current"):
         two, one = Layout(dp=2, num_minibatches=2, target=target), Layout(num_minibatches=2, target=target)
-        # The second mini-batch sees weights after an AdamW step, which turns rounding of tiny gradients into 1e-5.
+        # The second mini-batch sees weights after an AdamW step, which turns rounding of tiny gradients into
+        # 1e-5.
         check_equal(run((two,), folder)[0], serial(one), target, tolerance=1e-4)

@@ -1,4 +1,5 @@
-"""What must hold inside a step, whatever the layout: the order of updates, the scores, the way a mini-batch is skipped."""
+"""What must hold inside a step, whatever the layout: the order of updates, the scores, the way a mini-batch
+is skipped."""
 
 import math
 from dataclasses import replace

@@ -84,7 +84,8 @@ def build(config: Config, name: str, mesh: Mesh) -> MegatronModel:
 
 
 def held_bytes(model: MegatronModel) -> dict[str, int]:
-    """What one rank really holds, in bytes; optimizer: AdamW's moments, and masters that are not the weights."""
+    """What one rank really holds, in bytes; optimizer: AdamW's moments, and masters that are not the
+    weights."""
     weights = [p for chunk in model.chunks for p in chunk.module.parameters()]
     buffers = {p.main_grad.untyped_storage().data_ptr(): p.main_grad for p in weights}
     own = {p.untyped_storage().data_ptr() for p in weights}
@@ -152,7 +153,8 @@ def test_bytes_on_the_fullest_of_two_ranks(tmp_path) -> None:
 def test_activations_of_a_forward_pass_are_the_formula_and_what_the_cpu_layers_keep_beside(
     tmp_path, mesh
 ) -> None:
-    """docs/planning.md lists both; torch's RMSNorm and attention on padded sequences keep more than TE's would."""
+    """docs/planning.md lists both; torch's RMSNorm and attention on padded sequences keep more than TE's
+    would."""
     config, tokens = config_for(tmp_path, WIDE, WIDE), 1024
     model = build(config, "policy", mesh)
     weights = {p.untyped_storage().data_ptr() for chunk in model.chunks for p in chunk.module.parameters()}
@@ -250,8 +252,10 @@ def test_the_command_prints_tables_and_refuses(tmp_path, capsys, override, messa
     config_for(tmp_path, POLICY, ACTOR)
     run = tmp_path / "run.yaml"
     run.write_text(
-        "data: {tasks: {chain_sum: {}}, max_prompt_tokens: 8}\nrollout: {max_new_tokens: 8}\nparallel: {tp: 2}\n"
-        f"run: {{folder: {tmp_path}/run}}\npolicy: {{hf: {tmp_path}/policy}}\nactor: {{hf: {tmp_path}/actor}}\n"
+        "data: {tasks: {chain_sum: {}}, max_prompt_tokens: 8}\nrollout: {max_new_tokens: 8}\nparallel: {tp: "
+        "2}\n"
+        f"run: {{folder: {tmp_path}/run}}\npolicy: {{hf: {tmp_path}/policy}}\nactor: "
+        f"{{hf: {tmp_path}/actor}}\n"
         "cluster: {nodes: 2, trainer_procs: 7, gpus_per_node: 8}\n"
     )
     assert main(["plan", str(run), "--gpus", "8"]) == 0

@@ -1,4 +1,5 @@
-"""fp8 weights: values and scales against NumPy, sizes that are no multiple of a block, names, and what is refused."""
+"""fp8 weights: values and scales against NumPy, sizes that are no multiple of a block, names, and what is
+refused."""
 
 import base64
 import json
@@ -27,7 +28,8 @@ SHAPE = dict(
 
 
 def oracle(weight):
-    """(values, scales) of e4m3 by its definition: 4 exponent bits of bias 7, 3 bits of mantissa, largest 448."""
+    """(values, scales) of e4m3 by its definition: 4 exponent bits of bias 7, 3 bits of mantissa, largest
+    448."""
     rows, columns = weight.shape
     values, scales = np.zeros_like(weight), np.ones((math.ceil(rows / BLOCK), math.ceil(columns / BLOCK)))
     for i, j in np.ndindex(*scales.shape):

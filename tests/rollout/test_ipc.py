@@ -1,4 +1,5 @@
-"""Requests of an IPC sync, and the order in which servers lend and take back their memory, against a scripted server."""
+"""Requests of an IPC sync, and the order in which servers lend and take back their memory, against a scripted
+server."""
 
 import base64
 import pickle

@@ -169,15 +169,18 @@ def test_words_of_the_configuration_never_reach_a_shell_as_code(tmp_path, capsys
     assert launch_slurm(tmp_path, "--dry-run", cluster=cluster) == 0
     script = capsys.readouterr().out.split("source ")[0]
     environment = {"SLURM_SUBMIT_DIR": "/", "SLURM_JOB_NUM_NODES": "2", "PATH": os.environ["PATH"]}
-    shown = subprocess.run(["bash"], input=script + 'printf "%s\\n" "$JACKPOT_SETUP" "$JACKPOT_IMAGE"', text=True,
-                           capture_output=True, env=environment, cwd=tmp_path)  # fmt: skip
+    script += 'printf "%s\\n" "$JACKPOT_SETUP" "$JACKPOT_IMAGE"'
+    shown = subprocess.run(
+        ["bash"], input=script, text=True, capture_output=True, env=environment, cwd=tmp_path
+    )
     assert shown.stdout == f"$(touch {mark})\ni;id\n" and not mark.exists()
 
 
 @pytest.mark.parametrize("runtime", ["bare", "pyxis", "apptainer"])
 def test_the_step_of_each_runtime(tmp_path, runtime) -> None:
     script = f'''
-    export SLURM_JOB_ID=1 JACKPOT_REPO={ROOT} JACKPOT_RUNTIME={runtime} JACKPOT_IMAGE=repo/image:1 JACKPOT_MOUNTS=/d:/d
+    export SLURM_JOB_ID=1 JACKPOT_REPO={ROOT} JACKPOT_RUNTIME={runtime}
+    export JACKPOT_IMAGE=repo/image:1 JACKPOT_MOUNTS=/d:/d
     source {ROOT}/slurm/common.sh; cd /tmp
     make_step serve "a b.yaml" 'x=[1, 2]'
     printf '%s|' "${{step[@]}}"'''

@@ -1,4 +1,5 @@
-"""Every correction against a NumPy oracle written from the formulas, and the same on any split of the batch."""
+"""Every correction against a NumPy oracle written from the formulas, and the same on any split of the
+batch."""
 
 import math
 from dataclasses import replace
@@ -165,7 +166,8 @@ def test_a_correction_is_its_formula(name, knobs):
 @pytest.mark.parametrize(("name", "knobs"), CASES + [("jackpot", {"preset": "reference"})])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_correction_is_the_same_on_any_split(name, knobs, ranks):
-    """Whole micro-batches go to ranks; with two ranks in reversed order of tokens, as another packing has them."""
+    """Whole micro-batches go to ranks; with two ranks in reversed order of tokens, as another packing has
+    them."""
     s = scores()
     method = make_correction(name, knobs, 0)
     whole = method(s, identity)
@@ -194,7 +196,8 @@ def test_a_non_finite_log_prob_of_the_server_is_refused_and_outside_the_mask_ign
 
 
 def test_group_baselines_are_those_of_every_response_rejected_or_not():
-    """Advantages come from the rewards of the whole group; rejecting all tokens of a response moves none of them."""
+    """Advantages come from the rewards of the whole group; rejecting all tokens of a response moves none of
+    them."""
     s = scores()
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
     advantage_S = GRPO()(rewards)

@@ -1,4 +1,5 @@
-"""Log-probs from hidden states and weight on one rank: against the dense form, by gradcheck, and for the memory."""
+"""Log-probs from hidden states and weight on one rank: against the dense form, by gradcheck, and for the
+memory."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Every objective against a NumPy oracle written from docs/objectives.md, and the same on any split of the batch.
+"""Every objective against a NumPy oracle written from docs/objectives.md, and the same on any split of the
+batch.
 
 An oracle is f(live, frozen): log-probs with a gradient and those under a stop-gradient, so that central
 differences in `live` alone give the gradient that the method asks for.

@@ -21,7 +21,8 @@ def test_build_turns_yaml_keys_into_the_method():
         (
             "zzz",
             {},
-            "algorithm.correction.name = 'zzz' is unknown. Known: geo_rs, icepop, jackpot, k_filter, mis, none",
+            "algorithm.correction.name = 'zzz' is unknown. Known: geo_rs, icepop, jackpot, k_filter, mis, "
+            "none",
         ),
         (
             "jackpot",

@@ -42,7 +42,8 @@ class Kind:
     tp_dim: int | None = None
     """Dimension cut over tensor-parallel ranks; None is replicated."""
     layout: str = "plain"
-    """plain | qkv (query, key, value interleaved by group) | glu (gate and up, each cut on its own) | vocab."""
+    """plain | qkv (query, key, value interleaved by group) | glu (gate and up, each cut on its own) |
+    vocab."""
 
     @property
     def per_layer(self) -> bool:
@@ -120,8 +121,9 @@ class Family(ABC):
 
     @property
     def rope(self) -> dict[str, Any]:
-        """GPTModel's arguments about rotary embeddings, from the form of transformers 4 (rope_theta, rope_scaling) or
-        5 (rope_parameters). Scaling 'linear' and that of Llama 3 are mapped; ValueError for any other."""
+        """GPTModel's arguments about rotary embeddings, from the form of transformers 4 (rope_theta,
+        rope_scaling) or 5 (rope_parameters). Scaling 'linear' and that of Llama 3 are mapped; ValueError for
+        any other."""
         forms = [
             self.hf_config[key] for key in ("rope_parameters", "rope_scaling") if self.hf_config.get(key)
         ]
@@ -142,7 +144,8 @@ class Family(ABC):
             return {**fields, "rope_scaling": True, "rope_scaling_factor": float(nested["factor"])}
         if kind != "default":
             raise ValueError(
-                f"config.json: rope scaling '{kind}' with {nested} is not supported. Known: 'default', 'linear', and "
+                f"config.json: rope scaling '{kind}' with {nested} is not supported. Known: 'default', "
+                "'linear', and "
                 f"'llama3' with {LLAMA3_ROPE}."
             )
         return fields
@@ -152,7 +155,8 @@ class Family(ABC):
         return self.hf_config.get("head_dim") or self.hf_config["hidden_size"] // self.num_heads
 
     def find(self, megatron_name: str) -> tuple[Kind, int | None]:
-        """(kind, layer) of a Megatron parameter with a global layer index. Raises KeyError for unknown names."""
+        """(kind, layer) of a Megatron parameter with a global layer index. Raises KeyError for unknown
+        names."""
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", megatron_name)
         layer = int(match[1]) if match else None
         generic = f"decoder.layers.{{layer}}.{match[2]}" if match else megatron_name
@@ -167,7 +171,8 @@ class Family(ABC):
     def shard(
         self, kind: Kind, layer: int | None, read: Callable[[str], Tensor], rows: int, tp: int, tp_rank: int
     ) -> Tensor:
-        """Megatron's shard on one tensor-parallel rank; `rows` is the padded vocabulary for the vocab layout."""
+        """Megatron's shard on one tensor-parallel rank; `rows` is the padded vocabulary for the vocab
+        layout."""
         parts = [read(name) for name in self.hf_names(kind, layer)]
         if kind.layout == "vocab":
             padding = parts[0].new_zeros(rows - parts[0].shape[0], parts[0].shape[1])

@@ -1,4 +1,5 @@
-"""What Qwen2, Qwen3 and Llama share: RMSNorm before attention and MLP, grouped queries, rotary positions, SwiGLU."""
+"""What Qwen2, Qwen3 and Llama share: RMSNorm before attention and MLP, grouped queries, rotary positions,
+SwiGLU."""
 
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,7 +13,8 @@ HF_LAYER = "model.layers.{layer}."
 
 
 class Decoder(Family):
-    """A family is this class with its biases and norms, and with the config.json fields it must find as they are."""
+    """A family is this class with its biases and norms, and with the config.json fields it must find as they
+    are."""
 
     qk_norm: ClassVar[bool] = False
     """RMSNorm on queries and keys."""
@@ -52,7 +54,8 @@ class Decoder(Family):
                 )
         if hf.get("attention_dropout", 0.0) != 0.0:
             raise ValueError(
-                f"config.json: attention_dropout = {hf['attention_dropout']} must be 0: with dropout the trainer's "
+                f"config.json: attention_dropout = {hf['attention_dropout']} must be 0: with dropout the "
+                "trainer's "
                 "log-probs differ from the server's."
             )
         kinds = set(hf.get("layer_types") or []) - {"full_attention"}
