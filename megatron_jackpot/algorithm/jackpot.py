@@ -194,7 +194,7 @@ class Jackpot(Normaliser):
 
 @dataclass(frozen=True, kw_only=True)
 class ZTruncatedIS(Normaliser):
-    """z_tis: min(Z r, cap) without any mask: what Jackpot is in expectation (algorithm.md, identity 3)."""
+    """z_tis: min(Z r, cap) without any mask: what Jackpot is in expectation."""
 
     @torch.no_grad()
     def __call__(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:

@@ -15,11 +15,10 @@ def evaluate(trainer: Any, prompts: list[Prompt], stop_ids: tuple[int, ...]) -> 
     """Greedy accuracy of policy and actor on `prompts`; {} off the main rank. Every rank must call it."""
     mesh, knobs = trainer.mesh, trainer.config.evaluation
     mine = prompts[mesh.dp_rank :: mesh.dp]
-    vocab = dict(vocab_size=trainer.policy.family.vocab_size, group=mesh.tp_group)
     answers = greedy(
         trainer.policy,
         [prompt.tokens for prompt in mine],
-        partial(vocab_parallel_argmax, **vocab),
+        partial(vocab_parallel_argmax, vocab=trainer.policy.vocab()),
         max_new_tokens=knobs.max_new_tokens,
         stop_ids=stop_ids,
         packing_tokens=trainer.packer.tokens,

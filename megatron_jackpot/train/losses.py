@@ -14,6 +14,7 @@ from megatron_jackpot.models.head import FrozenHead
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Batch
 from megatron_jackpot.train.methods import Methods
 
@@ -23,7 +24,7 @@ moved."""
 
 
 def policy_loss(
-    mini: Batch, scores: Scores, correction: Correction, denominator: float, objective: Any, vocab: dict
+    mini: Batch, scores: Scores, correction: Correction, denominator: float, objective: Any, vocab: VocabSpec
 ) -> Loss:
     """-sum keep * weight * surrogate / N, Eq. 5; p_current is live, everything else is a constant.
 
@@ -34,7 +35,7 @@ def policy_loss(
     weight_MT = correction.weight_T.view(shape)
 
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], **vocab)
+        logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], vocab)
         tokens = tokens_of(mini, old_MT, m)
         surrogate_T = objective(logp_T, tokens)
         value = -torch.where(keep_MT[m], weight_MT[m] * surrogate_T, 0.0).sum() / denominator
@@ -56,7 +57,7 @@ def actor_loss(
     knobs: Actor,
     methods: Methods,
     denominator: float,
-    vocab: dict,
+    vocab: VocabSpec,
     teacher: FrozenHead | None,
 ) -> Loss:
     """PPO on the same samples, weighted by min(p_actor_old/q, C), plus lambda_distill times distillation, Eq.
@@ -79,7 +80,7 @@ def actor_loss(
         if candidates_MTK is not None:
             # Asked together: one read of the logits forward, one backward.
             ids_TK = torch.cat([ids_TK, candidates_MTK[m]], dim=-1)
-        logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, **vocab)
+        logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, vocab)
         logp_T, candidates_TK = logp_TK[:, 0], logp_TK[:, 1:]
         mask_T = mini.mask_MT[m]
         surrogate_T = methods.actor_objective(logp_T, tokens_of(mini, old_MT, m))
@@ -99,7 +100,7 @@ def distillation(
     mini: Batch,
     scores: Scores,
     teacher: FrozenHead | None,
-    vocab: dict,
+    vocab: VocabSpec,
     logits_TV: Logits,
     logp_T: Tensor,
     candidates_TK: Tensor,
@@ -112,8 +113,8 @@ def distillation(
     if method.needs == "candidates":
         return method(candidates_TK, scores.candidate_target_logp_TK.unflatten(0, shape)[m])
     assert teacher is not None, "the scorer keeps the policy's head where distillation needs logits"
-    vocab = teacher.common(vocab)
-    return method(vocab_parallel_kl(logits_TV, teacher.logits(m), direction=method.direction, **vocab))
+    common = teacher.common(vocab)
+    return method(vocab_parallel_kl(logits_TV, teacher.logits(m), common, direction=method.direction))
 
 
 def tokens_of(mini: Batch, old_MT: Tensor, m: int) -> Tokens:

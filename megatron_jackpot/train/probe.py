@@ -89,7 +89,7 @@ def _gaps(trainer: Any, batch: Batch) -> Tensor | None:
 
     def read(logits_TV: Logits, m: int) -> dict[str, Tensor]:
         ids_TK = torch.cat([batch.labels_MT[m][:, None], batch.topk_ids_MTK[m]], dim=-1)
-        return {"logp": vocab_parallel_gather_logp(logits_TV, ids_TK, **scorer.vocab(actor))}
+        return {"logp": vocab_parallel_gather_logp(logits_TV, ids_TK, scorer.vocab(actor))}
 
     scored = actor.score(batch, read)
     if scored is None:
