@@ -131,12 +131,12 @@ class Mesh:
                     f"'{what}'."
                 ) from error
 
-    def tell(self, key: str, word: str) -> None:
-        """The main rank's word to all others, without a collective: see `told`."""
+    def store_set(self, key: str, word: str) -> None:
+        """The main rank's word to all others, without a collective: see `store_wait`."""
         if dist.get_world_size() > 1:
             dist.distributed_c10d._get_default_store().set(f"jackpot/{key}", word)
 
-    def told(self, key: str, timeout_s: float) -> str:
+    def store_wait(self, key: str, timeout_s: float) -> str:
         """What the main rank says under `key`. Raises TimeoutError naming it."""
         store = dist.distributed_c10d._get_default_store()
         try:

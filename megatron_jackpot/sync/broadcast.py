@@ -25,8 +25,8 @@ from torch import Tensor
 from megatron_jackpot.models.hf_folder import write_hf_folder
 from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
-from megatron_jackpot.sync.memory_saver import Occupation
-from megatron_jackpot.sync.prefetcher import Ahead, FlatBucket
+from megatron_jackpot.sync.memory_saver import MemorySaver
+from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 from megatron_jackpot.sync.proof import (
     Proof,
     SentTensors,
@@ -37,7 +37,7 @@ from megatron_jackpot.sync.proof import (
     same_weights,
     wait,
 )
-from megatron_jackpot.sync.retry import muster, persistently
+from megatron_jackpot.sync.retry import retry, wait_for_healthy
 
 Backend = Literal["nccl", "gloo"]
 
@@ -123,7 +123,7 @@ class BroadcastSync:
         self.pause = pause
         self.address = address or address_towards(self.admin.urls[0])
         self.proof = Proof(self.admin, self.hf_folder)
-        self.occupation = Occupation(self.admin, enabled=release_memory)
+        self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
         self.group: WeightGroup | None = None
         self.proved = proof_folder is None
 
@@ -134,10 +134,10 @@ class BroadcastSync:
         after several attempts; no wait in one exceeds timeout_s, the first answer of any server patience_s.
         After an error the servers may hold a mixture: push again, or load from disk, before sampling.
         """
-        return persistently(lambda: self._push(named_tensors, version))
+        return retry(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        self._muster()
+        self._leave_out_absent()
         started, sent, proved = time.monotonic(), SentTensors(), False
         watched = sent.watch(named_tensors)
         if not self.proved:
@@ -146,9 +146,9 @@ class BroadcastSync:
         self._join()
         try:
             with paused(self.admin, self.pause):
-                self.occupation.resume_weights()
+                self.memory_saver.resume_weights()
                 self._send_all(watched)
-                self.occupation.resume_cache()
+                self.memory_saver.resume_cache()
                 if self.pause != "in_place":
                     wait(self.admin.flush_cache())
                 if not self.proved:
@@ -169,15 +169,15 @@ class BroadcastSync:
                 # A server that is gone has no group left to dissolve.
                 wait(self.admin.destroy_group(name))
 
-    def _muster(self) -> None:
-        present = muster(self.urls, self.patience_s)
+    def _leave_out_absent(self) -> None:
+        present = wait_for_healthy(self.urls, self.patience_s)
         if present != self.admin.urls:
             self.close()
             self.admin.urls = present
 
     def release(self) -> None:
         """The servers give back their memory until the next push; nothing where that was not asked for."""
-        self.occupation.release()
+        self.memory_saver.release()
 
     def _end_open_session(self) -> None:
         with suppress(ServerError):
@@ -201,7 +201,7 @@ class BroadcastSync:
     def _send_all(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         wait(self.admin.begin_update())
         try:
-            with Ahead(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
+            with BucketPrefetcher(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
                 for bucket in made:
                     self._send(bucket)
         except BaseException as error:

@@ -41,7 +41,7 @@ class FlatBucket:
         )
 
 
-class Ahead:
+class BucketPrefetcher:
     """Iterates over the buckets of `named_tensors`; as a context, for its end.
 
     At most three buckets exist: one travels, one waits, one is made. However the block ends, `named_tensors`
@@ -64,7 +64,7 @@ class Ahead:
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def __enter__(self) -> "Ahead":
+    def __enter__(self) -> "BucketPrefetcher":
         self._thread.start()
         return self
 

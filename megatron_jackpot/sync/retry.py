@@ -18,7 +18,7 @@ HEALTH_LIMIT_S = 5.0
 POLL_S = 1.0
 
 
-def muster(urls: Sequence[str], patience_s: float) -> list[str]:
+def wait_for_healthy(urls: Sequence[str], patience_s: float) -> list[str]:
     """Those of `urls` that answer /health, in their order.
 
     Raises SyncError when none does within `patience_s`: a server that is being started again needs that long.
@@ -32,7 +32,7 @@ def muster(urls: Sequence[str], patience_s: float) -> list[str]:
         time.sleep(POLL_S)
 
 
-def persistently(push: Callable[[], T]) -> T:
+def retry(push: Callable[[], T]) -> T:
     """`push()`, again when it breaks off, ATTEMPTS times in all; then its error."""
     for left in reversed(range(ATTEMPTS)):
         try:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_jackpot.config.run import Run
 from megatron_jackpot.models.checkpoint import Snapshot, load_model, load_schedule, schedule_state
 from megatron_jackpot.parallel.context import Mesh
-from megatron_jackpot.parallel.reduce import together
+from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
 from megatron_jackpot.run.provenance import CHECKPOINTS, LATEST, checkpoints
 
@@ -138,7 +138,7 @@ class Saver:
         """Everything of a save that training need not wait for; what fails on one rank raises on all."""
         with self.trainer.watchdog.phase(f"write {writing.final.name}"):
             digests = self._write_files(writing)
-        with self.trainer.watchdog.phase(f"publish {writing.final.name}"), together(self._group):
+        with self.trainer.watchdog.phase(f"publish {writing.final.name}"), raise_on_all_ranks(self._group):
             if self.mesh.is_main:
                 self._publish(writing, digests)
 
@@ -148,7 +148,7 @@ class Saver:
         for name in MODELS:
             self._snapshots[name].write(unfinished / name, group)
         parts: list[Any] = [None] * dist.get_world_size()
-        with together(group):
+        with raise_on_all_ranks(group):
             if self.mesh.is_main:
                 _write(unfinished / STATE, writing.state)
             if writing.groups:

@@ -25,7 +25,7 @@ from megatron_jackpot.records import Batch, Rollout
 from megatron_jackpot.rollout.collect import group_metrics
 from megatron_jackpot.rollout.collector import Collector, Source, StopRun
 from megatron_jackpot.run.watchdog import Watchdog
-from megatron_jackpot.sync.stream import Exported
+from megatron_jackpot.sync.stream import WeightStream
 from megatron_jackpot.train.guard import Guard, RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.train.methods import Methods
@@ -271,7 +271,7 @@ class Trainer:
         if self.config.parallel.offload_optimizer:
             for model in (self.policy, self.actor):
                 model.offload()
-        weights = Exported(
+        weights = WeightStream(
             self.actor,
             f"export-{self.num_pushes}",
             dtype=servers.dtype and DTYPES[servers.dtype],

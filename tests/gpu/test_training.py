@@ -18,7 +18,7 @@ from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.sync.fp8 import quantise
 from megatron_jackpot.sync.ipc import serialise
-from megatron_jackpot.sync.prefetcher import Ahead, FlatBucket
+from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 from megatron_jackpot.sync.stream import export, exported
 from tests.gpu.test_models import SHAPE
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
@@ -136,7 +136,7 @@ def test_an_export_stays_on_the_device_and_its_buckets_made_ahead_hold_the_same_
     try:
         host = export(model)
         start = {name: 0 for name in host}
-        with Ahead(exported(model, device=CUDA), 20_000, CUDA, 30) as made:
+        with BucketPrefetcher(exported(model, device=CUDA), 20_000, CUDA, 30) as made:
             for bucket in made:
                 assert bucket.flat.device == CUDA
                 end = 0

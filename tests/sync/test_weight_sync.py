@@ -15,7 +15,7 @@ from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.broadcast import address_towards, side_by_side
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncError, check_names, hf_shapes, paused
-from tests.rollout.fake_server import FakeServer, ok
+from tests.servers.fake_server import FakeServer, ok
 from tests.tiny import write_model
 
 

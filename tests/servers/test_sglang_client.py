@@ -15,7 +15,7 @@ from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import BadReply, Completion, Sampling, ServerError, StaleWeights
 from megatron_jackpot.servers.reply import parse_group
-from tests.rollout.fake_server import VOCAB, FakeServer, cut_off, error, flat_topk, group, ok, raw, sample
+from tests.servers.fake_server import VOCAB, FakeServer, cut_off, error, flat_topk, group, ok, raw, sample
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=3)
 

@@ -18,8 +18,8 @@ from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.sync.fp8 import BLOCK, CONFIG, quantise, quantised, served_folder
 from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import Proof, SyncError, hf_shapes
-from tests.rollout.fake_server import FakeServer, ok
-from tests.rollout.test_weight_sync import checksums, info
+from tests.servers.fake_server import FakeServer, ok
+from tests.sync.test_weight_sync import checksums, info
 from tests.tiny import write_model
 
 SHAPE = dict(
