@@ -8,13 +8,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_jackpot.config import Config, parse_config
-from megatron_jackpot.models.build import padded_vocab_size
-from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.trainer import Trainer
+from tests.loading import load_models
 from tests.tiny import groups
 
 NUM_PROMPTS = 8
@@ -83,15 +82,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
 def load_trainer(config: Config) -> Trainer:
     mesh = init_mesh(config.parallel, config.run.seed)
     families = {n: family_of(read_hf_config(getattr(config, n).hf)) for n in ("policy", "actor")}
-    padded = padded_vocab_size([f.vocab_size for f in families.values()], mesh.tp)
-    models = {}
-    for name, family in families.items():
-        section = getattr(config, name)
-        models[name] = MegatronModel.load(
-            name, family, section.hf, mesh=mesh, parallel=config.parallel,
-            precision=config.precision, padded_vocab=padded,
-        )  # fmt: skip
-        models[name].add_optimizer(section.optimizer, 10)
+    models = load_models(config, mesh, {n: getattr(config, n).hf for n in families}, families)
     return Trainer(config, mesh, Methods.from_config(config), models["policy"], models["actor"])
 
 
