@@ -86,7 +86,7 @@ class Mesh:
         return box[0]
 
     def tensors_from_leader(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Named tensors of the DP leader on its tp and pp peers. Broadcasts: 2 + one per tensor over tp x pp."""
+        """A DP leader's named tensors on its tp and pp peers. Broadcasts: 2 + one per tensor over tp x pp."""
         header = self.from_leader(
             None if tensors is None else {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         )
