@@ -150,12 +150,12 @@ def lambda_for_acceptance(
     lam_min: float = LAM_MIN,
     lam_max: float = LAM_MAX,
     fallback: float = 1.0,
-) -> tuple[float, bool]:
-    """(lam, reachable) with E[min(1, r / lam)] = acceptance over the tokens [...] in the mask of all ranks.
+) -> float:
+    """lam with E[min(1, r / lam)] = acceptance over the tokens [...] in the mask of all ranks.
 
     `log_ratio` is log(p_target / q) at the sampled tokens, which do not depend on lam. The mean falls with
-    lam: where it is below `acceptance` at lam_min, or above at lam_max, that bound and False; `fallback` and
-    False where no token counts. The same on every rank. Calls `sum_over_batch` once, with [2, bins] float64.
+    lam: where it is below `acceptance` at lam_min, or above at lam_max, that bound; `fallback` where no token
+    counts. The same on every rank. Calls `sum_over_batch` once, with [2, bins] float64.
     Raises ValueError for an acceptance outside (0, 1), unordered bounds or a NaN inside the mask.
     """
     check_acceptance(acceptance)
@@ -164,19 +164,19 @@ def lambda_for_acceptance(
     count, total = sum_over_batch(_histogram(log_ratio, mask, low, high)).cpu().unbind()
     num_tokens = count.sum().item()
     if num_tokens == 0:
-        return fallback, False
+        return fallback
 
     def mean_accept(log_lam: float) -> float:
         return torch.minimum(count, total / math.exp(log_lam)).sum().item() / num_tokens
 
     if mean_accept(low) < acceptance - _ROUNDING:
-        return lam_min, False
+        return lam_min
     if mean_accept(high) > acceptance + _ROUNDING:
-        return lam_max, False
+        return lam_max
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if mean_accept(middle) > acceptance else (low, middle)
-    return min(max(math.exp(high), lam_min), lam_max), True
+    return min(max(math.exp(high), lam_min), lam_max)
 
 
 def draw_keep(accept: Tensor, seed: int, step: int, rollout_id: Tensor, position: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from megatron_jackpot.models.precision import check_precision, layers_for, this_
 from megatron_jackpot.models.weights import load_weights
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.linear import LinearLogits, Logits
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Batch
 
 Reader = Callable[[Logits, int], dict[str, Tensor]]
@@ -103,6 +104,10 @@ class MegatronModel:
         model.folder = folder
         model._wrap(parallel)
         return model
+
+    def vocab(self, temperature: float = 1.0) -> VocabSpec:
+        """What vocab-parallel functions need to know about the logits of this model."""
+        return VocabSpec(self.family.vocab_size, self.mesh.tp_group, temperature)
 
     def _wrap(self, parallel: Parallel) -> None:
         ddp = DistributedDataParallelConfig(

@@ -5,6 +5,7 @@ Shapes: T tokens of a micro-batch, H hidden, V/TP this rank's slice of the vocab
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 
 
 class FrozenHead:
@@ -35,12 +37,12 @@ class FrozenHead:
 
         return compute
 
-    def common(self, vocab: dict) -> dict:
-        """Arguments for vocab-parallel functions of two models, over the ids that both know.
+    def common(self, vocab: VocabSpec) -> VocabSpec:
+        """`vocab` of another model, over the ids that both know.
 
         config.json files may round one tokenizer's vocabulary up differently.
         """
-        return {**vocab, "vocab_size": min(vocab["vocab_size"], self.vocab_size)}
+        return replace(vocab, size=min(vocab.size, self.vocab_size))
 
     def rows(self, start: int, stop: int) -> "FrozenHead":
         """Micro-batches start .. stop - 1: one mini-batch."""

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from megatron_jackpot.parallel.slices import Columns, Local, all_reduce, cut, read_slice
+from megatron_jackpot.parallel.slices import Local, all_reduce, cut, read_slice
+from megatron_jackpot.parallel.vocab_spec import Columns, VocabSpec
 
 Slope = Callable[[slice, Tensor, Columns], Tensor]
 """(tokens, their logits at some columns, those columns) -> the gradient of these logits, in new memory."""
@@ -75,8 +75,7 @@ Logits = Tensor | LinearLogits
 
 def read(
     logits: Logits,
-    columns: Columns,
-    temperature: float,
+    vocab: VocabSpec,
     chunk: int | None,
     *,
     ids_TN: Tensor | None = None,
@@ -85,11 +84,11 @@ def read(
 ) -> Local:
     """`read_slice` of logits in either form."""
     if isinstance(logits, Tensor):
-        return read_slice(logits, columns, temperature, chunk, ids_TN=ids_TN, k=k, entropy=entropy)
+        return read_slice(logits, vocab, chunk, ids_TN=ids_TN, k=k, entropy=entropy)
     parts = []
     for rows in logits.rows():
         ids = None if ids_TN is None else ids_TN[rows]
-        parts.append(read_slice(logits[rows], columns, temperature, chunk, ids_TN=ids, k=k, entropy=entropy))
+        parts.append(read_slice(logits[rows], vocab, chunk, ids_TN=ids, k=k, entropy=entropy))
     columns_of = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Local)}
     return Local(**{name: None if each[0] is None else torch.cat(each) for name, each in columns_of.items()})
 
@@ -107,9 +106,7 @@ def joined(blocks: Blocks | None, tensors: tuple[Tensor, ...]) -> Logits:
     return tensors[0] if blocks is None else LinearLogits(*tensors, blocks)
 
 
-def gradients(
-    logits: Logits, columns: Columns, slope: Slope, group: ProcessGroup | None, *, wide: bool = False
-) -> tuple[Tensor, ...]:
+def gradients(logits: Logits, vocab: VocabSpec, slope: Slope, *, wide: bool = False) -> tuple[Tensor, ...]:
     """Gradients of `factors(logits)` from that of the logits: slope, or slope @ weight and slope.T @ hidden.
 
     Logits that do not exist are made once more, in blocks of tokens x columns, or of all columns where
@@ -117,6 +114,7 @@ def gradients(
     sum [T, H] in fp32, so that every rank has the whole gradient of the hidden states that all of them share;
     none for logits that exist.
     """
+    columns = vocab.columns(logits.shape[-1])
     if isinstance(logits, Tensor):
         return (slope(slice(0, logits.shape[0]), logits, columns),)
     hidden_TH, weight_VH = logits.hidden_TH, logits.weight_VH
@@ -135,5 +133,5 @@ def gradients(
             grad_hidden_TH[rows] += found @ weight
             grad_part += found.T @ hidden_TH[rows]
         grad_weight_VH[part] = grad_part
-    all_reduce(grad_hidden_TH, dist.ReduceOp.SUM, group)
+    all_reduce(grad_hidden_TH, dist.ReduceOp.SUM, vocab.group)
     return grad_hidden_TH.to(hidden_TH.dtype), grad_weight_VH

@@ -46,11 +46,10 @@ class Evaluator:
         mesh, policy = self.state.mesh, self.state.policy
         limit = self.config.evaluation.max_new_tokens
         mine = self.prompts[mesh.dp_rank :: mesh.dp]
-        vocab = dict(vocab_size=policy.family.vocab_size, group=mesh.tp_group)
         answers = greedy(
             policy,
             [prompt.tokens for prompt in mine],
-            partial(vocab_parallel_argmax, **vocab),
+            partial(vocab_parallel_argmax, vocab=policy.vocab()),
             max_new_tokens=limit,
             stop_ids=self.stop_ids,
             packing_tokens=self.packing_tokens,

@@ -11,6 +11,7 @@ from megatron_jackpot.models.head import FrozenHead
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Correction, DistillInputs, Scores
 from megatron_jackpot.train.methods import Methods
 
@@ -20,7 +21,7 @@ moved."""
 
 
 def policy_loss(
-    scores: Scores, correction: Correction, denominator: float, objective: Objective, vocab: dict
+    scores: Scores, correction: Correction, denominator: float, objective: Objective, vocab: VocabSpec
 ) -> Loss:
     """-sum keep * weight * surrogate / N, Eq. 5; p_current is live, everything else is a constant.
 
@@ -29,7 +30,7 @@ def policy_loss(
     batch, old_MT = scores.batch, scores.policy_logp_MT
 
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_T = vocab_parallel_logp(logits_TV, batch.labels_MT[m], **vocab)
+        logp_T = vocab_parallel_logp(logits_TV, batch.labels_MT[m], vocab)
         inputs = objective_inputs(logp_T, old_MT[m], batch, m)
         weighted_T = correction.weight_MT[m] * objective.surrogate(inputs)
         value = -torch.where(correction.keep_MT[m], weighted_T, 0.0).sum() / denominator
@@ -48,7 +49,7 @@ def actor_loss(
     scores: Scores,
     methods: Methods,
     denominator: float,
-    vocab: dict,
+    vocab: VocabSpec,
     teacher: FrozenHead | None,
     *,
     rl_weight: float,
@@ -68,7 +69,7 @@ def actor_loss(
         if at_candidates:
             # Asked together: one read of the logits forward, one backward.
             ids_TK = torch.cat([ids_TK, scores.candidate_ids_MTK[m]], dim=-1)
-        logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, **vocab)
+        logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, vocab)
         mask_T, logp_T = batch.mask_MT[m], logp_TK[:, 0]
         surrogate_T = methods.actor_objective.surrogate(objective_inputs(logp_T, old_MT[m], batch, m))
         rl = -torch.where(mask_T, weight_MT[m] * surrogate_T, 0.0).sum() / denominator
@@ -76,7 +77,7 @@ def actor_loss(
         def full_kl(direction: str) -> Tensor:
             assert teacher is not None, "the scorer keeps the policy's head where distillation needs logits"
             both = (logits_TV, teacher.logits(m))
-            return vocab_parallel_kl(*both, direction=direction, **teacher.common(vocab))
+            return vocab_parallel_kl(*both, teacher.common(vocab), direction=direction)
 
         inputs = DistillInputs(
             actor_logp_T=logp_T,

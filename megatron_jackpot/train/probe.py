@@ -79,7 +79,7 @@ class Prober:
 
         def read(logits_TV: Logits, m: int) -> dict[str, Tensor]:
             ids_TK = torch.cat([batch.labels_MT[m][:, None], batch.topk_ids_MTK[m]], dim=-1)
-            return {"logp": vocab_parallel_gather_logp(logits_TV, ids_TK, **vocab)}
+            return {"logp": vocab_parallel_gather_logp(logits_TV, ids_TK, vocab)}
 
         scored = self.state.actor.score(batch, read)
         if scored is None:

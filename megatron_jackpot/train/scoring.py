@@ -18,6 +18,7 @@ from megatron_jackpot.parallel.vocab import (
     vocab_parallel_logp,
     vocab_parallel_scores,
 )
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Batch, Scores
 
 MINUS_INFINITY = float("-inf")
@@ -97,26 +98,24 @@ class Scorer:
         return None if scored is None else scored["logp"]
 
     def _logp(self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor) -> Tensor:
-        return vocab_parallel_logp(logits_TV, labels_T, **self.vocab(model))
+        return vocab_parallel_logp(logits_TV, labels_T, self.vocab(model))
 
     def _logp_and(
         self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor, **ids_TK: Tensor
     ) -> dict[str, Tensor]:
         """logp [T] of the labels and, from the same read, a name's log-probs at its ids [T, K]."""
         ((name, at_TK),) = ids_TK.items()
-        read = vocab_parallel_scores(logits_TV, labels_T, ids_TK=at_TK, **self.vocab(model))
+        read = vocab_parallel_scores(logits_TV, labels_T, self.vocab(model), ids_TK=at_TK)
         return {"logp": read.logp_T, name: read.at_ids_TK}
 
-    def vocab(self, model: MegatronModel) -> dict:
-        """What every vocab-parallel function needs to know about a model."""
-        return dict(
-            vocab_size=model.family.vocab_size, group=model.mesh.tp_group, temperature=self.temperature
-        )
+    def vocab(self, model: MegatronModel) -> VocabSpec:
+        """A model's vocabulary at the temperature of the rollouts."""
+        return model.vocab(self.temperature)
 
     def _read_policy(self, batch: Batch, logits_TV: Logits, index: int) -> dict[str, Tensor]:
         labels_T, ids_TK = batch.labels_MT[index], batch.topk_ids_MTK[index]
         read = vocab_parallel_scores(
-            logits_TV, labels_T, ids_TK=ids_TK, k=self.top_k, **self.vocab(self.policy)
+            logits_TV, labels_T, self.vocab(self.policy), ids_TK=ids_TK, k=self.top_k
         )
         return dict(
             logp=read.logp_T,
@@ -139,7 +138,7 @@ class Scorer:
         if exact is not None:
             head, lam = exact
             read["exact_overlap"] = vocab_parallel_overlap(
-                head.logits(index), logits_TV, lam=lam, **head.common(self.vocab(self.actor))
+                head.logits(index), logits_TV, head.common(self.vocab(self.actor)), lam=lam
             )
         return read
 

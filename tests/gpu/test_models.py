@@ -38,14 +38,13 @@ class Model:
         self.model.add_optimizer(Optimizer(lr=0.0), 10)
         packer = Packer(self.model.mesh, tokens=128, enabled=packing, num_minibatches=1, vpp=None)
         self.batch = packer.pack(groups(range(4)), 8).to(self.model.mesh.device)
-        self.vocab = dict(vocab_size=self.model.family.vocab_size, group=self.model.mesh.tp_group)
 
     def logp(self) -> dict[tuple, float]:
         """(rollout, position) -> log-prob, whatever the packing."""
         batch = self.batch
         scored = self.model.score(
             batch,
-            lambda logits, m: {"logp": vocab_parallel_logp(logits, batch.labels_MT[m], **self.vocab)},
+            lambda logits, m: {"logp": vocab_parallel_logp(logits, batch.labels_MT[m], self.model.vocab())},
         )["logp"]
         places = itertools.product(*map(range, batch.mask_MT.shape))
         return {
@@ -60,7 +59,7 @@ class Model:
         scored = torch.tensor([*self.logp().values()])
 
         def loss(logits, m):
-            logp_T = vocab_parallel_logp(logits, batch.labels_MT[m], **self.vocab)
+            logp_T = vocab_parallel_logp(logits, batch.labels_MT[m], self.model.vocab())
             trained.append(logp_T.detach()[batch.mask_MT[m]])
             value = -torch.where(batch.mask_MT[m], logp_T, 0.0).sum()
             return value, {"loss": value.detach()}

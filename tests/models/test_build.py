@@ -147,8 +147,7 @@ def _gap_to_transformers(rank: int, world: int, folder: str) -> float:
     batch = Packer(model.mesh, tokens=256, enabled=True, num_minibatches=1, vpp=None).pack(rollouts, 8)
 
     def read(logits_TV: torch.Tensor, m: int) -> dict[str, torch.Tensor]:
-        args = dict(vocab_size=model.family.vocab_size, group=model.mesh.tp_group)
-        return {"logp": vocab_parallel_logp(logits_TV, batch.labels_MT[m], **args)}
+        return {"logp": vocab_parallel_logp(logits_TV, batch.labels_MT[m], model.vocab())}
 
     mine = model.score(batch, read)["logp"]
     # Every sequence on its own, without padding and without packing.

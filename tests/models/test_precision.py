@@ -126,9 +126,7 @@ def _update(rank: int, world: int, folder: str, tp: int, recompute: bool) -> dic
     )
 
     def loss(logits_TV, m):
-        logp_T = vocab_parallel_logp(
-            logits_TV, batch.labels_MT[m], vocab_size=model.family.vocab_size, group=model.mesh.tp_group
-        )
+        logp_T = vocab_parallel_logp(logits_TV, batch.labels_MT[m], model.vocab())
         value = -torch.where(batch.mask_MT[m], logp_T, 0.0).sum()
         return value, {"loss": value.detach()}
 

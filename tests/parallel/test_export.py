@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.sync.fp8 import dequantise
 from megatron_jackpot.sync.prefetcher import Ahead
 from megatron_jackpot.sync.stream import Exported, export
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
+from tests.rollout.test_fp8_weights import dequantise
 from tests.tiny import groups
 
 

@@ -106,7 +106,7 @@ def mean(pair):
 
 
 def reference(s, knobs):
-    """keep, weight and N of Jackpot, token by token in Python floats (algorithm.md sections 1, 3 and 4)."""
+    """keep, weight and N of Jackpot, token by token in Python floats."""
     c = Jackpot(**knobs)
     rows = []
     uniform = counter_uniform(c.seed, s.step, s.rollout_id_T3, s.position_T).tolist()

@@ -91,7 +91,7 @@ def z_oracle(a, k, expected_only):
 
 
 def oracle(name, k, s):
-    """(keep, weight, count) in fp64, from algorithm.md sections 1, 3, 4 and 8."""
+    """(keep, weight, count) in fp64, by the formulas of the docstrings, token by token."""
     a = arrays(s)
     mask = a["mask_T"] > 0
     log_rho = np.where(mask, a["policy_logp_T"] - a["server_logp_T"], 0)

@@ -1,4 +1,4 @@
-"""The laws of OBRS (algorithm.md section 1), enumerated over small vocabularies in fp64."""
+"""The laws of OBRS, enumerated over small vocabularies in fp64."""
 
 import math
 
