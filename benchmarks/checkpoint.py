@@ -28,14 +28,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.config import Optimizer, Parallel
 from megatron_jackpot.config.run import Run
-from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of, read_hf_config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.checkpoint import Saver
+from tests.loading import load_model
 from tests.parallel.spawn import run_ranks
 from tests.tiny import write_model
 
@@ -59,11 +58,7 @@ def make_trainer(folder: Path, hidden: int, layers: int) -> SimpleNamespace:
         if mesh.is_main:
             write_model(hf, 0, **shape)
         mesh.barrier()
-        family = family_of(read_hf_config(hf))
-        models[name] = MegatronModel.load(
-            name, family, hf, mesh=mesh, parallel=parallel,
-            precision=Precision(dtype="float32"), padded_vocab=8192,
-        )  # fmt: skip
+        models[name] = load_model(hf, name=name, mesh=mesh, parallel=parallel)
         models[name].add_optimizer(Optimizer(), 10)
         for chunk in models[name].chunks:
             chunk.zero_grad_buffer()

@@ -12,13 +12,12 @@ import torch
 from benchmarks.gpu_common import DEVICE
 from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.models import cpu
-from megatron_jackpot.models.build import padded_vocab_size
-from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.records import Batch, Prompt, Rollout
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.trainer import Trainer
+from tests.loading import load_models
 from tests.tiny import hf_config
 
 K = 20
@@ -47,15 +46,7 @@ def make_trainer(config: Config, shapes: dict[str, dict], folders: dict[str, Pat
     cpu.install()
     mesh = init_mesh(config.parallel, config.run.seed)
     families = {name: family_of(hf_config(**shape)) for name, shape in shapes.items()}
-    padded = padded_vocab_size([family.vocab_size for family in families.values()], mesh.tp)
-    models = {}
-    for name, family in families.items():
-        folder = None if folders is None else folders[name]
-        models[name] = MegatronModel.load(
-            name, family, folder, mesh=mesh, parallel=config.parallel,
-            precision=config.precision, padded_vocab=padded,
-        )  # fmt: skip
-        models[name].add_optimizer(getattr(config, name).optimizer, 100)
+    models = load_models(config, mesh, folders or dict.fromkeys(families), families, steps=100)
     return Trainer(config, mesh, Methods.from_config(config), models["policy"], models["actor"])
 
 

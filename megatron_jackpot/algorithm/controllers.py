@@ -16,7 +16,7 @@ from megatron_jackpot.algorithm.obrs import (
     check_bounds,
     lambda_for_acceptance,
 )
-from megatron_jackpot.algorithm.scores import SumOverBatch
+from megatron_jackpot.algorithm.tokens import SumOverBatch
 
 ERROR_LIMIT = 2.0
 """Largest |log(measured / set-point)| that counts: one wild batch moves the weight only so far."""

@@ -174,9 +174,10 @@ class MegatronModel:
         return {key: torch.stack([tensors[key] for tensors in ordered]) for key in ordered[0]}
 
     def update(
-        self, batch: Batch, loss: Loss, may_step: Callable[[float], bool] = math.isfinite
+        self, batch: Batch, loss: Loss | None, may_step: Callable[[float], bool] = math.isfinite
     ) -> UpdateReport:
-        """One optimizer step on the sum of `loss` over all micro-batches and data-parallel ranks.
+        """One optimizer step on the sum of `loss` over all micro-batches and data-parallel ranks; `loss` may
+        be None off the last pipeline stage.
 
         `may_step` sees the global gradient norm before clipping, the same on every rank; False leaves
         weights, optimizer and schedule as they are.

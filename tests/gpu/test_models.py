@@ -8,14 +8,13 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.config import Optimizer, Precision
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models import engine
-from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of, read_hf_config
-from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
 from megatron_jackpot.sync.stream import export
+from tests.loading import load_model
 from tests.tiny import groups, write_model
 
 pytestmark = pytest.mark.gpu
@@ -35,12 +34,7 @@ class Model:
     """A tiny policy with a batch, on a mesh of one rank."""
 
     def __init__(self, folder: Path, precision: Precision, *, packing: bool = True) -> None:
-        parallel = Parallel()
-        self.family = family_of(read_hf_config(folder))
-        self.model = MegatronModel.load(
-            "policy", self.family, folder, mesh=init_mesh(parallel, 0), parallel=parallel,
-            precision=precision, padded_vocab=64,
-        )  # fmt: skip
+        self.model = load_model(folder, precision=precision)
         self.model.add_optimizer(Optimizer(lr=0.0), 10)
         packer = Packer(self.model.mesh, tokens=128, enabled=packing, num_minibatches=1, vpp=None)
         self.batch = packer.pack(groups(range(4)), 8).to(self.model.mesh.device)

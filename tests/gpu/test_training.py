@@ -11,16 +11,16 @@ import torch
 import torch.multiprocessing as mp
 from torch.multiprocessing import reductions
 
-from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.config import Optimizer, Precision
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of, read_hf_config
-from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.sync.fp8 import quantise
 from megatron_jackpot.sync.ipc import serialise
 from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 from megatron_jackpot.sync.stream import export, exported
 from tests.gpu.test_models import SHAPE
+from tests.loading import load_model
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.tiny import groups, write_model
 
@@ -121,12 +121,7 @@ def test_deterministic_mode_gives_the_same_bits_in_two_processes(folder) -> None
 
 
 def actor(folder: Path, **precision) -> MegatronModel:
-    parallel = Parallel()
-    family = family_of(read_hf_config(folder / "actor"))
-    model = MegatronModel.load(
-        "actor", family, folder / "actor", mesh=init_mesh(parallel, 0), parallel=parallel,
-        precision=Precision(**precision), padded_vocab=64,
-    )  # fmt: skip
+    model = load_model(folder / "actor", name="actor", precision=Precision(**precision))
     model.add_optimizer(Optimizer(lr=0.0), 10)
     return model
 

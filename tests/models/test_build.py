@@ -14,11 +14,10 @@ from megatron_jackpot.models.build import (
     padded_vocab_size,
     transformer_config,
 )
-from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of, read_hf_config
-from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
 from megatron_jackpot.sync.stream import export
+from tests.loading import load_model
 from tests.parallel.spawn import run_ranks
 from tests.tiny import groups, hf_config, write_model
 
@@ -82,22 +81,9 @@ def test_a_config_that_is_missing_or_malformed_is_named(tmp_path: Path) -> None:
         read_hf_config(tmp_path)
 
 
-def _load(folder: Path, parallel: Parallel) -> MegatronModel:
-    family = family_of(read_hf_config(folder))
-    return MegatronModel.load(
-        "policy",
-        family,
-        folder,
-        mesh=init_mesh(parallel, 0),
-        parallel=parallel,
-        precision=Precision(dtype="float32"),
-        padded_vocab=padded_vocab_size([family.vocab_size], parallel.tp),
-    )
-
-
 def _refusal(rank: int, world: int, folder: str) -> str:
     with pytest.raises(ValueError) as caught:
-        _load(Path(folder), Parallel())
+        load_model(Path(folder))
     return str(caught.value)
 
 
@@ -135,7 +121,7 @@ def test_a_folder_that_is_incomplete_is_refused_by_name(tmp_path: Path, spoil, m
 
 
 def _round_trip(rank: int, world: int, folder: str, tp: int, pp: int) -> bool | None:
-    model = _load(Path(folder), Parallel(tp=tp, pp=pp))
+    model = load_model(Path(folder), parallel=Parallel(tp=tp, pp=pp))
     exported = export(model)
     if rank:
         return None
@@ -156,7 +142,7 @@ def test_loading_and_exporting_returns_every_tensor_bit_for_bit(
 def _gap_to_transformers(rank: int, world: int, folder: str) -> float:
     from transformers import AutoModelForCausalLM
 
-    model = _load(Path(folder), Parallel())
+    model = load_model(Path(folder))
     rollouts = groups(range(6))
     batch = Packer(model.mesh, tokens=256, enabled=True, num_minibatches=1, vpp=None).pack(rollouts, 8)
 

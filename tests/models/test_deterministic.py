@@ -12,7 +12,7 @@ from megatron_jackpot.models.deterministic import ENVIRONMENT, be_deterministic
 from megatron_jackpot.models.families import family_of
 from tests.parallel.layouts import Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
-from tests.tiny import ACTOR, POLICY, groups, hf_config, write_model
+from tests.tiny import groups, hf_config, write_models
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +80,7 @@ def _weights_after_a_step(rank: int, world: int, folder: str) -> dict[str, torch
 
 
 def test_two_runs_give_the_same_bits(tmp_path):
-    write_model(tmp_path / "policy", 0, **POLICY)
-    write_model(tmp_path / "actor", 1, **ACTOR)
+    write_models(tmp_path)
     once, again = (run_ranks(_weights_after_a_step, 2, 120, str(tmp_path)) for _ in range(2))
     for rank, weights in enumerate(once):
         for name, weight in weights.items():

@@ -17,18 +17,10 @@ from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train import checkpoint
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
-from tests.tiny import ACTOR, POLICY, groups, rollout, write_model
+from tests.tiny import groups, rollout
 
 NOISY = {"rollout/tokens_per_s", "sync/seconds"}
 STEERED = Layout(correction=(("name", "jackpot"), ("target_acceptance", 0.8)))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_model(folder / "policy", 0, **POLICY)
-    write_model(folder / "actor", 1, **ACTOR)
-    return folder
 
 
 class Scripted:

@@ -13,15 +13,6 @@ from megatron_jackpot.sync.stream import export_hf
 from megatron_jackpot.train import checkpoint
 from tests.parallel.layouts import Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
-from tests.tiny import ACTOR, POLICY, write_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_model(folder / "policy", 0, **POLICY)
-    write_model(folder / "actor", 1, **ACTOR)
-    return folder
 
 
 @pytest.fixture

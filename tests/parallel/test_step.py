@@ -17,15 +17,7 @@ from megatron_jackpot.train.losses import TRAINED_GAP, policy_loss
 from megatron_jackpot.train.scoring import slice_scores
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
-from tests.tiny import ACTOR, POLICY, groups, write_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_model(folder / "policy", 0, **POLICY)
-    write_model(folder / "actor", 1, **ACTOR)
-    return folder
+from tests.tiny import groups
 
 
 def _on_one_rank(rank: int, world: int, folder: str) -> dict:
