@@ -17,6 +17,8 @@ from megatron_jackpot.config.run import Guards, Run
 from megatron_jackpot.config.yaml_tree import apply_override, read_tree
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+RENAMED = {"cluster.time": "cluster.minutes"}
+"""Key that was once read -> the one that says it now."""
 
 
 class Optimizer(Section):
@@ -346,6 +348,8 @@ def _explain(item: Any) -> str:
         prefix = item["loc"][:-1]
         for part in prefix:
             section = section.model_fields[part].annotation
+        if where in RENAMED:
+            return f"Unknown config key '{where}'. It is '{RENAMED[where]}' now: docs/changelog.md."
         full = [".".join([*map(str, prefix), name]) for name in section.model_fields]
         return f"Unknown config key '{where}'. {nearest(where, full)}"
     if item["type"] == "value_error":

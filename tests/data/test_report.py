@@ -227,6 +227,12 @@ def test_long_runs_show_the_first_the_last_and_some_between() -> None:
     assert len(some) == 12 and some[0] == 0 and some[-1] == 99 and some == sorted(set(some))
 
 
+def test_a_run_of_another_format_is_refused_with_the_commit_that_reads_it(tmp_path) -> None:
+    (tmp_path / "provenance.json").write_text('{"commit": "1234567"}')
+    with pytest.raises(ValueError, match="provenance.json has run folder format 0.*Commit 8170530 reads it"):
+        write_report(tmp_path)
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=r"metrics.jsonl"):
         write_report(tmp_path)
