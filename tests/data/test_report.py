@@ -139,11 +139,12 @@ def test_the_log_writes_every_so_many_steps_once_and_only_here(tmp_path) -> None
     assert not (tmp_path / "none").exists()
 
 
-def test_a_disk_that_refuses_costs_the_record_and_not_the_run(tmp_path, capsys) -> None:
+def test_a_disk_that_refuses_costs_the_record_and_not_the_run(tmp_path, caplog) -> None:
     (tmp_path / "tokens").write_text("a file where the folder should be")
     batch, scores, correction, _ = packed()
     TokenLog(tmp_path, Logging(), here=True).note(1, batch, scores, correction)
-    assert "WARNING: the tokens of step 1 were not recorded" in capsys.readouterr().err
+    (said,) = caplog.records
+    assert said.levelname == "WARNING" and "the tokens of step 1 were not recorded" in said.getMessage()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a zip", "an array is missing"])
