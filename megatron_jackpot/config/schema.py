@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config.base import Method, Section
@@ -223,6 +223,10 @@ class Logging(Section):
     none."""
     tokens_rollouts: int = Field(8, ge=1)
     """Rollouts in such a record."""
+    profile_steps: tuple[PositiveInt, ...] = ()
+    """Steps, counted from 1, of which a trace is written into RUN/profile: docs/debugging.md."""
+    profile_ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write one."""
 
 
 class Config(Section):
