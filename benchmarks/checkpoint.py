@@ -29,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.config.run import Run
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.run.watchdog import Watchdog

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.gpu_common import DEVICE
 from megatron_jackpot.config import Config, parse_config
+from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.models import cpu
-from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh

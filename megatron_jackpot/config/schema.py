@@ -240,6 +240,11 @@ class Config(Section):
     logging: Logging = Logging()
     cluster: Cluster = Cluster()
 
+    @property
+    def server_dtype(self) -> Literal["float32", "bfloat16"]:
+        """dtype of the servers' weights."""
+        return self.servers.dtype or self.precision.dtype
+
     @model_validator(mode="after")
     def _fields_agree(self) -> "Config":
         p, n = self.parallel, self.algorithm.num_minibatches
@@ -289,7 +294,7 @@ class Config(Section):
 
     def _servers_fit(self) -> None:
         """What servers on the trainer's GPUs, or with another format of weights, ask of the rest."""
-        servers, dtype = self.servers, self.servers.dtype or self.precision.dtype
+        servers, dtype = self.servers, self.server_dtype
         if servers.quantization is not None and dtype != "bfloat16":
             raise ValueError(
                 f"servers.quantization = '{servers.quantization}' needs servers.dtype='bfloat16' for what is "

@@ -15,16 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_jackpot.parallel.block_sizes import GRADIENT_ELEMENTS, READ_ELEMENTS
 from megatron_jackpot.parallel.slices import Columns, Local, all_reduce, cut, read_slice
 
 Slope = Callable[[slice, Tensor, Columns], Tensor]
 """(tokens, their logits at some columns, those columns) -> the gradient of these logits, in new memory."""
-
-
-READ_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
-"""Logits of a block of tokens that are read: 64 MB in fp32, 512 MB in bf16."""
-GRADIENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-"""Logits of a block in backward."""
 
 
 class Blocks(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.config import Config
-from megatron_jackpot.models.families import read_hf_config
+from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.models.hf_folder import copy_other_files
 
 BLOCK = 128

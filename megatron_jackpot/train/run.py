@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_jackpot.config import Config
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import Family, family_of, read_hf_config
+from megatron_jackpot.models.families import Family, family_of
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.console import StepLogger, print_report
 from megatron_jackpot.monitor.metrics import JsonLines, MetricsWriter

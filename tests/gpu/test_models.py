@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models import engine
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
 from megatron_jackpot.sync.stream import export

@@ -12,9 +12,10 @@ import torch.multiprocessing as mp
 from torch.multiprocessing import reductions
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.sync.fp8 import quantise
 from megatron_jackpot.sync.ipc import serialise

@@ -8,10 +8,11 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models import build
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.models.precision import Device, check_precision, layers_for, this_device
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
