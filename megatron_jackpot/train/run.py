@@ -30,9 +30,9 @@ from megatron_jackpot.run.interrupt import StopRequest
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Sampling
+from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
-from megatron_jackpot.sync.fp8 import served_folder
 from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.stream import export_hf
 from megatron_jackpot.train import checkpoint

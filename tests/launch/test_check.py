@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from megatron_jackpot import cli
-from megatron_jackpot.config import parse_config
-from megatron_jackpot.launch.local import check, children, num_processes, torchrun, visible_gpus
+from megatron_jackpot.config import Servers, parse_config
+from megatron_jackpot.launch.local import check, children, num_processes, torchrun
+from megatron_jackpot.servers.gpus import Placement, place_servers, visible_gpus
 
 
 @pytest.fixture
@@ -98,14 +99,38 @@ def test_server_urls_reach_every_rank_as_an_override_that_reads_back(tree):
     [(None, ["0", "1"]), ("1", ["1"]), ("", []), ("-1", []), ("GPU-8f, GPU-2c", ["GPU-8f", "GPU-2c"])],
 )
 def test_visible_gpus_follow_the_environment(chosen, expected, tmp_path, monkeypatch):
+    two_gpus(tmp_path, monkeypatch)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "num", "see_all", "placement"),
+    [
+        (None, 1, False, Placement("cuda", (1,))),
+        (None, 1, True, Placement("cuda", (1,), (0, 1))),
+        (None, 3, False, Placement("cuda")),
+        ("GPU-8f, GPU-2c", 1, True, Placement("cuda")),
+        ("", 1, True, Placement("cpu")),
+    ],
+)
+def test_servers_take_the_last_gpus_where_these_have_numbers(
+    chosen, num, see_all, placement, tmp_path, monkeypatch
+):
+    two_gpus(tmp_path, monkeypatch)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert place_servers(Servers(num=num), see_all=see_all) == placement
+
+
+def two_gpus(tmp_path, monkeypatch) -> None:
+    """Stand in for nvidia-smi on a machine with two."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-8f)'\necho 'GPU 1: H100 (UUID: GPU-2c)'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if chosen is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert visible_gpus() == expected
 
 
 def test_output_reaches_the_terminal_as_it_is_and_the_log_as_it_ends_up(tmp_path, capsys):
