@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_jackpot.config import Config
+from megatron_jackpot.config.model_shape import model_shapes
 from megatron_jackpot.launch import children
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
@@ -77,6 +78,7 @@ def check(config: Config, nproc: int | None = None) -> None:
                 f"{name} = {folder}: user {os.geteuid()} may not read {', '.join(closed[:3])}. "
                 f"As their owner: chmod -R a+rX {folder}"
             )
+    model_shapes(config)
     if not config.servers.urls and config.servers.port:
         for port in range(config.servers.port, config.servers.port + config.servers.num):
             if not port_is_free(config.servers.host, port):

@@ -46,7 +46,9 @@ class Methods:
     @classmethod
     def from_config(cls, config: Config) -> "Methods":
         algorithm, actor = config.algorithm, config.actor
-        correction = make_correction(algorithm.correction.name, algorithm.correction.knobs, config.run.seed)
+        correction = make_correction(
+            algorithm.correction.name, algorithm.correction.settings, config.run.seed
+        )
         exact = isinstance(correction, Normaliser) and correction.z == "exact"
         if exact:
             _check_exact(correction, config)
@@ -117,7 +119,7 @@ class Methods:
 
 
 def _build(method: Method, registry: dict[str, type], where: str) -> Any:
-    return build(method.name, method.knobs, registry, where)
+    return build(method.name, method.settings, registry, where)
 
 
 def _check_exact(correction: Any, config: Config) -> None:

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_jackpot.config import Config
+from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
@@ -42,10 +42,6 @@ from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.probe import check_families, probe
 from megatron_jackpot.train.trainer import Trainer
-
-
-class Refused(ValueError):
-    """The input cannot work; the message names the field and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +190,9 @@ def make_sync(config: Config) -> DiskSync | BroadcastSync:
 
 
 def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = None) -> bool:
-    """One rank of a training run, from the first check to the final table. Raises Refused before the first
-    step.
+    """One rank of a training run, from the first check to the final table.
+
+    Raises ConfigError before the first step.
 
     `mesh` is one that is there already, of the same layout. True when all steps are done, False when the run
     saved and ended because `stop` asked for it.
@@ -207,7 +204,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         stop = stop or StopRequest(config.run)
         assembly = assemble(config, mesh, stop.reason)
     except (ValueError, FileNotFoundError) as error:
-        raise Refused(*error.args) from error
+        raise ConfigError(*error.args) from error
     try:
         resumed = _resume(config, assembly.trainer)
         saver = Saver(assembly.trainer, config.run)
@@ -215,7 +212,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         while finished is None:
             finished = _attempt(assembly, saver, resumed)
             resumed = True
-    except Refused:
+    except ConfigError:
         raise
     except Exception as error:
         assembly.trainer.watchdog.dump(f"{type(error).__name__}: {error}")
@@ -240,13 +237,13 @@ def _resume(config: Config, trainer: Trainer) -> bool:
     try:
         checkpoint.check_room(trainer, run)
     except ValueError as error:
-        raise Refused(*error.args) from error
+        raise ConfigError(*error.args) from error
     if not run.resume or (run.resume == "auto" and not mesh.from_main(checkpoints(run.folder))):
         return False
     try:
         troubles = checkpoint.resume(trainer, run.folder)
     except ValueError as error:
-        raise Refused(*error.args) from error
+        raise ConfigError(*error.args) from error
     if mesh.is_main:
         kept = len(trainer.collector.kept)
         more = f", with {kept} groups of the next one" if kept else ""

@@ -1,5 +1,6 @@
 """What the launcher refuses before it starts anything, and how it copies output."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from megatron_jackpot import cli
 from megatron_jackpot.config import Servers, parse_config
 from megatron_jackpot.launch.local import check, children, num_processes, torchrun
 from megatron_jackpot.servers.gpus import Placement, place_servers, visible_gpus
+from tests.tiny import hf_config
 
 
 @pytest.fixture
 def tree(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(hf_config()))
     return {
         "run": {"folder": str(tmp_path / "run")},
         "policy": {"hf": str(tmp_path / "model")},
@@ -74,6 +76,12 @@ def test_weights_that_this_user_may_not_read_are_named_before_a_server_is_starte
     with pytest.raises(
         ValueError, match=r"policy.hf = .* may not read model.safetensors. As their owner: chmod"
     ):
+        check(parse_config(tree))
+
+
+def test_a_layout_that_does_not_divide_a_model_is_refused_before_a_server_is_started(tree):
+    tree["parallel"] = {"tp": 3}
+    with pytest.raises(ValueError, match=r"policy.hf = .*parallel.tp = 3 does not divide .*heads = 4"):
         check(parse_config(tree))
 
 
