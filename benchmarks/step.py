@@ -93,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"run.folder={folder}", f"policy.hf={args.models}/policy", f"actor.hf={args.models}/actor"]
         config = load_config(RUN, [*paths, *args.overrides])
-        servers = start_actor_servers(config, 1)
+        servers = start_actor_servers(config)
         try:
             urls = [server.url for server in servers]
             config = config.model_copy(
