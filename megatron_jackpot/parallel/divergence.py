@@ -161,16 +161,19 @@ class _Pair:
 
     def __init__(self, first_TV: Logits, second: Other, vocab: VocabSpec, chunk: int | None) -> None:
         self.columns = vocab.columns(first_TV.shape[-1])
-        self.first_TV, self.second, self.vocab, self.chunk = first_TV, second, vocab, chunk
+        self.first_TV, self.second, self.vocab = first_TV, second, vocab
         self.dtype = torch.float64 if first_TV.dtype == torch.float64 else torch.float32
         if isinstance(second, Tensor):
             self._check(second, first_TV.shape[0])
-        num_tokens, per_rank = first_TV.shape
-        if chunk is None:
-            self.chunk = chunk_tokens(per_rank, first_TV.is_cuda)
-            if dispatch.fused(first_TV if isinstance(first_TV, Tensor) else first_TV.hidden_TH):
-                exist = isinstance(first_TV, Tensor) and isinstance(second, Tensor)
-                self.chunk = max(1, num_tokens if exist else FUSED_ELEMENTS // per_rank)
+        self.chunk = self._default_chunk() if chunk is None else chunk
+
+    def _default_chunk(self) -> int:
+        """Tokens read at a time; kernels read all of them where both models' logits exist."""
+        first, (num_tokens, per_rank) = self.first_TV, self.first_TV.shape
+        if dispatch.fused(first if isinstance(first, Tensor) else first.hidden_TH) is None:
+            return chunk_tokens(per_rank, first.is_cuda)
+        exist = isinstance(first, Tensor) and isinstance(self.second, Tensor)
+        return max(1, num_tokens if exist else FUSED_ELEMENTS // per_rank)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for span in self.spans():

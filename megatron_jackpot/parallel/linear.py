@@ -5,7 +5,7 @@ dtype that the output layer would give it, so that results are those of logits t
 kernels read the blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ def factors(logits: Logits) -> tuple[Blocks | None, tuple[Tensor, ...]]:
     )
 
 
-def joined(blocks: Blocks | None, tensors: tuple[Tensor, ...]) -> Logits:
+def joined(blocks: Blocks | None, tensors: Sequence[Tensor]) -> Logits:
     return tensors[0] if blocks is None else LinearLogits(*tensors, blocks)
 
 
