@@ -3,7 +3,7 @@
 Shapes: S rollouts, N tokens of all of them one after another, prompts included.
 """
 
-import sys
+import logging
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from megatron_jackpot.config import Logging
 from megatron_jackpot.records import Correction, Scores
 
 FOLDER = "tokens"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,7 @@ class TokenLog:
         try:
             save(self.folder / f"step-{step:06d}.npz", record)
         except OSError as error:
-            print(
-                f"WARNING: the tokens of step {step} were not recorded: {error}", file=sys.stderr, flush=True
-            )
+            log.warning(f"the tokens of step {step} were not recorded: {error}")
 
 
 def record_of(step: int, scores: Scores, correction: Correction, num_rollouts: int) -> TokenRecord:

@@ -1,6 +1,7 @@
 """The rollout phase of a step: every prompt of the step exactly once, whatever happens to servers or to the
 run."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rollout.collect import Interrupted, Sums, Unfinished
 from megatron_jackpot.rollout.finished_groups import Groups
+
+log = logging.getLogger(__name__)
 
 MAX_RECOVERIES = 3
 """How often a step's rollout may be rescued by giving the servers their weights again."""
@@ -98,7 +101,7 @@ class Collector:
                     loader.load_state_dict(before)
                 raise StopRun
             if error is not None:
-                print(f"step {num_steps + 1}: {error} Sending the weights again.", flush=True)
+                log.warning(f"step {num_steps + 1}: {error} Sending the weights again.")
             recover()
         raise RuntimeError(
             f"step {num_steps + 1}: rollouts failed {MAX_RECOVERIES + 1} times. Last error here: {error}"

@@ -2,7 +2,7 @@
 left."""
 
 import asyncio
-import sys
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -12,6 +12,8 @@ from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.proof import SyncError, wait
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 HEALTH_LIMIT_S = 5.0
@@ -40,9 +42,7 @@ def retry(push: Callable[[], T]) -> T:
         except (ServerError, SyncError) as error:
             if not left:
                 raise
-            print(
-                f"WARNING: a weight update broke off and is tried again: {error}", file=sys.stderr, flush=True
-            )
+            log.warning(f"a weight update broke off and is tried again: {error}")
     raise AssertionError("unreachable")
 
 

@@ -129,11 +129,12 @@ def test_the_log_writes_every_so_many_steps_once_and_only_here(tmp_path) -> None
     assert not (tmp_path / "none").exists()
 
 
-def test_a_disk_that_refuses_costs_the_record_and_not_the_run(tmp_path, capsys) -> None:
+def test_a_disk_that_refuses_costs_the_record_and_not_the_run(tmp_path, caplog) -> None:
     (tmp_path / "tokens").write_text("a file where the folder should be")
     scores, correction, _ = packed()
     TokenLog(tmp_path, Logging(), here=True).note(1, scores, correction)
-    assert "WARNING: the tokens of step 1 were not recorded" in capsys.readouterr().err
+    (said,) = caplog.records
+    assert said.levelname == "WARNING" and "the tokens of step 1 were not recorded" in said.getMessage()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a zip", "an array is missing"])
@@ -215,6 +216,12 @@ def test_long_runs_show_the_first_the_last_and_some_between() -> None:
     assert chosen(list(range(5)), 12) == [0, 1, 2, 3, 4]
     some = chosen(list(range(100)), 12)
     assert len(some) == 12 and some[0] == 0 and some[-1] == 99 and some == sorted(set(some))
+
+
+def test_a_run_of_another_format_is_refused_with_the_commit_that_reads_it(tmp_path) -> None:
+    (tmp_path / "provenance.json").write_text('{"commit": "1234567"}')
+    with pytest.raises(ValueError, match="provenance.json has run folder format 0.*Commit 8170530 reads it"):
+        write_report(tmp_path)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:

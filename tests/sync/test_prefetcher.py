@@ -52,7 +52,7 @@ def test_the_next_buckets_are_made_while_one_travels_and_then_no_more():
         for number, bucket in enumerate(made):
             assert bucket.names == [f"t{number}"]
             # This one travels, one waits, one is made; that it is full shows in the tensor after it.
-            wanted, deadline = min(number + 4, 20), time.monotonic() + 5
+            wanted, deadline = min(number + 4, 20), time.monotonic() + 60
             while len(read) < wanted and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.01)
@@ -89,12 +89,12 @@ def test_an_export_that_hangs_is_named_at_the_time_limit():
     hold = threading.Event()
 
     def source():
-        hold.wait(5)
+        hold.wait(60)
         yield "a", torch.zeros(1)
 
-    started = time.monotonic()
     with pytest.raises(TimeoutError, match="Waited 0.2 s for the next bucket of weights"):
         with BucketPrefetcher(source(), 1, CPU, 0.2) as made:
             list(made)
-    assert time.monotonic() - started < 2
+    # The export still hangs: nobody waited for its end.
+    assert not hold.is_set() and made._thread.is_alive()
     hold.set()
