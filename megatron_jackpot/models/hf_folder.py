@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
+from megatron_jackpot.config.model_folder import INDEX, copy_other_files
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -23,9 +24,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
-"""Endings of files that hold weights or say where they are, in HF's formats and in Megatron's."""
-NOT_COPIED = {INDEX, "metadata.json", "model.safetensors", "conversion.json"}
 
 
 class Spec(NamedTuple):
@@ -166,13 +164,6 @@ def finish_hf_folder(folder: Path, shards: Sequence[Sequence[Spec]], hf_folder: 
     dtypes = {spec.dtype for specs in shards for spec in specs}
     if len(dtypes) == 1:
         _name_dtype(folder / "config.json", str(dtypes.pop()).removeprefix("torch."))
-
-
-def copy_other_files(source: Path, to: Path) -> None:
-    """config.json, tokenizer and whatever else lies beside the weights, without the weights."""
-    for file in sorted(Path(source).iterdir()):
-        if file.is_file() and file.name not in NOT_COPIED and not file.name.endswith(WEIGHTS):
-            shutil.copyfile(file, to / file.name)
 
 
 def _name_dtype(config: Path, dtype: str) -> None:

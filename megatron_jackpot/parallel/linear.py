@@ -14,17 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_jackpot.parallel.block_sizes import GRADIENT_ELEMENTS, READ_ELEMENTS
 from megatron_jackpot.parallel.slices import Local, all_reduce, cut, read_slice
 from megatron_jackpot.parallel.vocab_spec import Columns, VocabSpec
 
 Slope = Callable[[slice, Tensor, Columns], Tensor]
 """(tokens, their logits at some columns, those columns) -> the gradient of these logits, in new memory."""
-
-
-READ_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
-"""Logits of a block of tokens that are read: 64 MB in fp32, 512 MB in bf16."""
-GRADIENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-"""Logits of a block in backward."""
 
 
 class Blocks(NamedTuple):

@@ -5,7 +5,7 @@ import logging
 
 import torch.distributed as dist
 
-from megatron_jackpot.config import Config
+from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.console import print_report
@@ -27,13 +27,10 @@ from megatron_jackpot.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-class Refused(ValueError):
-    """The input cannot work; the message names the field and the remedy."""
-
-
 def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = None) -> bool:
-    """One rank of a training run, from the first check to the final table. Raises Refused before the first
-    step.
+    """One rank of a training run, from the first check to the final table.
+
+    Raises ConfigError before the first step.
 
     `mesh` is one that is there already, of the same layout. True when all steps are done, False when the run
     saved and ended because `stop` asked for it.
@@ -45,7 +42,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         stop = stop or StopRequest(config.run)
         assembly = assemble(config, mesh, stop.reason)
     except (ValueError, FileNotFoundError) as error:
-        raise Refused(*error.args) from error
+        raise ConfigError(*error.args) from error
     state, watchdog = assembly.trainer.state, assembly.trainer.watchdog
     try:
         resumed = _resume(config, state)
@@ -54,7 +51,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         while finished is None:
             finished = _attempt(assembly, saver, resumed)
             resumed = True
-    except Refused:
+    except ConfigError:
         raise
     except Exception as error:
         watchdog.dump(f"{type(error).__name__}: {error}")
@@ -78,7 +75,7 @@ def _resume(config: Config, state: TrainState) -> bool:
             return False
         troubles = checkpoint.resume(state, run.folder)
     except ValueError as error:
-        raise Refused(*error.args) from error
+        raise ConfigError(*error.args) from error
     if mesh.is_main:
         finished = len(state.finished_groups)
         more = f", with {finished} groups of the next one" if finished else ""
