@@ -1,12 +1,16 @@
 """One rank of a run: the loop over steps, and what happens around it: resume, save, roll back, report."""
 
 import contextlib
+import logging
+
+import torch.distributed as dist
 
 from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.console import print_report
 from megatron_jackpot.monitor.outputs import Outputs
+from megatron_jackpot.monitor.profile import profiled
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rollout.collector import StopRun
 from megatron_jackpot.run.interrupt import StopRequest
@@ -19,6 +23,8 @@ from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import StepMetrics
 from megatron_jackpot.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = None) -> bool:
@@ -56,7 +62,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         print_report(config.run.folder)
     if mesh.is_main and not finished:
         stop.done()
-        print(f"saved after step {state.num_steps} and ended as asked", flush=True)
+        log.info(f"saved after step {state.num_steps} and ended as asked")
     return finished
 
 
@@ -73,7 +79,9 @@ def _resume(config: Config, state: TrainState) -> bool:
     if mesh.is_main:
         finished = len(state.finished_groups)
         more = f", with {finished} groups of the next one" if finished else ""
-        print(*troubles, f"resumed after step {state.num_steps}{more}", sep="\n", flush=True)
+        for trouble in troubles:
+            log.warning(trouble)
+        log.info(f"resumed after step {state.num_steps}{more}")
     return True
 
 
@@ -122,7 +130,8 @@ def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: b
 
 def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None:
     trainer, config = assembly.trainer, assembly.trainer.config
-    result = trainer.step()
+    with profiled(config.run.folder, config.logging, trainer.state.num_steps + 1, dist.get_rank()):
+        result = trainer.step()
     metrics, step, last = dict(result.metrics), result.step, result.step == config.run.steps
     if step % config.sync.probe_every == 0:
         metrics |= assembly.probe()
@@ -144,7 +153,7 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
             _export(trainer)
         except OSError as error:
             if trainer.mesh.is_main:
-                print(f"WARNING: the run goes on: {error}", flush=True)
+                log.warning(f"the run goes on: {error}")
 
 
 def _export(trainer: Trainer) -> None:
@@ -170,6 +179,6 @@ def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
     if not trainer.config.guard.rollback or not found:
         raise error
     if state.mesh.is_main:
-        print(f"WARNING: step {state.num_steps + 1}: {error} Going back to {found[-1]}.", flush=True)
+        log.warning(f"step {state.num_steps + 1}: {error} Going back to {found[-1]}.")
     saver.bad_checkpoints.add(found[-1])
     checkpoint.resume(state, run.folder, newest=found[-1])

@@ -13,6 +13,7 @@ from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.rollout.collect import Interrupted
 from megatron_jackpot.rollout.collector import StopRun
+from megatron_jackpot.run.formats import FORMATS, current
 from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.state import TrainState
@@ -253,6 +254,23 @@ def _resume_error(rank: int, world: int, folder: str, run: str) -> str:
     with pytest.raises(ValueError) as error:
         checkpoint.resume(state, Path(run))
     return str(error.value)
+
+
+def test_a_checkpoint_of_another_format_is_refused_with_the_commit_that_reads_it(
+    saved, folder, tmp_path
+) -> None:
+    """It is whole, and the one before it is not taken in its place."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-000003"
+    state = json.loads((newest / "state.json").read_text())
+    assert state.pop("format") == current("checkpoint")
+    (newest / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["state.json"] = checkpoint.digest(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    message = run_ranks(_resume_error, 1, 100, str(folder), str(tmp_path / "run"))[0]
+    assert "step-000003/state.json has checkpoint format 0" in message
+    assert f"Commit {FORMATS['checkpoint'][0]} reads it" in message
 
 
 def test_no_checkpoint_and_other_prompts_are_refused(saved, folder, tmp_path) -> None:
