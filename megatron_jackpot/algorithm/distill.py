@@ -8,11 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.divergence import k3, log_rest
-from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio, precise
+from megatron_jackpot.algorithm.divergence import candidate_kl, k3
+from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio
 from megatron_jackpot.records import DistillInputs
 
 
@@ -60,16 +59,10 @@ class ForwardTopK(Distillation):
     needs = "candidates"
 
     def __call__(self, t: DistillInputs) -> Tensor:
-        """-inf in both models is padding; an id to which one gives -inf belongs to the bucket of the
-        others."""
-        actor_TK, policy_TK = precise(t.actor_logp_TK), precise(t.policy_logp_TK.detach())
-        known_TK = (actor_TK > -math.inf) & (policy_TK > -math.inf)
-        terms_TK = policy_TK.exp() * (policy_TK - actor_TK)
-        actor_rest_T, policy_rest_T = (
-            log_rest(logp_TK.masked_fill(~known_TK, -math.inf))[..., 0] for logp_TK in (actor_TK, policy_TK)
-        )
-        rest_T = policy_rest_T.exp() * (policy_rest_T - actor_rest_T)
-        return torch.where(known_TK, terms_TK, 0.0).sum(-1) + rest_T
+        """-inf in both models is padding; an id to which one gives -inf belongs to the rest."""
+        both_TK = (t.policy_logp_TK.detach(), t.actor_logp_TK)
+        unknown_TK = (both_TK[0] == -math.inf) | (both_TK[1] == -math.inf)
+        return candidate_kl(*(logp_TK.masked_fill(unknown_TK, -math.inf) for logp_TK in both_TK))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -255,13 +255,8 @@ def overlap_metrics(
 
 
 def _kappa_of_microbatches(used_MT: Tensor, z_k_MT: Tensor, mask_MT: Tensor) -> Tensor:
-    """kappa of every token's own micro-batch, float64 [M, T] (R)."""
-    num, width = mask_MT.shape
-    index = torch.arange(num, device=mask_MT.device).repeat_interleave(width)
-    accepted_M, overlap_M = (
-        torch.zeros(num, dtype=torch.float64, device=mask_MT.device).index_add(
-            0, index, torch.where(mask_MT, value.double(), 0.0).flatten()
-        )
-        for value in (used_MT, z_k_MT)
+    """kappa of every micro-batch, float64 [M, 1] (R)."""
+    accepted_M1, overlap_M1 = (
+        torch.where(mask_MT, value.double(), 0.0).sum(-1, keepdim=True) for value in (used_MT, z_k_MT)
     )
-    return torch.where(overlap_M > 0, accepted_M / overlap_M, 1.0)[:, None].expand(num, width)
+    return torch.where(overlap_M1 > 0, accepted_M1 / overlap_M1, 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_jackpot.algorithm.diagnostics import mean_over
 from megatron_jackpot.algorithm.divergence import k3
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio, precise
-from megatron_jackpot.algorithm.tokens import SumOverBatch, trainable
+from megatron_jackpot.algorithm.tokens import SumOverBatch, sampled_logp, trainable
 from megatron_jackpot.records import Batch, Metrics, ObjectiveInputs, Scores
 
 Anchor = Literal["server", "old"]
@@ -30,11 +30,14 @@ def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -
     def only(value_T: Tensor) -> Tensor:
         return torch.where(valid_T, precise(value_T), 0.0)
 
+    def constant(value_T: Tensor) -> Tensor:
+        return only(value_T.detach())
+
     return ObjectiveInputs(
         logp_T=only(logp_T),
-        old_logp_T=only(old_logp_T.detach()),
-        server_logp_T=only(batch.server_logp_MT[m]),
-        advantage_T=only(batch.advantage_MT[m]),
+        old_logp_T=constant(old_logp_T),
+        server_logp_T=constant(batch.server_logp_MT[m]),
+        advantage_T=constant(batch.advantage_MT[m]),
         segment_T=torch.where(valid_T, batch.segment_MT[m], -1),
         valid_T=valid_T,
     )
@@ -117,10 +120,13 @@ def earlier_minimum(log_ratio_T: Tensor, t: ObjectiveInputs) -> Tensor:
 
 
 def valid_log_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
-    """(log p_target - log q, bool valid tokens), [M, T], of scores that a correction has seen and checked."""
-    valid_MT = trainable(scores.batch.mask_MT, scores.policy_logp_MT, scores.target_logp_MT)
-    both = (scores.target_logp_MT, scores.batch.server_logp_MT)
-    return log_ratio(*(torch.where(valid_MT, logp_MT, 0.0) for logp_MT in both)), valid_MT
+    """(log p_target - log q, bool valid tokens), [M, T] of the mini-batch.
+
+    Raises ValueError for a non-finite server log-prob or a NaN of a model inside the mask.
+    """
+    logp = sampled_logp(scores)
+    both = (torch.where(logp.valid, one, 0.0) for one in (logp.target, logp.server))
+    return log_ratio(*both), logp.valid
 
 
 def unprepared(name: str) -> RuntimeError:

@@ -68,7 +68,7 @@ def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Scores, Corre
         correct_MT=shaped["correct"],
         cu_seqlens=(),
     )
-    none_MTK, one = torch.zeros(ROWS, TOKENS, 1), torch.ones([], dtype=torch.float64)
+    none_MTK = torch.zeros(ROWS, TOKENS, 1)
     scores = Scores(
         batch=batch,
         policy_logp_MT=shaped["target"] - 9,
@@ -80,6 +80,7 @@ def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Scores, Corre
         candidate_shared_MTK=none_MTK.bool(),
         step=0,
     )
+    one = torch.ones([], dtype=torch.float64)
     correction = Correction(
         keep_MT=shaped["keep"], weight_MT=shaped["weight"], count=one, acceptance=(one, one), kl=(one, one)
     )

@@ -1,4 +1,4 @@
-"""GroupSampler.collect: whole groups in order, failures counted up to the limit."""
+"""collect: whole groups in order, failures counted up to the limit."""
 
 import asyncio
 import time
@@ -53,17 +53,14 @@ async def reward(tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
     return float(tokens[0]), tokens[0] == 10
 
 
-def run(
-    engine: Any,
-    *,
-    judge: Reward = reward,
-    allowed: float = 0.0,
-    stop: Callable[[], str | None] = lambda: None,
-) -> Any:
-    sampler = GroupSampler(
-        client=engine, sampling=SAMPLING, samples_per_prompt=3, reward=judge, max_failed_groups=allowed
+def sampler(engine: Any, reward: Reward = reward, *, n: int = 3, allowed: float = 0.0) -> GroupSampler:
+    return GroupSampler(
+        client=engine, sampling=SAMPLING, samples_per_prompt=n, reward=reward, max_failed_groups=allowed
     )
-    return asyncio.run(sampler.collect(1, PROMPTS, stop))
+
+
+def run(engine: Any, *, allowed: float = 0.0, stop: Callable[[], str | None] = lambda: None) -> Any:
+    return asyncio.run(sampler(engine, allowed=allowed).collect(1, PROMPTS, stop))
 
 
 def test_rollouts_come_in_prompt_order_with_reward_and_verdict():
@@ -74,6 +71,7 @@ def test_rollouts_come_in_prompt_order_with_reward_and_verdict():
         (1, 10 + i, sample) for i in range(10) for sample in range(3)
     ]
     assert [r.reward for r in rollouts[:3]] == [0.0, 5.0, 10.0]
+    assert {r.advantage for r in rollouts} == {0.0}  # made after collection
     assert [r.correct for r in rollouts[:3]] == [False, False, True]
     assert metrics["reward/correct"] == (10, 30)
     assert metrics["rollout/invalid_tokens"] == (30, 60)
@@ -144,12 +142,12 @@ def test_an_error_of_the_reward_is_not_swallowed():
         raise KeyError("answer")
 
     with pytest.raises(KeyError, match="answer"):
-        run(ScriptedEngine(), judge=broken, allowed=1.0)
+        asyncio.run(sampler(ScriptedEngine(), broken, n=2, allowed=1.0).collect(0, PROMPTS))
 
 
 def test_groups_whose_rewards_are_equal_are_counted():
     async def same(tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
         return 1.0, True
 
-    groups, _ = run(ScriptedEngine(), judge=same)
+    groups, _ = asyncio.run(sampler(ScriptedEngine(), same, n=2).collect(0, PROMPTS))
     assert group_metrics(groups)["rollout/equal_rewards"] == (10, 10)

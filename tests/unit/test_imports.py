@@ -102,7 +102,8 @@ def within(name: str, prefixes: set[str]) -> bool:
 
 def offences(path: Path, layer: str, package: str) -> list[str]:
     allowed = {f"{PACKAGE}.{name}" for name in {layer, *OURS[layer]}}
-    spared = EXCEPTIONS.get(f"{package.removeprefix(PACKAGE).lstrip('.')}/{path.name}", set())
+    folder = package.removeprefix(PACKAGE).lstrip(".").replace(".", "/")
+    spared = EXCEPTIONS.get(f"{folder}/{path.name}", set())
     found = []
     for name in sorted(imported(path, package)):
         top = name.split(".")[0]
