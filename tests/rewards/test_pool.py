@@ -80,8 +80,11 @@ def test_an_exception_in_the_reward_is_an_error_with_its_traceback(functions):
     [
         ("exakt", "'exakt' is unknown. Use exact, reasoning_gym, math_verify or package"),
         ("no_such_package.reward", "No module named 'no_such_package'"),
-        ("jackpot_test_rewards.missing", "has no function 'missing'"),
-        ("jackpot_test_rewards.not_a_function", "has no function 'not_a_function'"),
+        ("jackpot_test_rewards.missing", "module jackpot_test_rewards has no 'missing'"),
+        ("jackpot_test_rewards:missing", "module jackpot_test_rewards has no 'missing'"),
+        ("jackpot_test_rewards:", "must be package.module:Name"),
+        ("jackpot_test_rewards.not_a_function", "must be called with .response_text, label.: .* not a callable"),
+        ("jackpot_test_rewards:of_one", "must be called with .response_text, label.: too many positional"),
     ],
 )
 def test_a_reward_that_is_not_there_is_refused_at_start(functions, reward, message):
