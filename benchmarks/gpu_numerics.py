@@ -22,6 +22,7 @@ from benchmarks.gpu_models import close, make_batch, make_config, make_trainer
 from benchmarks.gpu_trainer import PRECISIONS
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.tiny import write_model
 
 SHAPE = dict(
@@ -51,7 +52,7 @@ def read(precision: str, folder: Path, shape: dict, lengths: list[int]) -> dict[
         trained: list[torch.Tensor] = []
 
         def loss(logits, m, trained=trained):
-            logp_T = vocab_parallel_logp(logits, batch.labels_MT[m], **vocab)
+            logp_T = vocab_parallel_logp(logits, batch.labels_MT[m], vocab)
             trained.append(logp_T.detach())
             value = -torch.where(batch.mask_MT[m], logp_T, 0.0).sum()
             return value, {"loss": value.detach()}
@@ -64,10 +65,10 @@ def read(precision: str, folder: Path, shape: dict, lengths: list[int]) -> dict[
 
 
 def compare(precision: str, found: dict, reference: dict) -> dict:
-    knobs = dict(vocab_size=reference["logits"].shape[1], group=None)
+    vocab = VocabSpec(reference["logits"].shape[1], None)
     logits, wanted = (x["logits"].to(DEVICE) for x in (found, reference))
     labels = reference["labels"].to(DEVICE)
-    gap = (vocab_parallel_logp(logits, labels, **knobs) - vocab_parallel_logp(wanted, labels, **knobs)).abs()
+    gap = (vocab_parallel_logp(logits, labels, vocab) - vocab_parallel_logp(wanted, labels, vocab)).abs()
     quantiles = torch.quantile(gap, torch.tensor([0.5, 0.99], device=DEVICE)).tolist()
     return dict(
         precision=precision,
@@ -75,8 +76,8 @@ def compare(precision: str, found: dict, reference: dict) -> dict:
         gap_median=quantiles[0],
         gap_99=quantiles[1],
         gap_max=gap.max().item(),
-        kl=vocab_parallel_kl(logits, wanted, direction="forward", **knobs).mean().item(),
-        overlap=vocab_parallel_overlap(logits, wanted, lam=1.0, **knobs).mean().item(),
+        kl=vocab_parallel_kl(logits, wanted, vocab, direction="forward").mean().item(),
+        overlap=vocab_parallel_overlap(logits, wanted, vocab, lam=1.0).mean().item(),
         first_minibatch=found["first"].mean().item(),
         later=found["second"].mean().item(),
     )

@@ -23,19 +23,19 @@ from torch import Tensor
 from benchmarks.gpu_common import DEVICE, QWEN3_0_6B, QWEN3_1_7B, TINY, parser, report, seconds
 from benchmarks.gpu_models import close, make_config, make_trainer
 from megatron_jackpot.sync.fp8 import quantised
-from megatron_jackpot.sync.prefetcher import Ahead
+from megatron_jackpot.sync.prefetcher import BucketPrefetcher
 from megatron_jackpot.sync.stream import export, exported
 
 BUCKET_BYTES = 512 * 2**20
 TIMEOUT_S = 120
 
 
-def ahead(named_tensors: Iterable[tuple[str, Tensor]]) -> Ahead:
-    return Ahead(named_tensors, BUCKET_BYTES, DEVICE, TIMEOUT_S)
+def prefetcher(named_tensors: Iterable[tuple[str, Tensor]]) -> BucketPrefetcher:
+    return BucketPrefetcher(named_tensors, BUCKET_BYTES, DEVICE, TIMEOUT_S)
 
 
 def flatten(named_tensors: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
-    with ahead(named_tensors) as made:
+    with prefetcher(named_tensors) as made:
         return [bucket.flat for bucket in made]
 
 
@@ -81,7 +81,7 @@ def hand_over(first: Tensor, flats: Iterable[Tensor]) -> float:
 
 def push(model, first: Tensor) -> float:
     """Export, buckets and hand-over together: the next bucket is made while one is copied."""
-    with ahead(exported(model, device=DEVICE)) as made:
+    with prefetcher(exported(model, device=DEVICE)) as made:
         return hand_over(first, (bucket.flat for bucket in made))
 
 

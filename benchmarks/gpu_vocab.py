@@ -19,6 +19,7 @@ from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
 from megatron_jackpot.parallel.linear import LinearLogits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_scores
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 
 VOCAB, TOKENS, K, HIDDEN = 151_936, 16_384, 20, 1024
 COMPARED = 64
@@ -27,24 +28,24 @@ COMPARED = 64
 def calls(first, second, ids_TK, rows=slice(None)):
     """name -> (call, passes over a model's logits, gradients written)."""
     first, second, ids_TK = first[rows], second[rows], ids_TK[rows]
-    knobs = dict(vocab_size=first.shape[1], group=None)
+    vocab = VocabSpec(first.shape[1], None)
 
     def with_gradient(function):
         leaf = first.detach().requires_grad_()
         value = function(leaf)
         return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
-    kl = partial(vocab_parallel_kl, teacher_logits=second, direction="forward", **knobs)
-    scores = partial(vocab_parallel_scores, first, ids_TK[:, 0], ids_TK=ids_TK, **knobs)
+    kl = partial(vocab_parallel_kl, teacher_logits=second, vocab=vocab, direction="forward")
+    scores = partial(vocab_parallel_scores, first, ids_TK[:, 0], vocab, ids_TK=ids_TK)
     return {
         "logp, 20 ids, entropy": (lambda: scores(entropy=True).entropy_T, 1, 0),
         "the same and top-20": (lambda: scores(entropy=True, k=K).topk_logp_TK, 1, 0),
         "logp and gradient": (
-            lambda: with_gradient(lambda x: vocab_parallel_logp(x, ids_TK[:, 0], **knobs))[1],
+            lambda: with_gradient(lambda x: vocab_parallel_logp(x, ids_TK[:, 0], vocab))[1],
             2,
             1,
         ),
-        "exact Z": (lambda: vocab_parallel_overlap(second, first, lam=1.0, **knobs), 4, 0),
+        "exact Z": (lambda: vocab_parallel_overlap(second, first, vocab, lam=1.0), 4, 0),
         "forward KL": (lambda: kl(first), 2, 0),
         "forward KL and gradient": (lambda: with_gradient(kl)[1], 4, 1),
     }
@@ -98,13 +99,13 @@ def measure_linear(tokens: int, columns: int, hidden: int) -> list[dict]:
     make = partial(torch.randn, generator=generator, device=DEVICE, dtype=torch.bfloat16)
     hidden_TH, weight_VH = make(tokens, hidden), make(columns, hidden) * 0.1
     ids_T1 = torch.randint(0, columns, (tokens, 1), generator=generator, device=DEVICE)
-    knobs = dict(vocab_size=columns, group=None)
+    vocab = VocabSpec(columns, None)
 
     def blocks(h, w):
-        return vocab_parallel_logp(LinearLogits(h, w), ids_T1[:, 0], **knobs)
+        return vocab_parallel_logp(LinearLogits(h, w), ids_T1[:, 0], vocab)
 
     def whole(h, w):
-        return vocab_parallel_logp(torch.nn.functional.linear(h, w), ids_T1[:, 0], **knobs)
+        return vocab_parallel_logp(torch.nn.functional.linear(h, w), ids_T1[:, 0], vocab)
 
     def step(function):
         leaves = [x.detach().requires_grad_() for x in (hidden_TH, weight_VH)]

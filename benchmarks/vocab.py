@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_vocab import Sent
 from tests.unit.test_vocab_serial import Allocations
@@ -63,14 +64,14 @@ def on_one_rank(rank: int, world: int, tokens: int, vocab: int, chunk: int) -> d
     generator = torch.Generator().manual_seed(rank)
     first = (torch.randn(tokens, vocab // world, generator=generator) * 3).bfloat16()
     second = (first + torch.randn(tokens, vocab // world, generator=generator) * 0.5).bfloat16()
-    knobs = dict(vocab_size=vocab, group=dist.group.WORLD, chunk=chunk)
+    spec = VocabSpec(vocab, dist.group.WORLD)
     forms = {
         "exact Z": {
-            "sliced": lambda: vocab_parallel_overlap(second, first, lam=1.0, **knobs),
+            "sliced": lambda: vocab_parallel_overlap(second, first, spec, lam=1.0, chunk=chunk),
             "dense": lambda: dense_overlap(second, first, world),
         },
         "forward KL": {
-            "sliced": lambda: vocab_parallel_kl(first, second, direction="forward", **knobs),
+            "sliced": lambda: vocab_parallel_kl(first, second, spec, direction="forward", chunk=chunk),
             "dense": lambda: dense_kl(first, second, world),
         },
     }

@@ -128,6 +128,7 @@ def refuse(error: Exception) -> int:
 
 
 def _train(config: Config) -> int:
+    from megatron_jackpot.monitor.messages import configure
     from megatron_jackpot.run.interrupt import StopRequest, die_with_parent
 
     # torchrun's end, however it came, asks its ranks to save; signals count from here on, also during the
@@ -135,6 +136,7 @@ def _train(config: Config) -> int:
     die_with_parent(signal.SIGTERM)
     stop = StopRequest(config.run)
     stop.listen()
+    configure()
     _hush()
     from megatron_jackpot.train.run import run
 

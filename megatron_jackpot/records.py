@@ -1,17 +1,31 @@
-"""The records that travel between the stages of a step, and the one place where their shapes are written.
+"""What travels between the stages of a step, and the one place where its shapes are written.
+
+reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Correction [M, T] -> one
+ObjectiveInputs [T] per micro-batch -> loss. Each is constructed in one function and changed by `replace`
+alone.
 
 Shapes: R response tokens of one rollout, M micro-batches on this DP rank, T packed tokens per micro-batch
-(the same for every micro-batch and rank), K top-k entries per token.
+(the same for every micro-batch and rank), K ids per token: the server's top-k in a Batch, candidates in
+Scores.
 Row t of every packed field speaks about the prediction made at position t, that is about `labels_MT[m, t]`,
 the token that follows `tokens_MT[m, t]` in its sequence; nothing is ever rolled across a sequence boundary.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Pair = tuple[Tensor, Tensor]
+"""(sum, count) on this rank, float64 scalars; divided once, after both were summed over all ranks."""
+Metrics = dict[str, Pair]
+"""Name -> (sum, count)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +40,7 @@ class Prompt:
     """What the reward needs (an answer string, a reasoning-gym entry, ...); never opened as a path."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One completion of one prompt by a server, with the server's own log-probs as the proposal.
 
@@ -55,7 +69,7 @@ class Rollout:
     reward: float = 0.0
     correct: bool = False
     advantage: float = 0.0
-    """Computed over the whole group, before any rejection."""
+    """Computed once, after collection, over the whole group and before any rejection."""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -68,7 +82,7 @@ class Rollout:
         return len(self.prompt.tokens) + len(self.tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """Packed micro-batches of one DP rank, identical on its tensor- and pipeline-parallel peers.
 
@@ -110,22 +124,109 @@ class Batch:
     def num_microbatches(self) -> int:
         return self.tokens_MT.shape[0]
 
-    def rows(self, start: int, stop: int) -> "Batch":
+    def rows(self, start: int, stop: int) -> Batch:
         """Micro-batches start .. stop - 1 as a batch with one mini-batch."""
-        kept = {
-            f.name: getattr(self, f.name)[start:stop] for f in fields(self) if f.name != "num_minibatches"
-        }
-        return Batch(**kept, num_minibatches=1)
+        return replace(self, **_rows(self, start, stop), num_minibatches=1)
 
-    def split(self) -> "list[Batch]":
-        """One batch per mini-batch, that is per optimizer step, in order."""
+    def minibatches(self) -> list[slice]:
+        """The micro-batches of each mini-batch, that is of each optimizer step, in order."""
         size = self.num_microbatches // self.num_minibatches
-        return [self.rows(i * size, (i + 1) * size) for i in range(self.num_minibatches)]
+        return [slice(i * size, (i + 1) * size) for i in range(self.num_minibatches)]
 
-    def to(self, device: torch.device | str) -> "Batch":
-        moved = {
-            f.name: getattr(self, f.name).to(device)
-            for f in fields(self)
-            if f.type == "Tensor" or f.type is Tensor
-        }
-        return replace(self, **moved, cu_seqlens=tuple(c.to(device) for c in self.cu_seqlens))
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the no-grad pass of both models says about a batch; it exists on the last pipeline stage. All
+    detached.
+
+    What the rollouts brought (server_logp, mask, advantage, ...) stays in `batch`.
+    """
+
+    batch: Batch
+    """What was scored: as many micro-batches, in the same order."""
+    policy_logp_MT: Tensor
+    """log p_old of the sampled token: policy_old, the policy at the start of the step."""
+    target_logp_MT: Tensor
+    """log p_target of the sampled token: equal to policy_logp_MT when the target is "old"."""
+    actor_logp_MT: Tensor
+    """log-prob of the sampled token under the trainer's copy of the actor, before its update."""
+    candidate_ids_MTK: Tensor
+    """int64, server top-k union policy top-k; -1 is padding. The sampled token is never added."""
+    candidate_target_logp_MTK: Tensor
+    """log p_target at the candidates, -inf on padding."""
+    candidate_server_logp_MTK: Tensor
+    """log q at the candidates: the server's top-k, the actor's capped log-prob at policy-only ids; -inf
+    otherwise."""
+    candidate_shared_MTK: Tensor
+    """bool, ids in both the server's and the policy's top-k."""
+    exact_overlap_MT: Tensor | None = None
+    """Z over the whole vocabulary, q being the actor's log-probs; only where a correction asks for it."""
+    step: int
+    """Number of the optimizer step's batch: key of the random draws."""
+
+    def rows(self, start: int, stop: int) -> Scores:
+        """The scores of micro-batches start .. stop - 1, with their batch."""
+        return replace(self, **_rows(self, start, stop), batch=self.batch.rows(start, stop))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What the loss of a mini-batch needs: policy loss = -sum keep * weight * surrogate / denominator."""
+
+    keep_MT: Tensor
+    """bool, False removes the token from the numerator."""
+    weight_MT: Tensor
+    """float32, detached; finite everywhere."""
+    count: Tensor
+    """float64 scalar, this rank's contribution to the denominator N (summed over DP x CP by the caller)."""
+    acceptance: Pair
+    """Expected share of the valid tokens that are kept."""
+    kl: Pair
+    """KL(p_target || q) over the candidates: a lower bound of that over the vocabulary."""
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveInputs:
+    """The live log-probs and the constants of a micro-batch: all an objective may look at.
+
+    Everything is 0 outside `valid_T` and at least fp32; rejected tokens are there, so that a response's ratio
+    is whole. A rollout never spans two micro-batches, so sums over a segment are complete.
+    """
+
+    logp_T: Tensor
+    """log p of the sampled token under the model that is trained: the only tensor with a gradient."""
+    old_logp_T: Tensor
+    """The same at the start of the step."""
+    server_logp_T: Tensor
+    """log q of the sampled token."""
+    advantage_T: Tensor
+    """The rollout's advantage on each of its tokens."""
+    segment_T: Tensor
+    """int64, which rollout of this rank a token belongs to; -1 outside `valid_T`."""
+    valid_T: Tensor
+    """bool, tokens that can be trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillInputs:
+    """What a distillation may look at in a micro-batch; the actor's log-probs carry gradient, the policy's
+    none."""
+
+    actor_logp_T: Tensor
+    """log-prob of the sampled token under the live actor."""
+    policy_logp_T: Tensor
+    """The same under the policy that was scored."""
+    actor_logp_TK: Tensor
+    """At the candidates, -inf on padding; K = 0 where the method needs none."""
+    policy_logp_TK: Tensor
+    """The same under the target of the mini-batch."""
+    kl: Callable[[Literal["forward", "reverse"]], Tensor]
+    """The exact divergence over the vocabulary, [T]: forward is KL(policy || actor). Only where the method
+    needs logits."""
+
+
+def _rows(record: Batch | Scores, start: int, stop: int) -> dict[str, Any]:
+    """The fields of a record that have a first dimension of micro-batches, cut."""
+    values = {item.name: getattr(record, item.name) for item in fields(record)}
+    return {name: value[start:stop] for name, value in values.items() if isinstance(value, Tensor | tuple)}

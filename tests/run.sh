@@ -20,7 +20,7 @@ for word in "$@"; do
   esac
 done
 if (( ${#stages[@]} == 0 )); then
-  stages=(config unit laws launch data rewards rollout parallel e2e)
+  stages=(config unit laws launch data rewards servers rollout sync parallel e2e)
   for path in tests/*/; do
     name=$(basename "$path")
     [[ $name == __* || " ${stages[*]} " == *" $name "* ]] || stages+=("$name")

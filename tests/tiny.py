@@ -72,6 +72,13 @@ def write_model(folder: Path, seed: int, **changes: object) -> Path:
     return folder
 
 
+def write_models(folder: Path) -> Path:
+    """FOLDER/policy and FOLDER/actor of POLICY and ACTOR."""
+    write_model(folder / "policy", 0, **POLICY)
+    write_model(folder / "actor", 1, **ACTOR)
+    return folder
+
+
 def rollout_arrays(prompt_id: int, sample: int, *, vocab: int = 61, top_k: int = 8) -> dict:
     """A rollout as plain arrays and numbers, a function of (prompt_id, sample); its proposal is random per
     position."""

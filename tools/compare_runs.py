@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.parallel.layouts import NUM_PROMPTS, Layout, run_cases
 from tests.parallel.spawn import run_ranks
-from tests.tiny import ACTOR, POLICY, rollout_arrays, write_model
+from tests.tiny import rollout_arrays, write_models
 
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))
 METHODS = {
@@ -58,8 +58,7 @@ def record(
     out.mkdir(parents=True)
     np.savez(out / f"{ROLLOUTS}.npz", **recorded_rollouts())
     with tempfile.TemporaryDirectory() as models:
-        write_model(Path(models, "policy"), 0, **POLICY)
-        write_model(Path(models, "actor"), 1, **ACTOR)
+        write_models(Path(models))
         for layout in layouts:
             world = layout[0] * layout[1] * layout[2]
             results = run_ranks(run_cases, world, LIMIT_S, cases(layout, methods), models, NUM_STEPS)[0]

@@ -64,7 +64,7 @@ def accuracy(model: MegatronModel, prompts: PromptSet, tokenizer, config: Config
     answers = greedy(
         model,
         [prompt.tokens for prompt in prompts.prompts],
-        partial(vocab_parallel_argmax, vocab_size=model.family.vocab_size, group=model.mesh.tp_group),
+        partial(vocab_parallel_argmax, vocab=model.vocab()),
         max_new_tokens=config.evaluation.max_new_tokens,
         stop_ids=(tokenizer.eos_token_id,),
         packing_tokens=packer.tokens,

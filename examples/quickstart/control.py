@@ -6,7 +6,6 @@ Writes RUN_FOLDER/control.jsonl with eval/policy_accuracy, its step axis stretch
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from common import accuracy, heldout, make_mesh_and_packer, make_model, read_run, read_warmup
@@ -17,7 +16,7 @@ from tokenizer import build
 
 from megatron_jackpot.config import Optimizer
 from megatron_jackpot.config.model_folder import read_hf_config
-from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.monitor.metrics import JsonLines, read_metrics
 
 EVALUATIONS = 6
 
@@ -47,13 +46,12 @@ def main() -> None:
         part=1,
     )
     console = Console(stderr=True)
-    out = (args.run / "control.jsonl").open("w")
+    out = JsonLines(args.run / "control.jsonl", resume_step=-1)
 
     def note(tokens: int) -> None:
         score = accuracy(model, test, tokenizer, config, packer)
         step = round(min(tokens / budget, 1.0) * last_step)
-        out.write(json.dumps({"step": step, "eval/policy_accuracy": score, "train/tokens": tokens}) + "\n")
-        out.flush()
+        out.write({"step": step, "eval/policy_accuracy": score, "train/tokens": tokens})
         console.print(f"control: {tokens:,} of {budget:,} tokens, policy accuracy {score:.3f}")
 
     note(0)

@@ -33,7 +33,7 @@ def train(
 ) -> None:
     """Cross-entropy on the answers, mean over answer tokens; stops early when `on_step` returns True."""
     tokens = 0
-    vocab = dict(vocab_size=model.family.vocab_size, group=model.mesh.tp_group)
+    vocab = model.vocab()
     for step in range(1, steps + 1):
         rows = list(itertools.islice(corpus, batch))
         packed = packer.pack([[row] for row in rows], 0)
@@ -42,7 +42,7 @@ def train(
         def loss(
             logits_TV: Tensor, m: int, packed: Batch = packed, count: int = count
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            logp_T = vocab_parallel_logp(logits_TV, packed.labels_MT[m], **vocab)
+            logp_T = vocab_parallel_logp(logits_TV, packed.labels_MT[m], vocab)
             value = -torch.where(packed.mask_MT[m], logp_T, 0.0).sum() / count
             return value, {"loss": value.detach()}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.scores import SumOverBatch
+from megatron_jackpot.algorithm.tokens import SumOverBatch
 
 
 class Advantage:

@@ -16,7 +16,7 @@ from megatron_jackpot.algorithm.obrs import (
     check_bounds,
     lambda_for_acceptance,
 )
-from megatron_jackpot.algorithm.scores import SumOverBatch
+from megatron_jackpot.algorithm.tokens import SumOverBatch
 
 ERROR_LIMIT = 2.0
 """Largest |log(measured / set-point)| that counts: one wild batch moves the weight only so far."""
@@ -34,8 +34,6 @@ class TargetAcceptance:
     """Least lam."""
     lam_max: float = LAM_MAX
     """Largest lam."""
-    reachable: bool = field(default=True, init=False)
-    """False if the last batch allowed no lam between the bounds, or had no token."""
 
     def __post_init__(self) -> None:
         check_acceptance(self.acceptance)
@@ -47,7 +45,7 @@ class TargetAcceptance:
 
         Calls `sum_over_batch` once.
         """
-        self.lam, self.reachable = lambda_for_acceptance(
+        self.lam = lambda_for_acceptance(
             log_ratio_T,
             mask_T,
             self.acceptance,

@@ -4,9 +4,10 @@ policy loss = -sum keep * weight * surrogate / N, N the global sum of count. A m
 its fields are the keys under `algorithm.correction` in YAML.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.importance import (
     CurrentIS,
     GeometricFilter,
@@ -18,11 +19,10 @@ from megatron_jackpot.algorithm.importance import (
     SequenceTIS,
     TokenIS,
 )
-from megatron_jackpot.algorithm.jackpot import PRESETS, Jackpot, Normaliser, ZTruncatedIS
+from megatron_jackpot.algorithm.jackpot import Jackpot, ZTruncatedIS
 from megatron_jackpot.algorithm.registry import build, check_choice
-from megatron_jackpot.algorithm.scores import Correction, Scores, SumOverBatch
 
-CORRECTIONS: dict[str, type] = {
+CORRECTIONS: dict[str, type[CorrectionMethod]] = {
     "none": NoCorrection,
     "tis": TokenIS,
     "mis": MaskedIS,
@@ -37,18 +37,18 @@ CORRECTIONS: dict[str, type] = {
 }
 
 
-def make_correction(
-    name: str, knobs: Mapping[str, Any], seed: int
-) -> Callable[[Scores, SumOverBatch], Correction]:
+def make_correction(name: str, settings: Mapping[str, Any], seed: int) -> CorrectionMethod:
     """The method of `algorithm.correction`; `seed` is the default key of the accept draws.
 
-    `preset` (jackpot only) names a set of knobs in PRESETS. Raises ValueError naming the key.
+    `preset`, of a method that has some, names settings; those written beside it win. Raises ValueError naming
+    the key.
     """
-    knobs = dict(knobs)
-    if name == "jackpot":
-        preset = knobs.pop("preset", "paper")
-        check_choice("algorithm.correction.preset", preset, tuple(PRESETS))
-        knobs = {**PRESETS[preset], **knobs}
-    if name in CORRECTIONS and issubclass(CORRECTIONS[name], Normaliser):
-        knobs.setdefault("seed", seed)
-    return build(name, knobs, CORRECTIONS, "algorithm.correction")
+    settings = dict(settings)
+    method = CORRECTIONS.get(name, CorrectionMethod)
+    if method.presets:
+        preset = settings.pop("preset", "paper")
+        check_choice("algorithm.correction.preset", preset, tuple(method.presets))
+        settings = {**method.presets[preset], **settings}
+    if method.seeded:
+        settings.setdefault("seed", seed)
+    return build(name, settings, CORRECTIONS, "algorithm.correction")

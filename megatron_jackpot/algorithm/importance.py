@@ -2,29 +2,37 @@
 
 rho = p_old / q at the sampled token, q the server's own number; everything is detached. A weight 0 and a
 removed token give the same numerator; `denominator` says whether removed tokens still count in N.
-Shapes: T tokens of this rank's mini-batch. Sources: M = Yao et al. 2025 (TIS), Liu et al. 2025 (MIS,
+Shapes: M micro-batches of T tokens. Sources: M = Yao et al. 2025 (TIS), Liu et al. 2025 (MIS,
 geometric filter), I = IcePop (Ring-1T, arXiv 2510.18855), K = Schulman 2020 (k1, k2, k3), P = Jackpot, arXiv
 2602.06107.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.diagnostics import Metrics, mean_over
+from megatron_jackpot.algorithm.correction_base import CorrectionMethod, corrected
+from megatron_jackpot.algorithm.diagnostics import mean_over
+from megatron_jackpot.algorithm.divergence import k3
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, check_cap, log_ratio, masked_sum
-from megatron_jackpot.algorithm.registry import check_choice
-from megatron_jackpot.algorithm.scores import Correction, SampledLogp, Scores, SumOverBatch, sampled_logp
+from megatron_jackpot.algorithm.tokens import (
+    SampledLogp,
+    SumOverBatch,
+    sampled_logp,
+    segment_mean,
+    segment_reduce,
+)
+from megatron_jackpot.records import Correction, Metrics, Scores
 
 Weights = tuple[Tensor, Tensor, Metrics]
-"""(weight [T], keep [T], metrics)."""
+"""(weight [M, T], keep [M, T], metrics)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Importance:
+class Importance(CorrectionMethod):
     """What every ratio method shares: masking, normalisation, the denominator."""
 
     batch_normalize: bool = False
@@ -32,33 +40,31 @@ class Importance:
     denominator: Literal["all", "kept"] = "all"
     """N counts all valid tokens, or only those that are kept."""
 
-    def __post_init__(self) -> None:
-        check_choice("denominator", self.denominator, ("all", "kept"))
-
     @torch.no_grad()
     def __call__(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
         """Raises ValueError for a non-finite server log-prob inside the mask. Sums over the batch: 1 where
         weights are normalised, else 0."""
-        logp = sampled_logp(scores)
-        weight_T, keep_T, metrics = self.weigh(logp, scores)
-        keep_T = keep_T & logp.possible_T
-        weight_T = torch.where(keep_T, weight_T, 0.0).float()
+        logp, mask_MT = sampled_logp(scores), scores.batch.mask_MT
+        weight_MT, keep_MT, metrics = self.weigh(logp, scores)
+        keep_MT = keep_MT & logp.valid
+        weight_MT = torch.where(keep_MT, weight_MT, 0.0).float()
         if self.batch_normalize:
-            sums = torch.stack([masked_sum(weight_T, scores.mask_T), scores.mask_T.double().sum()])
+            sums = torch.stack([masked_sum(weight_MT, mask_MT), mask_MT.double().sum()])
             total, count = sum_over_batch(sums).unbind()
             mean = torch.where(total > 0, total / count, 1.0)
-            weight_T = (weight_T / mean).float()
+            weight_MT = (weight_MT / mean).float()
             metrics["is/batch_norm"] = (mean, torch.ones_like(mean))
-        counted_T = keep_T if self.denominator == "kept" else scores.mask_T
-        return Correction(
-            keep_T=keep_T,
-            weight_T=weight_T,
-            count=counted_T.double().sum(),
-            metrics={**metrics, "is/kept": mean_over(keep_T, scores.mask_T)},
+        return corrected(
+            scores,
+            keep=keep_MT,
+            weight=weight_MT,
+            counted=keep_MT if self.denominator == "kept" else mask_MT,
+            accept=keep_MT,
+            metrics={**metrics, "is/kept": mean_over(keep_MT, mask_MT)},
         )
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        """The method itself; what lies outside logp.possible_T is ignored."""
+        """The method itself; what lies outside logp.valid is ignored."""
         raise NotImplementedError
 
 
@@ -66,8 +72,10 @@ class Importance:
 class NoCorrection(Importance):
     """weight = 1 on every token: plain GRPO on another model's samples."""
 
+    corrects: ClassVar[bool] = False
+
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        return torch.ones_like(logp.server_T), logp.possible_T, {}
+        return torch.ones_like(logp.server), logp.valid, {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +86,11 @@ class TokenIS(Importance):
     """C, the largest weight."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_cap("cap", self.cap)
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_T = log_ratio(logp.policy_T, logp.server_T).exp()
-        return rho_T.clamp(max=self.cap), logp.possible_T, _over(rho_T, self.cap, logp)
+        rho_MT = log_ratio(logp.policy, logp.server).exp()
+        return rho_MT.clamp(max=self.cap), logp.valid, _over(rho_MT, self.cap, logp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +98,8 @@ class MaskedIS(TokenIS):
     """MIS: rho 1[rho <= cap] (M)."""
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_T = log_ratio(logp.policy_T, logp.server_T).exp()
-        return rho_T, rho_T <= self.cap, _over(rho_T, self.cap, logp)
+        rho_MT = log_ratio(logp.policy, logp.server).exp()
+        return rho_MT, rho_MT <= self.cap, _over(rho_MT, self.cap, logp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +107,8 @@ class CurrentIS(TokenIS):
     """The paper's No-Clip baseline: min(p_target / q, cap), for algorithm.target "current" and reinforce."""
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_T = log_ratio(logp.target_T, logp.server_T).exp()
-        return rho_T.clamp(max=self.cap), logp.possible_T, _over(rho_T, self.cap, logp)
+        rho_MT = log_ratio(logp.target, logp.server).exp()
+        return rho_MT.clamp(max=self.cap), logp.valid, _over(rho_MT, self.cap, logp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +121,11 @@ class IcePop(Importance):
     """beta."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_band(self.low, self.high)
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_T = log_ratio(logp.policy_T, logp.server_T).exp()
-        return rho_T, (rho_T >= self.low) & (rho_T <= self.high), _over(rho_T, self.high, logp)
+        rho_MT = log_ratio(logp.policy, logp.server).exp()
+        return rho_MT, (rho_MT >= self.low) & (rho_MT <= self.high), _over(rho_MT, self.high, logp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +136,8 @@ class SequenceTIS(TokenIS):
     """C, the largest weight of a response."""
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_T = _sequence_ratio(logp, scores)
-        return rho_T.clamp(max=self.cap), logp.possible_T, _over(rho_T, self.cap, logp)
+        rho_MT = _sequence_ratio(logp, scores)
+        return rho_MT.clamp(max=self.cap), logp.valid, _over(rho_MT, self.cap, logp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +145,8 @@ class SequenceMIS(SequenceTIS):
     """product of rho over the response where it is at most cap, else the response is removed (M)."""
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_T = _sequence_ratio(logp, scores)
-        return rho_T, rho_T <= self.cap, _over(rho_T, self.cap, logp)
+        rho_MT = _sequence_ratio(logp, scores)
+        return rho_MT, rho_MT <= self.cap, _over(rho_MT, self.cap, logp)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +164,6 @@ class GeometricFilter(Importance):
     """Kept tokens weigh min(rho, cap); null weighs them 1."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_band(self.low, self.high)
         if self.veto is not None and not 0 < self.veto < 1:
             raise ValueError(f"veto = {self.veto}: must lie in (0, 1). Use 1e-4 or null.")
@@ -166,17 +171,18 @@ class GeometricFilter(Importance):
             check_cap("cap", self.cap)
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        log_rho_T = log_ratio(logp.policy_T, logp.server_T)
-        total_T, count_T = sequence_sum(log_rho_T, logp.possible_T, scores)
-        geometric_T = (total_T / count_T.clamp(min=1)).exp()
-        keep_T = (geometric_T >= self.low) & (geometric_T <= self.high)
-        metrics = {"is/geometric_mean": mean_over(geometric_T, logp.possible_T)}
+        log_rho_MT = log_ratio(logp.policy, logp.server)
+        segment_MT = scores.batch.segment_MT
+        geometric_MT = segment_mean(log_rho_MT, logp.valid, segment_MT).exp()
+        keep_MT = (geometric_MT >= self.low) & (geometric_MT <= self.high)
+        metrics = {"is/geometric_mean": mean_over(geometric_MT, logp.valid)}
         if self.veto is not None:
-            vetoed_T = sequence_sum((log_rho_T < math.log(self.veto)).float(), logp.possible_T, scores)[0] > 0
-            keep_T = keep_T & ~vetoed_T
-            metrics["is/vetoed"] = mean_over(vetoed_T, logp.possible_T)
-        weight_T = torch.ones_like(log_rho_T) if self.cap is None else log_rho_T.exp().clamp(max=self.cap)
-        return weight_T, keep_T, metrics
+            low_MT = (log_rho_MT < math.log(self.veto)) & logp.valid
+            vetoed_MT = segment_reduce(low_MT, logp.valid, segment_MT) > 0
+            keep_MT = keep_MT & ~vetoed_MT
+            metrics["is/vetoed"] = mean_over(vetoed_MT, logp.valid)
+        weight_MT = torch.ones_like(log_rho_MT) if self.cap is None else log_rho_MT.exp().clamp(max=self.cap)
+        return weight_MT, keep_MT, metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +202,6 @@ class KFilter(Importance):
     """Kept tokens weigh min(rho, cap); null weighs them 1."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("kind", self.kind, ("k1", "k2", "k3"))
-        check_choice("level", self.level, ("token", "seq_sum", "seq_mean", "seq_max"))
         if not self.high > 0:
             raise ValueError(f"high = {self.high}: must be > 0. Use 2.0.")
         if self.low is not None and self.kind != "k1":
@@ -209,45 +212,30 @@ class KFilter(Importance):
             check_cap("cap", self.cap)
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        log_rho_T = log_ratio(logp.policy_T, logp.server_T)
-        values = {"k1": -log_rho_T, "k2": log_rho_T.square() / 2, "k3": log_rho_T.expm1() - log_rho_T}
-        value_T = values[self.kind]
+        log_rho_MT = log_ratio(logp.policy, logp.server)
+        values = {"k1": -log_rho_MT, "k2": log_rho_MT.square() / 2, "k3": k3(log_rho_MT)}
+        value_MT = values[self.kind]
+        segment_MT = scores.batch.segment_MT
         if self.level == "seq_max":
-            value_T = sequence_max(value_T, logp.possible_T, scores)
-        elif self.level != "token":
-            total_T, count_T = sequence_sum(value_T, logp.possible_T, scores)
-            value_T = total_T if self.level == "seq_sum" else total_T / count_T.clamp(min=1)
+            value_MT = segment_reduce(value_MT, logp.valid, segment_MT, "max")
+        elif self.level == "seq_sum":
+            value_MT = segment_reduce(value_MT, logp.valid, segment_MT)
+        elif self.level == "seq_mean":
+            value_MT = segment_mean(value_MT, logp.valid, segment_MT)
         if self.kind == "k1":
             low = math.log(self.low or 1 / self.high)
-            keep_T = (-value_T >= low) & (-value_T <= math.log(self.high))
+            keep_MT = (-value_MT >= low) & (-value_MT <= math.log(self.high))
         else:
-            keep_T = value_T <= self.high
-        weight_T = torch.ones_like(log_rho_T) if self.cap is None else log_rho_T.exp().clamp(max=self.cap)
-        return weight_T, keep_T, {"is/filter_value": mean_over(value_T, logp.possible_T)}
-
-
-def sequence_sum(value_T: Tensor, mask_T: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-    """Sum over a token's response and number of summands, float64 [T]; rollouts never span two ranks."""
-    segment_T = scores.segment_T.clamp(min=0)
-    size = int(segment_T.max()) + 1 if segment_T.numel() else 1
-    zeros_S = torch.zeros(size, dtype=torch.float64, device=value_T.device)
-    total_S = zeros_S.index_add(0, segment_T, torch.where(mask_T, value_T.double(), 0.0))
-    count_S = zeros_S.index_add(0, segment_T, mask_T.double())
-    return total_S[segment_T], count_S[segment_T]
+            keep_MT = value_MT <= self.high
+        weight_MT = torch.ones_like(log_rho_MT) if self.cap is None else log_rho_MT.exp().clamp(max=self.cap)
+        return weight_MT, keep_MT, {"is/filter_value": mean_over(value_MT, logp.valid)}
 
 
 def _sequence_ratio(logp: SampledLogp, scores: Scores) -> Tensor:
-    """Product of rho over a token's response, float64 [T]; its logarithm is clamped to +-20."""
-    total_T, _ = sequence_sum(log_ratio(logp.policy_T, logp.server_T), logp.possible_T, scores)
-    return total_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-
-
-def sequence_max(value_T: Tensor, mask_T: Tensor, scores: Scores) -> Tensor:
-    """Largest value of a token's response, [T]; -inf where nothing counts."""
-    segment_T = scores.segment_T.clamp(min=0)
-    size = int(segment_T.max()) + 1 if segment_T.numel() else 1
-    lowest_S = value_T.new_full((size,), -math.inf)
-    return lowest_S.scatter_reduce(0, segment_T, torch.where(mask_T, value_T, -math.inf), "amax")[segment_T]
+    """Product of rho over a token's response, float64 [M, T]; its logarithm is clamped to +-20."""
+    log_rho_MT = log_ratio(logp.policy, logp.server)
+    total_MT = segment_reduce(log_rho_MT, logp.valid, scores.batch.segment_MT)
+    return total_MT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def check_band(low: float, high: float) -> None:
@@ -255,5 +243,5 @@ def check_band(low: float, high: float) -> None:
         raise ValueError(f"low = {low}, high = {high}: must be low <= 1 <= high, low >= 0. Use 0.5 and 5.")
 
 
-def _over(rho_T: Tensor, cap: float, logp: SampledLogp) -> Metrics:
-    return {"is/cap_fraction": mean_over(rho_T > cap, logp.possible_T)}
+def _over(rho_MT: Tensor, cap: float, logp: SampledLogp) -> Metrics:
+    return {"is/cap_fraction": mean_over(rho_MT > cap, logp.valid)}

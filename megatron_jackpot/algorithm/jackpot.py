@@ -1,17 +1,20 @@
 """Jackpot: OBRS acceptance, the normaliser Z and the weight, as a correction; and its control z_tis.
 
-Shapes: T tokens of this rank's mini-batch, K candidates. Everything is detached.
+Shapes: M micro-batches of T tokens, K candidates. Everything is detached.
 Sources: P = arXiv 2602.06107, R = its public verl fork.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.diagnostics import Metrics, candidate_kl_after, global_quantiles, mean_over
+from megatron_jackpot.algorithm.correction_base import CorrectionMethod, corrected
+from megatron_jackpot.algorithm.diagnostics import global_quantiles, mean_over
+from megatron_jackpot.algorithm.divergence import candidate_kl_after
 from megatron_jackpot.algorithm.obrs import (
     accept_prob,
     check_cap,
@@ -25,13 +28,15 @@ from megatron_jackpot.algorithm.obrs import (
     overlap_mass,
     tail_correction,
 )
-from megatron_jackpot.algorithm.registry import check_choice
-from megatron_jackpot.algorithm.scores import Correction, SampledLogp, Scores, SumOverBatch, sampled_logp
+from megatron_jackpot.algorithm.tokens import SampledLogp, SumOverBatch, sampled_logp
+from megatron_jackpot.records import Correction, Metrics, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Normaliser:
+class Normaliser(CorrectionMethod):
     """Acceptance and its mean Z, estimated or exact; shared by jackpot and z_tis."""
+
+    seeded: ClassVar[bool] = True
 
     seed: int = 0
     """Key of the accept draws, together with step, rollout id and position."""
@@ -55,74 +60,81 @@ class Normaliser:
     def __post_init__(self) -> None:
         check_lam(self.lam)
         check_cap("cap", self.cap)
-        check_choice("z", self.z, ("topk", "exact"))
-        check_choice("candidates", self.candidates, ("union", "intersection"))
-        check_choice("z_correction", self.z_correction, ("none", "kappa", "tail"))
-        check_choice("kappa_from", self.kappa_from, (None, "bernoulli", "expected"))
-        check_choice("kappa_over", self.kappa_over, ("minibatch", "microbatch"))
+
+    @property
+    def needs_exact_overlap(self) -> bool:
+        return self.z == "exact"
 
     @property
     def draws(self) -> bool:
         """Whether the method's own mask is drawn."""
         return False
 
-    def acceptance(self, logp: SampledLogp, scores: Scores) -> tuple[Tensor, Tensor]:
-        """(accept probability [T], drawn [T] bool), 0 and False outside the possible tokens."""
-        accept_T = torch.where(logp.possible_T, accept_prob(logp.target_T, logp.server_T, self.lam), 0.0)
-        return accept_T, draw_keep(accept_T, self.seed, scores.step, scores.rollout_id_T3, scores.position_T)
+    def accepted(self, logp: SampledLogp, scores: Scores) -> tuple[Tensor, Tensor]:
+        """(accept probability [M, T], drawn [M, T] bool), 0 and False outside the valid tokens."""
+        batch = scores.batch
+        accept_MT = torch.where(logp.valid, accept_prob(logp.target, logp.server, self.lam), 0.0)
+        drawn_MT = draw_keep(accept_MT, self.seed, scores.step, batch.rollout_id_MT3, batch.position_MT)
+        return accept_MT, drawn_MT
 
     def overlap(
-        self, accept_T: Tensor, drawn_T: Tensor, scores: Scores, sum_over_batch: SumOverBatch
+        self, accept_MT: Tensor, drawn_MT: Tensor, scores: Scores, sum_over_batch: SumOverBatch
     ) -> tuple[Tensor, Tensor, Metrics]:
-        """(Z [T], Z_k [T], metrics), 0 outside the mask. Sums over the batch: 1 for kappa and for tail."""
+        """(Z [M, T], Z_k [M, T], metrics), 0 outside the mask. Sums over the batch: 1 for kappa, tail."""
         if self.z == "exact":
-            z_T = self._exact(scores)
-            return z_T, z_T, {}
-        z_k_T = self._topk(scores)
-        one = torch.ones([], dtype=torch.float64, device=z_k_T.device)
+            z_MT = self._exact(scores)
+            return z_MT, z_MT, {}
+        z_k_MT = self._topk(scores)
+        one = torch.ones([], dtype=torch.float64, device=z_k_MT.device)
         if self.z_correction == "tail":
-            z_T, eta = self._tail(accept_T, z_k_T, scores, sum_over_batch)
-            return z_T, z_k_T, {"jackpot/eta": (eta, one)}
+            z_MT, eta = self._tail(accept_MT, z_k_MT, scores, sum_over_batch)
+            return z_MT, z_k_MT, {"jackpot/eta": (eta, one)}
         if self.z_correction == "none":
-            return z_k_T, z_k_T, {}
+            return z_k_MT, z_k_MT, {}
         drawn = self.draws if self.kappa_from is None else self.kappa_from == "bernoulli"
-        used_T = drawn_T.to(accept_T) if drawn else accept_T
+        used_MT, mask_MT = drawn_MT.to(accept_MT) if drawn else accept_MT, scores.batch.mask_MT
         if self.kappa_over == "minibatch":
-            kappa_ = kappa(used_T, z_k_T, scores.mask_T, sum_over_batch)
+            kappa_ = kappa(used_MT, z_k_MT, mask_MT, sum_over_batch)
         else:
-            kappa_ = _kappa_of_microbatches(used_T, z_k_T, scores)
-        z_T = (kappa_ * z_k_T).to(z_k_T).clamp(max=overlap_limit(self.lam))
-        mean = mean_over(kappa_.expand_as(z_k_T), scores.mask_T)
-        return z_T, z_k_T, {"jackpot/kappa": mean}
+            kappa_ = _kappa_of_microbatches(used_MT, z_k_MT, mask_MT)
+        z_MT = (kappa_ * z_k_MT).to(z_k_MT).clamp(max=overlap_limit(self.lam))
+        return z_MT, z_k_MT, {"jackpot/kappa": mean_over(kappa_.expand_as(z_k_MT), mask_MT)}
 
     def _topk(self, scores: Scores) -> Tensor:
-        outside_TK = ~scores.mask_T[:, None]
+        outside_MTK = ~scores.batch.mask_MT[..., None]
         if self.candidates == "intersection":
-            outside_TK = outside_TK | ~scores.candidate_shared_TK
-        both = (scores.candidate_target_logp_TK, scores.candidate_server_logp_TK)
-        return overlap_mass(*(logp.masked_fill(outside_TK, -math.inf) for logp in both), self.lam)
+            outside_MTK = outside_MTK | ~scores.candidate_shared_MTK
+        both = (scores.candidate_target_logp_MTK, scores.candidate_server_logp_MTK)
+        return overlap_mass(*(logp.masked_fill(outside_MTK, -math.inf) for logp in both), self.lam)
 
     def _tail(
-        self, accept_T: Tensor, z_k_T: Tensor, scores: Scores, sum_over_batch: SumOverBatch
+        self, accept_MT: Tensor, z_k_MT: Tensor, scores: Scores, sum_over_batch: SumOverBatch
     ) -> tuple[Tensor, Tensor]:
-        server_TK = scores.candidate_server_logp_TK.masked_fill(~scores.mask_T[:, None], -math.inf)
+        mask_MT, sampled_MT1 = scores.batch.mask_MT, scores.batch.labels_MT[..., None]
+        server_MTK = scores.candidate_server_logp_MTK.masked_fill(~mask_MT[..., None], -math.inf)
         if self.candidates == "intersection":
-            server_TK = server_TK.masked_fill(~scores.candidate_shared_TK, -math.inf)
-        target_TK = scores.candidate_target_logp_TK.masked_fill(~scores.mask_T[:, None], -math.inf)
-        inside_T = ((scores.candidate_ids_TK == scores.token_T[:, None]) & (server_TK > -math.inf)).any(-1)
+            server_MTK = server_MTK.masked_fill(~scores.candidate_shared_MTK, -math.inf)
+        target_MTK = scores.candidate_target_logp_MTK.masked_fill(~mask_MT[..., None], -math.inf)
+        inside_MT = ((scores.candidate_ids_MTK == sampled_MT1) & (server_MTK > -math.inf)).any(-1)
         return tail_correction(
-            accept_T, inside_T, target_TK, server_TK, z_k_T, self.lam, scores.mask_T, sum_over_batch
+            accept_MT, inside_MT, target_MTK, server_MTK, z_k_MT, self.lam, mask_MT, sum_over_batch
         )
 
     def _exact(self, scores: Scores) -> Tensor:
-        if scores.exact_overlap_T is None:
+        if scores.exact_overlap_MT is None:
             raise RuntimeError("z = 'exact' was not scored: the scorer must be told to compute it.")
-        return torch.where(scores.mask_T, scores.exact_overlap_T, 0.0)
+        return torch.where(scores.batch.mask_MT, scores.exact_overlap_MT, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Jackpot(Normaliser):
     """OBRS acceptance and reweighting (P Alg. 1, Eq. 5); the defaults are the paper's form."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "reference": dict(candidates="intersection", kappa_over="microbatch", clip_order="before_z"),
+        "recommended": dict(mask="expected", z_correction="tail", denominator="all"),
+    }
 
     policy_cap: float | None = 1.28
     """c2, the cap on p_old / p_target; null drops that factor."""
@@ -139,9 +151,6 @@ class Jackpot(Normaliser):
         super().__post_init__()
         if self.policy_cap is not None:
             check_cap("policy_cap", self.policy_cap)
-        check_choice("mask", self.mask, ("bernoulli", "expected"))
-        check_choice("clip_order", self.clip_order, ("after_z", "before_z"))
-        check_choice("denominator", self.denominator, ("accepted", "all"))
         if self.target_acceptance is not None and not 0 < self.target_acceptance < 1:
             raise ValueError(
                 f"target_acceptance = {self.target_acceptance}: must lie in (0, 1). Use 0.9 or null."
@@ -159,102 +168,95 @@ class Jackpot(Normaliser):
         Raises ValueError for a non-finite server log-prob inside the mask or a NaN.
         """
         logp = sampled_logp(scores)
-        accept_T, drawn_T = self.acceptance(logp, scores)
-        z_T, z_k_T, z_metrics = self.overlap(accept_T, drawn_T, scores, sum_over_batch)
-        rho_T = jackpot_weight(logp.target_T, logp.server_T, z_T, self.lam, self.cap, self.clip_order)
+        accept_MT, drawn_MT = self.accepted(logp, scores)
+        z_MT, z_k_MT, z_metrics = self.overlap(accept_MT, drawn_MT, scores, sum_over_batch)
+        rho_MT = jackpot_weight(logp.target, logp.server, z_MT, self.lam, self.cap, self.clip_order)
         if self.policy_cap is not None:
-            rho_T = rho_T * drift_weight(logp.policy_T, logp.target_T, self.policy_cap)
-        used_T = drawn_T.to(accept_T) if self.draws else accept_T
-        keep_T = used_T > 0
-        counted_T = used_T if self.denominator == "accepted" else scores.mask_T
-        return Correction(
-            keep_T=keep_T,
-            weight_T=torch.where(keep_T, used_T * rho_T, 0.0),
-            count=counted_T.double().sum(),
+            rho_MT = rho_MT * drift_weight(logp.policy, logp.target, self.policy_cap)
+        used_MT = drawn_MT.to(accept_MT) if self.draws else accept_MT
+        keep_MT = used_MT > 0
+        return corrected(
+            scores,
+            keep=keep_MT,
+            weight=used_MT * rho_MT,
+            counted=used_MT if self.denominator == "accepted" else scores.batch.mask_MT,
+            accept=accept_MT,
             metrics={
-                **overlap_metrics(self.lam, accept_T, drawn_T, z_T, z_k_T, scores, sum_over_batch),
+                **overlap_metrics(self.lam, accept_MT, drawn_MT, z_MT, z_k_MT, scores, sum_over_batch),
                 **z_metrics,
-                **self._cap_fractions(logp, z_T, keep_T),
+                **self._cap_fractions(logp, z_MT, keep_MT),
             },
         )
 
-    def _cap_fractions(self, logp: SampledLogp, z_T: Tensor, keep_T: Tensor) -> Metrics:
+    def _cap_fractions(self, logp: SampledLogp, z_MT: Tensor, keep_MT: Tensor) -> Metrics:
         """Shares of the kept tokens whose weight was lowered by c1, and by c2."""
-        args = (logp.target_T, logp.server_T, z_T, self.lam)
-        over_cap_T = jackpot_weight(*args, math.inf, self.clip_order) > jackpot_weight(
+        args = (logp.target, logp.server, z_MT, self.lam)
+        over_cap_MT = jackpot_weight(*args, math.inf, self.clip_order) > jackpot_weight(
             *args, self.cap, self.clip_order
         )
         policy_cap = math.inf if self.policy_cap is None else self.policy_cap
-        over_policy_cap_T = log_ratio(logp.policy_T, logp.target_T).exp() > policy_cap
+        over_policy_cap_MT = log_ratio(logp.policy, logp.target).exp() > policy_cap
         return {
-            "jackpot/cap_fraction": mean_over(over_cap_T, keep_T),
-            "jackpot/policy_cap_fraction": mean_over(over_policy_cap_T, keep_T),
+            "jackpot/cap_fraction": mean_over(over_cap_MT, keep_MT),
+            "jackpot/policy_cap_fraction": mean_over(over_policy_cap_MT, keep_MT),
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZTruncatedIS(Normaliser):
-    """z_tis: min(Z r, cap) without any mask: what Jackpot is in expectation (algorithm.md, identity 3)."""
+    """z_tis: min(Z r, cap) without any mask: what Jackpot is in expectation (docs/corrections.md)."""
 
     @torch.no_grad()
     def __call__(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
         """r = p_target / q. Sums over the batch: as Jackpot. Raises ValueError as Jackpot."""
         logp = sampled_logp(scores)
-        accept_T, drawn_T = self.acceptance(logp, scores)
-        z_T, z_k_T, z_metrics = self.overlap(accept_T, drawn_T, scores, sum_over_batch)
-        weight_T = z_T * log_ratio(logp.target_T, logp.server_T).exp()
-        return Correction(
-            keep_T=logp.possible_T,
-            weight_T=torch.where(logp.possible_T, weight_T.clamp(max=self.cap), 0.0),
-            count=scores.mask_T.double().sum(),
+        accept_MT, drawn_MT = self.accepted(logp, scores)
+        z_MT, z_k_MT, z_metrics = self.overlap(accept_MT, drawn_MT, scores, sum_over_batch)
+        weight_MT = z_MT * log_ratio(logp.target, logp.server).exp()
+        return corrected(
+            scores,
+            keep=logp.valid,
+            weight=weight_MT.clamp(max=self.cap),
+            counted=scores.batch.mask_MT,
+            accept=accept_MT,
             metrics={
-                **overlap_metrics(self.lam, accept_T, drawn_T, z_T, z_k_T, scores, sum_over_batch),
+                **overlap_metrics(self.lam, accept_MT, drawn_MT, z_MT, z_k_MT, scores, sum_over_batch),
                 **z_metrics,
-                "jackpot/cap_fraction": mean_over(weight_T > self.cap, logp.possible_T),
+                "jackpot/cap_fraction": mean_over(weight_MT > self.cap, logp.valid),
             },
         )
 
 
-PRESETS = {
-    "paper": {},
-    "reference": dict(candidates="intersection", kappa_over="microbatch", clip_order="before_z"),
-    "recommended": dict(mask="expected", z_correction="tail", denominator="all"),
-}
-"""algorithm.correction.preset -> knobs of Jackpot; knobs written beside the preset win."""
-
-
 def overlap_metrics(
     lam: float,
-    accept_T: Tensor,
-    drawn_T: Tensor,
-    z_T: Tensor,
-    z_k_T: Tensor,
+    accept_MT: Tensor,
+    drawn_MT: Tensor,
+    z_MT: Tensor,
+    z_k_MT: Tensor,
     scores: Scores,
     sum_over_batch: SumOverBatch,
 ) -> Metrics:
     """Acceptance, Z and its quantiles, KL after rejection. Sums over the batch once."""
-    candidates = (scores.candidate_target_logp_TK, scores.candidate_server_logp_TK)
+    mask_MT = scores.batch.mask_MT
+    candidates = (scores.candidate_target_logp_MTK, scores.candidate_server_logp_MTK)
     levels = {"jackpot/z_p01": 0.01, "jackpot/z_p05": 0.05, "jackpot/z_p50": 0.5}
-    quantiles = global_quantiles(z_T, scores.mask_T, list(levels.values()), sum_over_batch)
-    one = torch.ones([], dtype=torch.float64, device=z_T.device)
+    quantiles = global_quantiles(z_MT, mask_MT, list(levels.values()), sum_over_batch)
+    one = torch.ones([], dtype=torch.float64, device=z_MT.device)
     return {
-        "jackpot/acceptance": mean_over(drawn_T, scores.mask_T),
-        "jackpot/acceptance_expected": mean_over(accept_T, scores.mask_T),
+        "jackpot/acceptance": mean_over(drawn_MT, mask_MT),
+        "jackpot/acceptance_expected": mean_over(accept_MT, mask_MT),
         "jackpot/lam": (one * lam, one),
-        "jackpot/z": mean_over(z_T, scores.mask_T),
-        "jackpot/z_topk": mean_over(z_k_T, scores.mask_T),
-        "jackpot/z_zero_fraction": mean_over(z_T == 0, scores.mask_T),
-        "jackpot/kl_after": mean_over(candidate_kl_after(*candidates, lam), scores.mask_T),
+        "jackpot/z": mean_over(z_MT, mask_MT),
+        "jackpot/z_topk": mean_over(z_k_MT, mask_MT),
+        "jackpot/z_zero_fraction": mean_over(z_MT == 0, mask_MT),
+        "jackpot/kl_after": mean_over(candidate_kl_after(*candidates, lam), mask_MT),
         **{name: (value, one) for name, value in zip(levels, quantiles, strict=True)},
     }
 
 
-def _kappa_of_microbatches(used_T: Tensor, z_k_T: Tensor, scores: Scores) -> Tensor:
-    """kappa of every token's own micro-batch, float64 [T] (R)."""
-    index_T = scores.microbatch_T - scores.microbatch_T.min()
-    zeros_M = torch.zeros(int(index_T.max()) + 1, dtype=torch.float64, device=z_k_T.device)
-    accepted_M, overlap_M = (
-        zeros_M.index_add(0, index_T, torch.where(scores.mask_T, value_T.double(), 0.0))
-        for value_T in (used_T, z_k_T)
+def _kappa_of_microbatches(used_MT: Tensor, z_k_MT: Tensor, mask_MT: Tensor) -> Tensor:
+    """kappa of every micro-batch, float64 [M, 1] (R)."""
+    accepted_M1, overlap_M1 = (
+        torch.where(mask_MT, value.double(), 0.0).sum(-1, keepdim=True) for value in (used_MT, z_k_MT)
     )
-    return torch.where(overlap_M > 0, accepted_M / overlap_M, 1.0)[index_T]
+    return torch.where(overlap_M1 > 0, accepted_M1 / overlap_M1, 1.0)

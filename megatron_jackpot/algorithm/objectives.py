@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_jackpot.algorithm.objectives_base import (
-    Inside,
     Objective,
     check_that,
     clip_removed,
     clipped,
-    segment_mean,
+    ratio_to,
 )
 from megatron_jackpot.algorithm.objectives_masked import BAPO, M2PO, DPPOBinaryKL, DPPOBinaryTV
 from megatron_jackpot.algorithm.objectives_sequence import GSPO, TOPR, MinPRO
 from megatron_jackpot.algorithm.obrs import check_cap, log_ratio
+from megatron_jackpot.algorithm.tokens import segment_mean
+from megatron_jackpot.records import ObjectiveInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,11 @@ class PPO(Objective):
             ok = self.dual_clip > 1 + self.clip_high
             check_that(ok, "dual_clip", self.dual_clip, rule, "Use 3.0 or null.")
 
-    def surrogate(self, t: Inside) -> Tensor:
-        return clipped(t.log_ratio_T().exp(), t.advantage_T, *self._bounds())
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
+        return clipped(ratio_to(t).exp(), t.advantage_T, *self._bounds())
 
-    def removed(self, t: Inside) -> Tensor:
-        return clip_removed(t.log_ratio_T().exp(), t.advantage_T, *self._bounds())
+    def removed(self, t: ObjectiveInputs) -> Tensor:
+        return clip_removed(ratio_to(t).exp(), t.advantage_T, *self._bounds())
 
     def _bounds(self) -> tuple[float, float, float | None]:
         return 1 - self.clip_low, 1 + self.clip_high, self.dual_clip
@@ -71,7 +72,7 @@ class DecoupledPPO(PPO):
     def corrects(self) -> bool:
         return True
 
-    def surrogate(self, t: Inside) -> Tensor:
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
         weight_T = log_ratio(t.old_logp_T, t.server_logp_T).exp().clamp(max=self.cap)
         return weight_T * super().surrogate(t)
 
@@ -87,14 +88,14 @@ class OPSM(PPO):
         super().__post_init__()
         check_that(self.delta >= 0, "delta", self.delta, "be >= 0", "Use 1e-4.")
 
-    def surrogate(self, t: Inside) -> Tensor:
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
         return super().surrogate(t).masked_fill(self._dropped(t), 0.0)
 
-    def removed(self, t: Inside) -> Tensor:
+    def removed(self, t: ObjectiveInputs) -> Tensor:
         return super().removed(t) | self._dropped(t)
 
-    def _dropped(self, t: Inside) -> Tensor:
-        kl_T = segment_mean(-t.log_ratio_T().detach(), t)
+    def _dropped(self, t: ObjectiveInputs) -> Tensor:
+        kl_T = segment_mean(-ratio_to(t).detach(), t.valid_T, t.segment_T)
         return t.valid_T & (t.advantage_T < 0) & (kl_T > self.delta)
 
 
@@ -112,8 +113,8 @@ class CISPO(Objective):
         check_that(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "lie in [0, 1]", "Use 1.0.")
         check_that(self.clip_high >= 0, "clip_high", self.clip_high, "be >= 0", "Use 4.0.")
 
-    def surrogate(self, t: Inside) -> Tensor:
-        weight_T = t.log_ratio_T().detach().exp().clamp(1 - self.clip_low, 1 + self.clip_high)
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
+        weight_T = ratio_to(t).detach().exp().clamp(1 - self.clip_low, 1 + self.clip_high)
         return weight_T * t.advantage_T * t.logp_T
 
 
@@ -121,7 +122,7 @@ class CISPO(Objective):
 class Reinforce(Objective):
     """A log p: the policy gradient without ratio or clip (Williams 1992)."""
 
-    def surrogate(self, t: Inside) -> Tensor:
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
         return t.advantage_T * t.logp_T
 
 

@@ -11,21 +11,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.diagnostics import Metrics, running_sum
+from megatron_jackpot.algorithm.diagnostics import running_sum
 from megatron_jackpot.algorithm.objectives_base import (
-    ANCHORS,
     Anchor,
-    Inside,
     Objective,
     check_that,
     clip_removed,
     clipped,
+    ratio_to,
     unprepared,
     valid_log_ratio,
 )
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, check_cap
-from megatron_jackpot.algorithm.registry import check_choice
-from megatron_jackpot.algorithm.scores import Scores, SumOverBatch, Tokens
+from megatron_jackpot.algorithm.tokens import SumOverBatch
+from megatron_jackpot.records import Metrics, ObjectiveInputs, Scores
 
 KL_FLOOR = 1e-8
 """Added to 1 - p and 1 - q before the logarithm."""
@@ -43,7 +42,6 @@ class DPPO(Objective):
 
     def __post_init__(self) -> None:
         check_cap("cap", self.cap)
-        check_choice("anchor", self.anchor, ANCHORS)
         for name in ("delta_low", "delta_high"):
             value = getattr(self, name)
             check_that(value >= 0, name, value, "be >= 0", f"Use {type(self).__dict__[name]}.")
@@ -52,11 +50,11 @@ class DPPO(Objective):
     def corrects(self) -> bool:
         return self.anchor == "server"
 
-    def surrogate(self, t: Inside) -> Tensor:
-        weight_T = t.log_ratio_T(self.anchor).detach().exp().clamp(max=self.cap)
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
+        weight_T = ratio_to(t, self.anchor).detach().exp().clamp(max=self.cap)
         return weight_T.masked_fill(self.removed(t), 0.0) * t.advantage_T * t.logp_T
 
-    def _pair(self, t: Inside) -> tuple[Tensor, Tensor]:
+    def _pair(self, t: ObjectiveInputs) -> tuple[Tensor, Tensor]:
         """(log p, log of the anchor's probability), float64, detached."""
         anchor_T = t.old_logp_T if self.anchor == "old" else t.server_logp_T
         return t.logp_T.detach().double(), anchor_T.double()
@@ -71,7 +69,7 @@ class DPPOBinaryTV(DPPO):
     delta_high: float = 0.15
     """Largest rise of the sampled token's probability."""
 
-    def removed(self, t: Inside) -> Tensor:
+    def removed(self, t: ObjectiveInputs) -> Tensor:
         logp_T, anchor_T = self._pair(t)
         rise_T = logp_T.exp() - anchor_T.exp()
         return torch.where(t.advantage_T > 0, rise_T > self.delta_high, -rise_T > self.delta_low)
@@ -86,7 +84,7 @@ class DPPOBinaryKL(DPPO):
     delta_high: float = 0.05
     """Largest KL of a token whose probability rose."""
 
-    def removed(self, t: Inside) -> Tensor:
+    def removed(self, t: ObjectiveInputs) -> Tensor:
         logp_T, anchor_T = self._pair(t)
         rest_p_T, rest_q_T = (KL_FLOOR - torch.expm1(x_T) for x_T in (logp_T, anchor_T))
         kl_T = anchor_T.exp() * (anchor_T - logp_T) - torch.expm1(anchor_T) * (rest_q_T / rest_p_T).log()
@@ -140,12 +138,12 @@ class BAPO(Objective):
         """The same method with its bounds. Sums over the batch once: P and N for every bound."""
         lows = _steps(self.low_start, self.low_end, self.low_step)
         highs = _steps(self.high_start, self.high_end, self.high_step)
-        log_ratio_T, valid_T = valid_log_ratio(scores)
-        ratio_T = log_ratio_T.double().exp()
-        advantage_T = torch.where(valid_T, scores.advantage_T, 0.0).double()
-        gain_T, pain_T = advantage_T.clamp(min=0), (-advantage_T).clamp(min=0)
-        sums = [(ratio_T.clamp(max=high) * gain_T).sum() for high in highs]
-        sums += [(ratio_T.clamp(min=low) * pain_T).sum() for low in lows]
+        log_ratio_MT, valid_MT = valid_log_ratio(scores)
+        ratio_MT = log_ratio_MT.double().exp()
+        advantage_MT = torch.where(valid_MT, scores.batch.advantage_MT, 0.0).double()
+        gain_MT, pain_MT = advantage_MT.clamp(min=0), (-advantage_MT).clamp(min=0)
+        sums = [(ratio_MT.clamp(max=high) * gain_MT).sum() for high in highs]
+        sums += [(ratio_MT.clamp(min=low) * pain_MT).sum() for low in lows]
         totals = sum_over_batch(torch.stack(sums)).tolist()
         gains, pains = totals[: len(highs)], totals[len(highs) :]
 
@@ -156,10 +154,10 @@ class BAPO(Objective):
         to = next((i for i, gain in enumerate(gains) if met(gain, pains[at])), len(highs) - 1)
         return PreparedBAPO(**_knobs(self, BAPO), low=lows[at], high=highs[to])
 
-    def surrogate(self, t: Inside) -> Tensor:
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
         raise unprepared("bapo")
 
-    def removed(self, t: Inside) -> Tensor:
+    def removed(self, t: ObjectiveInputs) -> Tensor:
         raise unprepared("bapo")
 
 
@@ -170,17 +168,17 @@ class PreparedBAPO(BAPO):
     low: float
     high: float
 
-    def surrogate(self, t: Inside) -> Tensor:
-        ratio_T = t.log_ratio_T("server").exp()
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
+        ratio_T = ratio_to(t, "server").exp()
         return clipped(ratio_T, t.advantage_T, self.low, self.high, self.dual_clip)
 
-    def removed(self, t: Inside) -> Tensor:
-        ratio_T = t.log_ratio_T("server").exp()
+    def removed(self, t: ObjectiveInputs) -> Tensor:
+        ratio_T = ratio_to(t, "server").exp()
         return clip_removed(ratio_T, t.advantage_T, self.low, self.high, self.dual_clip)
 
-    def metrics(self, logp_T: Tensor, tokens: Tokens) -> Metrics:
+    def metrics(self, t: ObjectiveInputs) -> Metrics:
         numbers = {"bapo_low": self.low, "bapo_high": self.high}
-        return super().metrics(logp_T, tokens) | _constants(numbers, logp_T)
+        return super().metrics(t) | _constants(numbers, t.logp_T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +197,6 @@ class M2PO(Objective):
     def __post_init__(self) -> None:
         ok = 0 < self.budget < math.inf
         check_that(ok, "budget", self.budget, "be a finite number > 0", "Use 0.04.")
-        check_choice("scope", self.scope, ("outward", "all"))
 
     @property
     def corrects(self) -> bool:
@@ -208,14 +205,14 @@ class M2PO(Objective):
     @torch.no_grad()
     def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedM2PO":
         """The same method with the largest |log r| it keeps. Sums over the batch once: a histogram."""
-        log_ratio_T, valid_T = valid_log_ratio(scores)
-        counted_T = valid_T & self.in_scope(log_ratio_T, scores.advantage_T)
-        distance_T = torch.where(counted_T, log_ratio_T, 0.0).double().abs()
-        edges = _edges(distance_T.device)
-        bin_T = torch.bucketize(distance_T, edges)
-        terms_T2 = torch.stack([counted_T.double(), distance_T.square()], -1)
+        log_ratio_MT, valid_MT = valid_log_ratio(scores)
+        counted_MT = valid_MT & self.in_scope(log_ratio_MT, scores.batch.advantage_MT)
+        distance_MT = torch.where(counted_MT, log_ratio_MT, 0.0).double().abs()
+        edges = _edges(distance_MT.device)
+        bin_N = torch.bucketize(distance_MT, edges).flatten()
+        terms_N2 = torch.stack([counted_MT.double(), distance_MT.square()], -1).flatten(0, 1)
         histogram = torch.zeros(len(edges), 2, dtype=torch.float64, device=edges.device)
-        histogram = sum_over_batch(histogram.index_add_(0, bin_T, terms_T2))
+        histogram = sum_over_batch(histogram.index_add_(0, bin_N, terms_N2))
         count, moment = running_sum(histogram).unbind(-1)
         num_kept = int((moment <= self.budget * count).sum())
         last = edges[num_kept - 1].item() if num_kept else 0.0
@@ -227,10 +224,10 @@ class M2PO(Objective):
             return torch.ones_like(log_ratio_T, dtype=torch.bool)
         return (log_ratio_T * advantage_T) > 0
 
-    def surrogate(self, t: Inside) -> Tensor:
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
         raise unprepared("m2po")
 
-    def removed(self, t: Inside) -> Tensor:
+    def removed(self, t: ObjectiveInputs) -> Tensor:
         raise unprepared("m2po")
 
 
@@ -240,18 +237,18 @@ class PreparedM2PO(M2PO):
 
     threshold: float
 
-    def surrogate(self, t: Inside) -> Tensor:
-        ratio_T = t.log_ratio_T("server").exp()
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
+        ratio_T = ratio_to(t, "server").exp()
         return (ratio_T * t.advantage_T).masked_fill(self.removed(t), 0.0)
 
-    def removed(self, t: Inside) -> Tensor:
-        log_ratio_T = t.log_ratio_T("server").detach()
+    def removed(self, t: ObjectiveInputs) -> Tensor:
+        log_ratio_T = ratio_to(t, "server").detach()
         far_T = log_ratio_T.double().abs() > self.threshold
         return t.valid_T & far_T & self.in_scope(log_ratio_T, t.advantage_T)
 
-    def metrics(self, logp_T: Tensor, tokens: Tokens) -> Metrics:
+    def metrics(self, t: ObjectiveInputs) -> Metrics:
         numbers = {"m2po_threshold": min(self.threshold, LOG_RATIO_LIMIT)}
-        return super().metrics(logp_T, tokens) | _constants(numbers, logp_T)
+        return super().metrics(t) | _constants(numbers, t.logp_T)
 
 
 def _edges(device: torch.device) -> Tensor:

@@ -10,19 +10,17 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.objectives_base import (
-    ANCHORS,
     Anchor,
-    Inside,
     Objective,
     check_that,
     clip_removed,
     clipped,
     earlier_minimum,
-    segment_mean,
-    segment_sum,
+    ratio_to,
 )
 from megatron_jackpot.algorithm.obrs import check_cap
-from megatron_jackpot.algorithm.registry import check_choice
+from megatron_jackpot.algorithm.tokens import segment_mean, segment_reduce
+from megatron_jackpot.records import ObjectiveInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +41,16 @@ class GSPO(Objective):
         check_that(0 <= self.clip_low <= 1, "clip_low", self.clip_low, "lie in [0, 1]", "Use 3e-4.")
         check_that(self.clip_high >= 0, "clip_high", self.clip_high, "be >= 0", "Use 4e-4.")
 
-    def surrogate(self, t: Inside) -> Tensor:
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
         ratio_T = self._ratio(t) * (t.logp_T - t.logp_T.detach()).exp()
         return clipped(ratio_T, t.advantage_T, 1 - self.clip_low, 1 + self.clip_high, None)
 
-    def removed(self, t: Inside) -> Tensor:
+    def removed(self, t: ObjectiveInputs) -> Tensor:
         return clip_removed(self._ratio(t), t.advantage_T, 1 - self.clip_low, 1 + self.clip_high, None)
 
     @torch.no_grad()
-    def _ratio(self, t: Inside) -> Tensor:
-        return segment_mean(t.log_ratio_T(), t).exp().to(t.logp_T.dtype)
+    def _ratio(self, t: ObjectiveInputs) -> Tensor:
+        return segment_mean(ratio_to(t), t.valid_T, t.segment_T).exp().to(t.logp_T.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +62,14 @@ class TOPR(Objective):
     anchor: Anchor = "server"
     """The ratio is p / q (only with correction "none") or p / p_old (with any correction)."""
 
-    def __post_init__(self) -> None:
-        check_choice("level", self.level, ("sequence", "token"))
-        check_choice("anchor", self.anchor, ANCHORS)
-
     @property
     def corrects(self) -> bool:
         return self.anchor == "server"
 
-    def surrogate(self, t: Inside) -> Tensor:
-        log_ratio_T = t.log_ratio_T(self.anchor).detach()
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
+        log_ratio_T = ratio_to(t, self.anchor).detach()
         if self.level == "sequence":
-            log_ratio_T = segment_sum(log_ratio_T, t.segment_T)
+            log_ratio_T = segment_reduce(log_ratio_T, t.valid_T, t.segment_T)
         taper_T = log_ratio_T.clamp(max=0.0).exp().to(t.logp_T.dtype)
         return torch.where(t.advantage_T < 0, taper_T, 1.0) * t.advantage_T * t.logp_T
 
@@ -94,14 +88,13 @@ class MinPRO(Objective):
 
     def __post_init__(self) -> None:
         check_cap("cap", self.cap)
-        check_choice("anchor", self.anchor, ANCHORS)
 
     @property
     def corrects(self) -> bool:
         return self.anchor == "server"
 
-    def surrogate(self, t: Inside) -> Tensor:
-        log_ratio_T = t.log_ratio_T(self.anchor).detach()
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
+        log_ratio_T = ratio_to(t, self.anchor).detach()
         log_weight_T = log_ratio_T + earlier_minimum(log_ratio_T, t)
         weight_T = log_weight_T.exp().clamp(max=self.cap).to(t.logp_T.dtype)
         return weight_T * t.advantage_T * t.logp_T

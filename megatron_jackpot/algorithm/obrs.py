@@ -31,11 +31,10 @@ ClipOrder = Literal["after_z", "before_z"]
 def accept_prob(target_logp: Tensor, server_logp: Tensor, lam: float) -> Tensor:
     """a = min(1, p_target / (lam * q)) of the sampled token, [...] (P Eq. 3; V Theorem 2).
 
-    Exactly 0 where the target cannot produce the token (log-prob -inf).
-    Raises ValueError for lam <= 0, a non-finite server log-prob or a NaN target.
+    Exactly 0 where the target cannot produce the token (log-prob -inf). What is not a number stays one: see
+    `check_sampled`. Raises ValueError for lam <= 0.
     """
     check_lam(lam)
-    check_sampled(target_logp, server_logp)
     accept = (log_ratio(target_logp, server_logp) - math.log(lam)).clamp(max=0.0).exp()
     return torch.where(target_logp == -math.inf, 0.0, accept)
 
@@ -122,12 +121,10 @@ def jackpot_weight(
     """p_target / q' of an accepted token, capped and detached, [...]; r = p_target / q.
 
     after_z (P Alg. 1 line 24): min(Z * max(lam, r), cap).  before_z (R): lam * Z * clip(r / lam, 1, cap).
-    `overlap` is Z [...]. Raises ValueError for lam <= 0, cap < 1, an unknown order, non-finite server
-    log-probs.
+    `overlap` is Z [...]. Raises ValueError for lam <= 0, cap < 1 or an unknown order.
     """
     check_lam(lam)
     check_cap("cap", cap)
-    check_sampled(target_logp, server_logp)
     log_scaled = (log_ratio(target_logp, server_logp) - math.log(lam)).clamp(min=0.0)
     if clip_order == "after_z":
         return (lam * overlap * log_scaled.exp()).clamp(max=cap).detach()
@@ -153,12 +150,12 @@ def lambda_for_acceptance(
     lam_min: float = LAM_MIN,
     lam_max: float = LAM_MAX,
     fallback: float = 1.0,
-) -> tuple[float, bool]:
-    """(lam, reachable) with E[min(1, r / lam)] = acceptance over the tokens [...] in the mask of all ranks.
+) -> float:
+    """lam with E[min(1, r / lam)] = acceptance over the tokens [...] in the mask of all ranks.
 
     `log_ratio` is log(p_target / q) at the sampled tokens, which do not depend on lam. The mean falls with
-    lam: where it is below `acceptance` at lam_min, or above at lam_max, that bound and False; `fallback` and
-    False where no token counts. The same on every rank. Calls `sum_over_batch` once, with [2, bins] float64.
+    lam: where it is below `acceptance` at lam_min, or above at lam_max, that bound; `fallback` where no token
+    counts. The same on every rank. Calls `sum_over_batch` once, with [2, bins] float64.
     Raises ValueError for an acceptance outside (0, 1), unordered bounds or a NaN inside the mask.
     """
     check_acceptance(acceptance)
@@ -167,19 +164,19 @@ def lambda_for_acceptance(
     count, total = sum_over_batch(_histogram(log_ratio, mask, low, high)).cpu().unbind()
     num_tokens = count.sum().item()
     if num_tokens == 0:
-        return fallback, False
+        return fallback
 
     def mean_accept(log_lam: float) -> float:
         return torch.minimum(count, total / math.exp(log_lam)).sum().item() / num_tokens
 
     if mean_accept(low) < acceptance - _ROUNDING:
-        return lam_min, False
+        return lam_min
     if mean_accept(high) > acceptance + _ROUNDING:
-        return lam_max, False
+        return lam_max
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if mean_accept(middle) > acceptance else (low, middle)
-    return min(max(math.exp(high), lam_min), lam_max), True
+    return min(max(math.exp(high), lam_min), lam_max)
 
 
 def draw_keep(accept: Tensor, seed: int, step: int, rollout_id: Tensor, position: Tensor) -> Tensor:
@@ -241,16 +238,22 @@ def check_bounds(name: str, low: float, high: float) -> None:
 
 
 def check_sampled(target_logp: Tensor, server_logp: Tensor) -> None:
-    """A sampled token has a finite server log-prob, and a target log-prob that is a number or -inf."""
-    if not torch.isfinite(server_logp).all():
-        worst = server_logp[~torch.isfinite(server_logp)].flatten()[0].item()
+    """A sampled token has a finite server log-prob, and target log-probs that are numbers or -inf.
+
+    Raises ValueError; the device is waited for once. Callers of a mini-batch check it once (tokens.py).
+    """
+    strange = ~torch.isfinite(server_logp)
+    broken = torch.isnan(target_logp) | (target_logp == math.inf)
+    if not bool(strange.any() | broken.any()):
+        return
+    if strange.any():
+        worst = server_logp[strange].flatten()[0].item()
         raise ValueError(
             f"server_logp = {worst}: must be finite at a sampled token. Mask the token at the source."
         )
-    if torch.isnan(target_logp).any() or (target_logp == math.inf).any():
-        raise ValueError(
-            "target_logp = nan or inf: must be a number or -inf. The target model's logits are broken."
-        )
+    raise ValueError(
+        "target_logp = nan or inf: must be a number or -inf. The target model's logits are broken."
+    )
 
 
 def _histogram(log_ratio: Tensor, mask: Tensor, low: float, high: float) -> Tensor:

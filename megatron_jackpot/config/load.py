@@ -10,6 +10,9 @@ from megatron_jackpot.config.base import ConfigError, Section
 from megatron_jackpot.config.schema import Config
 from megatron_jackpot.config.yaml_tree import apply_override, read_tree
 
+RENAMED = {"cluster.time": "cluster.minutes"}
+"""Key that was once read -> the one that says it now."""
+
 
 def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read YAML, apply `a.b=value` overrides (values are YAML), check everything.
@@ -39,6 +42,8 @@ def _explain(item: Any) -> str:
         prefix = item["loc"][:-1]
         for part in prefix:
             section = section.model_fields[part].annotation
+        if where in RENAMED:
+            return f"Unknown config key '{where}'. It is '{RENAMED[where]}' now: docs/changelog.md."
         full = [".".join([*map(str, prefix), name]) for name in section.model_fields]
         return f"Unknown config key '{where}'. {nearest(where, full)}"
     if item["type"] == "value_error":

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_jackpot.config.base import Section
 
@@ -74,3 +74,7 @@ class Logging(Section):
     none."""
     tokens_rollouts: int = Field(default=8, ge=1)
     """Rollouts in such a record."""
+    profile_steps: tuple[PositiveInt, ...] = ()
+    """Steps, counted from 1, of which a trace is written into RUN/profile: docs/debugging.md."""
+    profile_ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write one."""

@@ -28,7 +28,8 @@ class Servers(Section):
     max_restarts: int = Field(default=5, ge=0)
     """How often `launch` starts one server again after it ended or stopped answering."""
     hang_s: float = Field(default=120, gt=0)
-    """Seconds without an answer to /health after which `launch` ends a server and starts it again."""
+    """Seconds without an answer to /health_generate after which `launch` starts a server again; /health where
+    it lends its memory."""
     quantization: Literal["fp8"] | None = None
     """fp8: servers hold and are sent e4m3 weights with a scale per 128 x 128 block; null sends them in the
     dtype."""

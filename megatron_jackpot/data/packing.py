@@ -7,7 +7,7 @@ runs, because every rank must enter the same collectives.
 import heapq
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,43 +38,55 @@ class Packer:
     def pack(self, groups: Sequence[Sequence[Rollout]] | None, top_k: int) -> Batch:
         """`groups` are the DP leader's prompts in order, each a list of rollouts; None on other ranks.
 
-        Collectives: exchange between leaders over dp, one max over dp, broadcast over tp x pp.
+        The batch lies on the mesh's device. Collectives: exchange between leaders over dp, one max over dp,
+        broadcast over tp x pp.
         """
-        fields = None
+        columns = None
         if self.mesh.is_leader:
             if groups is None:
                 raise RuntimeError("The DP leader must bring its rollouts to Packer.pack.")
-            minis = self._balance(split_groups(groups, self.num_minibatches))
-            fields = self._pack_minis(minis, top_k)
-        tensors = self.mesh.tensors_from_leader(fields)
-        cu_seqlens = tuple(row[: int((row >= 0).sum())].contiguous() for row in tensors[-1])
-        return Batch(*tensors[:-1], cu_seqlens=cu_seqlens, num_minibatches=self.num_minibatches)
+            columns = self._pack_minis(self._balance(split_groups(groups, self.num_minibatches)), top_k)
+        return make_batch(self.mesh.tensors_from_leader(columns), num_minibatches=self.num_minibatches)
 
     def _balance(self, minis: list[list[Rollout]]) -> list[list[Rollout]]:
         if self.mesh.dp == 1:
             return minis
         return [exchange(mini, self.mesh.dp_group) for mini in minis]
 
-    def _pack_minis(self, minis: list[list[Rollout]], top_k: int) -> list[Tensor]:
+    def _pack_minis(self, minis: list[list[Rollout]], top_k: int) -> dict[str, Tensor]:
         capacity = self.tokens if self.enabled else 0
         bins = [fill_bins([r.num_tokens for r in mini], capacity) for mini in minis]
         count = torch.tensor(max(1, *(len(b) for b in bins)) if len(bins) > 1 else max(1, len(bins[0])))
         count = count.to(self.mesh.device)
         if self.mesh.dp > 1:
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
-        rows = math.ceil(int(count) / self.microbatch_multiple) * self.microbatch_multiple
-        packed = []
+        num_rows = math.ceil(int(count) / self.microbatch_multiple) * self.microbatch_multiple
+        rows = []
         for mini, mini_bins in zip(minis, bins, strict=True):
             segment = 0
-            for content in mini_bins + [[]] * (rows - len(mini_bins)):
-                packed.append(pack_row([mini[i] for i in content], self.tokens, top_k, first_segment=segment))
+            for content in mini_bins + [[]] * (num_rows - len(mini_bins)):
+                rows.append(pack_row([mini[i] for i in content], self.tokens, top_k, first_segment=segment))
                 segment += len(content)
-        longest = max(len(row[-1]) for row in packed)
-        ends = [np.pad(row[-1], (0, longest - len(row[-1])), constant_values=-1) for row in packed]
-        columns = [
-            torch.from_numpy(np.stack(column)) for column in zip(*(row[:-1] for row in packed), strict=True)
-        ]
-        return [*columns, torch.from_numpy(np.stack(ends))]
+        return stack_rows(rows)
+
+
+def stack_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Micro-batches as one tensor a field, [M, ...]; the ends of `cu_seqlens` are filled up with -1."""
+    longest = max(len(row["cu_seqlens"]) for row in rows)
+
+    def filled(row: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        starts = row["cu_seqlens"]
+        return {**row, "cu_seqlens": np.pad(starts, (0, longest - len(starts)), constant_values=-1)}
+
+    even = [filled(row) for row in rows]
+    return {name: torch.from_numpy(np.stack([row[name] for row in even])) for name in rows[0]}
+
+
+def make_batch(columns: Mapping[str, Tensor], *, num_minibatches: int = 1) -> Batch:
+    """The Batch of `stack_rows`' tensors, by the names of its fields."""
+    starts = columns["cu_seqlens"]
+    cu_seqlens = tuple(row[: int((row >= 0).sum())].contiguous() for row in starts)
+    return Batch(**{**columns, "cu_seqlens": cu_seqlens}, num_minibatches=num_minibatches)
 
 
 def split_groups(groups: Sequence[Sequence[Rollout]], num_minibatches: int) -> list[list[Rollout]]:
@@ -141,8 +153,10 @@ def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack_row(rollouts: Sequence[Rollout], tokens: int, top_k: int, *, first_segment: int) -> list[np.ndarray]:
-    """One micro-batch as arrays in the order of Batch's fields, cu_seqlens last.
+def pack_row(
+    rollouts: Sequence[Rollout], tokens: int, top_k: int, *, first_segment: int
+) -> dict[str, np.ndarray]:
+    """One micro-batch as arrays by the names of Batch's fields.
 
     Raises ValueError when the sequences do not fit, naming lengths and the budget.
     """
@@ -161,25 +175,25 @@ def pack_row(rollouts: Sequence[Rollout], tokens: int, top_k: int, *, first_segm
     piece = max([SHORTEST_PADDING, *(r.num_tokens for r in rollouts)])
     while starts[-1] < tokens:
         stop = min(starts[-1] + piece, tokens)
-        row["position"][starts[-1] : stop] = np.arange(stop - starts[-1])
+        row["position_MT"][starts[-1] : stop] = np.arange(stop - starts[-1])
         starts.append(stop)
-    return [*row.values(), np.array(starts, dtype=np.int32)]
+    return {**row, "cu_seqlens": np.array(starts, dtype=np.int32)}
 
 
 def _empty_row(tokens: int, top_k: int) -> dict[str, np.ndarray]:
     return dict(
-        tokens=np.zeros(tokens, np.int64),
-        labels=np.zeros(tokens, np.int64),
-        mask=np.zeros(tokens, np.bool_),
-        position=np.zeros(tokens, np.int64),
-        segment=np.full(tokens, -1, np.int64),
-        rollout_id=np.full((tokens, 3), -1, np.int64),
-        server_logp=np.zeros(tokens, np.float32),
-        topk_ids=np.full((tokens, top_k), -1, np.int64),
-        topk_logp=np.full((tokens, top_k), -np.inf, np.float32),
-        weight_version=np.full(tokens, -1, np.int64),
-        advantage=np.zeros(tokens, np.float32),
-        correct=np.zeros(tokens, np.bool_),
+        tokens_MT=np.zeros(tokens, np.int64),
+        labels_MT=np.zeros(tokens, np.int64),
+        mask_MT=np.zeros(tokens, np.bool_),
+        position_MT=np.zeros(tokens, np.int64),
+        segment_MT=np.full(tokens, -1, np.int64),
+        rollout_id_MT3=np.full((tokens, 3), -1, np.int64),
+        server_logp_MT=np.zeros(tokens, np.float32),
+        topk_ids_MTK=np.full((tokens, top_k), -1, np.int64),
+        topk_logp_MTK=np.full((tokens, top_k), -np.inf, np.float32),
+        weight_version_MT=np.full(tokens, -1, np.int64),
+        advantage_MT=np.zeros(tokens, np.float32),
+        correct_MT=np.zeros(tokens, np.bool_),
     )
 
 
@@ -187,18 +201,18 @@ def _write(row: dict[str, np.ndarray], rollout: Rollout, start: int, segment: in
     prompt, response = len(rollout.prompt.tokens), len(rollout.tokens)
     stop = start + rollout.num_tokens
     sequence = np.concatenate([np.asarray(rollout.prompt.tokens, np.int64), rollout.tokens.astype(np.int64)])
-    row["tokens"][start:stop] = sequence
-    row["labels"][start : stop - 1] = sequence[1:]
-    row["position"][start:stop] = np.arange(stop - start)
-    row["segment"][start:stop] = segment
-    row["rollout_id"][start:stop] = rollout.key
+    row["tokens_MT"][start:stop] = sequence
+    row["labels_MT"][start : stop - 1] = sequence[1:]
+    row["position_MT"][start:stop] = np.arange(stop - start)
+    row["segment_MT"][start:stop] = segment
+    row["rollout_id_MT3"][start:stop] = rollout.key
     # Row t predicts token t + 1: the first response token is predicted at the last prompt position.
     answer = slice(start + prompt - 1, start + prompt - 1 + response)
-    width = min(rollout.topk_ids.shape[1], row["topk_ids"].shape[1])
-    row["mask"][answer] = rollout.valid
-    row["server_logp"][answer] = np.where(rollout.valid, rollout.server_logp, 0.0)
-    row["topk_ids"][answer, :width] = rollout.topk_ids[:, :width]
-    row["topk_logp"][answer, :width] = rollout.topk_logp[:, :width]
-    row["weight_version"][answer] = rollout.weight_version
-    row["advantage"][answer] = rollout.advantage
-    row["correct"][answer] = rollout.correct
+    width = min(rollout.topk_ids.shape[1], row["topk_ids_MTK"].shape[1])
+    row["mask_MT"][answer] = rollout.valid
+    row["server_logp_MT"][answer] = np.where(rollout.valid, rollout.server_logp, 0.0)
+    row["topk_ids_MTK"][answer, :width] = rollout.topk_ids[:, :width]
+    row["topk_logp_MTK"][answer, :width] = rollout.topk_logp[:, :width]
+    row["weight_version_MT"][answer] = rollout.weight_version
+    row["advantage_MT"][answer] = rollout.advantage
+    row["correct_MT"][answer] = rollout.correct

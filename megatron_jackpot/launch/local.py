@@ -29,7 +29,13 @@ from megatron_jackpot.run.interrupt import (
     was_stopped,
     write_stop,
 )
-from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE, checkpoints, record
+from megatron_jackpot.run.provenance import (
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    check_run_folder,
+    checkpoints,
+    record,
+)
 from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.gpus import place_servers, visible_gpus
 from megatron_jackpot.servers.process import ServerProcess, port_is_free, start_servers, stop_servers
@@ -88,9 +94,11 @@ def check(config: Config, nproc: int | None = None) -> None:
                     f"Port {port} on {config.servers.host} is in use: no server can start there. "
                     "Set servers.port to a free one, or to 0 to have one chosen."
                 )
-    if not config.run.resume:
+    if config.run.resume:
+        check_run_folder(config.run.folder)
+    else:
         _check_folder(config.run.folder)
-    elif config.run.resume is True and not checkpoints(config.run.folder):
+    if config.run.resume is True and not checkpoints(config.run.folder):
         raise ValueError(
             f"run.resume = true, but run.folder = {config.run.folder} holds no checkpoint. Set "
             "run.resume=false."

@@ -16,6 +16,7 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.plan.formulas import make_plan
 from megatron_jackpot.plan.tables import memory_troubles
+from megatron_jackpot.run.provenance import check_run_folder
 
 REPO = Path(__file__).resolve().parents[2]
 JOB_FILE = "job.sbatch"
@@ -69,6 +70,8 @@ def check(config: Config) -> None:
         raise ValueError(
             f"servers.urls = {list(config.servers.urls)}: a Slurm job starts its own. Set servers.urls=[]."
         )
+    if config.run.resume:
+        check_run_folder(config.run.folder)
     troubles = memory_troubles(make_plan(config, training_processes(config)))
     if troubles:
         raise ValueError("Does not fit: " + " Also: ".join(troubles))

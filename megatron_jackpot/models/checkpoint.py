@@ -33,7 +33,7 @@ from megatron_jackpot.models.dist_folder import BACKEND
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.host_copy import HostCopy
 from megatron_jackpot.models.pickles import COMMON, check_pickles
-from megatron_jackpot.parallel.reduce import together
+from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 
 FULLY_RESHARDABLE = "fully_reshardable"
 RESHARDABLE = {"distrib_optim_sharding_type": FULLY_RESHARDABLE, "chained_optim_avoid_prefix": True}
@@ -81,7 +81,7 @@ class Snapshot:
         `group` holds all ranks. What fails on one rank (a full disk, say) raises OSError or
         CheckpointException on all.
         """
-        with torch.no_grad(), together(group):
+        with torch.no_grad(), raise_on_all_ranks(group):
             tensors, common = self._prepare()
         dcp.save(
             tensors,
@@ -89,7 +89,7 @@ class Snapshot:
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=group,
         )
-        with together(group):
+        with raise_on_all_ranks(group):
             if self.model.mesh.is_main:
                 torch.save(common, folder / COMMON)
                 save_config(BACKEND, str(folder))

@@ -37,6 +37,7 @@ from megatron_jackpot.models.precision import check_precision, layers_for, this_
 from megatron_jackpot.models.weights import load_weights
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.linear import LinearLogits, Logits
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Batch
 
 Reader = Callable[[Logits, int], dict[str, Tensor]]
@@ -104,6 +105,10 @@ class MegatronModel:
         model._wrap(parallel)
         return model
 
+    def vocab(self, temperature: float = 1.0) -> VocabSpec:
+        """What vocab-parallel functions need to know about the logits of this model."""
+        return VocabSpec(self.family.vocab_size, self.mesh.tp_group, temperature)
+
     def _wrap(self, parallel: Parallel) -> None:
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=parallel.distributed_optimizer,
@@ -169,9 +174,10 @@ class MegatronModel:
         return {key: torch.stack([tensors[key] for tensors in ordered]) for key in ordered[0]}
 
     def update(
-        self, batch: Batch, loss: Loss, may_step: Callable[[float], bool] = math.isfinite
+        self, batch: Batch, loss: Loss | None, may_step: Callable[[float], bool] = math.isfinite
     ) -> UpdateReport:
-        """One optimizer step on the sum of `loss` over all micro-batches and data-parallel ranks.
+        """One optimizer step on the sum of `loss` over all micro-batches and data-parallel ranks; `loss` may
+        be None off the last pipeline stage.
 
         `may_step` sees the global gradient norm before clipping, the same on every rank; False leaves
         weights, optimizer and schedule as they are.

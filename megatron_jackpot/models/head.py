@@ -5,13 +5,15 @@ Shapes: T tokens of a micro-batch, H hidden, V/TP this rank's slice of the vocab
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 
 
 class FrozenHead:
@@ -35,12 +37,12 @@ class FrozenHead:
 
         return compute
 
-    def common(self, vocab: dict) -> dict:
-        """Arguments for vocab-parallel functions of two models, over the ids that both know.
+    def common(self, vocab: VocabSpec) -> VocabSpec:
+        """`vocab` of another model, over the ids that both know.
 
         config.json files may round one tokenizer's vocabulary up differently.
         """
-        return {**vocab, "vocab_size": min(vocab["vocab_size"], self.vocab_size)}
+        return replace(vocab, size=min(vocab.size, self.vocab_size))
 
     def rows(self, start: int, stop: int) -> "FrozenHead":
         """Micro-batches start .. stop - 1: one mini-batch."""
@@ -58,15 +60,19 @@ def record_head(model: MegatronModel) -> Iterator[FrozenHead]:
         module = chunk.module
         if module.post_process:
 
-            def record(layer: Any, args: tuple, kwargs: dict) -> None:
+            def record(
+                layer: ColumnParallelLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor | None]
+            ) -> None:
                 hidden_TH = args[0].detach().squeeze(1)
                 if model.config.sequence_parallel:
                     hidden_TH = _gather_rows(hidden_TH, model)
                 head.hidden_TH.append(hidden_TH.clone())
                 if head.weight_VH is None:
                     weight = kwargs.get("weight")
+                    weight = layer.weight if weight is None else weight
+                    assert weight is not None, "an output layer without a weight is given one"
                     # A copy: the optimizer may move the weight while this head is still in use.
-                    head.weight_VH = (layer.weight if weight is None else weight).detach().clone()
+                    head.weight_VH = weight.detach().clone()
 
             handles.append(module.output_layer.register_forward_pre_hook(record, with_kwargs=True))
     try:

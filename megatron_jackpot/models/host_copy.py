@@ -1,10 +1,12 @@
 """A copy of tensors in host memory that is allocated and touched once, and reused by every later copy."""
 
-import sys
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 MAX_GAP = 4096
@@ -44,12 +46,9 @@ class HostCopy:
             torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 0)
         )
         if lock and not self._locked:
-            print(
-                f"WARNING: {size / 1e9:.1f} GB of host memory could not be page-locked (ulimit -l): the "
-                "copies that "
-                "saves make of the GPU's state are slower.",
-                file=sys.stderr,
-                flush=True,
+            log.warning(
+                f"{size / 1e9:.1f} GB of host memory could not be page-locked (ulimit -l): the copies that "
+                "saves make of the GPU's state are slower."
             )
 
     def _view(self, tensor: Tensor, start: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl always, TensorBoard and Weights & Biases where configured."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -7,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from megatron_jackpot.run import formats
 
 METRICS = {
     "reward/mean": "mean reward of the rollouts",
@@ -64,7 +67,10 @@ Row = dict[str, Any]
 
 
 class JsonLines:
-    """Appends rows with a "step" to a file, one JSON object a line, each on disk before `write` returns."""
+    """Appends rows with a "step" to a file, one JSON object a line, each on disk before `write` returns.
+
+    Every line carries the format's number: lines are cut away at a resume, and read while others are written.
+    """
 
     def __init__(self, path: Path, resume_step: int | None = None):
         """`resume_step` drops what an earlier process wrote for later steps; None keeps all of it."""
@@ -73,7 +79,7 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(_line(row))
         self._file.flush()
 
     def close(self) -> None:
@@ -81,7 +87,8 @@ class JsonLines:
 
 
 class MetricsWriter:
-    """Writes {"step": 3, "reward/mean": 0.25, ...} lines to folder/metrics.jsonl, from one process.
+    """Writes {"format": 1, "step": 3, "reward/mean": 0.25, ...} lines to folder/metrics.jsonl, from one
+    process.
 
     A value that is not finite is null there, left out elsewhere, and counted in `num_nonfinite`.
     """
@@ -107,9 +114,10 @@ class MetricsWriter:
             purge_step = None if resume_step is None else resume_step + 1
             self._tensorboard = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=purge_step)
         if wandb_project is not None:
-            import wandb
-
-            self._wandb = wandb.init(project=wandb_project, dir=str(folder), name=folder.name)
+            # Not an import: the package is nobody's requirement.
+            self._wandb = importlib.import_module("wandb").init(
+                project=wandb_project, dir=str(folder), name=folder.name
+            )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
@@ -140,9 +148,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl, or of the one in a run folder, in file order.
+    """The rows of a metrics.jsonl, or of the one in a run folder, in file order, without their format.
 
-    A last line without its end, as a killed run leaves it, is passed over; other bad lines raise ValueError.
+    A last line without its end, as a killed run leaves it, is passed over; other bad lines, and those of
+    another format, raise ValueError.
     """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
@@ -153,6 +162,8 @@ def read_metrics(path: Path) -> list[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+        if isinstance(row, dict):
+            formats.check_format("metrics", row.pop(formats.FIELD, 0), f"{path}, line {number},")
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise ValueError(f"{path}, line {number}: not an object with an integer 'step'.")
         rows.append(row)
@@ -171,8 +182,12 @@ def _repair(path: Path, resume_step: int | None) -> None:
         return
     rows = [row for row in read_metrics(path) if resume_step is None or row["step"] <= resume_step]
     partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.write_text("".join(map(_line, rows)), encoding="utf-8")
     partial.replace(path)
+
+
+def _line(row: Row) -> str:
+    return json.dumps({formats.FIELD: formats.current("metrics"), **row}) + "\n"
 
 
 def _require(package: str, wanted: object, setting: str, remedy: str) -> None:

@@ -17,7 +17,7 @@ from megatron_jackpot.monitor.console import final_rows
 from megatron_jackpot.monitor.curves import plot_runs
 from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.monitor.token_log import TokenRecord, records
-from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE
+from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE, check_run_folder
 
 REPORT = "report.html"
 SHOWN_STEPS = 12
@@ -53,6 +53,7 @@ LEGEND = (
 def write_report(run_folder: Path, out: Path | None = None) -> Path:
     """Write the page and return its path. Raises ValueError for a folder without metrics or a bad record."""
     folder = Path(run_folder)
+    check_run_folder(folder)
     rows = read_metrics(folder)
     if not rows:
         raise ValueError(

@@ -3,7 +3,7 @@
 Shapes: S rollouts, N tokens of all of them one after another, prompts included.
 """
 
-import sys
+import logging
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from megatron_jackpot.algorithm.scores import Correction, Scores
 from megatron_jackpot.config import Logging
-from megatron_jackpot.records import Batch
+from megatron_jackpot.records import Correction, Scores
 
 FOLDER = "tokens"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,68 +57,66 @@ class TokenLog:
     def __init__(self, run_folder: Path, knobs: Logging, *, here: bool) -> None:
         self.folder = Path(run_folder) / FOLDER
         self.every, self.num_rollouts = knobs.tokens_every, knobs.tokens_rollouts
-        self.here = here and self.every is not None
+        self.here = here
         self.last = 0
 
-    def note(self, step: int, mini: Batch, scores: Scores, correction: Correction) -> None:
+    def note(self, step: int, scores: Scores, correction: Correction) -> None:
         """Record rollouts of the step's first mini-batch, spread evenly. A disk that refuses is reported, not
         raised."""
-        if not self.here or step == self.last or (step - 1) % self.every:
+        if not self.here or self.every is None or step == self.last or (step - 1) % self.every:
             return
         self.last = step
-        record = record_of(step, mini, scores, correction, self.num_rollouts)
+        record = record_of(step, scores, correction, self.num_rollouts)
         try:
             save(self.folder / f"step-{step:06d}.npz", record)
         except OSError as error:
-            print(
-                f"WARNING: the tokens of step {step} were not recorded: {error}", file=sys.stderr, flush=True
-            )
+            log.warning(f"the tokens of step {step} were not recorded: {error}")
 
 
-def record_of(
-    step: int, mini: Batch, scores: Scores, correction: Correction, num_rollouts: int
-) -> TokenRecord:
+def record_of(step: int, scores: Scores, correction: Correction, num_rollouts: int) -> TokenRecord:
     """`num_rollouts` rollouts, evenly among those of a mini-batch.
 
     A decision stands where its token is the label; here it moves to the token itself.
     """
-    segment_T = scores.segment_T.cpu().numpy()
+    batch = scores.batch
+    segment_T = batch.segment_MT.flatten().cpu().numpy()
     segments = np.unique(segment_T[segment_T >= 0])
     few = np.linspace(0, len(segments) - 1, min(num_rollouts, len(segments))).round().astype(int)
     places = [np.flatnonzero(segment_T == segment) for segment in segments[few]]
     order_N = np.concatenate(places) if places else np.zeros(0, np.int64)
     first_N = np.concatenate([np.arange(len(p)) == 0 for p in places]) if places else np.zeros(0, bool)
 
-    def taken(tensor: Tensor) -> np.ndarray:
-        return tensor.cpu().numpy()[order_N]
+    def taken(tensor_MT: Tensor) -> np.ndarray:
+        return tensor_MT.flatten(0, 1).cpu().numpy()[order_N]
 
-    def moved(tensor_T: Tensor) -> np.ndarray:
+    def moved(tensor_MT: Tensor) -> np.ndarray:
         """A label belongs to the next token of its sequence; the first token is nobody's label."""
-        return np.where(first_N, 0, np.roll(taken(tensor_T), 1)).astype(taken(tensor_T).dtype)
+        return np.where(first_N, 0, np.roll(taken(tensor_MT), 1)).astype(taken(tensor_MT).dtype)
 
-    trained_N = moved(scores.mask_T)
+    trained_N = moved(batch.mask_MT)
     starts = np.flatnonzero(first_N)
     return TokenRecord(
         step=step,
         length_S=np.array([len(p) for p in places], np.int64),
-        rollout_S3=taken(scores.rollout_id_T3)[starts],
+        rollout_S3=taken(batch.rollout_id_MT3)[starts],
         advantage_S=np.array(
-            [_of_response(scores.advantage_T, scores.mask_T, p) for p in places], np.float32
+            [_of_response(batch.advantage_MT, batch.mask_MT, p) for p in places], np.float32
         ),
-        correct_S=taken(scores.correct_T)[starts],
-        token_N=taken(mini.tokens_MT.flatten()),
-        response_N=~first_N & (np.roll(taken(mini.weight_version_MT.flatten()), 1) >= 0),
+        correct_S=taken(batch.correct_MT)[starts],
+        token_N=taken(batch.tokens_MT),
+        response_N=~first_N & (np.roll(taken(batch.weight_version_MT), 1) >= 0),
         trained_N=trained_N,
-        keep_N=moved(correction.keep_T) & trained_N,
-        weight_N=np.where(trained_N, moved(correction.weight_T.float()), 0),
-        target_logp_N=np.where(trained_N, moved(scores.target_logp_T.float()), 0),
-        actor_logp_N=np.where(trained_N, moved(scores.actor_logp_T.float()), 0),
-        server_logp_N=np.where(trained_N, moved(scores.server_logp_T.float()), 0),
+        keep_N=moved(correction.keep_MT) & trained_N,
+        weight_N=np.where(trained_N, moved(correction.weight_MT.float()), 0),
+        target_logp_N=np.where(trained_N, moved(scores.target_logp_MT.float()), 0),
+        actor_logp_N=np.where(trained_N, moved(scores.actor_logp_MT.float()), 0),
+        server_logp_N=np.where(trained_N, moved(batch.server_logp_MT.float()), 0),
     )
 
 
-def _of_response(advantage_T: Tensor, mask_T: Tensor, place: np.ndarray) -> float:
-    values = advantage_T.cpu().numpy()[place][mask_T.cpu().numpy()[place]]
+def _of_response(advantage_MT: Tensor, mask_MT: Tensor, place: np.ndarray) -> float:
+    advantage_N, mask_N = (tensor.flatten().cpu().numpy()[place] for tensor in (advantage_MT, mask_MT))
+    values = advantage_N[mask_N]
     return float(values[0]) if len(values) else 0.0
 
 

@@ -2,7 +2,7 @@
 
 import datetime
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,15 +85,20 @@ class Mesh:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def tensors_from_leader(self, tensors: Sequence[Tensor] | None) -> list[Tensor]:
-        """Tensors of the DP leader on its tp and pp peers. Broadcasts: 2 + one per tensor over tp x pp."""
-        header = self.from_leader(None if tensors is None else [(tuple(t.shape), t.dtype) for t in tensors])
+    def tensors_from_leader(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """A DP leader's named tensors on its tp and pp peers. Broadcasts: 2 + one per tensor over tp x pp."""
+        header = self.from_leader(
+            None if tensors is None else {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        )
         if tensors is None:
-            tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in header]
-        moved = [t.to(self.device).contiguous() for t in tensors]
+            tensors = {
+                name: torch.empty(shape, dtype=dtype, device=self.device)
+                for name, (shape, dtype) in header.items()
+            }
+        moved = {name: tensor.to(self.device).contiguous() for name, tensor in tensors.items()}
         if self.model_group.size() > 1:
             source = dist.get_global_rank(self.model_group, 0)
-            for tensor in moved:
+            for tensor in moved.values():
                 # NCCL and gloo both lack bool in some versions; bytes are always there.
                 payload = tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
                 dist.broadcast(payload, src=source, group=self.model_group)
@@ -131,12 +136,12 @@ class Mesh:
                     f"'{what}'."
                 ) from error
 
-    def tell(self, key: str, word: str) -> None:
-        """The main rank's word to all others, without a collective: see `told`."""
+    def store_set(self, key: str, word: str) -> None:
+        """The main rank's word to all others, without a collective: see `store_wait`."""
         if dist.get_world_size() > 1:
             dist.distributed_c10d._get_default_store().set(f"jackpot/{key}", word)
 
-    def told(self, key: str, timeout_s: float) -> str:
+    def store_wait(self, key: str, timeout_s: float) -> str:
         """What the main rank says under `key`. Raises TimeoutError naming it."""
         store = dist.distributed_c10d._get_default_store()
         try:

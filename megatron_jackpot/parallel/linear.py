@@ -5,7 +5,7 @@ dtype that the output layer would give it, so that results are those of logits t
 kernels read the blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_jackpot.parallel.block_sizes import GRADIENT_ELEMENTS, READ_ELEMENTS
-from megatron_jackpot.parallel.slices import Columns, Local, all_reduce, cut, read_slice
+from megatron_jackpot.parallel.slices import Local, all_reduce, cut, read_slice
+from megatron_jackpot.parallel.vocab_spec import Columns, VocabSpec
 
 Slope = Callable[[slice, Tensor, Columns], Tensor]
 """(tokens, their logits at some columns, those columns) -> the gradient of these logits, in new memory."""
@@ -70,8 +70,7 @@ Logits = Tensor | LinearLogits
 
 def read(
     logits: Logits,
-    columns: Columns,
-    temperature: float,
+    vocab: VocabSpec,
     chunk: int | None,
     *,
     ids_TN: Tensor | None = None,
@@ -80,11 +79,11 @@ def read(
 ) -> Local:
     """`read_slice` of logits in either form."""
     if isinstance(logits, Tensor):
-        return read_slice(logits, columns, temperature, chunk, ids_TN=ids_TN, k=k, entropy=entropy)
+        return read_slice(logits, vocab, chunk, ids_TN=ids_TN, k=k, entropy=entropy)
     parts = []
     for rows in logits.rows():
         ids = None if ids_TN is None else ids_TN[rows]
-        parts.append(read_slice(logits[rows], columns, temperature, chunk, ids_TN=ids, k=k, entropy=entropy))
+        parts.append(read_slice(logits[rows], vocab, chunk, ids_TN=ids, k=k, entropy=entropy))
     columns_of = {field.name: [getattr(part, field.name) for part in parts] for field in fields(Local)}
     return Local(**{name: None if each[0] is None else torch.cat(each) for name, each in columns_of.items()})
 
@@ -98,13 +97,11 @@ def factors(logits: Logits) -> tuple[Blocks | None, tuple[Tensor, ...]]:
     )
 
 
-def joined(blocks: Blocks | None, tensors: tuple[Tensor, ...]) -> Logits:
+def joined(blocks: Blocks | None, tensors: Sequence[Tensor]) -> Logits:
     return tensors[0] if blocks is None else LinearLogits(*tensors, blocks)
 
 
-def gradients(
-    logits: Logits, columns: Columns, slope: Slope, group: ProcessGroup | None, *, wide: bool = False
-) -> tuple[Tensor, ...]:
+def gradients(logits: Logits, vocab: VocabSpec, slope: Slope, *, wide: bool = False) -> tuple[Tensor, ...]:
     """Gradients of `factors(logits)` from that of the logits: slope, or slope @ weight and slope.T @ hidden.
 
     Logits that do not exist are made once more, in blocks of tokens x columns, or of all columns where
@@ -112,23 +109,35 @@ def gradients(
     sum [T, H] in fp32, so that every rank has the whole gradient of the hidden states that all of them share;
     none for logits that exist.
     """
+    columns = vocab.columns(logits.shape[-1])
     if isinstance(logits, Tensor):
         return (slope(slice(0, logits.shape[0]), logits, columns),)
     hidden_TH, weight_VH = logits.hidden_TH, logits.weight_VH
+    # Both gradients are sums over many blocks. In bf16, of 8 bits, a block's share would vanish beside the
+    # sum of those before it, and the result would depend on the sizes of the blocks.
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     grad_hidden_TH = torch.zeros(hidden_TH.shape, dtype=dtype, device=hidden_TH.device)
+    # Zeros: the loop does not come to the columns of padding, and their rows must not move.
     grad_weight_VH = torch.zeros_like(weight_VH)
     columns_each = max(1, columns.width if wide else logits.blocks.columns or 2**13)
-    # Column by column of blocks: the sum over tokens in fp32 is then that of one block of columns.
+    # Columns outside, tokens inside: the weight's sum over tokens is then finished before the next block of
+    # columns, and its fp32 holds one block. The other way round all [V/TP, H] would have to exist in fp32.
+    # `wide` gives that up for one block of all columns: KL's slope reads the teacher, whose logits come whole
+    # rows at a time and would be computed again for every block of columns. Its tokens are cut as in forward.
     square = logits.blocks.tokens or max(1, GRADIENT_ELEMENTS[logits.device_type] // columns_each)
     for part in cut(0, columns.width, columns_each):
         weight = weight_VH[part]
         grad_part = torch.zeros_like(weight, dtype=dtype)
         for rows in cut(0, logits.shape[0], logits.tokens_each if wide else square):
             own = Columns(columns.first + part.start, part.stop - part.start)
+            # The slope is in the dtype of the logits, as it would leave the backward of logits that exist:
+            # the products run on tensor cores, and only their sums are wide.
             found = slope(rows, F.linear(hidden_TH[rows], weight), own)
             grad_hidden_TH[rows] += found @ weight
             grad_part += found.T @ hidden_TH[rows]
         grad_weight_VH[part] = grad_part
-    all_reduce(grad_hidden_TH, dist.ReduceOp.SUM, group)
+    # Each rank has the part of its own columns. Before the cast, so that it is rounded once whatever the
+    # number of ranks; outside the loop, so that a rank with padding alone, which has no block, comes here
+    # too.
+    all_reduce(grad_hidden_TH, dist.ReduceOp.SUM, vocab.group)
     return grad_hidden_TH.to(hidden_TH.dtype), grad_weight_VH

@@ -53,7 +53,7 @@ def reduce_metrics(
 
 
 @contextmanager
-def together(group: ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks(group: ProcessGroup | None = None) -> Iterator[None]:
     """What fails within on one rank fails on all of the group: its error there, OSError with rank and reason
     elsewhere.
 

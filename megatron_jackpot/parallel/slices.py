@@ -14,20 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.topk import local_top
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The true vocabulary in this rank's slice: its first `width` columns, ids from `first` on."""
-
-    first: int
-    width: int
-
-    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(column, owned): the column is valid to gather from even where the id is not owned."""
-        column = ids - self.first
-        owned = (column >= 0) & (column < self.width)
-        return column.clamp(0, max(self.width - 1, 0)), owned
+from megatron_jackpot.parallel.vocab_spec import Columns, VocabSpec
 
 
 @dataclass(frozen=True)
@@ -39,24 +26,6 @@ class Local:
     top_TK: Tensor | None
     top_ids_TK: Tensor | None
     entropy_T: Tensor | None
-
-
-def own_columns(
-    logits_TV: Tensor, vocab_size: int, group: ProcessGroup | None, temperature: float
-) -> Columns:
-    rank, size = (0, 1) if group is None else (group.rank(), group.size())
-    per_rank = logits_TV.shape[-1]
-    if not 0 < vocab_size <= per_rank * size:
-        raise ValueError(
-            f"vocab_size = {vocab_size}: must lie in 1 .. {per_rank * size}, the columns of {size} logit "
-            f"slices of {per_rank}. Pass the vocabulary size of the model's config.json."
-        )
-    if not 0 < temperature < float("inf"):
-        raise ValueError(
-            f"temperature = {temperature}: must be a finite number > 0. Use the sampling temperature."
-        )
-    first = rank * per_rank
-    return Columns(first, min(max(vocab_size - first, 0), per_rank))
 
 
 def logp_slope(
@@ -120,8 +89,7 @@ def _allocate_top(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def read_slice(
     logits_TV: Tensor,
-    columns: Columns,
-    temperature: float,
+    vocab: VocabSpec,
     chunk: int | None,
     *,
     ids_TN: Tensor | None = None,
@@ -129,6 +97,7 @@ def read_slice(
     entropy: bool = False,
 ) -> Local:
     """One pass over this rank's slice: logsumexp, logits at ids (0 where not owned), top-k, entropy."""
+    columns, temperature = vocab.columns(logits_TV.shape[-1]), vocab.temperature
     kernels = dispatch.fused(logits_TV)
     if kernels is not None:
         asked = dict(ids_TN=ids_TN, k=k, entropy=entropy)
@@ -156,7 +125,7 @@ def read_slice(
 
 
 def normalise(
-    local: Local, ids_TN: Tensor | None, vocab_size: int, group: ProcessGroup | None
+    local: Local, ids_TN: Tensor | None, vocab: VocabSpec
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(log normaliser [T], log-probs at ids [T, N], entropy [T]).
 
@@ -164,7 +133,7 @@ def normalise(
 
     Entropy by the chain rule: sum over slices of w (h - log w), w a slice's probability, h its entropy.
     """
-    peak_T = all_reduce(local.lse_T.clone(), dist.ReduceOp.MAX, group)
+    peak_T = all_reduce(local.lse_T.clone(), dist.ReduceOp.MAX, vocab.group)
     share_T = (local.lse_T - peak_T).exp()
     parts = [share_T[None]]
     if ids_TN is not None:
@@ -172,11 +141,11 @@ def normalise(
     if local.entropy_T is not None:
         # A slice of padding alone has lse -inf and share 0.
         parts.append(torch.where(share_T > 0, share_T * (local.entropy_T - local.lse_T), 0.0)[None])
-    sums = all_reduce(torch.cat(parts), dist.ReduceOp.SUM, group)
+    sums = all_reduce(torch.cat(parts), dist.ReduceOp.SUM, vocab.group)
     log_z_T = peak_T + sums[0].log()
     logp_TN = entropy_T = None
     if ids_TN is not None:
-        inside_TN = (ids_TN >= 0) & (ids_TN < vocab_size)
+        inside_TN = (ids_TN >= 0) & (ids_TN < vocab.size)
         logits_TN = sums[1 : 1 + ids_TN.shape[1]].T
         logp_TN = torch.where(inside_TN, logits_TN - log_z_T[:, None], -float("inf"))
     if local.entropy_T is not None:
@@ -184,7 +153,7 @@ def normalise(
     return log_z_T, logp_TN, entropy_T
 
 
-def all_reduce(tensor: Tensor, op: dist.ReduceOp, group: ProcessGroup | None) -> Tensor:
+def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:
     """In place; nothing on one rank."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)

@@ -1,8 +1,8 @@
-"""Prompts -> rollouts with rewards and advantages: a coroutine per group, failures counted up to a limit."""
+"""Prompts -> rollouts with rewards: a coroutine per group, failures counted up to a limit."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.servers.protocol import Completion, Engine, Sampling, ServerError, StaleWeights
@@ -11,13 +11,12 @@ POLL_S = 0.25
 """How often a rollout looks whether it is to stop."""
 
 Reward = Callable[[Sequence[int], Prompt], Awaitable[tuple[float, bool]]]
-Advantage = Callable[[list[float]], list[float]]
 
 
 class Unfinished(Exception):
     """A rollout that ended before all its groups were there; `groups` are those that were, whole."""
 
-    def __init__(self, why: str, groups: list[list[Rollout]], metrics: dict[str, tuple[float, float]]):
+    def __init__(self, why: str, groups: list[list[Rollout]], metrics: "Sums"):
         super().__init__(why)
         self.groups, self.metrics = groups, metrics
 
@@ -44,52 +43,82 @@ class Tally:
     last_error: ServerError | None = None
 
 
-async def collect(
-    prompts: Sequence[Prompt],
-    epoch: int,
-    client: Engine,
-    sampling: Sampling,
-    n: int,
-    reward: Reward,
-    advantage: Advantage,
-    max_failed_groups: float,
-    stop: Callable[[], str | None] = lambda: None,
-) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
-    """Whole groups in the order of `prompts`, and (sum, count) metrics of the requests.
+Sums = dict[str, tuple[float, float]]
+"""Name -> (sum, count) of one leader's requests."""
 
-    A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them, or
-    a reply of old weights, raise ServersLost with the last cause. A group with an aborted completion is left
-    out and counted apart. `stop`, asked all the time, gives a reason to raise Interrupted. Requests in flight
-    then are aborted. Errors of the reward and wrong prompts end the call at once.
-    """
-    tally = Tally(num_prompts=len(prompts))
-    retries_before = getattr(client, "num_retries", 0)
 
-    async def one_group(position: int, prompt: Prompt) -> None:
+@dataclass(frozen=True, kw_only=True)
+class GroupSampler:
+    """How groups are made: who samples, with what settings, and who judges."""
+
+    client: Engine
+    sampling: Sampling
+    samples_per_prompt: int
+    reward: Reward
+    max_failed_groups: float
+    """Share of a call's groups that may be lost to failed requests."""
+
+    async def collect(
+        self, epoch: int, prompts: Sequence[Prompt], stop: Callable[[], str | None] = lambda: None
+    ) -> tuple[list[list[Rollout]], Sums]:
+        """Whole groups in the order of `prompts`, and (sum, count) metrics of the requests.
+
+        A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them,
+        or a reply of old weights, raise ServersLost with the last cause. A group with an aborted completion
+        is left out and counted apart. `stop`, asked all the time, gives a reason to raise Interrupted.
+        Requests in flight then are aborted. Errors of the reward and wrong prompts end the call at once.
+        """
+        tally = Tally(num_prompts=len(prompts))
+        retries_before = getattr(self.client, "num_retries", 0)
+
+        async def one_group(position: int, prompt: Prompt) -> None:
+            try:
+                completions = await self.client.generate_group(
+                    prompt.tokens, self.samples_per_prompt, self.sampling
+                )
+            except ServerError as error:
+                tally.failed, tally.last_error = tally.failed + 1, error
+                _check_failures(tally, self.max_failed_groups)
+                return
+            if any(completion.finish == "abort" for completion in completions):
+                tally.aborted += 1
+                return
+            tally.dropped_topk += sum(completion.num_dropped_topk for completion in completions)
+            tally.topk += sum(completion.topk_ids.size for completion in completions)
+            tally.groups[position] = await self._rewarded(prompt, epoch, completions)
+
+        def so_far() -> tuple[list[list[Rollout]], Sums]:
+            retries = getattr(self.client, "num_retries", 0) - retries_before
+            return [tally.groups[position] for position in sorted(tally.groups)], _metrics(tally, retries)
+
         try:
-            completions = await client.generate_group(prompt.tokens, n, sampling)
-        except ServerError as error:
-            tally.failed, tally.last_error = tally.failed + 1, error
-            _check_failures(tally, max_failed_groups)
-            return
-        if any(completion.finish == "abort" for completion in completions):
-            tally.aborted += 1
-            return
-        tally.dropped_topk += sum(completion.num_dropped_topk for completion in completions)
-        tally.topk += sum(completion.topk_ids.size for completion in completions)
-        tally.groups[position] = await _rewarded(prompt, epoch, completions, reward, advantage)
+            reason = await _run_all([one_group(i, prompt) for i, prompt in enumerate(prompts)], stop)
+        except (StaleWeights, _TooManyFailures) as error:
+            raise ServersLost(str(error), *so_far()) from error
+        if reason is not None:
+            raise Interrupted(reason, *so_far())
+        return so_far()
 
-    def so_far() -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
-        retries = getattr(client, "num_retries", 0) - retries_before
-        return [tally.groups[position] for position in sorted(tally.groups)], _metrics(tally, retries)
-
-    try:
-        reason = await _run_all([one_group(i, prompt) for i, prompt in enumerate(prompts)], stop)
-    except (StaleWeights, _TooManyFailures) as error:
-        raise ServersLost(str(error), *so_far()) from error
-    if reason is not None:
-        raise Interrupted(reason, *so_far())
-    return so_far()
+    async def _rewarded(self, prompt: Prompt, epoch: int, completions: list[Completion]) -> list[Rollout]:
+        judged = (self.reward(completion.tokens, prompt) for completion in completions)
+        verdicts = await asyncio.gather(*judged)
+        return [
+            Rollout(
+                prompt=prompt,
+                epoch=epoch,
+                sample=sample,
+                tokens=completion.tokens,
+                server_logp=completion.server_logp,
+                topk_ids=completion.topk_ids,
+                topk_logp=completion.topk_logp,
+                valid=completion.valid,
+                weight_version=completion.weight_version,
+                finish=completion.finish,
+                reward=float(verdict[0]),
+                correct=bool(verdict[1]),
+            )
+            for sample, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True))
+        ]
 
 
 async def _run_all(work: list[Coroutine[None, None, None]], stop: Callable[[], str | None]) -> str | None:
@@ -115,31 +144,6 @@ class _TooManyFailures(RuntimeError):
     pass
 
 
-async def _rewarded(
-    prompt: Prompt, epoch: int, completions: list[Completion], reward: Reward, advantage: Advantage
-) -> list[Rollout]:
-    verdicts = await asyncio.gather(*(reward(completion.tokens, prompt) for completion in completions))
-    rollouts = [
-        Rollout(
-            prompt=prompt,
-            epoch=epoch,
-            sample=sample,
-            tokens=completion.tokens,
-            server_logp=completion.server_logp,
-            topk_ids=completion.topk_ids,
-            topk_logp=completion.topk_logp,
-            valid=completion.valid,
-            weight_version=completion.weight_version,
-            finish=completion.finish,
-            reward=float(verdict[0]),
-            correct=bool(verdict[1]),
-        )
-        for sample, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True))
-    ]
-    advantages = advantage([rollout.reward for rollout in rollouts])
-    return [replace(r, advantage=float(a)) for r, a in zip(rollouts, advantages, strict=True)]
-
-
 def _check_failures(tally: Tally, max_failed_groups: float) -> None:
     if tally.failed > max_failed_groups * tally.num_prompts:
         raise _TooManyFailures(
@@ -148,7 +152,7 @@ def _check_failures(tally: Tally, max_failed_groups: float) -> None:
         ) from tally.last_error
 
 
-def _metrics(tally: Tally, retries: int) -> dict[str, tuple[float, float]]:
+def _metrics(tally: Tally, retries: int) -> Sums:
     return {
         "rollout/dropped_topk": (tally.dropped_topk, tally.topk),
         "rollout/failed_groups": (tally.failed, tally.num_prompts),
@@ -157,7 +161,7 @@ def _metrics(tally: Tally, retries: int) -> dict[str, tuple[float, float]]:
     }
 
 
-def group_metrics(groups: Sequence[Sequence[Rollout]]) -> dict[str, tuple[float, float]]:
+def group_metrics(groups: Sequence[Sequence[Rollout]]) -> Sums:
     """(sum, count) metrics of finished groups, however they came together."""
     rollouts = [rollout for group in groups for rollout in group]
     tokens = sum(len(rollout.tokens) for rollout in rollouts)

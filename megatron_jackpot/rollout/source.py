@@ -3,11 +3,12 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.pool import RewardPool
-from megatron_jackpot.rollout.collect import collect
+from megatron_jackpot.rollout.collect import GroupSampler, Sums
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Sampling
 
@@ -25,16 +26,19 @@ class ServerSource:
         sampling: Sampling,
         samples_per_prompt: int,
         max_failed_groups: float,
-        advantage: Callable[[list[float]], list[float]],
         decode: Callable[[Sequence[int]], str],
     ) -> None:
         self.client = client
         self.pool = pool
         self.sampling = sampling
-        self.samples_per_prompt = samples_per_prompt
-        self.max_failed_groups = max_failed_groups
-        self.advantage = advantage
         self.decode = decode
+        self.sampler = GroupSampler(
+            client=client,
+            sampling=sampling,
+            samples_per_prompt=samples_per_prompt,
+            reward=self.reward,
+            max_failed_groups=max_failed_groups,
+        )
         self.loop = asyncio.new_event_loop()
         self._run(client.__aenter__())
 
@@ -45,25 +49,14 @@ class ServerSource:
         *,
         samples: int | None = None,
         stop: Callable[[], str | None] = lambda: None,
-    ) -> tuple[list[list[Rollout]], dict[str, tuple[float, float]]]:
+    ) -> tuple[list[list[Rollout]], Sums]:
         """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the requests'
-        metrics.
+        metrics; `samples` of each in place of the usual number.
 
         Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early.
         """
-        return self._run(
-            collect(
-                prompts,
-                epoch,
-                self.client,
-                self.sampling,
-                samples or self.samples_per_prompt,
-                self.reward,
-                self.advantage,
-                self.max_failed_groups,
-                stop,
-            )
-        )
+        sampler = self.sampler if samples is None else replace(self.sampler, samples_per_prompt=samples)
+        return self._run(sampler.collect(epoch, prompts, stop))
 
     def check_labels(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError naming prompts whose label no response could match."""

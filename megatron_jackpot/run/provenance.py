@@ -14,6 +14,7 @@ import yaml
 
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config
+from megatron_jackpot.run import formats
 
 LATEST = "latest"
 """Link to the newest of them."""
@@ -54,9 +55,10 @@ def _replace(path: Path, text: str) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Example: {"commit": "8ab4468...", "dirty": False, "versions": {"torch": "2.13.0+cpu", ...}, ...}."""
+    """Example: {"format": 1, "commit": "8ab4468...", "dirty": False, "versions": {"torch": ...}, ...}."""
     commit, dirty = git_commit(Path(__file__).resolve().parent)
     return {
+        formats.FIELD: formats.current("run folder"),
         "megatron_jackpot": __version__,
         "commit": commit,
         "dirty": dirty,
@@ -98,6 +100,11 @@ def _git(folder: Path, *args: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raises ValueError when the folder's run is of a format that this version does not read."""
+    formats.check_file("run folder", Path(folder) / PROVENANCE_FILE)
 
 
 def checkpoints(run_folder: Path) -> list[Path]:

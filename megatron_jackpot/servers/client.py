@@ -189,12 +189,14 @@ class SGLangClient:
 
     async def _readmit(self, server: Server) -> None:
         """A server that was started anew holds the first weights until the next sync, and must not sample."""
-        (version,) = await ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S).versions()
+        admin = ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S)
+        (version,) = await admin.versions()
         if version < self.min_version:
             raise StaleWeights(
                 f"{server.url} holds weight version {version}, older than the oldest allowed version "
                 f"{self.min_version}."
             )
+        await admin.samples(timeout_s=HEALTH_LIMIT_S)
         server.suspect = False
 
     def _pick(self, tried: set[str]) -> Server:

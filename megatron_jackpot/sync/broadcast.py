@@ -10,12 +10,12 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -25,8 +25,8 @@ from torch import Tensor
 from megatron_jackpot.models.hf_folder import write_hf_folder
 from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
-from megatron_jackpot.sync.memory_saver import Occupation
-from megatron_jackpot.sync.prefetcher import Ahead, FlatBucket
+from megatron_jackpot.sync.memory_saver import MemorySaver
+from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 from megatron_jackpot.sync.proof import (
     Proof,
     SentTensors,
@@ -37,8 +37,9 @@ from megatron_jackpot.sync.proof import (
     same_weights,
     wait,
 )
-from megatron_jackpot.sync.retry import muster, persistently
+from megatron_jackpot.sync.retry import retry, wait_for_healthy
 
+T = TypeVar("T")
 Backend = Literal["nccl", "gloo"]
 
 
@@ -78,6 +79,7 @@ class WeightGroup:
             torch.cuda.current_stream(tensor.device).synchronize()
 
     def _make(self) -> Any:
+        """One of torch's backends, whose stubs know no broadcast."""
         prefix = dist.PrefixStore(f"{self.name}/", dist.PrefixStore(self.name, self.store))
         if self.backend == "gloo":
             return dist.ProcessGroupGloo(dist.PrefixStore("cpu/", prefix), 0, self.size, self.timeout)
@@ -120,10 +122,10 @@ class BroadcastSync:
         self.device = torch.device("cuda" if self.backend == "nccl" else "cpu")
         self.bucket_bytes = bucket_bytes
         self.timeout_s = timeout_s
-        self.pause = pause
+        self.pause: PauseMode = pause
         self.address = address or address_towards(self.admin.urls[0])
         self.proof = Proof(self.admin, self.hf_folder)
-        self.occupation = Occupation(self.admin, enabled=release_memory)
+        self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
         self.group: WeightGroup | None = None
         self.proved = proof_folder is None
 
@@ -134,10 +136,10 @@ class BroadcastSync:
         after several attempts; no wait in one exceeds timeout_s, the first answer of any server patience_s.
         After an error the servers may hold a mixture: push again, or load from disk, before sampling.
         """
-        return persistently(lambda: self._push(named_tensors, version))
+        return retry(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        self._muster()
+        self._leave_out_absent()
         started, sent, proved = time.monotonic(), SentTensors(), False
         watched = sent.watch(named_tensors)
         if not self.proved:
@@ -146,9 +148,9 @@ class BroadcastSync:
         self._join()
         try:
             with paused(self.admin, self.pause):
-                self.occupation.resume_weights()
+                self.memory_saver.resume_weights()
                 self._send_all(watched)
-                self.occupation.resume_cache()
+                self.memory_saver.resume_cache()
                 if self.pause != "in_place":
                     wait(self.admin.flush_cache())
                 if not self.proved:
@@ -169,15 +171,15 @@ class BroadcastSync:
                 # A server that is gone has no group left to dissolve.
                 wait(self.admin.destroy_group(name))
 
-    def _muster(self) -> None:
-        present = muster(self.urls, self.patience_s)
+    def _leave_out_absent(self) -> None:
+        present = wait_for_healthy(self.urls, self.patience_s)
         if present != self.admin.urls:
             self.close()
             self.admin.urls = present
 
     def release(self) -> None:
         """The servers give back their memory until the next push; nothing where that was not asked for."""
-        self.occupation.release()
+        self.memory_saver.release()
 
     def _end_open_session(self) -> None:
         with suppress(ServerError):
@@ -201,7 +203,7 @@ class BroadcastSync:
     def _send_all(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         wait(self.admin.begin_update())
         try:
-            with Ahead(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
+            with BucketPrefetcher(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
                 for bucket in made:
                     self._send(bucket)
         except BaseException as error:
@@ -237,13 +239,15 @@ class BroadcastSync:
         same_weights(by_broadcast, from_disk, "the first broadcast", "a load of the same tensors from disk")
 
 
-def side_by_side(work: Callable[[], Any], call: Any, timeout_s: float, waiting_for: str) -> Any:
+def side_by_side(
+    work: Callable[[], T], call: Coroutine[Any, Any, object], timeout_s: float, waiting_for: str
+) -> T:
     """Run `work` in a thread beside the coroutine `call`; its result, or the first error of either.
 
     When the call fails the thread is left to its own time limit: it is a daemon and nobody waits for it.
     """
 
-    async def both() -> Any:
+    async def both() -> T:
         ours = asyncio.wrap_future(_in_daemon(work))
         theirs = asyncio.ensure_future(call)
         done, unfinished = await asyncio.wait(
@@ -265,8 +269,8 @@ def side_by_side(work: Callable[[], Any], call: Any, timeout_s: float, waiting_f
     return asyncio.run(both())
 
 
-def _in_daemon(work: Callable[[], Any]) -> Future:
-    result: Future = Future()
+def _in_daemon(work: Callable[[], T]) -> Future[T]:
+    result: Future[T] = Future()
 
     def run() -> None:
         result.set_running_or_notify_cancel()

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_jackpot.models.hf_folder import write_hf_folder
 from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
-from megatron_jackpot.sync.memory_saver import Occupation
+from megatron_jackpot.sync.memory_saver import MemorySaver
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
-from megatron_jackpot.sync.retry import muster, persistently
+from megatron_jackpot.sync.retry import retry, wait_for_healthy
 
 KEPT_VERSIONS = 2
 
@@ -40,23 +40,23 @@ class DiskSync:
         self.folder = Path(folder).absolute()
         self.hf_folder = Path(hf_folder)
         self.bucket_bytes = bucket_bytes
-        self.pause = pause
+        self.pause: PauseMode = pause
         self.proof = Proof(self.admin, self.hf_folder)
-        self.occupation = Occupation(self.admin, enabled=release_memory)
+        self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         """HF-named tensors, which can be read again, -> all servers that answer, as BroadcastSync.push
         does."""
-        return persistently(lambda: self._push(named_tensors, version))
+        return retry(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        self.admin.urls = muster(self.urls, self.patience_s)
+        self.admin.urls = wait_for_healthy(self.urls, self.patience_s)
         started, sent = time.monotonic(), SentTensors()
         path = self.folder / f"actor-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)
         with paused(self.admin, self.pause):
-            self.occupation.resume_weights()
-            self.occupation.resume_cache()
+            self.memory_saver.resume_weights()
+            self.memory_saver.resume_cache()
             wait(self.admin.update_from_disk(str(path), version, flush=self.pause != "in_place"))
             checksum = self.proof.check(sent, version)
         self._drop_old()
@@ -64,7 +64,7 @@ class DiskSync:
 
     def release(self) -> None:
         """The servers give back their memory until the next push; nothing where that was not asked for."""
-        self.occupation.release()
+        self.memory_saver.release()
 
     def close(self) -> None:
         """Nothing is held between pushes."""

@@ -31,13 +31,6 @@ def quantise(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return scaled[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale
 
 
-def dequantise(fp8_NK: Tensor, scale: Tensor) -> Tensor:
-    """The values in fp32, as the server sees them."""
-    rows, columns = fp8_NK.shape
-    whole = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return fp8_NK.float() * whole
-
-
 def is_quantised(name: str) -> bool:
     return name.endswith("_proj.weight")
 

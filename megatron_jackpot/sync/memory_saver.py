@@ -9,7 +9,7 @@ WEIGHTS, CACHE = ("weights", "cuda_graph"), ("kv_cache",)
 """Tags of what is given back first, to be written to, and of what only sampling needs."""
 
 
-class Occupation:
+class MemorySaver:
     """Servers started with --enable-memory-saver: `release` once they sample nothing, both `resume_*` in a
     push.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ class FlatBucket:
         )
 
 
-class Ahead:
+class BucketPrefetcher:
     """Iterates over the buckets of `named_tensors`; as a context, for its end.
 
     At most three buckets exist: one travels, one waits, one is made. However the block ends, `named_tensors`
@@ -64,7 +63,7 @@ class Ahead:
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def __enter__(self) -> "Ahead":
+    def __enter__(self) -> "BucketPrefetcher":
         self._thread.start()
         return self
 
@@ -115,7 +114,7 @@ class Ahead:
             return True
         return False
 
-    def _own_stream(self) -> tuple[AbstractContextManager[Any], Callable[[], None]]:
+    def _own_stream(self) -> tuple[AbstractContextManager[object], Callable[[], None]]:
         """On CUDA a stream of the thread's own, so that its kernels run beside a broadcast, and how to wait
         for them."""
         if self._gpu is None:

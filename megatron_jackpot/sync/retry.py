@@ -2,7 +2,7 @@
 left."""
 
 import asyncio
-import sys
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -13,13 +13,15 @@ from megatron_jackpot.sync.proof import SyncError, wait
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 ATTEMPTS = 3
-HEALTH_LIMIT_S = 5.0
+ALIVE_LIMIT_S = 5.0
 POLL_S = 1.0
 
 
-def muster(urls: Sequence[str], patience_s: float) -> list[str]:
-    """Those of `urls` that answer /health, in their order.
+def wait_for_healthy(urls: Sequence[str], patience_s: float) -> list[str]:
+    """Those of `urls` whose scheduler answers, in their order.
 
     Raises SyncError when none does within `patience_s`: a server that is being started again needs that long.
     """
@@ -28,11 +30,11 @@ def muster(urls: Sequence[str], patience_s: float) -> list[str]:
         if present := wait(answering(urls)):
             return present
         if time.monotonic() > deadline:
-            raise SyncError(f"Waited {patience_s:g} s for any server to answer /health: {', '.join(urls)}.")
+            raise SyncError(f"Waited {patience_s:g} s for any server to answer: {', '.join(urls)}.")
         time.sleep(POLL_S)
 
 
-def persistently(push: Callable[[], T]) -> T:
+def retry(push: Callable[[], T]) -> T:
     """`push()`, again when it breaks off, ATTEMPTS times in all; then its error."""
     for left in reversed(range(ATTEMPTS)):
         try:
@@ -40,16 +42,14 @@ def persistently(push: Callable[[], T]) -> T:
         except (ServerError, SyncError) as error:
             if not left:
                 raise
-            print(
-                f"WARNING: a weight update broke off and is tried again: {error}", file=sys.stderr, flush=True
-            )
+            log.warning(f"a weight update broke off and is tried again: {error}")
     raise AssertionError("unreachable")
 
 
 async def answering(urls: Sequence[str]) -> list[str]:
     async def ask(url: str) -> str | None:
         try:
-            await ServerAdmin([url]).health(timeout_s=HEALTH_LIMIT_S)
+            await ServerAdmin([url]).alive(timeout_s=ALIVE_LIMIT_S)
         except ServerError:
             return None
         return url

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_jackpot.models.build import global_names, plain
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.hf_folder import write_hf_folder
-from megatron_jackpot.parallel.reduce import together
+from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.sync.fp8 import quantised
 
 SHARD_BYTES = 2 * 10**9
@@ -29,7 +29,7 @@ def export_hf(model: MegatronModel, path: Path) -> None:
     Raises OSError on every rank when it cannot be written; nothing of it is left then.
     """
     tensors = exported(model)
-    with together():
+    with raise_on_all_ranks():
         if model.mesh.is_main:
             assert model.folder is not None
             try:
@@ -42,7 +42,7 @@ def export_hf(model: MegatronModel, path: Path) -> None:
             assert not list(tensors)
 
 
-class Exported:
+class WeightStream:
     """The weights of a push, on their device, to be read again and again by the main rank; the others take
     part.
 
@@ -59,7 +59,7 @@ class Exported:
         self.num_readings = 0
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        self._tell("read")
+        self._announce("read")
         stream = exported(self.model, device=self.model.mesh.device, dtype=self.dtype)
         # An expression of its own: when it is closed, `stream` stays open.
         pairs = (pair for pair in stream)
@@ -72,16 +72,16 @@ class Exported:
                 pass
 
     def finish(self) -> None:
-        self._tell("done")
+        self._announce("done")
 
     def take_part(self) -> None:
         """Raises TimeoutError when the main rank says nothing for `timeout_s`."""
-        while self.model.mesh.told(f"{self.name}/{self.num_readings}", self.timeout_s) == "read":
+        while self.model.mesh.store_wait(f"{self.name}/{self.num_readings}", self.timeout_s) == "read":
             self.num_readings += 1
             assert not list(exported(self.model))
 
-    def _tell(self, what: str) -> None:
-        self.model.mesh.tell(f"{self.name}/{self.num_readings}", what)
+    def _announce(self, what: str) -> None:
+        self.model.mesh.store_set(f"{self.name}/{self.num_readings}", what)
         self.num_readings += 1
 
 

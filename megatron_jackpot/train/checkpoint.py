@@ -12,9 +12,9 @@ interrupted.
 import datetime
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,14 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_jackpot.config.run import Run
 from megatron_jackpot.models.checkpoint import Snapshot, load_model, load_schedule, schedule_state
 from megatron_jackpot.parallel.context import Mesh
-from megatron_jackpot.parallel.reduce import together
+from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
+from megatron_jackpot.run import formats
 from megatron_jackpot.run.provenance import CHECKPOINTS, LATEST, checkpoints
+from megatron_jackpot.run.watchdog import Watchdog
+from megatron_jackpot.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -46,37 +51,36 @@ class Saver:
     one group would mix.
     """
 
-    def __init__(self, trainer: Any, knobs: Run) -> None:
-        self.trainer, self.knobs = trainer, knobs
-        self.mesh: Mesh = trainer.mesh
-        self.folder = Path(knobs.folder) / CHECKPOINTS
+    def __init__(self, state: TrainState, config: Run, watchdog: Watchdog) -> None:
+        self.state, self.config, self.watchdog, self.mesh = state, config, watchdog, state.mesh
+        self.folder = Path(config.folder) / CHECKPOINTS
         self.num_failed = 0
-        self.led_astray: set[str] = set()
+        self.bad_checkpoints: set[str] = set()
         """Checkpoints that the run went back to and has not saved anew since."""
         self._group = dist.new_group(
-            backend="gloo", timeout=datetime.timedelta(seconds=knobs.phase_timeout_s)
+            backend="gloo", timeout=datetime.timedelta(seconds=config.phase_timeout_s)
         )
         self._snapshots: dict[str, Snapshot] = {}
         self._writing: _Writing | None = None
-        if knobs.save_every is not None and knobs.save_in_background:
+        if config.save_every is not None and config.save_in_background:
             # Host memory is slow at first touch: that is no pause of the first save then.
-            self._snapshots = {name: Snapshot(getattr(trainer, name)) for name in MODELS}
+            self._snapshots = {name: Snapshot(model) for name, model in state.models.items()}
 
     def save(self, *, background: bool) -> None:
-        """Save the state after `trainer.num_steps` steps; in the foreground it is published on return.
+        """Save the state after `state.num_steps` steps; in the foreground it is published on return.
 
         Raises OSError on every rank when a foreground save cannot be written.
         """
         self.wait()
-        final = self.folder / f"step-{self.trainer.num_steps:06d}"
+        final = self.folder / f"step-{self.state.num_steps:06d}"
         unfinished = final.with_name(f".{final.name}.unfinished")
         refusal = self.mesh.from_main(self._make_room(unfinished) if self.mesh.is_main else None)
         if refusal:
             self._fail(OSError(refusal), raise_it=not background)
             return
-        self.led_astray.discard(final.name)
-        state = run_state(self.trainer)
-        groups = self.trainer.collector.kept if self.mesh.is_leader else {}
+        self.bad_checkpoints.discard(final.name)
+        state = run_state(self.state)
+        groups = self.state.finished_groups if self.mesh.is_leader else {}
         self._take()
         self._writing = _Writing(self, unfinished, final, state, dict(groups))
         if not background:
@@ -92,7 +96,7 @@ class Saver:
         run.phase_timeout_s."""
         if self._writing is None:
             return
-        limit = self.knobs.phase_timeout_s
+        limit = self.config.phase_timeout_s
         self._writing.thread.join(limit)
         if self._writing.thread.is_alive():
             raise TimeoutError(
@@ -102,11 +106,11 @@ class Saver:
         self._note_end(raise_it)
 
     def _take(self) -> None:
-        for name in MODELS:
+        for name, model in self.state.models.items():
             if name in self._snapshots:
                 self._snapshots[name].take()
             else:
-                self._snapshots[name] = Snapshot(getattr(self.trainer, name))
+                self._snapshots[name] = Snapshot(model)
 
     def _note_end(self, raise_it: bool) -> None:
         assert self._writing is not None
@@ -136,9 +140,9 @@ class Saver:
 
     def write(self, writing: "_Writing") -> None:
         """Everything of a save that training need not wait for; what fails on one rank raises on all."""
-        with self.trainer.watchdog.phase(f"write {writing.final.name}"):
+        with self.watchdog.phase(f"write {writing.final.name}"):
             digests = self._write_files(writing)
-        with self.trainer.watchdog.phase(f"publish {writing.final.name}"), together(self._group):
+        with self.watchdog.phase(f"publish {writing.final.name}"), raise_on_all_ranks(self._group):
             if self.mesh.is_main:
                 self._publish(writing, digests)
 
@@ -148,7 +152,7 @@ class Saver:
         for name in MODELS:
             self._snapshots[name].write(unfinished / name, group)
         parts: list[Any] = [None] * dist.get_world_size()
-        with together(group):
+        with raise_on_all_ranks(group):
             if self.mesh.is_main:
                 _write(unfinished / STATE, writing.state)
             if writing.groups:
@@ -174,8 +178,8 @@ class Saver:
         pointer.replace(self.folder / LATEST)
         _sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in checkpoints(self.folder.parent)[: -self.knobs.keep]:
-            every = self.knobs.keep_every
+        for old in checkpoints(self.folder.parent)[: -self.config.keep]:
+            every = self.config.keep_every
             if every is None or int(old.name.removeprefix("step-")) % every:
                 shutil.rmtree(old)
 
@@ -186,11 +190,7 @@ class Saver:
                 shutil.rmtree(left, ignore_errors=True)
         if raise_it:
             raise OSError(f"The checkpoint could not be saved: {error}") from error
-        print(
-            f"WARNING: the checkpoint could not be saved, the run goes on: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.warning(f"the checkpoint could not be saved, the run goes on: {error}")
 
 
 class _Writing:
@@ -219,29 +219,28 @@ def _cause(error: BaseException) -> BaseException:
     return OSError(f"rank {rank}: {first}")
 
 
-def expected_bytes(trainer: Any) -> int:
+def expected_bytes(state: TrainState) -> int:
     """About how large a checkpoint gets: weights, fp32 copy and two moments of both models; every rank calls
     it."""
-    mesh: Mesh = trainer.mesh
     local = sum(
         parameter.numel() * (parameter.element_size() + 12)
-        for name in MODELS
-        for chunk in getattr(trainer, name).chunks
+        for model in state.models.values()
+        for chunk in model.chunks
         for parameter in chunk.parameters()
     )
-    total = torch.tensor(float(local), dtype=torch.float64, device=mesh.device)
+    total = torch.tensor(float(local), dtype=torch.float64, device=state.mesh.device)
     dist.all_reduce(total)
-    return int(total.item() / mesh.dp)
+    return int(total.item() / state.mesh.dp)
 
 
-def check_room(trainer: Any, run: Run) -> None:
+def check_room(state: TrainState, run: Run) -> None:
     """Raises ValueError, on every rank, when the disk of a run that saves has no room for two checkpoints."""
-    need = 2 * expected_bytes(trainer)
+    need = 2 * expected_bytes(state)
     free = 0
-    if trainer.mesh.is_main:
+    if state.mesh.is_main:
         Path(run.folder).mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(run.folder).free
-    free = trainer.mesh.from_main(free)
+    free = state.mesh.from_main(free)
     if run.save_every is not None and free < need:
         raise ValueError(
             f"run.folder = {run.folder} has {free / 1e9:.2f} GB free, two checkpoints take about "
@@ -250,23 +249,24 @@ def check_room(trainer: Any, run: Run) -> None:
         )
 
 
-def resume(trainer: Any, run_folder: Path, newest: str | None = None) -> list[str]:
+def resume(state: TrainState, run_folder: Path, newest: str | None = None) -> list[str]:
     """Load the newest checkpoint that is whole; every rank calls it. Returns what went wrong with newer ones.
 
     Those after `newest` (a name like step-000040) are left aside.
 
-    Raises ValueError when there is none, or when prompts or seed are others than those it was made with.
+    Raises ValueError when there is none, when it is of another format, or when prompts or seed are others
+    than those it was made with.
     """
-    mesh: Mesh = trainer.mesh
+    mesh = state.mesh
     troubles = []
     for folder in reversed(mesh.from_main(checkpoints(run_folder) if mesh.is_main else None)):
         if newest is not None and folder.name > newest:
             continue
         trouble = damage(folder, mesh)
         if trouble is None:
-            _load(trainer, folder)
+            _load(state, folder)
             return troubles
-        troubles.append(f"WARNING: {folder} is damaged and passed over: {trouble}.")
+        troubles.append(f"{folder} is damaged and passed over: {trouble}.")
     raise ValueError(
         f"run.resume: {Path(run_folder) / CHECKPOINTS} holds no whole checkpoint. "
         + (" ".join(troubles) or "Set run.resume=false to start from step 0.")
@@ -289,36 +289,38 @@ def damage(folder: Path, mesh: Mesh) -> str | None:
     return f"{', '.join(names[:3])} differ from the manifest" if names else None
 
 
-def run_state(trainer: Any) -> dict[str, Any]:
+def run_state(state: TrainState) -> dict[str, Any]:
     """Everything beside the models, as JSON; the same on every rank."""
-    mesh: Mesh = trainer.mesh
-    controllers = {n: controller.state_dict() for n, controller in trainer.methods.controllers().items()}
+    mesh = state.mesh
+    controllers = {n: controller.state_dict() for n, controller in state.methods.controllers().items()}
     return {
-        "num_steps": trainer.num_steps,
-        "num_probes": trainer.num_probes,
-        "guard": trainer.guard.state_dict(),
-        "loader": mesh.from_main(trainer.loader.state_dict() if trainer.loader is not None else None),
+        formats.FIELD: formats.current("checkpoint"),
+        "num_steps": state.num_steps,
+        "num_probes": state.num_probes,
+        "guard": state.guard.state_dict(),
+        "loader": mesh.from_main(state.loader.state_dict() if state.loader is not None else None),
         # They measure on the last pipeline stage and stand still elsewhere.
         "controllers": mesh.object_from_last_stage(controllers),
-        "schedule": {name: schedule_state(getattr(trainer, name)) for name in MODELS},
+        "schedule": {name: schedule_state(model) for name, model in state.models.items()},
     }
 
 
-def _load(trainer: Any, folder: Path) -> None:
-    state = json.loads((folder / STATE).read_text())
-    if trainer.loader is not None and state["loader"] is not None:
-        trainer.loader.load_state_dict(state["loader"])
-    for name in MODELS:
-        load_model(getattr(trainer, name), folder / name)
-        load_schedule(getattr(trainer, name), state["schedule"][name])
-    trainer.methods.load_controllers(state["controllers"])
-    trainer.guard.load_state_dict(state["guard"])
-    trainer.num_steps, trainer.num_probes = state["num_steps"], state["num_probes"]
-    if trainer.mesh.is_leader and trainer.loader is not None:
-        prompts = {prompt.id: prompt for prompt in trainer.loader.prompts}
+def _load(state: TrainState, folder: Path) -> None:
+    saved = json.loads((folder / STATE).read_text())
+    formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
+    if state.loader is not None and saved["loader"] is not None:
+        state.loader.load_state_dict(saved["loader"])
+    for name, model in state.models.items():
+        load_model(model, folder / name)
+        load_schedule(model, saved["schedule"][name])
+    state.methods.load_controllers(saved["controllers"])
+    state.guard.load_state_dict(saved["guard"])
+    state.num_steps, state.num_probes = saved["num_steps"], saved["num_probes"]
+    if state.mesh.is_leader and state.loader is not None:
+        prompts = {prompt.id: prompt for prompt in state.loader.prompts}
         # Every leader takes all: with another dp size, a prompt is another leader's.
         for path in sorted(folder.glob("rollouts-*.npz")):
-            trainer.collector.kept |= load_groups(path, prompts)
+            state.finished_groups |= load_groups(path, prompts)
 
 
 def digest(path: Path) -> list:

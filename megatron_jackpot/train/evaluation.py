@@ -1,35 +1,64 @@
 """Held-out accuracy of both models: the actor through the servers, the policy through Megatron."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 
+from megatron_jackpot.config import Config
 from megatron_jackpot.parallel.reduce import reduce_metrics
 from megatron_jackpot.parallel.vocab import vocab_parallel_argmax
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.train.greedy import greedy
+from megatron_jackpot.train.state import TrainState
 
 
-def evaluate(trainer: Any, prompts: list[Prompt], stop_ids: tuple[int, ...]) -> dict[str, float]:
-    """Greedy accuracy of policy and actor on `prompts`; {} off the main rank. Every rank must call it."""
-    mesh, knobs = trainer.mesh, trainer.config.evaluation
-    mine = prompts[mesh.dp_rank :: mesh.dp]
-    vocab = dict(vocab_size=trainer.policy.family.vocab_size, group=mesh.tp_group)
-    answers = greedy(
-        trainer.policy,
-        [prompt.tokens for prompt in mine],
-        partial(vocab_parallel_argmax, **vocab),
-        max_new_tokens=knobs.max_new_tokens,
-        stop_ids=stop_ids,
-        packing_tokens=trainer.packer.tokens,
-    )
-    pairs = {}
-    if mesh.is_leader:
-        served = trainer.source.greedy(mine, knobs.max_new_tokens)
-        for name, texts in (("policy", answers), ("actor", served)):
-            correct, count = trainer.source.accuracy(texts, mine)
-            pairs[f"eval/{name}_accuracy"] = (torch.tensor(correct), torch.tensor(count))
-    mesh.wait_for_leaders(f"eval-{trainer.num_steps}", trainer.config.rollout.request_timeout_s * 2)
-    metrics = reduce_metrics(pairs, mesh.dp_group) if mesh.is_leader else {}
-    return metrics if mesh.is_main else {}
+class Judge(Protocol):
+    """Greedy answers of the servers, and verdicts on answers; on DP leaders."""
+
+    def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]: ...
+
+    def accuracy(
+        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
+    ) -> tuple[float, float]: ...
+
+
+class Evaluator:
+    """Greedy accuracy of policy and actor on `prompts`."""
+
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        judge: Judge | None,
+        prompts: list[Prompt],
+        *,
+        stop_ids: tuple[int, ...],
+        packing_tokens: int,
+    ) -> None:
+        self.config, self.state, self.judge, self.prompts = config, state, judge, prompts
+        self.stop_ids, self.packing_tokens = stop_ids, packing_tokens
+
+    def __call__(self) -> dict[str, float]:
+        """eval/policy_accuracy and eval/actor_accuracy on the main rank, {} elsewhere. Every rank must call
+        it."""
+        mesh, policy = self.state.mesh, self.state.policy
+        limit = self.config.evaluation.max_new_tokens
+        mine = self.prompts[mesh.dp_rank :: mesh.dp]
+        answers = greedy(
+            policy,
+            [prompt.tokens for prompt in mine],
+            partial(vocab_parallel_argmax, vocab=policy.vocab()),
+            max_new_tokens=limit,
+            stop_ids=self.stop_ids,
+            packing_tokens=self.packing_tokens,
+        )
+        pairs = {}
+        if self.judge is not None:
+            for name, texts in (("policy", answers), ("actor", self.judge.greedy(mine, limit))):
+                correct, count = self.judge.accuracy(texts, mine)
+                pairs[f"eval/{name}_accuracy"] = (torch.tensor(correct), torch.tensor(count))
+        mesh.wait_for_leaders(f"eval-{self.state.num_steps}", self.config.rollout.request_timeout_s * 2)
+        metrics = reduce_metrics(pairs, mesh.dp_group) if mesh.is_leader else {}
+        return metrics if mesh.is_main else {}

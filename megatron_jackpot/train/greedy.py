@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_jackpot.data.packing import fill_bins, pack_row
+from megatron_jackpot.data.packing import fill_bins, make_batch, pack_row, stack_rows
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.records import Batch, Prompt, Rollout
 
@@ -55,7 +55,7 @@ def _next_tokens(
     bins = fill_bins([len(s) for s in sequences], tokens)
     multiple = model.mesh.pp if len(model.chunks) > 1 else 1
     bins += [[]] * (math.ceil(len(bins) / multiple) * multiple - len(bins))
-    batch = _pack(sequences, bins, tokens).to(model.mesh.device)
+    batch = _pack(sequences, bins, tokens, model.mesh.device)
     scored = model.score(batch, lambda logits, _: {"id": argmax(logits)})
     shape = batch.tokens_MT.shape
     ids_MT = (
@@ -71,7 +71,8 @@ def _next_tokens(
     return following
 
 
-def _pack(sequences: list[list[int]], bins: list[list[int]], tokens: int) -> Batch:
+def _pack(sequences: list[list[int]], bins: list[list[int]], tokens: int, device: torch.device) -> Batch:
+    """Prompts without a response, as micro-batches on `device`."""
     rows = []
     for content in bins:
         bare = [
@@ -79,5 +80,4 @@ def _pack(sequences: list[list[int]], bins: list[list[int]], tokens: int) -> Bat
             for i in content
         ]
         rows.append(pack_row(bare, tokens, 0, first_segment=0))
-    columns = [torch.from_numpy(np.stack(column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
-    return Batch(*columns, cu_seqlens=tuple(torch.from_numpy(row[-1]) for row in rows))
+    return make_batch({name: column.to(device) for name, column in stack_rows(rows).items()})

@@ -18,21 +18,21 @@ class Guard:
     are back inside their bounds by the share `hysteresis`.
     """
 
-    def __init__(self, knobs: Guards):
-        self.knobs = knobs
+    def __init__(self, config: Guards):
+        self.config = config
         self.paused = False
         self.skipped_in_a_row = {"policy": 0, "actor": 0}
 
     def watch(self, acceptance: float, kl: float) -> None:
         """Decide from the mean acceptance and KL(target || server) of a mini-batch; NaN counts as out of
         bounds."""
-        k = self.knobs
-        slack = k.hysteresis if self.paused else 0.0
+        bounds = self.config
+        slack = bounds.hysteresis if self.paused else 0.0
         # A floor near 1 must stay reachable.
-        low = k.acceptance_floor is not None and not acceptance >= min(
-            k.acceptance_floor * (1 + slack), (1 + k.acceptance_floor) / 2
+        low = bounds.acceptance_floor is not None and not acceptance >= min(
+            bounds.acceptance_floor * (1 + slack), (1 + bounds.acceptance_floor) / 2
         )
-        high = k.kl_ceiling is not None and not kl <= k.kl_ceiling * (1 - slack)
+        high = bounds.kl_ceiling is not None and not kl <= bounds.kl_ceiling * (1 - slack)
         self.paused = low or high
 
     @property
@@ -41,16 +41,16 @@ class Guard:
         saved."""
         return any(self.skipped_in_a_row.values())
 
-    def note(self, model: str, grad_norm: float) -> bool:
+    def may_step(self, model: str, grad_norm: float) -> bool:
         """Whether a gradient may be applied. Raises RollBack when guard.max_skipped in a row may not."""
         if math.isfinite(grad_norm):
             self.skipped_in_a_row[model] = 0
             return True
         self.skipped_in_a_row[model] += 1
-        if self.skipped_in_a_row[model] > self.knobs.max_skipped:
+        if self.skipped_in_a_row[model] > self.config.max_skipped:
             raise RollBack(
                 f"grad_norm/{model} is {grad_norm} for the {self.skipped_in_a_row[model]}. time in a row, "
-                f"guard.max_skipped = {self.knobs.max_skipped}. Look at the data and at lr/{model} of these "
+                f"guard.max_skipped = {self.config.max_skipped}. Look at the data and at lr/{model} of these "
                 "steps."
             )
         return False

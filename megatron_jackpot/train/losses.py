@@ -1,20 +1,18 @@
 """The two losses of a step, as closures that Megatron's schedules call once per micro-batch on the last
 stage."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
 from megatron_jackpot.algorithm.obrs import log_ratio
-from megatron_jackpot.algorithm.scores import Correction, Scores, Tokens
-from megatron_jackpot.config import Actor
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.head import FrozenHead
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
-from megatron_jackpot.records import Batch
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
+from megatron_jackpot.records import Correction, DistillInputs, Scores
 from megatron_jackpot.train.methods import Methods
 
 TRAINED_GAP = "gap/trained_scored"
@@ -23,41 +21,38 @@ moved."""
 
 
 def policy_loss(
-    mini: Batch, scores: Scores, correction: Correction, denominator: float, objective: Any, vocab: dict
+    scores: Scores, correction: Correction, denominator: float, objective: Objective, vocab: VocabSpec
 ) -> Loss:
     """-sum keep * weight * surrogate / N, Eq. 5; p_current is live, everything else is a constant.
 
     `objective` is prepared; `denominator` is N over the whole mini-batch: DP x CP ranks and micro-batches.
     """
-    shape = mini.tokens_MT.shape
-    old_MT, keep_MT = scores.policy_logp_T.view(shape), correction.keep_T.view(shape)
-    weight_MT = correction.weight_T.view(shape)
+    batch, old_MT = scores.batch, scores.policy_logp_MT
 
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_T = vocab_parallel_logp(logits_TV, mini.labels_MT[m], **vocab)
-        tokens = tokens_of(mini, old_MT, m)
-        surrogate_T = objective(logp_T, tokens)
-        value = -torch.where(keep_MT[m], weight_MT[m] * surrogate_T, 0.0).sum() / denominator
-        measured = objective.metrics(logp_T.detach(), tokens)
-        mask_T = mini.mask_MT[m]
+        logp_T = vocab_parallel_logp(logits_TV, batch.labels_MT[m], vocab)
+        inputs = objective_inputs(logp_T, old_MT[m], batch, m)
+        weighted_T = correction.weight_MT[m] * objective.surrogate(inputs)
+        value = -torch.where(correction.keep_MT[m], weighted_T, 0.0).sum() / denominator
+        mask_T = batch.mask_MT[m]
         gap_T = torch.where(mask_T, (logp_T.detach() - old_MT[m]).abs(), 0.0)
         return value, {
             "policy": value.detach(),
             TRAINED_GAP: torch.stack([gap_T.sum(), mask_T.sum()]),
-            **{f"objective/{name}": torch.stack(pair) for name, pair in measured.items()},
+            **{f"objective/{name}": torch.stack(pair) for name, pair in objective.metrics(inputs).items()},
         }
 
     return loss
 
 
 def actor_loss(
-    mini: Batch,
     scores: Scores,
-    knobs: Actor,
     methods: Methods,
     denominator: float,
-    vocab: dict,
+    vocab: VocabSpec,
     teacher: FrozenHead | None,
+    *,
+    rl_weight: float,
 ) -> Loss:
     """PPO on the same samples, weighted by min(p_actor_old/q, C), plus lambda_distill times distillation, Eq.
     6-8.
@@ -65,64 +60,34 @@ def actor_loss(
     All valid tokens count: the actor's samples are its own, nothing is rejected. `teacher` has the policy's
     logits of this mini-batch, for a distillation over the whole vocabulary.
     """
-    shape = mini.tokens_MT.shape
-    old_MT = scores.actor_logp_T.view(shape)
-    weight_MT = log_ratio(old_MT, mini.server_logp_MT).exp().clamp(max=knobs.tis_cap)
-    distill_weight = methods.distill_weight
-
-    candidates_MTK = None
-    if methods.distill.needs == "candidates":
-        candidates_MTK = scores.candidate_ids_TK.unflatten(0, shape)
+    batch, old_MT = scores.batch, scores.actor_logp_MT
+    weight_MT = log_ratio(old_MT, batch.server_logp_MT).exp().clamp(max=methods.actor_tis_cap)
+    distill_weight, at_candidates = methods.distill_weight, methods.distill.needs == "candidates"
 
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
-        ids_TK = mini.labels_MT[m][:, None]
-        if candidates_MTK is not None:
+        ids_TK = batch.labels_MT[m][:, None]
+        if at_candidates:
             # Asked together: one read of the logits forward, one backward.
-            ids_TK = torch.cat([ids_TK, candidates_MTK[m]], dim=-1)
-        logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, **vocab)
-        logp_T, candidates_TK = logp_TK[:, 0], logp_TK[:, 1:]
-        mask_T = mini.mask_MT[m]
-        surrogate_T = methods.actor_objective(logp_T, tokens_of(mini, old_MT, m))
+            ids_TK = torch.cat([ids_TK, scores.candidate_ids_MTK[m]], dim=-1)
+        logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, vocab)
+        mask_T, logp_T = batch.mask_MT[m], logp_TK[:, 0]
+        surrogate_T = methods.actor_objective.surrogate(objective_inputs(logp_T, old_MT[m], batch, m))
         rl = -torch.where(mask_T, weight_MT[m] * surrogate_T, 0.0).sum() / denominator
-        distilled_T = distillation(
-            methods.distill, mini, scores, teacher, vocab, logits_TV, logp_T, candidates_TK, m
+
+        def full_kl(direction: str) -> Tensor:
+            assert teacher is not None, "the scorer keeps the policy's head where distillation needs logits"
+            both = (logits_TV, teacher.logits(m))
+            return vocab_parallel_kl(*both, teacher.common(vocab), direction=direction)
+
+        inputs = DistillInputs(
+            actor_logp_T=logp_T,
+            policy_logp_T=scores.policy_logp_MT[m],
+            actor_logp_TK=logp_TK[:, 1:],
+            policy_logp_TK=scores.candidate_target_logp_MTK[m][:, : logp_TK.shape[1] - 1],
+            kl=full_kl,
         )
-        kl = torch.where(mask_T, distilled_T, 0.0).sum() / denominator
-        value = knobs.rl_weight * rl + distill_weight * kl
+        kl = torch.where(mask_T, methods.distill(inputs), 0.0).sum() / denominator
+        value = rl_weight * rl + distill_weight * kl
         return value, {"actor": value.detach(), "actor_rl": rl.detach(), "distill": kl.detach()}
 
     return loss
-
-
-def distillation(
-    method: Any,
-    mini: Batch,
-    scores: Scores,
-    teacher: FrozenHead | None,
-    vocab: dict,
-    logits_TV: Logits,
-    logp_T: Tensor,
-    candidates_TK: Tensor,
-    m: int,
-) -> Tensor:
-    """Loss [T] of `method` on micro-batch m, fed with what it needs: see algorithm/distill.py."""
-    shape = mini.tokens_MT.shape
-    if method.needs == "sampled":
-        return method(logp_T, scores.policy_logp_T.view(shape)[m])
-    if method.needs == "candidates":
-        return method(candidates_TK, scores.candidate_target_logp_TK.unflatten(0, shape)[m])
-    assert teacher is not None, "the scorer keeps the policy's head where distillation needs logits"
-    vocab = teacher.common(vocab)
-    return method(vocab_parallel_kl(logits_TV, teacher.logits(m), direction=method.direction, **vocab))
-
-
-def tokens_of(mini: Batch, old_MT: Tensor, m: int) -> Tokens:
-    """What an objective may look at in micro-batch m: rejected tokens too, so that a response's ratio is
-    whole."""
-    return Tokens(
-        old_logp_T=old_MT[m],
-        server_logp_T=mini.server_logp_MT[m],
-        advantage_T=mini.advantage_MT[m],
-        mask_T=mini.mask_MT[m],
-        segment_T=mini.segment_MT[m],
-    )

@@ -2,38 +2,40 @@
 knobs."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES, Advantage
 from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
+from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
-from megatron_jackpot.algorithm.distill import DISTILL
-from megatron_jackpot.algorithm.jackpot import Jackpot, Normaliser
+from megatron_jackpot.algorithm.distill import DISTILL, Distillation
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import build
-from megatron_jackpot.algorithm.scores import Correction, Scores, SumOverBatch
+from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Config, Method
-from megatron_jackpot.records import Rollout
+from megatron_jackpot.records import Metrics, Pair, Rollout, Scores
 
-Pair = tuple[Tensor, Tensor]
+Controller = TargetAcceptance | AdaptiveDistill
 
 
 @dataclass
 class Methods:
     """One of each kind. Raises ValueError from `from_config` for a method or knob that cannot work."""
 
-    correction: Callable[[Scores, SumOverBatch], Correction]
+    correction: CorrectionMethod
     objective: Objective
     actor_objective: Objective
-    distill: Any
+    distill: Distillation
     distill_weight: float
+    """lambda_distill of the next mini-batch."""
+    actor_tis_cap: float
+    """Cap of the importance weight on the actor's own loss (Eq. 6)."""
     advantage: Advantage
     exact_lam: float | None = None
     """lam of a correction that needs Z over the whole vocabulary; None on every rank alike where none
@@ -46,16 +48,15 @@ class Methods:
     @classmethod
     def from_config(cls, config: Config) -> "Methods":
         algorithm, actor = config.algorithm, config.actor
-        correction = make_correction(
-            algorithm.correction.name, algorithm.correction.settings, config.run.seed
-        )
-        exact = isinstance(correction, Normaliser) and correction.z == "exact"
+        chosen = algorithm.correction
+        correction = make_correction(chosen.name, chosen.settings, config.run.seed)
+        exact = correction.needs_exact_overlap
         if exact:
             _check_exact(correction, config)
         objective = _build(algorithm.objective, OBJECTIVES, "algorithm.objective")
         actor_objective = _build(actor.objective, OBJECTIVES, "actor.objective")
-        _check_corrected_once(objective, actor_objective, config)
-        wanted = correction.target_acceptance if isinstance(correction, Jackpot) else None
+        _check_corrected_once(correction, objective, actor_objective, config)
+        wanted = correction.target_acceptance
         kl = actor.distill_target_kl
         return cls(
             correction=correction,
@@ -63,13 +64,14 @@ class Methods:
             actor_objective=actor_objective,
             distill=_build(actor.distill, DISTILL, "actor.distill"),
             distill_weight=actor.distill_weight,
+            actor_tis_cap=actor.tis_cap,
             advantage=_build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
             exact_lam=correction.lam if exact else None,
             acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
             adaptive=None if kl is None else AdaptiveDistill(kl=kl, weight=actor.distill_weight),
         )
 
-    def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> dict[str, Pair]:
+    def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
         """Move lam and the distillation weight for the next mini-batch; what they are then, as metrics.
 
         `kl` is (sum, count) of KL(policy || server) on this rank. Sums over the batch once per controller.
@@ -77,10 +79,9 @@ class Methods:
         one = torch.ones_like(kl[1])
         metrics = {}
         if self.acceptance is not None:
-            log_ratio_T = log_ratio(
-                *(torch.where(scores.mask_T, x, 0.0) for x in (scores.target_logp_T, scores.server_logp_T))
-            )
-            lam = self.acceptance.update(log_ratio_T, scores.mask_T, sum_over_batch)
+            mask_MT, both = scores.batch.mask_MT, (scores.target_logp_MT, scores.batch.server_logp_MT)
+            log_ratio_MT = log_ratio(*(torch.where(mask_MT, logp_MT, 0.0) for logp_MT in both))
+            lam = self.acceptance.update(log_ratio_MT, mask_MT, sum_over_batch)
             self._use_lam(lam)
         if self.adaptive is not None:
             total, count = sum_over_batch(torch.stack(kl)).tolist()
@@ -88,7 +89,7 @@ class Methods:
             metrics["actor/distill_weight"] = (one * self.distill_weight, one)
         return metrics
 
-    def controllers(self) -> dict[str, Any]:
+    def controllers(self) -> dict[str, Controller]:
         """name -> controller, those that the configuration asks for."""
         both = {"acceptance": self.acceptance, "adaptive": self.adaptive}
         return {name: controller for name, controller in both.items() if controller is not None}
@@ -107,13 +108,13 @@ class Methods:
         self.correction = replace(self.correction, lam=lam)
         self.exact_lam = None if self.exact_lam is None else lam
 
-    def advantages_over_batch(
+    def with_advantages(
         self, groups: list[list[Rollout]], sum_over_batch: SumOverBatch, device: torch.device
     ) -> list[list[Rollout]]:
-        """The groups of one DP leader with their advantages' step over the whole batch; every leader calls
-        it."""
-        flat = [rollout.advantage for group in groups for rollout in group]
-        advantage_N = torch.tensor(flat, dtype=torch.float32, device=device)
+        """One DP leader's whole groups with their advantages; every leader calls it, as some formulas look at
+        the whole batch."""
+        of_groups = [self.advantage([rollout.reward for rollout in group]) for group in groups]
+        advantage_N = torch.cat([torch.empty(0), *of_groups]).to(device)
         values = iter(self.advantage.over_batch(advantage_N, sum_over_batch).tolist())
         return [[replace(rollout, advantage=next(values)) for rollout in group] for group in groups]
 
@@ -122,8 +123,8 @@ def _build(method: Method, registry: dict[str, type], where: str) -> Any:
     return build(method.name, method.settings, registry, where)
 
 
-def _check_exact(correction: Any, config: Config) -> None:
-    moving = config.algorithm.target == "current" or getattr(correction, "target_acceptance", None)
+def _check_exact(correction: CorrectionMethod, config: Config) -> None:
+    moving = config.algorithm.target == "current" or correction.target_acceptance is not None
     if moving and config.algorithm.num_minibatches > 1:
         raise ValueError(
             f"algorithm.correction.z = 'exact' is scored once per step, algorithm.num_minibatches = "
@@ -132,9 +133,11 @@ def _check_exact(correction: Any, config: Config) -> None:
         )
 
 
-def _check_corrected_once(objective: Objective, actor_objective: Objective, config: Config) -> None:
+def _check_corrected_once(
+    correction: CorrectionMethod, objective: Objective, actor_objective: Objective, config: Config
+) -> None:
     algorithm, actor = config.algorithm, config.actor
-    if objective.corrects and algorithm.correction.name != "none":
+    if objective.corrects and correction.corrects:
         raise ValueError(
             f"algorithm.objective.name = '{algorithm.objective.name}' carries its own ratio to the server, "
             f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction "

@@ -1,7 +1,6 @@
 """Checks before training: what would silently poison a run stops it here, with the remedy."""
 
 import math
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,9 @@ from megatron_jackpot.models.families import Family
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_gather_logp
 from megatron_jackpot.records import Batch, Prompt, Rollout
+from megatron_jackpot.rollout.collector import Source
+from megatron_jackpot.train.scoring import Scorer
+from megatron_jackpot.train.state import TrainState
 
 
 def check_families(config: Config, policy: Family, actor: Family) -> None:
@@ -26,33 +28,65 @@ def check_families(config: Config, policy: Family, actor: Family) -> None:
             )
 
 
-def probe(trainer: Any, prompts: list[Prompt]) -> dict[str, float]:
-    """|server logp - trainer logp| of the actor on fresh completions, sampled and top-k tokens together.
+class Prober:
+    """|server logp - trainer logp| of the actor on fresh completions, sampled and top-k tokens together."""
 
-    Every rank must call it; the result is the same everywhere. Raises RuntimeError when the gap exceeds the
-    bounds of config.sync for the trainer's dtype: the numbers of server and trainer then do not speak of the
-    same model.
-    """
-    mesh, config = trainer.mesh, trainer.config
-    packer = Packer(
-        mesh, tokens=config.packing.tokens, enabled=True, num_minibatches=1, vpp=config.parallel.vpp
-    )
-    groups: list[list[Rollout]] | None = None
-    if mesh.is_leader:
-        groups, _ = trainer.source.collect(0, prompts[mesh.dp_rank :: mesh.dp], samples=1)
-    trainer.num_probes += 1
-    mesh.wait_for_leaders(f"probe-{trainer.num_probes}", config.rollout.request_timeout_s * 2)
-    batch = packer.pack(groups, config.rollout.top_k_logp).to(mesh.device)
-    gaps = _gaps(trainer, batch)
-    summary = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-    if gaps is not None:
-        parts: list[Any] = [None] * mesh.dp
-        dist.all_gather_object(parts, gaps.cpu(), group=mesh.dp_group)
-        summary = torch.tensor(_summary(torch.cat(parts).double()), dtype=torch.float64, device=mesh.device)
-    largest, mean, quantile = mesh.from_last_stage(summary).tolist()
-    report = {"probe/max": largest, "probe/mean": mean, "probe/quantile99": quantile}
-    refuse_gap(report, config.precision.dtype, config.sync)
-    return report
+    def __init__(
+        self,
+        config: Config,
+        state: TrainState,
+        scorer: Scorer,
+        source: Source | None,
+        prompts: list[Prompt],
+    ) -> None:
+        """`source` exists on DP leaders; a completion of each of `prompts` is compared."""
+        self.config, self.state, self.scorer, self.source = config, state, scorer, source
+        self.prompts = prompts
+        self.packer = Packer(
+            state.mesh,
+            tokens=config.packing.tokens,
+            enabled=True,
+            num_minibatches=1,
+            vpp=config.parallel.vpp,
+        )
+
+    def __call__(self) -> dict[str, float]:
+        """probe/max, mean and quantile99, the same on every rank; every rank must call it.
+
+        Raises RuntimeError when the gap exceeds the bounds of config.sync for the trainer's dtype: the
+        numbers of server and trainer then do not speak of the same model.
+        """
+        mesh, config = self.state.mesh, self.config
+        groups: list[list[Rollout]] | None = None
+        if self.source is not None:
+            groups, _ = self.source.collect(0, self.prompts[mesh.dp_rank :: mesh.dp], samples=1)
+        self.state.num_probes += 1
+        mesh.wait_for_leaders(f"probe-{self.state.num_probes}", config.rollout.request_timeout_s * 2)
+        gaps = self._gaps(self.packer.pack(groups, config.rollout.top_k_logp))
+        summary = torch.zeros(3, dtype=torch.float64, device=mesh.device)
+        if gaps is not None:
+            parts: list[Tensor] = [torch.empty(0)] * mesh.dp
+            dist.all_gather_object(parts, gaps.cpu(), group=mesh.dp_group)
+            numbers = _summary(torch.cat(parts).double())
+            summary = torch.tensor(numbers, dtype=torch.float64, device=mesh.device)
+        largest, mean, quantile = mesh.from_last_stage(summary).tolist()
+        report = {"probe/max": largest, "probe/mean": mean, "probe/quantile99": quantile}
+        refuse_gap(report, config.precision.dtype, config.sync)
+        return report
+
+    def _gaps(self, batch: Batch) -> Tensor | None:
+        vocab = self.scorer.vocab(self.state.actor)
+
+        def read(logits_TV: Logits, m: int) -> dict[str, Tensor]:
+            ids_TK = torch.cat([batch.labels_MT[m][:, None], batch.topk_ids_MTK[m]], dim=-1)
+            return {"logp": vocab_parallel_gather_logp(logits_TV, ids_TK, vocab)}
+
+        scored = self.state.actor.score(batch, read)
+        if scored is None:
+            return None
+        server_MTK = torch.cat([batch.server_logp_MT[..., None], batch.topk_logp_MTK], dim=-1)
+        known = batch.mask_MT[..., None] & server_MTK.isfinite()
+        return (scored["logp"] - server_MTK)[known].abs()
 
 
 def refuse_gap(report: dict[str, float], dtype: str, bounds: Sync) -> None:
@@ -82,18 +116,3 @@ def _summary(gaps: Tensor) -> list[float]:
         return [math.nan] * 3
     ordered = gaps.sort().values
     return [float(ordered[-1]), float(ordered.mean()), float(ordered[int(0.99 * (len(ordered) - 1))])]
-
-
-def _gaps(trainer: Any, batch: Batch) -> Tensor | None:
-    scorer, actor = trainer.scorer, trainer.actor
-
-    def read(logits_TV: Logits, m: int) -> dict[str, Tensor]:
-        ids_TK = torch.cat([batch.labels_MT[m][:, None], batch.topk_ids_MTK[m]], dim=-1)
-        return {"logp": vocab_parallel_gather_logp(logits_TV, ids_TK, **scorer.vocab(actor))}
-
-    scored = actor.score(batch, read)
-    if scored is None:
-        return None
-    server_MTK = torch.cat([batch.server_logp_MT[..., None], batch.topk_logp_MTK], dim=-1)
-    known = batch.mask_MT[..., None] & server_MTK.isfinite()
-    return (scored["logp"] - server_MTK)[known].abs()

@@ -4,13 +4,12 @@ Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2
 """
 
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.scores import Scores
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.head import FrozenHead, record_head
 from megatron_jackpot.parallel.divergence import vocab_parallel_overlap
@@ -19,7 +18,8 @@ from megatron_jackpot.parallel.vocab import (
     vocab_parallel_logp,
     vocab_parallel_scores,
 )
-from megatron_jackpot.records import Batch
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
+from megatron_jackpot.records import Batch, Scores
 
 MINUS_INFINITY = float("-inf")
 
@@ -48,7 +48,7 @@ class Scorer:
     def __call__(
         self, batch: Batch, *, step: int, actor_version: int, exact_lam: float | None = None
     ) -> Scores | None:
-        """Both models on the whole batch, flattened to [M * T, ...]; once, before any update.
+        """Both models on the whole batch; once, before any update.
 
         `exact_lam` asks for Z over the whole vocabulary at that lam.
         """
@@ -65,45 +65,32 @@ class Scorer:
         server_MTC = self._server_logp(batch, actor["topk_logp"], actor_version)
         padding = ids_MTC < 0
         return Scores(
-            policy_logp_T=policy["logp"].flatten(),
-            target_logp_T=policy["logp"].flatten(),
-            actor_logp_T=actor["logp"].flatten(),
-            server_logp_T=batch.server_logp_MT.flatten(),
-            mask_T=batch.mask_MT.flatten(),
-            segment_T=batch.segment_MT.flatten(),
-            rollout_id_T3=batch.rollout_id_MT3.flatten(0, 1),
-            position_T=batch.position_MT.flatten(),
-            advantage_T=batch.advantage_MT.flatten(),
-            correct_T=batch.correct_MT.flatten(),
-            token_T=batch.labels_MT.flatten(),
-            microbatch_T=_microbatch(batch).flatten(),
-            candidate_ids_TK=ids_MTC.flatten(0, 1),
-            candidate_shared_TK=_shared(ids_MTC, policy["topk_ids"]).flatten(0, 1),
-            candidate_target_logp_TK=target_MTC.masked_fill(padding, MINUS_INFINITY).flatten(0, 1),
-            candidate_server_logp_TK=server_MTC.masked_fill(padding, MINUS_INFINITY).flatten(0, 1),
-            exact_overlap_T=None if exact_lam is None else actor["exact_overlap"].flatten(),
+            batch=batch,
+            policy_logp_MT=policy["logp"],
+            target_logp_MT=policy["logp"],
+            actor_logp_MT=actor["logp"],
+            candidate_ids_MTK=ids_MTC,
+            candidate_shared_MTK=_shared(ids_MTC, policy["topk_ids"]),
+            candidate_target_logp_MTK=target_MTC.masked_fill(padding, MINUS_INFINITY),
+            candidate_server_logp_MTK=server_MTC.masked_fill(padding, MINUS_INFINITY),
+            exact_overlap_MT=None if exact_lam is None else actor["exact_overlap"],
             step=step,
         )
 
     def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
         """The same scores aimed at the current policy: a fresh policy pass at the sampled token and
         candidates."""
-        ids_MTC = None if scores is None else scores.candidate_ids_TK.unflatten(0, mini.tokens_MT.shape)
+        ids_MTC = None if scores is None else scores.candidate_ids_MTK
         fresh = self.policy.score(mini, partial(self._read_target, mini, ids_MTC))
         if scores is None or fresh is None:
             return None
         return replace(
-            scores,
-            target_logp_T=fresh["logp"].flatten(),
-            candidate_target_logp_TK=fresh["candidates_logp"].flatten(0, 1),
+            scores, target_logp_MT=fresh["logp"], candidate_target_logp_MTK=fresh["candidates_logp"]
         )
 
-    def teacher(self, scores: Scores, mini: Batch) -> FrozenHead | None:
-        """The policy's logits on a mini-batch of the last pass; None unless `keep_head`."""
-        if self.head is None:
-            return None
-        first = int(scores.microbatch_T[0])
-        return self.head.rows(first, first + mini.num_microbatches)
+    def teacher(self, microbatches: slice) -> FrozenHead | None:
+        """The policy's logits on these micro-batches of the last pass; None unless `keep_head`."""
+        return None if self.head is None else self.head.rows(microbatches.start, microbatches.stop)
 
     def logp(self, model: MegatronModel, batch: Batch) -> Tensor | None:
         """log-prob [M, T] of every label under one model, None off the last stage."""
@@ -111,26 +98,24 @@ class Scorer:
         return None if scored is None else scored["logp"]
 
     def _logp(self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor) -> Tensor:
-        return vocab_parallel_logp(logits_TV, labels_T, **self.vocab(model))
+        return vocab_parallel_logp(logits_TV, labels_T, self.vocab(model))
 
     def _logp_and(
         self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor, **ids_TK: Tensor
     ) -> dict[str, Tensor]:
         """logp [T] of the labels and, from the same read, a name's log-probs at its ids [T, K]."""
         ((name, at_TK),) = ids_TK.items()
-        read = vocab_parallel_scores(logits_TV, labels_T, ids_TK=at_TK, **self.vocab(model))
+        read = vocab_parallel_scores(logits_TV, labels_T, self.vocab(model), ids_TK=at_TK)
         return {"logp": read.logp_T, name: read.at_ids_TK}
 
-    def vocab(self, model: MegatronModel) -> dict:
-        """What every vocab-parallel function needs to know about a model."""
-        return dict(
-            vocab_size=model.family.vocab_size, group=model.mesh.tp_group, temperature=self.temperature
-        )
+    def vocab(self, model: MegatronModel) -> VocabSpec:
+        """A model's vocabulary at the temperature of the rollouts."""
+        return model.vocab(self.temperature)
 
     def _read_policy(self, batch: Batch, logits_TV: Logits, index: int) -> dict[str, Tensor]:
         labels_T, ids_TK = batch.labels_MT[index], batch.topk_ids_MTK[index]
         read = vocab_parallel_scores(
-            logits_TV, labels_T, ids_TK=ids_TK, k=self.top_k, **self.vocab(self.policy)
+            logits_TV, labels_T, self.vocab(self.policy), ids_TK=ids_TK, k=self.top_k
         )
         return dict(
             logp=read.logp_T,
@@ -153,7 +138,7 @@ class Scorer:
         if exact is not None:
             head, lam = exact
             read["exact_overlap"] = vocab_parallel_overlap(
-                head.logits(index), logits_TV, lam=lam, **head.common(self.vocab(self.actor))
+                head.logits(index), logits_TV, head.common(self.vocab(self.actor)), lam=lam
             )
         return read
 
@@ -185,17 +170,3 @@ def _shared(ids_MTC: Tensor, policy_ids_MTK: Tensor) -> Tensor:
     server_ids = ids_MTC[..., :num_server]
     both = (server_ids[..., :, None] == policy_ids_MTK[..., None, :]).any(-1) & (server_ids >= 0)
     return torch.cat([both, torch.zeros_like(policy_ids_MTK, dtype=torch.bool)], -1)
-
-
-def _microbatch(batch: Batch) -> Tensor:
-    """[M, T] int64: the micro-batch of every token."""
-    index_M = torch.arange(batch.num_microbatches, device=batch.tokens_MT.device)
-    return index_M[:, None].expand_as(batch.tokens_MT)
-
-
-def slice_scores(scores: Scores | None, start: int, stop: int) -> Scores | None:
-    """Tokens start .. stop - 1 of flattened scores: one mini-batch."""
-    if scores is None:
-        return None
-    kept = {f.name: getattr(scores, f.name) for f in fields(scores)}
-    return Scores(**{k: v[start:stop] if isinstance(v, Tensor) else v for k, v in kept.items()})

@@ -5,6 +5,8 @@ import yaml
 
 from megatron_jackpot import cli
 from megatron_jackpot.config import Config, describe, load_config, parse_config
+from megatron_jackpot.config.load import RENAMED
+from megatron_jackpot.config.yaml_tree import apply_override
 
 
 def tree(**sections: dict) -> dict:
@@ -32,6 +34,16 @@ def config_file(tmp_path):
 def test_unknown_key_names_the_nearest_known_one():
     with pytest.raises(ValueError, match=r"'rollout.top_k_logps'. Did you mean 'rollout.top_k_logp'\?"):
         parse_config(tree(rollout={"top_k_logps": 5}))
+
+
+def test_a_key_of_an_earlier_version_names_its_new_one(tmp_path):
+    known = {key for key, _, _ in describe()}
+    for old, new in RENAMED.items():
+        assert new in known and old not in known
+        tree_of_then = tree()
+        apply_override(tree_of_then, f"{old}=1")
+        with pytest.raises(ValueError, match=f"Unknown config key '{old}'. It is '{new}' now"):
+            parse_config(tree_of_then)
 
 
 def test_unknown_section_names_the_nearest_known_one():

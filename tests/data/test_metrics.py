@@ -10,6 +10,7 @@ from rich.console import Console
 
 from megatron_jackpot.monitor.console import StepLogger, final_table, print_report, progress_line
 from megatron_jackpot.monitor.metrics import METRICS, MetricsWriter, read_metrics, series
+from megatron_jackpot.run.formats import FORMATS, current
 
 
 def writer(folder, *, tensorboard=False, wandb=None, **knobs):
@@ -46,11 +47,33 @@ def test_a_truncated_last_line_is_passed_over(tmp_path, cut):
     assert series(read_metrics(path), "reward/mean") == ([1, 2], [0.1, 0.3])
 
 
+def test_every_line_carries_the_format_also_after_a_resume(tmp_path):
+    for resume_step in (None, 1):
+        with writer(tmp_path, resume_step=resume_step) as out:
+            out.write(1, {"reward/mean": 0.5})
+            out.write(2, {"reward/mean": 0.5})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["format"] for line in lines] == [current("metrics")] * 3
+
+
+@pytest.mark.parametrize("number", [0, *FORMATS["metrics"], current("metrics") + 1, "1"])
+def test_rows_of_another_format_are_refused_by_line_and_nothing_of_them_is_changed(tmp_path, number):
+    path = tmp_path / "metrics.jsonl"
+    row = {"format": number, "step": 1} if number else {"step": 1}
+    path.write_text(json.dumps(row) + "\n")
+    reader = FORMATS["metrics"].get(number, "A later commit")
+    for open_it in (read_metrics, writer):
+        with pytest.raises(ValueError, match=f"line 1, has metrics format {number}.*{reader}"):
+            open_it(tmp_path)
+    assert json.loads(path.read_text()) == row
+
+
 def test_a_bad_line_elsewhere_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    good = json.dumps({"format": current("metrics"), "step": 1})
+    (tmp_path / "metrics.jsonl").write_text(f'{good}\n{{"step": \n{good}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
         read_metrics(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
+    (tmp_path / "metrics.jsonl").write_text(good.replace("step", "loss") + "\n")
     with pytest.raises(ValueError, match="integer 'step'"):
         read_metrics(tmp_path)
 

@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_jackpot.algorithm.scores import Correction, Scores
 from megatron_jackpot.config import Logging
 from megatron_jackpot.monitor.metrics import MetricsWriter
 from megatron_jackpot.monitor.report import chosen, most_rejected, write_report
 from megatron_jackpot.monitor.token_log import TokenLog, load, record_of, records, save
-from megatron_jackpot.records import Batch
+from megatron_jackpot.records import Batch, Correction, Scores
 
 LENGTHS, PROMPTS = (5, 3, 4), (2, 1, 2)
 """Two rollouts in the first row of 9 tokens, one in the second; the rest is padding."""
 ROWS, TOKENS = 2, 9
 
 
-def packed() -> tuple[Batch, Scores, Correction, list[dict]]:
+def packed() -> tuple[Scores, Correction, list[dict]]:
     """A mini-batch and what a reader expects of each rollout, made side by side."""
     rng = np.random.default_rng(0)
     size = ROWS * TOKENS
@@ -52,8 +51,7 @@ def packed() -> tuple[Batch, Scores, Correction, list[dict]]:
     return *tensors(flat | ints | bools, ids), wanted
 
 
-def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Batch, Scores, Correction]:
-    size = ROWS * TOKENS
+def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Scores, Correction]:
     shaped = {k: torch.from_numpy(v).view(ROWS, TOKENS) for k, v in flat.items()}
     batch = Batch(
         tokens_MT=shaped["token"],
@@ -70,36 +68,28 @@ def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Batch, Scores
         correct_MT=shaped["correct"],
         cu_seqlens=(),
     )
-    flatten = {k: v.flatten() for k, v in shaped.items()}
-    none_TK = torch.zeros(size, 1)
+    none_MTK = torch.zeros(ROWS, TOKENS, 1)
     scores = Scores(
-        policy_logp_T=flatten["target"] - 9,
-        target_logp_T=flatten["target"],
-        actor_logp_T=flatten["actor"],
-        server_logp_T=flatten["server"],
-        mask_T=flatten["mask"],
-        segment_T=flatten["segment"],
-        rollout_id_T3=torch.from_numpy(ids),
-        position_T=flatten["position"],
-        advantage_T=flatten["advantage"],
-        correct_T=flatten["correct"],
-        token_T=flatten["label"],
-        microbatch_T=torch.zeros(size, dtype=torch.int64),
-        candidate_ids_TK=none_TK.long(),
-        candidate_target_logp_TK=none_TK,
-        candidate_server_logp_TK=none_TK,
-        candidate_shared_TK=none_TK.bool(),
+        batch=batch,
+        policy_logp_MT=shaped["target"] - 9,
+        target_logp_MT=shaped["target"],
+        actor_logp_MT=shaped["actor"],
+        candidate_ids_MTK=none_MTK.long(),
+        candidate_target_logp_MTK=none_MTK,
+        candidate_server_logp_MTK=none_MTK,
+        candidate_shared_MTK=none_MTK.bool(),
         step=0,
     )
+    one = torch.ones([], dtype=torch.float64)
     correction = Correction(
-        keep_T=flatten["keep"], weight_T=flatten["weight"], count=torch.ones([], dtype=torch.float64)
+        keep_MT=shaped["keep"], weight_MT=shaped["weight"], count=one, acceptance=(one, one), kl=(one, one)
     )
-    return batch, scores, correction
+    return scores, correction
 
 
 def test_a_record_holds_each_decision_at_the_token_it_was_made_about() -> None:
-    batch, scores, correction, wanted = packed()
-    record = record_of(4, batch, scores, correction, 3)
+    scores, correction, wanted = packed()
+    record = record_of(4, scores, correction, 3)
     assert record.step == 4
     assert record.length_S.tolist() == list(LENGTHS)
     assert record.rollout_S3.tolist() == [[0, 10, 0], [0, 11, 1], [0, 12, 2]]
@@ -123,33 +113,34 @@ def test_a_record_holds_each_decision_at_the_token_it_was_made_about() -> None:
 
 
 def test_fewer_rollouts_are_spread_over_the_mini_batch() -> None:
-    batch, scores, correction, _ = packed()
-    assert record_of(1, batch, scores, correction, 2).rollout_S3[:, 1].tolist() == [10, 12]
-    assert record_of(1, batch, scores, correction, 9).rollout_S3[:, 1].tolist() == [10, 11, 12]
+    scores, correction, _ = packed()
+    assert record_of(1, scores, correction, 2).rollout_S3[:, 1].tolist() == [10, 12]
+    assert record_of(1, scores, correction, 9).rollout_S3[:, 1].tolist() == [10, 11, 12]
 
 
 def test_the_log_writes_every_so_many_steps_once_and_only_here(tmp_path) -> None:
-    batch, scores, correction, _ = packed()
+    scores, correction, _ = packed()
     for here in (False, True):
         log = TokenLog(tmp_path, Logging(tokens_every=3), here=here)
         for step in (1, 1, 2, 3, 4, 7):
-            log.note(step, batch, scores, correction)
+            log.note(step, scores, correction)
         assert [record.step for record in records(tmp_path)] == ([1, 4, 7] if here else [])
-    TokenLog(tmp_path / "none", Logging(tokens_every=None), here=True).note(1, batch, scores, correction)
+    TokenLog(tmp_path / "none", Logging(tokens_every=None), here=True).note(1, scores, correction)
     assert not (tmp_path / "none").exists()
 
 
-def test_a_disk_that_refuses_costs_the_record_and_not_the_run(tmp_path, capsys) -> None:
+def test_a_disk_that_refuses_costs_the_record_and_not_the_run(tmp_path, caplog) -> None:
     (tmp_path / "tokens").write_text("a file where the folder should be")
-    batch, scores, correction, _ = packed()
-    TokenLog(tmp_path, Logging(), here=True).note(1, batch, scores, correction)
-    assert "WARNING: the tokens of step 1 were not recorded" in capsys.readouterr().err
+    scores, correction, _ = packed()
+    TokenLog(tmp_path, Logging(), here=True).note(1, scores, correction)
+    (said,) = caplog.records
+    assert said.levelname == "WARNING" and "the tokens of step 1 were not recorded" in said.getMessage()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a zip", "an array is missing"])
 def test_a_broken_record_is_named(tmp_path, damage: str) -> None:
     path = tmp_path / "tokens" / "step-000001.npz"
-    save(path, record_of(1, *packed()[:3], 3))
+    save(path, record_of(1, *packed()[:2], 3))
     whole = path.read_bytes()
     assert load(path).step == 1
     if damage == "an array is missing":
@@ -168,12 +159,12 @@ def run_folder(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "policy: {hf: /gone}\nactor: {hf: '<b>'}\nalgorithm: {target: old}\n"
     )
-    save(tmp_path / "tokens" / "step-000001.npz", record_of(1, *packed()[:3], 3))
+    save(tmp_path / "tokens" / "step-000001.npz", record_of(1, *packed()[:2], 3))
     return tmp_path
 
 
 def test_the_page_shows_every_token_once_in_its_class(tmp_path) -> None:
-    record = record_of(1, *packed()[:3], 3)
+    record = record_of(1, *packed()[:2], 3)
     page = write_report(run_folder(tmp_path)).read_text()
     rolled = page[page.index("<details") :]
     found = {kind: len(re.findall(f'<span class="{kind}"', rolled)) for kind in "pkru"}
@@ -204,7 +195,7 @@ def test_tokens_cannot_break_out_of_the_page(tmp_path, monkeypatch) -> None:
 
 
 def test_the_most_rejected_tokens_are_counted_by_hand() -> None:
-    record = record_of(1, *packed()[:3], 3)
+    record = record_of(1, *packed()[:2], 3)
     rows = {row.token: row for row in most_rejected([record, record], most=1000)}
     trained = record.token_N[record.trained_N]
     for token in np.unique(trained):
@@ -225,6 +216,12 @@ def test_long_runs_show_the_first_the_last_and_some_between() -> None:
     assert chosen(list(range(5)), 12) == [0, 1, 2, 3, 4]
     some = chosen(list(range(100)), 12)
     assert len(some) == 12 and some[0] == 0 and some[-1] == 99 and some == sorted(set(some))
+
+
+def test_a_run_of_another_format_is_refused_with_the_commit_that_reads_it(tmp_path) -> None:
+    (tmp_path / "provenance.json").write_text('{"commit": "1234567"}')
+    with pytest.raises(ValueError, match="provenance.json has run folder format 0.*Commit 8170530 reads it"):
+        write_report(tmp_path)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path) -> None:

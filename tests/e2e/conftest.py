@@ -10,7 +10,7 @@ from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.gpus import place_servers
 from megatron_jackpot.servers.process import start_servers, stop_servers
-from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
+from tests.tiny import write_models, write_tokenizer
 
 RUN = dict(
     policy=dict(optimizer=dict(lr=1e-3)),
@@ -30,8 +30,9 @@ RUN = dict(
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("e2e")
-    for name, seed, shape in (("policy", 0, POLICY), ("actor", 1, ACTOR)):
-        write_tokenizer(write_model(folder / name, seed, **shape))
+    write_models(folder)
+    for name in ("policy", "actor"):
+        write_tokenizer(folder / name)
     tree = {**RUN, "run": dict(folder=str(folder / "run"), steps=2)}
     tree["policy"] = {**RUN["policy"], "hf": str(folder / "policy")}
     tree["actor"] = {**RUN["actor"], "hf": str(folder / "actor")}

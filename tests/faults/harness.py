@@ -14,7 +14,7 @@ import psutil
 import yaml
 
 from megatron_jackpot.monitor.metrics import read_metrics
-from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
+from tests.tiny import write_models, write_tokenizer
 
 STEP_LIMIT_S = 180
 SIZE, PER_STEP = 40, 4
@@ -27,8 +27,9 @@ PHASES = (
 
 def make_models(folder: Path) -> Path:
     """Tiny policy and actor, and the YAML of a run that saves every step."""
-    for name, seed, shape in (("policy", 0, POLICY), ("actor", 1, ACTOR)):
-        write_tokenizer(write_model(folder / name, seed, **shape))
+    write_models(folder)
+    for name in ("policy", "actor"):
+        write_tokenizer(folder / name)
     tree = dict(
         run=dict(folder=str(folder / "run"), steps=1000, save_every=1, resume="auto", phase_timeout_s=120),
         policy=dict(hf=str(folder / "policy"), optimizer=dict(lr=1e-4)),

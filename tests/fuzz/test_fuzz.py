@@ -19,7 +19,7 @@ from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.servers.protocol import BadReply, Sampling
 from megatron_jackpot.servers.reply import parse_group
 from tests.rewards.test_pool import score_all
-from tests.rollout.fake_server import VOCAB, group
+from tests.servers.fake_server import VOCAB, group
 
 pytestmark = pytest.mark.timeout(280)
 

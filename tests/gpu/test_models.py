@@ -8,15 +8,13 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_jackpot.config import Optimizer, Parallel, Precision
-from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config import Optimizer, Precision
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models import engine
-from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of
-from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
 from megatron_jackpot.sync.stream import export
+from tests.loading import load_model
 from tests.tiny import groups, write_model
 
 pytestmark = pytest.mark.gpu
@@ -36,23 +34,17 @@ class Model:
     """A tiny policy with a batch, on a mesh of one rank."""
 
     def __init__(self, folder: Path, precision: Precision, *, packing: bool = True) -> None:
-        parallel = Parallel()
-        self.family = family_of(read_hf_config(folder))
-        self.model = MegatronModel.load(
-            "policy", self.family, folder, mesh=init_mesh(parallel, 0), parallel=parallel,
-            precision=precision, padded_vocab=64,
-        )  # fmt: skip
+        self.model = load_model(folder, precision=precision)
         self.model.add_optimizer(Optimizer(lr=0.0), 10)
         packer = Packer(self.model.mesh, tokens=128, enabled=packing, num_minibatches=1, vpp=None)
-        self.batch = packer.pack(groups(range(4)), 8).to(self.model.mesh.device)
-        self.vocab = dict(vocab_size=self.family.vocab_size, group=self.model.mesh.tp_group)
+        self.batch = packer.pack(groups(range(4)), 8)
 
     def logp(self) -> dict[tuple, float]:
         """(rollout, position) -> log-prob, whatever the packing."""
         batch = self.batch
         scored = self.model.score(
             batch,
-            lambda logits, m: {"logp": vocab_parallel_logp(logits, batch.labels_MT[m], **self.vocab)},
+            lambda logits, m: {"logp": vocab_parallel_logp(logits, batch.labels_MT[m], self.model.vocab())},
         )["logp"]
         places = itertools.product(*map(range, batch.mask_MT.shape))
         return {
@@ -67,7 +59,7 @@ class Model:
         scored = torch.tensor([*self.logp().values()])
 
         def loss(logits, m):
-            logp_T = vocab_parallel_logp(logits, batch.labels_MT[m], **self.vocab)
+            logp_T = vocab_parallel_logp(logits, batch.labels_MT[m], self.model.vocab())
             trained.append(logp_T.detach()[batch.mask_MT[m]])
             value = -torch.where(batch.mask_MT[m], logp_T, 0.0).sum()
             return value, {"loss": value.detach()}

@@ -11,18 +11,17 @@ import torch
 import torch.multiprocessing as mp
 from torch.multiprocessing import reductions
 
-from megatron_jackpot.config import Optimizer, Parallel, Precision
-from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config import Optimizer, Precision
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import family_of
-from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.sync.fp8 import quantise
 from megatron_jackpot.sync.ipc import serialise
-from megatron_jackpot.sync.prefetcher import Ahead, FlatBucket
+from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 from megatron_jackpot.sync.stream import export, exported
 from tests.gpu.test_models import SHAPE
-from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
+from tests.loading import load_model
+from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, collected, load_trainer, make_config
 from tests.tiny import groups, write_model
 
 pytestmark = pytest.mark.gpu
@@ -47,10 +46,10 @@ def trainer_of(folder: Path, layout: Layout, **precision):
 
 def learn(trainer, steps: int = 1) -> dict[str, float]:
     for _ in range(steps):
-        trainer.sums, trainer.values = {}, {}
-        trainer.note_rollouts(groups(range(NUM_PROMPTS)))
-        trainer.learn(trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K))
-    return trainer.reduced_metrics()
+        measured = trainer.measurements()
+        measured.note_rollouts(collected(groups(range(NUM_PROMPTS))), trainer.mesh.dp)
+        trainer.learn(trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K), measured)
+    return measured.reduced(trainer.mesh)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 5e-2)])
@@ -122,12 +121,7 @@ def test_deterministic_mode_gives_the_same_bits_in_two_processes(folder) -> None
 
 
 def actor(folder: Path, **precision) -> MegatronModel:
-    parallel = Parallel()
-    family = family_of(read_hf_config(folder / "actor"))
-    model = MegatronModel.load(
-        "actor", family, folder / "actor", mesh=init_mesh(parallel, 0), parallel=parallel,
-        precision=Precision(**precision), padded_vocab=64,
-    )  # fmt: skip
+    model = load_model(folder / "actor", name="actor", precision=Precision(**precision))
     model.add_optimizer(Optimizer(lr=0.0), 10)
     return model
 
@@ -137,7 +131,7 @@ def test_an_export_stays_on_the_device_and_its_buckets_made_ahead_hold_the_same_
     try:
         host = export(model)
         start = {name: 0 for name in host}
-        with Ahead(exported(model, device=CUDA), 20_000, CUDA, 30) as made:
+        with BucketPrefetcher(exported(model, device=CUDA), 20_000, CUDA, 30) as made:
             for bucket in made:
                 assert bucket.flat.device == CUDA
                 end = 0

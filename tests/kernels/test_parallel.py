@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_vocab import CASES, compute, inputs
 
@@ -16,13 +17,13 @@ def everything(case, group, rank, size):
     logits_TV, _ = inputs(case)
     first = logits_TV.chunk(size, -1)[rank].contiguous()
     second = (logits_TV * 0.5 + 1).chunk(size, -1)[rank].contiguous()
-    knobs = dict(vocab_size=case["vocab_size"], group=group, temperature=case["temperature"])
+    vocab = VocabSpec(case["vocab_size"], group, case["temperature"])
     with form("triton"):
         results, sent = compute(case, group, rank, size)
-        results["overlap"] = vocab_parallel_overlap(second, first, lam=1.2, **knobs)
+        results["overlap"] = vocab_parallel_overlap(second, first, vocab, lam=1.2)
         for direction in ("forward", "reverse"):
             leaf = first.detach().clone().requires_grad_()
-            kl_T = vocab_parallel_kl(leaf, second, direction=direction, **knobs)
+            kl_T = vocab_parallel_kl(leaf, second, vocab, direction=direction)
             results[direction] = kl_T.detach()
             results[f"{direction} backward"] = torch.autograd.grad(kl_T.sum(), leaf)[0]
     return results, {name: counter.calls for name, counter in sent.items()}
@@ -47,7 +48,7 @@ def test_two_ranks_give_what_one_gives_and_send_what_the_torch_form_sends():
             results, calls = rank[name]
             for key in ("logp", "gather", "entropy", "overlap", "forward", "reverse"):
                 torch.testing.assert_close(results[key], serial[key], rtol=1e-5, atol=1e-5)
-            assert torch.equal(results["topk"][1], serial["topk"][1])
+            assert torch.equal(results["topk"]["topk_ids_TK"], serial["topk"]["topk_ids_TK"])
             assert torch.equal(results["argmax"], serial["argmax"])
             assert calls["scores"] == 3 and calls["logp"] == 2 and calls["backward alone"] == 0
         for key in ("backward", "entropy backward", "forward backward", "reverse backward"):

@@ -14,8 +14,8 @@ from megatron_jackpot.parallel.vocab import (
     vocab_parallel_entropy,
     vocab_parallel_logp_at,
     vocab_parallel_scores,
-    vocab_parallel_topk,
 )
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.kernels.forms import DEVICE, form, make_ids, make_logits
 
 # The interpreter computes both sides of every where; infinities meet zeros in the side that is dropped.
@@ -48,8 +48,8 @@ def logits_of(case, offset=0):
     return make_logits(seed=case["seed"] + offset, **{name: case[name] for name in names})
 
 
-def knobs_of(case):
-    return dict(vocab_size=case["vocab"], group=None, temperature=case["temperature"])
+def vocab_of(case):
+    return VocabSpec(case["vocab"], None, case["temperature"])
 
 
 def near(actual, wanted, dtype=torch.float32):
@@ -73,14 +73,14 @@ def test_one_pass_equals_the_torch_form_on_random_shapes(seed):
 
     def call():
         return vocab_parallel_scores(
-            logits_TV, ids_TN[:, 1], ids_TK=ids_TN, k=case["k"], entropy=True, **knobs_of(case)
+            logits_TV, ids_TN[:, 1], vocab_of(case), ids_TK=ids_TN, k=case["k"], entropy=True
         )
 
     mine, theirs = both(case, call)
     for name in ("logp_T", "at_ids_TK", "topk_logp_TK", "entropy_T"):
         near(getattr(mine, name), getattr(theirs, name))
     assert torch.equal(mine.topk_ids_TK, theirs.topk_ids_TK)
-    argmax = both(case, lambda: vocab_parallel_argmax(logits_TV, vocab_size=case["vocab"], group=None))
+    argmax = both(case, lambda: vocab_parallel_argmax(logits_TV, vocab_of(case)))
     assert torch.equal(*argmax) and torch.equal(argmax[0], mine.topk_ids_TK[:, 0])
 
 
@@ -90,8 +90,8 @@ def test_gradients_equal_the_torch_form_and_come_in_the_dtype_of_the_logits(seed
     ids_TN = make_ids(case["num_tokens"], case["num"], case["vocab"], seed)
     upstream_TN = torch.randn(ids_TN.shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     forms = {
-        "logp": lambda x: (vocab_parallel_logp_at(x, ids_TN, **knobs_of(case)), upstream_TN),
-        "entropy": lambda x: (vocab_parallel_entropy(x, **knobs_of(case)), upstream_TN[:, 0]),
+        "logp": lambda x: (vocab_parallel_logp_at(x, ids_TN, vocab_of(case)), upstream_TN),
+        "entropy": lambda x: (vocab_parallel_entropy(x, vocab_of(case)), upstream_TN[:, 0]),
     }
     for call in forms.values():
 
@@ -105,9 +105,9 @@ def test_gradients_equal_the_torch_form_and_come_in_the_dtype_of_the_logits(seed
         near(mine, theirs, case["dtype"])
 
 
-def kl_and_gradient(student, teacher, **knobs):
+def kl_and_gradient(student, teacher, vocab, direction):
     leaf = student.detach().clone().requires_grad_()
-    kl_T = vocab_parallel_kl(leaf, teacher, **knobs)
+    kl_T = vocab_parallel_kl(leaf, teacher, vocab, direction=direction)
     return kl_T.detach(), torch.autograd.grad(kl_T, leaf, torch.linspace(-1, 2, len(kl_T), device=DEVICE))[0]
 
 
@@ -115,13 +115,13 @@ def kl_and_gradient(student, teacher, **knobs):
 def test_overlap_and_kl_of_two_models_equal_the_torch_form(seed):
     case = random_case(seed)
     first, second = logits_of(case), logits_of({**case, "holes": False}, offset=1)
-    knobs = knobs_of(case)
+    vocab = vocab_of(case)
     for target in (second, lambda rows: second[rows].clone()):
-        call = partial(vocab_parallel_overlap, target, first, lam=1.3, **knobs)
+        call = partial(vocab_parallel_overlap, target, first, vocab, lam=1.3)
         near(*both(case, call))
     for direction in DIRECTIONS:
         for student, teacher in ((first, second), (second, first)):
-            call = partial(kl_and_gradient, student, teacher, direction=direction, **knobs)
+            call = partial(kl_and_gradient, student, teacher, vocab, direction)
             mine, theirs = both(case, call)
             near(mine[0], theirs[0])
             # Where a KL is infinite its gradient is not defined.
@@ -136,9 +136,10 @@ def test_values_are_those_of_fp64_and_a_small_kl_keeps_its_digits():
     second += 37.0
     p, q = (x[:, :257].double().log_softmax(-1) for x in (second, first))
     with form("triton", 64):
-        overlap_T = vocab_parallel_overlap(second, first, lam=1.0, vocab_size=257, group=None)
-        kl_T = vocab_parallel_kl(first, second, direction="forward", vocab_size=257, group=None)
-        entropy_T = vocab_parallel_entropy(first, vocab_size=257, group=None)
+        vocab = VocabSpec(257, None)
+        overlap_T = vocab_parallel_overlap(second, first, vocab, lam=1.0)
+        kl_T = vocab_parallel_kl(first, second, vocab, direction="forward")
+        entropy_T = vocab_parallel_entropy(first, vocab)
     near(overlap_T, torch.minimum(p.exp(), q.exp()).sum(-1))
     near(entropy_T, -(q.exp() * q).sum(-1))
     torch.testing.assert_close(kl_T.double(), (p.exp() * (p - q)).sum(-1), rtol=0.05, atol=3e-6)
@@ -150,26 +151,26 @@ def test_a_hole_in_the_second_makes_kl_infinite_in_whichever_block_it_lies():
         holed = first.clone()
         holed[:, column] = -math.inf
         with form("triton", 64):
-            knobs = dict(vocab_size=200, group=None)
-            assert (vocab_parallel_kl(first, holed, direction="reverse", **knobs) == math.inf).all()
-            assert vocab_parallel_kl(first, holed, direction="forward", **knobs).isfinite().all()
+            vocab = VocabSpec(200, None)
+            assert (vocab_parallel_kl(first, holed, vocab, direction="reverse") == math.inf).all()
+            assert vocab_parallel_kl(first, holed, vocab, direction="forward").isfinite().all()
 
 
 def test_a_hole_under_a_probability_that_has_vanished_counts_for_nothing():
     first, second = torch.zeros(2, 200, device=DEVICE), torch.zeros(2, 200, device=DEVICE)
     first[:, :64] = -200.0
     second[:, 5] = -math.inf
-    knobs = dict(direction="reverse", vocab_size=200, group=None)
-    near(*both(dict(block=64), lambda: vocab_parallel_kl(first, second, **knobs)))
+    vocab = VocabSpec(200, None)
+    near(*both(dict(block=64), lambda: vocab_parallel_kl(first, second, vocab, direction="reverse")))
 
 
 def test_padding_has_no_gradient_even_from_a_nan():
     logits_TV = make_logits(2, 200, 150, torch.float32, 0).requires_grad_()
     with form("triton", 64):
-        knobs = dict(vocab_size=150, group=None)
+        vocab = VocabSpec(150, None)
         for value in (
-            vocab_parallel_entropy(logits_TV, **knobs),
-            vocab_parallel_kl(logits_TV, logits_TV.detach() * 0.5, direction="forward", **knobs),
+            vocab_parallel_entropy(logits_TV, vocab),
+            vocab_parallel_kl(logits_TV, logits_TV.detach() * 0.5, vocab, direction="forward"),
         ):
             nan_T = torch.full((2,), math.nan, device=DEVICE)
             (grad,) = torch.autograd.grad(value, logits_TV, nan_T)
@@ -184,7 +185,7 @@ def test_a_block_or_a_slice_without_any_probability_is_no_special_case():
     mine, theirs = both(
         case,
         lambda: vocab_parallel_scores(
-            logits_TV, ids_TN[:, 0], ids_TK=ids_TN, k=3, entropy=True, vocab_size=200, group=None
+            logits_TV, ids_TN[:, 0], VocabSpec(200, None), ids_TK=ids_TN, k=3, entropy=True
         ),
     )
     for name in ("logp_T", "at_ids_TK", "topk_logp_TK", "entropy_T"):
@@ -197,10 +198,10 @@ def test_nan_logits_make_nan_results(where):
     logits_TV, other = (make_logits(2, 200, 200, torch.float32, seed) for seed in (0, 1))
     logits_TV[1, where] = math.nan
     with form("triton", 64):
-        knobs = dict(vocab_size=200, group=None)
-        results = [vocab_parallel_entropy(logits_TV, **knobs)]
-        results += [vocab_parallel_overlap(other, logits_TV, lam=1.0, **knobs)]
-        results += [vocab_parallel_kl(logits_TV, other, direction=name, **knobs) for name in DIRECTIONS]
+        vocab = VocabSpec(200, None)
+        results = [vocab_parallel_entropy(logits_TV, vocab)]
+        results += [vocab_parallel_overlap(other, logits_TV, vocab, lam=1.0)]
+        results += [vocab_parallel_kl(logits_TV, other, vocab, direction=name) for name in DIRECTIONS]
     for result in results:
         assert result[0].isfinite() and result[1].isnan()
 
@@ -208,18 +209,20 @@ def test_nan_logits_make_nan_results(where):
 def test_rows_that_are_a_view_are_read_through_their_stride_and_left_as_they_were():
     wide = make_logits(6, 400, 400, torch.float32, 0)
     view, before = wide[::2, 50:250], wide.clone()
-    mine, theirs = both(dict(block=64), lambda: vocab_parallel_topk(view, 70, vocab_size=190, group=None))
-    near(mine[0], theirs[0])
-    assert torch.equal(mine[1], theirs[1]) and torch.equal(wide, before)
+    labels_T, vocab = torch.arange(3, device=DEVICE), VocabSpec(190, None)
+    mine, theirs = both(dict(block=64), lambda: vocab_parallel_scores(view, labels_T, vocab, k=70))
+    near(mine.topk_logp_TK, theirs.topk_logp_TK)
+    assert torch.equal(mine.topk_ids_TK, theirs.topk_ids_TK) and torch.equal(wide, before)
 
 
 def test_no_tokens_are_no_special_case():
     nothing = torch.zeros(0, 64, device=DEVICE, requires_grad=True)
     with form("triton"):
-        knobs = dict(vocab_size=50, group=None)
-        vocab_parallel_entropy(nothing, **knobs).sum().backward()
-        vocab_parallel_kl(nothing, nothing.detach(), direction="forward", **knobs).sum().backward()
-        assert vocab_parallel_topk(nothing, 3, **knobs)[1].shape == (0, 3)
+        vocab = VocabSpec(50, None)
+        vocab_parallel_entropy(nothing, vocab).sum().backward()
+        vocab_parallel_kl(nothing, nothing.detach(), vocab, direction="forward").sum().backward()
+        labels_T = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+        assert vocab_parallel_scores(nothing, labels_T, vocab, k=3).topk_ids_TK.shape == (0, 3)
     assert nothing.grad.shape == (0, 64)
 
 

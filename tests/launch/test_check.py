@@ -12,6 +12,7 @@ import yaml
 from megatron_jackpot import cli
 from megatron_jackpot.config import Servers, parse_config
 from megatron_jackpot.launch.local import check, children, num_processes, torchrun
+from megatron_jackpot.run.formats import FORMATS
 from megatron_jackpot.servers.gpus import Placement, place_servers, visible_gpus
 from tests.tiny import hf_config
 
@@ -54,6 +55,15 @@ def test_a_folder_left_by_a_launch_that_never_trained_is_used_again(tree, tmp_pa
     for name in ("config.yaml", "provenance.json", "train.log", "server-0.log", "server-1.log"):
         (tmp_path / "run" / name).touch()
     check(parse_config(tree))
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_of_another_format_is_not_gone_on_with(tree, tmp_path, resume):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "provenance.json").write_text('{"commit": "1234567"}')
+    tree["run"]["resume"] = resume
+    with pytest.raises(ValueError, match=f"run folder format 0.*Commit {FORMATS['run folder'][0]} reads it"):
+        check(parse_config(tree))
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tree, tmp_path):

@@ -13,11 +13,10 @@ from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models.build import rope_fields, transformer_config
-from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of
-from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
 from megatron_jackpot.sync.stream import export
+from tests.loading import load_model
 from tests.parallel.spawn import run_ranks
 from tests.tiny import groups, hf_config, write_model
 
@@ -81,22 +80,9 @@ def test_a_config_that_is_missing_or_malformed_is_named(tmp_path: Path) -> None:
         read_hf_config(tmp_path)
 
 
-def _load(folder: Path, parallel: Parallel) -> MegatronModel:
-    family = family_of(read_hf_config(folder))
-    return MegatronModel.load(
-        "policy",
-        family,
-        folder,
-        mesh=init_mesh(parallel, 0),
-        parallel=parallel,
-        precision=Precision(dtype="float32"),
-        padded_vocab=padded_vocab_size([family.vocab_size], parallel.tp),
-    )
-
-
 def _refusal(rank: int, world: int, folder: str) -> str:
     with pytest.raises(ValueError) as caught:
-        _load(Path(folder), Parallel())
+        load_model(Path(folder))
     return str(caught.value)
 
 
@@ -134,7 +120,7 @@ def test_a_folder_that_is_incomplete_is_refused_by_name(tmp_path: Path, spoil, m
 
 
 def _round_trip(rank: int, world: int, folder: str, tp: int, pp: int) -> bool | None:
-    model = _load(Path(folder), Parallel(tp=tp, pp=pp))
+    model = load_model(Path(folder), parallel=Parallel(tp=tp, pp=pp))
     exported = export(model)
     if rank:
         return None
@@ -155,13 +141,12 @@ def test_loading_and_exporting_returns_every_tensor_bit_for_bit(
 def _gap_to_transformers(rank: int, world: int, folder: str) -> float:
     from transformers import AutoModelForCausalLM
 
-    model = _load(Path(folder), Parallel())
+    model = load_model(Path(folder))
     rollouts = groups(range(6))
     batch = Packer(model.mesh, tokens=256, enabled=True, num_minibatches=1, vpp=None).pack(rollouts, 8)
 
     def read(logits_TV: torch.Tensor, m: int) -> dict[str, torch.Tensor]:
-        args = dict(vocab_size=model.family.vocab_size, group=model.mesh.tp_group)
-        return {"logp": vocab_parallel_logp(logits_TV, batch.labels_MT[m], **args)}
+        return {"logp": vocab_parallel_logp(logits_TV, batch.labels_MT[m], model.vocab())}
 
     mine = model.score(batch, read)["logp"]
     # Every sequence on its own, without padding and without packing.

@@ -12,7 +12,7 @@ from megatron_jackpot.models.deterministic import ENVIRONMENT, be_deterministic
 from megatron_jackpot.models.families import family_of
 from tests.parallel.layouts import Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
-from tests.tiny import ACTOR, POLICY, groups, hf_config, write_model
+from tests.tiny import groups, hf_config, write_models
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +74,14 @@ def _weights_after_a_step(rank: int, world: int, folder: str) -> dict[str, torch
     precision = config.precision.model_copy(update={"deterministic": True})
     trainer = load_trainer(config.model_copy(update={"precision": precision}))
     assert trainer.policy.config.deterministic_mode
-    trainer.learn(trainer.packer.pack(groups(range(8)) if trainer.mesh.is_leader else None, 8))
-    models = (trainer.policy, trainer.actor)
+    batch = trainer.packer.pack(groups(range(8)) if trainer.mesh.is_leader else None, 8)
+    trainer.learn(batch, trainer.measurements())
+    models = trainer.state.models.values()
     return {f"{m.name}.{n}": p.detach() for m in models for n, p in m.chunks[0].module.named_parameters()}
 
 
 def test_two_runs_give_the_same_bits(tmp_path):
-    write_model(tmp_path / "policy", 0, **POLICY)
-    write_model(tmp_path / "actor", 1, **ACTOR)
+    write_models(tmp_path)
     once, again = (run_ranks(_weights_after_a_step, 2, 120, str(tmp_path)) for _ in range(2))
     for rank, weights in enumerate(once):
         for name, weight in weights.items():

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.config.model_folder import read_hf_config
-from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.models.checkpoint import Snapshot
 from megatron_jackpot.models.convert import checksums, hf_to_megatron, megatron_to_hf
 from megatron_jackpot.models.engine import MegatronModel, packed_seq_params
@@ -20,6 +19,7 @@ from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.hf_folder import HFFolder, write_hf_folder
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.sync.stream import export
+from tests.loading import load_model
 from tests.models.hf_models import tiny_config, write_hf
 from tests.parallel.spawn import run_ranks
 
@@ -56,16 +56,8 @@ LAYOUTS = (
 
 
 def load(folder: Path, mesh, parallel: Parallel) -> MegatronModel:
-    family = family_of(read_hf_config(folder))
-    return MegatronModel.load(
-        folder.name,
-        family,
-        folder,
-        mesh=mesh,
-        parallel=parallel,
-        precision=Precision(dtype="float32", fused_linear=False),
-        padded_vocab=padded_vocab_size([family.vocab_size], mesh.tp),
-    )
+    precision = Precision(dtype="float32", fused_linear=False)
+    return load_model(folder, name=folder.name, mesh=mesh, parallel=parallel, precision=precision)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

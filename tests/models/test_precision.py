@@ -8,15 +8,13 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
-from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models import build
-from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of
-from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.models.precision import Device, check_precision, layers_for, this_device
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
 from megatron_jackpot.sync.stream import export
+from tests.loading import load_model
 from tests.parallel.spawn import run_ranks
 from tests.tiny import groups, hf_config, write_model
 
@@ -118,11 +116,7 @@ def test_the_spec_follows_the_choice_of_layers() -> None:
 
 def _update(rank: int, world: int, folder: str, tp: int, recompute: bool) -> dict:
     parallel = Parallel(tp=tp, sequence_parallel=tp > 1, recompute=recompute)
-    family = family_of(read_hf_config(Path(folder)))
-    model = MegatronModel.load(
-        "policy", family, Path(folder), mesh=init_mesh(parallel, 0), parallel=parallel,
-        precision=Precision(dtype="float32"), padded_vocab=64,
-    )  # fmt: skip
+    model = load_model(Path(folder), parallel=parallel)
     saved = []
     for layer in model.chunks[0].module.decoder.layers:
         layer.register_forward_hook(lambda *_: saved.append(torch.is_grad_enabled()))
@@ -132,9 +126,7 @@ def _update(rank: int, world: int, folder: str, tp: int, recompute: bool) -> dic
     )
 
     def loss(logits_TV, m):
-        logp_T = vocab_parallel_logp(
-            logits_TV, batch.labels_MT[m], vocab_size=family.vocab_size, group=model.mesh.tp_group
-        )
+        logp_T = vocab_parallel_logp(logits_TV, batch.labels_MT[m], model.vocab())
         value = -torch.where(batch.mask_MT[m], logp_T, 0.0).sum()
         return value, {"loss": value.detach()}
 

@@ -9,13 +9,15 @@ import torch.distributed as dist
 
 from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.config.model_folder import read_hf_config
-from megatron_jackpot.config.model_shape import padded_vocab_size
-from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.rollout.collector import Collected
 from megatron_jackpot.sync.stream import export
+from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
+from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.trainer import Trainer
+from tests.loading import load_models
 from tests.tiny import groups
 
 NUM_PROMPTS = 8
@@ -84,16 +86,14 @@ def make_config(layout: Layout, folder: Path) -> Config:
 def load_trainer(config: Config) -> Trainer:
     mesh = init_mesh(config.parallel, config.run.seed)
     families = {n: family_of(read_hf_config(getattr(config, n).hf)) for n in ("policy", "actor")}
-    padded = padded_vocab_size([f.vocab_size for f in families.values()], mesh.tp)
-    models = {}
-    for name, family in families.items():
-        section = getattr(config, name)
-        models[name] = MegatronModel.load(
-            name, family, section.hf, mesh=mesh, parallel=config.parallel,
-            precision=config.precision, padded_vocab=padded,
-        )  # fmt: skip
-        models[name].add_optimizer(section.optimizer, 10)
-    return Trainer(config, mesh, Methods.from_config(config), models["policy"], models["actor"])
+    models = load_models(config, mesh, {n: getattr(config, n).hf for n in families}, families)
+    state = TrainState(mesh=mesh, **models, methods=Methods.from_config(config), guard=Guard(config.guard))
+    return Trainer(config, state)
+
+
+def collected(groups: list) -> Collected:
+    """A leader's groups as a rollout brings them."""
+    return Collected(groups=groups, sums={}, seconds=0.0, epoch=0, trained=[], lost=[])
 
 
 def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
@@ -102,17 +102,16 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
     config = make_config(layout, folder)
     trainer = load_trainer(config)
     mesh = trainer.mesh
-    keeps: dict = {}
-    trainer.methods.correction = _recording(trainer.methods.correction, keeps)
+    keeps = _record_keeps(trainer)
     history: list[dict] = []
     for _ in range(steps):
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
-        trainer.sums, trainer.values = {}, {}
-        trainer.note_rollouts(mine or [])
-        trainer.learn(trainer.packer.pack(mine, TOP_K))
-        trainer.num_steps += 1
-        history.append(trainer.reduced_metrics())
-    weights = {n: export(getattr(trainer, n)) for n in ("policy", "actor")}
+        measured = trainer.measurements()
+        measured.note_rollouts(collected(mine or []), mesh.dp)
+        trainer.learn(trainer.packer.pack(mine, TOP_K), measured)
+        trainer.state.num_steps += 1
+        history.append(measured.reduced(mesh))
+    weights = {name: export(model) for name, model in trainer.state.models.items()}
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, keeps)
     destroy_mesh()
@@ -132,12 +131,20 @@ def run_cases(
     return {name: run_layout(layout, Path(folder), steps) for name, layout in cases.items()}
 
 
-def _recording(correction, keeps: dict):
-    def wrapped(scores, sum_over_batch):
-        result = correction(scores, sum_over_batch)
-        for index in torch.nonzero(scores.mask_T).flatten().tolist():
-            key = (scores.step, *scores.rollout_id_T3[index].tolist(), int(scores.position_T[index]))
-            keeps[key] = bool(result.keep_T[index])
-        return result
+def _record_keeps(trainer: Trainer) -> dict:
+    """(step, epoch, prompt, sample, position) -> whether the token was kept, filled by every correction."""
+    keeps: dict = {}
+    correct = trainer.correct
 
-    return wrapped
+    def recorded(scores):
+        correction = correct(scores)
+        if scores is not None:
+            batch = scores.batch
+            for place in torch.nonzero(batch.mask_MT).tolist():
+                at = tuple(place)
+                key = (scores.step, *batch.rollout_id_MT3[at].tolist(), int(batch.position_MT[at]))
+                keeps[key] = bool(correction.keep_MT[at])
+        return correction
+
+    trainer.correct = recorded
+    return keeps

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_vocab import Sent
 
@@ -45,15 +46,18 @@ def compute(name, group, rank, size):
     student, teacher, ids_TK = inputs(name)
     student, teacher = (x.chunk(size, -1)[rank].clone() for x in (student, teacher))
     student.requires_grad_()
-    knobs = {key: value for key, value in CASES[name].items() if key != "dtype"} | dict(group=group)
+    case = CASES[name]
+    vocab, each = VocabSpec(case["vocab_size"], group, case["temperature"]), dict(chunk=case["chunk"])
     calls = {
-        "overlap": lambda: vocab_parallel_overlap(teacher, student, lam=1.4, **knobs),
-        "lazy overlap": lambda: vocab_parallel_overlap(lambda rows: teacher[rows], student, lam=1.4, **knobs),
-        "forward": lambda: vocab_parallel_kl(student, teacher, direction="forward", **knobs),
-        "reverse": lambda: vocab_parallel_kl(
-            student, lambda rows: teacher[rows], direction="reverse", **knobs
+        "overlap": lambda: vocab_parallel_overlap(teacher, student, vocab, lam=1.4, **each),
+        "lazy overlap": lambda: vocab_parallel_overlap(
+            lambda rows: teacher[rows], student, vocab, lam=1.4, **each
         ),
-        "logp_at": lambda: vocab_parallel_logp_at(student, ids_TK, **knobs),
+        "forward": lambda: vocab_parallel_kl(student, teacher, vocab, direction="forward", **each),
+        "reverse": lambda: vocab_parallel_kl(
+            student, lambda rows: teacher[rows], vocab, direction="reverse", **each
+        ),
+        "logp_at": lambda: vocab_parallel_logp_at(student, ids_TK, vocab, **each),
     }
     results, sent = {}, {}
     for key, call in calls.items():

@@ -7,20 +7,12 @@ import pytest
 import torch
 
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.sync.fp8 import dequantise
-from megatron_jackpot.sync.prefetcher import Ahead
-from megatron_jackpot.sync.stream import Exported, export
+from megatron_jackpot.sync.prefetcher import BucketPrefetcher
+from megatron_jackpot.sync.stream import WeightStream, export
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
-from tests.tiny import ACTOR, POLICY, groups, write_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_model(folder / "policy", 0, **POLICY)
-    write_model(folder / "actor", 1, **ACTOR)
-    return folder
+from tests.sync.test_fp8_weights import dequantise
+from tests.tiny import groups
 
 
 def _three_readings(rank: int, world: int, folder: str) -> dict | None:
@@ -30,13 +22,13 @@ def _three_readings(rank: int, world: int, folder: str) -> dict | None:
     whole = export(model)
     found = {}
     for name, knobs in (("plain", {}), ("bf16", dict(dtype=torch.bfloat16)), ("fp8", dict(fp8=True))):
-        weights = Exported(model, name, **{"dtype": None, "fp8": False, **knobs}, timeout_s=30)
+        weights = WeightStream(model, name, **{"dtype": None, "fp8": False, **knobs}, timeout_s=30)
         if rank != 0:
             weights.take_part()
             continue
         found[name] = dict(weights)
         with pytest.raises(ZeroDivisionError):
-            with Ahead(weights, 1000, torch.device("cpu"), 30) as made:
+            with BucketPrefetcher(weights, 1000, torch.device("cpu"), 30) as made:
                 for _ in made:
                     raise ZeroDivisionError
         found[f"{name} again"] = dict(weights)
@@ -63,7 +55,7 @@ def test_every_reading_gives_the_whole_weights_also_after_one_that_was_given_up(
 
 def _main_rank_goes_away(rank: int, world: int, folder: str) -> str:
     model = load_trainer(make_config(Layout(tp=2), Path(folder))).actor
-    weights = Exported(model, "lost", dtype=None, fp8=False, timeout_s=1)
+    weights = WeightStream(model, "lost", dtype=None, fp8=False, timeout_s=1)
     if rank == 0:
         return ""
     with pytest.raises(TimeoutError) as caught:
@@ -89,7 +81,7 @@ def _two_steps(rank: int, world: int, folder: str, offload: bool) -> tuple[dict,
         for model in models:
             model.reload()
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp))
-        trainer.learn(trainer.packer.pack(mine, TOP_K))
+        trainer.learn(trainer.packer.pack(mine, TOP_K), trainer.measurements())
         if offload:
             for model in models:
                 model.offload()

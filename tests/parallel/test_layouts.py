@@ -9,7 +9,6 @@ import torch
 
 from tests.parallel.layouts import Layout, run_layout
 from tests.parallel.spawn import run_ranks
-from tests.tiny import ACTOR, POLICY, write_model
 
 NUMBERS = (
     "loss/policy",
@@ -32,14 +31,6 @@ WORLD_2 = (
 )
 WORLD_4 = (Layout(tp=2, pp=2), Layout(tp=2, pp=2, sp=True), Layout(pp=2, dp=2, vpp=2))
 WORLD_8 = (Layout(tp=2, pp=2, dp=2), Layout(tp=2, pp=2, dp=2, sp=True, vpp=2, overlap=True))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_model(folder / "policy", 0, **POLICY)
-    write_model(folder / "actor", 1, **ACTOR)
-    return folder
 
 
 def _run_all(rank: int, world: int, layouts: tuple[Layout, ...], folder: str, steps: int, out: str) -> None:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Blocks, LinearLogits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_vocab import Sent
 from tests.unit.test_linear_serial import PADDED, H, K, T, dense, factors, make_ids
@@ -19,15 +20,15 @@ def compute(vocab_size, group, rank, size):
     hidden_TH, weight_VH = factors()
     mine_VH = weight_VH.detach().chunk(size)[rank].clone().requires_grad_()
     ids_TK = make_ids() % vocab_size
-    knobs = dict(vocab_size=vocab_size, group=group, temperature=0.7)
+    vocab = VocabSpec(vocab_size, group, 0.7)
     logits = LinearLogits(hidden_TH, mine_VH, Blocks(tokens=6, columns=7))
     with Sent() as forward:
-        logp_TK = vocab_parallel_logp_at(logits, ids_TK, **knobs)
+        logp_TK = vocab_parallel_logp_at(logits, ids_TK, vocab)
     with Sent() as backward:
         grads = torch.autograd.grad(logp_TK, (hidden_TH, mine_VH), torch.ones_like(logp_TK) * 0.5)
     # The teacher: the same factors, turned around.
     teacher = LinearLogits(-hidden_TH.detach(), mine_VH.detach())
-    kl_T = vocab_parallel_kl(logits, lambda rows: teacher[rows], direction="forward", **knobs)
+    kl_T = vocab_parallel_kl(logits, lambda rows: teacher[rows], vocab, direction="forward")
     kl = (kl_T.detach(), *torch.autograd.grad(kl_T.sum(), (hidden_TH, mine_VH)))
     return (
         logp_TK.detach(),

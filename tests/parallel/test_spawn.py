@@ -28,8 +28,6 @@ def test_an_error_on_one_rank_ends_all_and_shows_its_traceback():
 
 
 def test_ranks_that_hang_are_killed_at_the_limit():
-    started = time.monotonic()
     with pytest.raises(TimeoutError, match=r"_hang: ranks \[0, 1\] were still running after 3 s"):
         run_ranks(_hang, 2, 3)
-    assert time.monotonic() - started < 15
     assert not multiprocessing.active_children()

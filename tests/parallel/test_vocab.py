@@ -16,8 +16,8 @@ from megatron_jackpot.parallel.vocab import (
     vocab_parallel_gather_logp,
     vocab_parallel_logp,
     vocab_parallel_scores,
-    vocab_parallel_topk,
 )
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.parallel.spawn import run_ranks
 
 T, PADDED, N = 29, 64, 7
@@ -74,22 +74,23 @@ def compute(case, group, rank, size):
     """Everything the module offers, from one slice of the logits: name -> tensors, name -> Sent."""
     logits_TV, ids_TN = inputs(case)
     slice_TV = logits_TV.chunk(size, -1)[rank].clone().requires_grad_()
-    knobs = dict(vocab_size=case["vocab_size"], group=group, chunk=case["chunk"])
-    hot = dict(knobs, temperature=case["temperature"])
+    vocab, each = VocabSpec(case["vocab_size"], group, case["temperature"]), dict(chunk=case["chunk"])
     calls = {
-        "logp": lambda: vocab_parallel_logp(slice_TV, ids_TN[:, 0], **hot),
-        "gather": lambda: vocab_parallel_gather_logp(slice_TV, ids_TN, **hot),
-        "topk": lambda: vocab_parallel_topk(slice_TV, case["k"], **hot),
-        "argmax": lambda: vocab_parallel_argmax(slice_TV, **knobs),
-        "entropy": lambda: vocab_parallel_entropy(slice_TV, **hot),
+        "logp": lambda: vocab_parallel_logp(slice_TV, ids_TN[:, 0], vocab, **each),
+        "gather": lambda: vocab_parallel_gather_logp(slice_TV, ids_TN, vocab, **each),
+        "topk": lambda: vars(vocab_parallel_scores(slice_TV, ids_TN[:, 0], vocab, k=case["k"], **each)),
+        "argmax": lambda: vocab_parallel_argmax(slice_TV, vocab, **each),
+        "entropy": lambda: vocab_parallel_entropy(slice_TV, vocab, **each),
         "scores": lambda: vars(
-            vocab_parallel_scores(slice_TV, ids_TN[:, 0], ids_TK=ids_TN, k=case["k"], entropy=True, **hot)
+            vocab_parallel_scores(
+                slice_TV, ids_TN[:, 0], vocab, ids_TK=ids_TN, k=case["k"], entropy=True, **each
+            )
         ),
         "backward": lambda: torch.autograd.grad(
-            vocab_parallel_logp(slice_TV, ids_TN[:, 0], **hot), slice_TV, torch.linspace(-1, 1, T)
+            vocab_parallel_logp(slice_TV, ids_TN[:, 0], vocab, **each), slice_TV, torch.linspace(-1, 1, T)
         )[0],
         "entropy backward": lambda: torch.autograd.grad(
-            vocab_parallel_entropy(slice_TV, **hot), slice_TV, torch.linspace(-1, 1, T)
+            vocab_parallel_entropy(slice_TV, vocab, **each), slice_TV, torch.linspace(-1, 1, T)
         )[0],
     }
     results, sent = {}, {}
@@ -169,8 +170,8 @@ def test_every_rank_gets_the_serial_result(outcomes):
         near(results["logp"], serial["logp"])
         near(results["gather"], serial["gather"])
         near(results["entropy"], serial["entropy"])
-        near(results["topk"][0], serial["topk"][0])
-        assert torch.equal(results["topk"][1], serial["topk"][1])
+        near(results["topk"]["topk_logp_TK"], serial["topk"]["topk_logp_TK"])
+        assert torch.equal(results["topk"]["topk_ids_TK"], serial["topk"]["topk_ids_TK"])
         assert torch.equal(results["argmax"], serial["argmax"])
         for name, wanted in serial["scores"].items():
             near(results["scores"][name], wanted)
@@ -184,7 +185,7 @@ def test_the_serial_result_is_log_softmax(outcomes):
     outside = (ids_TN < 0) | (ids_TN >= case["vocab_size"])
     near(serial["gather"], logp_TV.gather(-1, ids_TN.masked_fill(outside, 0)).masked_fill(outside, -math.inf))
     order = true_TV.sort(dim=-1, descending=True, stable=True).indices
-    assert torch.equal(serial["topk"][1], order[:, : case["k"]])
+    assert torch.equal(serial["topk"]["topk_ids_TK"], order[:, : case["k"]])
 
 
 def test_all_ranks_hold_the_same_bits(outcomes):
@@ -193,7 +194,8 @@ def test_all_ranks_hold_the_same_bits(outcomes):
     for results, _ in parallel[1:]:
         for name in ("logp", "gather", "entropy", "argmax"):
             assert torch.equal(results[name], first[name])
-        assert all(torch.equal(a, b) for a, b in zip(results["topk"], first["topk"], strict=True))
+        for name in ("logp_T", "topk_logp_TK", "topk_ids_TK"):
+            assert torch.equal(results["topk"][name], first["topk"][name])
 
 
 def test_gradient_slices_together_are_the_serial_gradient(outcomes):
@@ -217,7 +219,7 @@ def test_topk_gathers_k_times_tp_times_8_bytes_per_token(outcomes):
 def test_collectives_are_those_of_the_docstrings_and_backward_has_none(outcomes):
     _, _, parallel = outcomes
     numbers_per_token = dict(
-        logp=1 + 2, gather=1 + 1 + N, topk=1 + 1, argmax=0, entropy=1 + 2, scores=1 + 3 + N
+        logp=1 + 2, gather=1 + 1 + N, topk=1 + 2, argmax=0, entropy=1 + 2, scores=1 + 3 + N
     )
     calls = dict(logp=2, gather=2, topk=3, argmax=1, entropy=2, scores=3)
     for _, sent in parallel:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_jackpot.cli import main
-from megatron_jackpot.config import Config, Optimizer, Parallel, parse_config
+from megatron_jackpot.config import Config, Parallel, parse_config
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.config.model_shape import model_shapes, padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel, packed_seq_params
@@ -17,6 +17,7 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.plan.formulas import GIB, activation_elements, forward_flops, make_plan, num_params
 from megatron_jackpot.plan.tables import Assumptions, memory_troubles, shared_seconds
 from megatron_jackpot.sync.stream import export
+from tests.loading import load_models
 from tests.parallel.spawn import run_ranks
 from tests.tiny import ACTOR, POLICY, hf_config
 
@@ -77,11 +78,7 @@ def config_for(folder: Path, policy: dict, actor: dict, **sections: dict) -> Con
 
 def build(config: Config, name: str, mesh: Mesh) -> MegatronModel:
     families = {n: family_of(read_hf_config(getattr(config, n).hf)) for n in ("policy", "actor")}
-    padded = padded_vocab_size([family.vocab_size for family in families.values()], mesh.tp)
-    shared = dict(mesh=mesh, parallel=config.parallel, precision=config.precision, padded_vocab=padded)
-    model = MegatronModel.load(name, families[name], None, **shared)
-    model.add_optimizer(Optimizer(lr=1e-3), 10)
-    return model
+    return load_models(config, mesh, {name: None}, families)[name]
 
 
 def held_bytes(model: MegatronModel) -> dict[str, int]:

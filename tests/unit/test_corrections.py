@@ -1,28 +1,21 @@
 """Corrections and their metrics, against formulas in plain Python and against the laws of OBRS."""
 
 import math
-import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from megatron_jackpot.algorithm.corrections import Jackpot, NoCorrection, TokenIS
-from megatron_jackpot.algorithm.diagnostics import (
-    candidate_kl,
-    candidate_kl_after,
-    diagnostics,
-    global_quantiles,
-)
+from megatron_jackpot.algorithm.diagnostics import global_quantiles
+from megatron_jackpot.algorithm.divergence import candidate_kl, candidate_kl_after
 from megatron_jackpot.algorithm.objectives import PPO
+from megatron_jackpot.algorithm.objectives_base import objective_inputs
 from megatron_jackpot.algorithm.obrs import counter_uniform
-from megatron_jackpot.algorithm.scores import Scores, Tokens
+from tests.unit.flat import Flat, diagnose, identity, on_ranks, run, scores_of
 
 V, K, T = 40, 12, 300
-
-
-def identity(tensor):
-    return tensor
 
 
 def make_scores(seed=0, gap=0.7, dtype=torch.float32, num_candidates=K):
@@ -46,7 +39,7 @@ def make_scores(seed=0, gap=0.7, dtype=torch.float32, num_candidates=K):
         (-1, -math.inf) if num_candidates < V else (ids[:, -2:], server_top[:, -2:])
     )
     target_top = target.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -math.inf)
-    return Scores(
+    return Flat(
         policy_logp_T=at["p"],
         target_logp_T=at["t"],
         actor_logp_T=at["a"],
@@ -74,39 +67,12 @@ def part(s, index):
     )
 
 
-def on_ranks(scores, correction):
-    """The correction on several ranks at once: threads that meet in every sum over the batch."""
-    barrier, box, results, errors = threading.Barrier(len(scores)), {}, {}, []
-
-    def run(rank):
-        def sum_over_batch(tensor):
-            box[rank] = tensor
-            barrier.wait(10)
-            total = torch.stack(list(dict(sorted(box.items())).values())).sum(0)
-            barrier.wait(10)
-            return total
-
-        try:
-            results[rank] = correction(scores[rank], sum_over_batch)
-        except Exception as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(scores))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert not errors, errors
-    return [results[rank] for rank in range(len(scores))]
-
-
 def mean(pair):
     return (pair[0] / pair[1]).item()
 
 
 def reference(s, knobs):
-    """keep, weight and N of Jackpot, token by token in Python floats (algorithm.md sections 1, 3 and 4)."""
+    """keep, weight and N of Jackpot, token by token in Python floats."""
     c = Jackpot(**knobs)
     rows = []
     uniform = counter_uniform(c.seed, s.step, s.rollout_id_T3, s.position_T).tolist()
@@ -148,7 +114,7 @@ def reference(s, knobs):
 def test_jackpot_is_the_formula_token_by_token(mask, z_correction, clip_order, more):
     s = make_scores()
     knobs = dict(mask=mask, z_correction=z_correction, clip_order=clip_order, **more)
-    correction = Jackpot(**knobs)(s, identity)
+    correction = run(Jackpot(**knobs), s)
     keep_T, weight_T, count = reference(s, knobs)
     assert torch.equal(correction.keep_T, keep_T)
     torch.testing.assert_close(correction.weight_T, weight_T, rtol=1e-5, atol=1e-6)
@@ -162,7 +128,7 @@ def test_the_defaults_are_the_papers():
         *("bernoulli", "topk", "kappa", "after_z", "accepted"),
     )
     s = make_scores()
-    assert torch.equal(c(s, identity).weight_T, Jackpot(kappa_from="bernoulli")(s, identity).weight_T)
+    assert torch.equal(run(c, s).weight_T, run(Jackpot(kappa_from="bernoulli"), s).weight_T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -178,16 +144,11 @@ def test_plain_grpo_is_recovered_when_server_and_target_agree(dtype, z_correctio
     losses, grads = [], []
     for correction in (NoCorrection(), Jackpot(z_correction=z_correction)):
         logp_T = (s.server_logp_T + 0.3 * torch.sin(torch.arange(T))).requires_grad_()
-        result = correction(s, identity)
+        result = run(correction, s)
         assert torch.equal(result.keep_T, s.mask_T)  # nothing rejected
-        tokens = Tokens(
-            old_logp_T=s.policy_logp_T,
-            server_logp_T=s.server_logp_T,
-            advantage_T=s.advantage_T,
-            mask_T=s.mask_T,
-            segment_T=s.segment_T,
-        )
-        surrogate_T = PPO()(logp_T, tokens)
+        scores = scores_of(replace(s, microbatch_T=torch.zeros(T, dtype=torch.int64)))
+        inputs = objective_inputs(logp_T, scores.policy_logp_MT[0], scores.batch, 0)
+        surrogate_T = PPO().surrogate(inputs)
         loss = -(torch.where(result.keep_T, result.weight_T * surrogate_T, 0.0)).sum() / result.count
         loss.backward()
         losses.append(loss.detach())
@@ -200,8 +161,8 @@ def test_plain_grpo_is_recovered_when_server_and_target_agree(dtype, z_correctio
 def test_expected_mask_is_the_mean_of_bernoulli_masks_over_seeds():
     s = make_scores()
     fixed = dict(kappa_from="expected", denominator="all")
-    want = Jackpot(mask="expected", **fixed)(s, identity).weight_T
-    drawn = torch.stack([Jackpot(seed=seed, **fixed)(s, identity).weight_T for seed in range(400)]).double()
+    want = run(Jackpot(mask="expected", **fixed), s).weight_T
+    drawn = torch.stack([run(Jackpot(seed=seed, **fixed), s).weight_T for seed in range(400)]).double()
     error = (drawn.mean(0) - want).abs()
     rho = drawn.max(0).values.clamp(min=1e-3)
     accept = (want / rho).clamp(0, 1)
@@ -211,7 +172,7 @@ def test_expected_mask_is_the_mean_of_bernoulli_masks_over_seeds():
 
 def test_expected_mask_does_not_depend_on_the_seed():
     s = make_scores()
-    first, second = (Jackpot(mask="expected", seed=seed)(s, identity) for seed in (0, 1))
+    first, second = (run(Jackpot(mask="expected", seed=seed), s) for seed in (0, 1))
     assert torch.equal(first.weight_T, second.weight_T) and torch.equal(first.count, second.count)
 
 
@@ -229,8 +190,8 @@ SPLITS = (
 )
 def test_keep_weight_count_and_metrics_do_not_depend_on_the_split(split, correction):
     s = make_scores()
-    whole = correction(s, identity)
-    results = on_ranks([part(s, index) for index in split], correction)
+    whole = run(correction, s)
+    results = on_ranks([part(s, index) for index in split], partial(run, correction))
     keep_T, weight_T = torch.zeros_like(whole.keep_T), torch.zeros_like(whole.weight_T)
     for index, result in zip(split, results, strict=True):
         keep_T[index], weight_T[index] = result.keep_T, result.weight_T
@@ -244,7 +205,7 @@ def test_keep_weight_count_and_metrics_do_not_depend_on_the_split(split, correct
 
 def test_jackpot_metrics_are_what_they_say():
     s = make_scores()
-    result = Jackpot(cap=1.1, policy_cap=1.02)(s, identity)
+    result = run(Jackpot(cap=1.1, policy_cap=1.02), s)
     m = {name: mean(pair) for name, pair in result.metrics.items()}
     mask = s.mask_T
     accept = (s.target_logp_T - s.server_logp_T).exp().clamp(max=1)[mask]
@@ -269,11 +230,11 @@ def test_jackpot_metrics_are_what_they_say():
 def test_tis_truncates_old_policy_over_server_and_none_weighs_nothing():
     s = make_scores()
     ratio = (s.policy_logp_T - s.server_logp_T).exp()
-    tis = TokenIS(cap=1.5)(s, identity)
+    tis = run(TokenIS(cap=1.5), s)
     torch.testing.assert_close(tis.weight_T, torch.where(s.mask_T, ratio.clamp(max=1.5), 0.0))
     want = (ratio[s.mask_T] > 1.5).float().mean().item()
     assert mean(tis.metrics["is/cap_fraction"]) == pytest.approx(want) and 0 < want < 1
-    none = NoCorrection()(s, identity)
+    none = run(NoCorrection(), s)
     assert torch.equal(none.weight_T, s.mask_T.float())
     for result in (tis, none):
         assert torch.equal(result.keep_T, s.mask_T) and result.count == s.mask_T.sum()
@@ -288,10 +249,10 @@ def test_nothing_outside_the_mask_matters_not_even_nan(correction):
             broken[name] = value.clone()
             broken[name][~s.mask_T] = math.nan
     spoiled = replace(s, **broken)
-    want, got = correction(s, identity), correction(spoiled, identity)
+    want, got = run(correction, s), run(correction, spoiled)
     assert torch.equal(got.weight_T, want.weight_T) and torch.equal(got.keep_T, want.keep_T)
-    for name, pair in {**want.metrics, **diagnostics(s, want)}.items():
-        assert mean({**got.metrics, **diagnostics(spoiled, got)}[name]) == pytest.approx(mean(pair)), name
+    for name, pair in {**want.metrics, **diagnose(s, want)}.items():
+        assert mean({**got.metrics, **diagnose(spoiled, got)}[name]) == pytest.approx(mean(pair)), name
 
 
 @pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
@@ -301,9 +262,9 @@ def test_a_token_the_policy_cannot_produce_is_dropped_but_counted(correction):
         logp_T = getattr(s, name).clone()
         logp_T[1] = -math.inf
         s = replace(s, **{name: logp_T})
-    result = correction(s, identity)
+    result = run(correction, s)
     assert s.mask_T[1] and not result.keep_T[1] and result.weight_T.isfinite().all()
-    assert all(math.isfinite(mean(pair)) for pair in diagnostics(s, result).values())
+    assert all(math.isfinite(mean(pair)) for pair in diagnose(s, result).values())
 
 
 @pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot()])
@@ -313,22 +274,22 @@ def test_a_server_logp_inside_the_mask_that_is_not_finite_is_an_error(correction
     server_logp_T = s.server_logp_T.clone()
     server_logp_T[1] = value
     with pytest.raises(ValueError, match=f"server_logp = {value}: must be finite at a sampled token"):
-        correction(replace(s, server_logp_T=server_logp_T), identity)
+        run(correction, replace(s, server_logp_T=server_logp_T))
 
 
 @pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
 def test_corrections_carry_no_gradient(correction):
     s = make_scores()
     live = {name: v.requires_grad_() for name, v in vars(s).items() if name.endswith(("logp_T", "logp_TK"))}
-    result = correction(replace(s, **live), identity)
+    result = run(correction, replace(s, **live))
     tensors = [result.weight_T, result.count, *(x for pair in result.metrics.values() for x in pair)]
     assert not any(tensor.requires_grad for tensor in tensors)
 
 
 def test_diagnostics_are_their_formulas():
     s = make_scores()
-    result = Jackpot()(s, identity)
-    got = {name: mean(pair) for name, pair in diagnostics(s, result).items()}
+    result = run(Jackpot(), s)
+    got = {name: mean(pair) for name, pair in diagnose(s, result).items()}
     mask = s.mask_T
     p, a, q, advantage = (
         x[mask].double() for x in (s.policy_logp_T, s.actor_logp_T, s.server_logp_T, s.advantage_T)

@@ -3,6 +3,7 @@ batch."""
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 from megatron_jackpot.algorithm.advantages import GRPO
 from megatron_jackpot.algorithm.corrections import CORRECTIONS, make_correction
 from megatron_jackpot.algorithm.objectives import PPO
-from megatron_jackpot.algorithm.scores import Tokens
-from tests.unit.test_corrections import identity, make_scores, on_ranks, part
+from tests.unit.flat import Tokens, inputs_of, on_ranks, run
+from tests.unit.test_corrections import make_scores, part
 
 CASES = [
     ("none", {}),
@@ -91,7 +92,7 @@ def z_oracle(a, k, expected_only):
 
 
 def oracle(name, k, s):
-    """(keep, weight, count) in fp64, from algorithm.md sections 1, 3, 4 and 8."""
+    """(keep, weight, count) in fp64, by the formulas of the docstrings, token by token."""
     a = arrays(s)
     mask = a["mask_T"] > 0
     log_rho = np.where(mask, a["policy_logp_T"] - a["server_logp_T"], 0)
@@ -149,7 +150,7 @@ def test_every_correction_has_a_case():
 def test_a_correction_is_its_formula(name, knobs):
     s = scores()
     method = make_correction(name, knobs, 0)
-    got = method(s, identity)
+    got = run(method, s)
     if knobs.get("preset") == "recommended":
         knobs = knobs | {"z_correction": "tail"}
     keep, weight, count = oracle(name, knobs, s)
@@ -170,11 +171,11 @@ def test_a_correction_is_the_same_on_any_split(name, knobs, ranks):
     them."""
     s = scores()
     method = make_correction(name, knobs, 0)
-    whole = method(s, identity)
+    whole = run(method, s)
     owner_T = s.microbatch_T % ranks
     index = [(owner_T == rank).nonzero()[:, 0] for rank in range(ranks)]
     index = [i.flip(0) for i in index] if ranks == 2 else index
-    split = on_ranks([part(s, i) for i in index], method)
+    split = on_ranks([part(s, i) for i in index], partial(run, method))
     for i, mine in zip(index, split, strict=True):
         assert torch.equal(mine.keep_T, whole.keep_T[i])
         torch.testing.assert_close(mine.weight_T, whole.weight_T[i], rtol=1e-6, atol=1e-7)
@@ -187,12 +188,12 @@ def test_a_non_finite_log_prob_of_the_server_is_refused_and_outside_the_mask_ign
     inside, outside = int(s.mask_T.nonzero()[3]), int((~s.mask_T).nonzero()[3])
     broken = s.server_logp_T.clone()
     broken[outside] = math.nan
-    want = make_correction(name, {}, 0)(s, identity)
-    got = make_correction(name, {}, 0)(replace(s, server_logp_T=broken), identity)
+    want = run(make_correction(name, {}, 0), s)
+    got = run(make_correction(name, {}, 0), replace(s, server_logp_T=broken))
     assert torch.equal(got.weight_T, want.weight_T) and torch.isfinite(got.weight_T).all()
     broken[inside] = -math.inf
     with pytest.raises(ValueError, match="server_logp = .*must be finite"):
-        make_correction(name, {}, 0)(replace(s, server_logp_T=broken), identity)
+        run(make_correction(name, {}, 0), replace(s, server_logp_T=broken))
 
 
 def test_group_baselines_are_those_of_every_response_rejected_or_not():
@@ -205,7 +206,7 @@ def test_group_baselines_are_those_of_every_response_rejected_or_not():
     gone_T = s.mask_T & (s.segment_T == 0)
     rejecting = replace(s, target_logp_T=torch.where(gone_T, -60.0, s.target_logp_T))
     method = make_correction("jackpot", {"z_correction": "none", "policy_cap": None}, 0)
-    kept, without = method(s, identity), method(rejecting, identity)
+    kept, without = run(method, s), run(method, rejecting)
     assert kept.keep_T[gone_T].any() and not without.keep_T[gone_T].any()
     others_T = s.mask_T & ~gone_T
     tokens = Tokens(
@@ -215,7 +216,7 @@ def test_group_baselines_are_those_of_every_response_rejected_or_not():
         mask_T=s.mask_T,
         segment_T=s.segment_T,
     )
-    surrogate_T = PPO()(s.policy_logp_T, tokens)
+    surrogate_T = PPO().surrogate(inputs_of(s.policy_logp_T, tokens))
     torch.testing.assert_close(surrogate_T[others_T], advantage_S[s.segment_T][others_T])
     alone_S = GRPO()(rewards[1:])
     assert (alone_S - advantage_S[1:]).abs().max() > 0.1  # a baseline after rejection would be another one

@@ -10,8 +10,60 @@ import torch
 from megatron_jackpot.algorithm.advantages import ADVANTAGES, GRPO, RLOO, DrGRPO, ReinforcePP
 from megatron_jackpot.algorithm.distill import DISTILL, ForwardFull, ForwardTopK, K3Sample, ReverseFull
 from megatron_jackpot.algorithm.registry import build
+from megatron_jackpot.records import DistillInputs
 
 GROUPS = ([1.0, 0.0, 0.0, 1.0, 1.0], [0.3, -2.0, 7.5], [5.0, 5.0 + 1e-3], [0.1, 0.7])
+
+
+def sampled(method, actor_logp_T, policy_logp_T):
+    """The loss from log-probs of the sampled tokens."""
+    none_TK = torch.empty(len(actor_logp_T), 0)
+    return method(
+        DistillInputs(
+            actor_logp_T=actor_logp_T,
+            policy_logp_T=policy_logp_T,
+            actor_logp_TK=none_TK,
+            policy_logp_TK=none_TK,
+            kl=refuse,
+        )
+    )
+
+
+def at_candidates(method, actor_logp_TK, policy_logp_TK):
+    """The loss from log-probs at candidates."""
+    zero_T = torch.zeros(len(actor_logp_TK))
+    return method(
+        DistillInputs(
+            actor_logp_T=zero_T,
+            policy_logp_T=zero_T,
+            actor_logp_TK=actor_logp_TK,
+            policy_logp_TK=policy_logp_TK,
+            kl=refuse,
+        )
+    )
+
+
+def whole(method, kl_T):
+    """The loss from a divergence over the vocabulary, asked for in the method's direction."""
+
+    def kl(direction):
+        assert direction == method.direction
+        return kl_T
+
+    none_TK = torch.empty(len(kl_T), 0)
+    return method(
+        DistillInputs(
+            actor_logp_T=kl_T * 0,
+            policy_logp_T=kl_T * 0,
+            actor_logp_TK=none_TK,
+            policy_logp_TK=none_TK,
+            kl=kl,
+        )
+    )
+
+
+def refuse(direction):
+    raise AssertionError("needs no logits")
 
 
 def pair(seed=0, vocab=30):
@@ -25,14 +77,14 @@ def pair(seed=0, vocab=30):
 def test_on_actor_samples_the_k3_value_is_kl_actor_policy():
     policy, actor_logits = pair()
     actor = actor_logits.log_softmax(-1)
-    value = (actor.exp() * K3Sample()(actor, policy)).sum()
+    value = (actor.exp() * sampled(K3Sample(), actor, policy)).sum()
     torch.testing.assert_close(value, (actor.exp() * (actor - policy)).sum())
 
 
 def test_on_actor_samples_the_k3_gradient_is_that_of_kl_policy_actor():
     policy, actor_logits = pair()
     actor = actor_logits.log_softmax(-1)
-    (actor.exp().detach() * K3Sample()(actor, policy)).sum().backward()
+    (actor.exp().detach() * sampled(K3Sample(), actor, policy)).sum().backward()
     other = actor_logits.detach().clone().requires_grad_()
     (policy.exp() * (policy - other.log_softmax(-1))).sum().backward()
     torch.testing.assert_close(actor_logits.grad, other.grad)
@@ -43,9 +95,9 @@ def test_k3_gradient_agrees_with_finite_differences_and_spares_the_teacher():
     policy_T, actor_T = 0.5 * torch.randn(2, 200, generator=generator, dtype=torch.float64)
     policy_T.requires_grad_()
     actor_T.requires_grad_()
-    K3Sample()(actor_T, policy_T).sum().backward()
+    sampled(K3Sample(), actor_T, policy_T).sum().backward()
     with torch.no_grad():
-        up, down = (K3Sample()(actor_T + sign * 1e-6, policy_T) for sign in (1, -1))
+        up, down = (sampled(K3Sample(), actor_T + sign * 1e-6, policy_T) for sign in (1, -1))
         torch.testing.assert_close(actor_T.grad, 1 - (policy_T - actor_T).exp())
     torch.testing.assert_close(actor_T.grad, (up - down) / 2e-6, rtol=1e-5, atol=1e-7)
     assert policy_T.grad is None
@@ -53,14 +105,14 @@ def test_k3_gradient_agrees_with_finite_differences_and_spares_the_teacher():
 
 def test_k3_is_clamped_and_finite_at_any_gap():
     actor_T = torch.tensor([-60.0, -3.0, 0.0, -1.0], requires_grad=True)
-    loss_T = K3Sample()(actor_T, torch.tensor([0.0, 0.0, -60.0, -math.inf]))
+    loss_T = sampled(K3Sample(), actor_T, torch.tensor([0.0, 0.0, -60.0, -math.inf]))
     loss_T.sum().backward()
     assert loss_T.tolist() == [10.0] * 4 and actor_T.grad.tolist() == [0.0] * 4
 
 
 def test_k3_of_nearly_equal_models_is_not_rounding_noise():
     d = 1e-3
-    loss = K3Sample()(torch.zeros(1), torch.full((1,), d))
+    loss = sampled(K3Sample(), torch.zeros(1), torch.full((1,), d))
     assert loss.item() == pytest.approx(math.expm1(d) - d, rel=1e-3)
 
 
@@ -79,7 +131,7 @@ def numpy_kl(p, q):
 def test_forward_topk_over_the_vocabulary_is_kl_policy_actor_with_its_gradient():
     logits_TV, policy_TV, _ = candidates()
     actor_TV = logits_TV.log_softmax(-1)
-    loss_T = ForwardTopK()(actor_TV, policy_TV)
+    loss_T = at_candidates(ForwardTopK(), actor_TV, policy_TV)
     loss_T.sum().backward()
     p, q = policy_TV.exp().numpy(), actor_TV.detach().exp().numpy()
     np.testing.assert_allclose(loss_T.detach().numpy(), numpy_kl(p, q), rtol=1e-9)
@@ -89,7 +141,7 @@ def test_forward_topk_over_the_vocabulary_is_kl_policy_actor_with_its_gradient()
 def test_forward_topk_is_the_kl_with_one_more_id_for_the_rest_and_a_lower_bound():
     logits_TV, policy_TV, ids_TK = candidates()
     actor_TV = logits_TV.detach().log_softmax(-1)
-    loss_T = ForwardTopK()(actor_TV.gather(-1, ids_TK), policy_TV.gather(-1, ids_TK)).numpy()
+    loss_T = at_candidates(ForwardTopK(), actor_TV.gather(-1, ids_TK), policy_TV.gather(-1, ids_TK)).numpy()
     p, q = policy_TV.exp().numpy(), actor_TV.exp().numpy()
     for row, ids in enumerate(ids_TK.numpy()):
         others = np.setdiff1d(np.arange(p.shape[1]), ids)
@@ -103,7 +155,7 @@ def test_forward_topk_gradient_agrees_with_finite_differences_and_spares_the_tea
     policy_TK = policy_TV.gather(-1, ids_TK).requires_grad_()
 
     def loss(logits):
-        return ForwardTopK()(logits.log_softmax(-1).gather(-1, ids_TK), policy_TK).sum()
+        return at_candidates(ForwardTopK(), logits.log_softmax(-1).gather(-1, ids_TK), policy_TK).sum()
 
     loss(logits_TV).backward()
     want_TV = torch.zeros_like(logits_TV)
@@ -123,8 +175,8 @@ def test_padding_candidates_change_neither_the_loss_nor_the_gradient(dtype):
     actor_TK = logits_TV.detach().log_softmax(-1).gather(-1, ids_TK).to(dtype).requires_grad_()
     padding = torch.full((len(ids_TK), 3), -math.inf, dtype=dtype)
     padded_TK = torch.cat([padding, actor_TK.detach()], -1).requires_grad_()
-    loss_T = ForwardTopK()(actor_TK, policy_TK)
-    padded_T = ForwardTopK()(padded_TK, torch.cat([padding, policy_TK], -1))
+    loss_T = at_candidates(ForwardTopK(), actor_TK, policy_TK)
+    padded_T = at_candidates(ForwardTopK(), padded_TK, torch.cat([padding, policy_TK], -1))
     loss_T.sum().backward()
     padded_T.sum().backward()
     assert loss_T.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -144,7 +196,7 @@ def test_forward_topk_is_finite_with_its_gradient_at_every_edge():
         "far apart": ([-200.0, -1e-7], [-1e-7, -200.0]),
     }
     actor_TK = torch.tensor([actor for actor, _ in rows.values()], requires_grad=True)
-    loss_T = ForwardTopK()(actor_TK, torch.tensor([policy for _, policy in rows.values()]))
+    loss_T = at_candidates(ForwardTopK(), actor_TK, torch.tensor([policy for _, policy in rows.values()]))
     loss_T.sum().backward()
     assert torch.isfinite(loss_T).all() and torch.isfinite(actor_TK.grad).all()
     got = dict(zip(rows, loss_T.tolist(), strict=True))
@@ -170,8 +222,8 @@ def test_every_distillation_says_what_it_is_called_with():
 @pytest.mark.parametrize("method", [ForwardFull, ReverseFull])
 def test_a_full_divergence_passes_through_up_to_its_limit(method):
     kl_T = torch.tensor([0.0, 0.3, 7.0], requires_grad=True)
-    assert method()(kl_T) is kl_T
-    loss_T = method(limit=1.0)(kl_T)
+    assert whole(method(), kl_T) is kl_T
+    loss_T = whole(method(limit=1.0), kl_T)
     loss_T.sum().backward()
     assert loss_T.tolist() == [0.0, pytest.approx(0.3), 1.0] and kl_T.grad.tolist() == [1, 1, 0]
 

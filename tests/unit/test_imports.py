@@ -24,7 +24,7 @@ OURS: dict[str, set[str]] = {
     "servers": {"config"},
     "data": {"records", "config", "parallel", "algorithm.registry"},
     "models": {"records", "config", "parallel", "run.provenance"},
-    "monitor": {"records", "config", "run", "algorithm.scores"},
+    "monitor": {"records", "config", "run"},
     "rollout": {"records", "config", "parallel", "rewards", "data", "servers"},
     "sync": {"config", "parallel", "models", "servers"},
     "plan": {"config", "parallel.block_sizes"},

@@ -10,15 +10,12 @@ from megatron_jackpot.algorithm.objectives import OBJECTIVES, OPSM, PPO, Decoupl
 from megatron_jackpot.algorithm.objectives_masked import BAPO, M2PO
 from megatron_jackpot.algorithm.objectives_sequence import GSPO, TOPR, MinPRO
 from megatron_jackpot.algorithm.registry import build
-from megatron_jackpot.algorithm.scores import Scores, Tokens
+from megatron_jackpot.records import Scores
+from tests.unit.flat import Tokens, batch_of, identity, inputs_of
 
 VARIANTS = [PPO(), PPO(clip_low=0.4, clip_high=0.7), PPO(dual_clip=3.0), PPO(clip_low=0.0, clip_high=0.0)]
 LENGTHS = [7, 12, 1, 20, 9, 5, 16, 3, 30, 11]
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
-
-
-def identity(tensor):
-    return tensor
 
 
 def make_tokens(seed=0, gap=0.4, padding=6):
@@ -47,16 +44,9 @@ def make_tokens(seed=0, gap=0.4, padding=6):
 
 
 def scores_of(logp_T, tokens):
-    """What `prepare` sees when the target is the live policy; the fields it must not look at are None."""
-    known = dict(
-        policy_logp_T=tokens.old_logp_T,
-        target_logp_T=logp_T,
-        server_logp_T=tokens.server_logp_T,
-        mask_T=tokens.mask_T,
-        segment_T=tokens.segment_T,
-        advantage_T=tokens.advantage_T,
-    )
-    names = [name for name, item in Scores.__dataclass_fields__.items() if name != "exact_overlap_T"]
+    """What `prepare` sees when the target is the live policy; what it must not look at is None."""
+    known = dict(batch=batch_of(tokens), policy_logp_MT=tokens.old_logp_T[None], target_logp_MT=logp_T[None])
+    names = [name for name, item in Scores.__dataclass_fields__.items() if name != "exact_overlap_MT"]
     return Scores(**{name: known.get(name) for name in names})
 
 
@@ -71,7 +61,7 @@ def prepared(objective, logp_T, tokens):
 
 def surrogate_and_grad(objective, logp_T, tokens):
     live_T = logp_T.clone().requires_grad_()
-    value_T = objective(live_T, tokens)
+    value_T = objective.surrogate(inputs_of(live_T, tokens))
     value_T.sum().backward()
     return value_T.detach(), live_T.grad
 
@@ -102,7 +92,7 @@ def test_ppo_is_its_formula_token_by_token(objective):
     rows = zip(logp_T.tolist(), tokens.old_logp_T.tolist(), tokens.advantage_T.tolist(), strict=True)
     want_T = torch.tensor([surrogate(objective, *row) for row in rows], dtype=torch.float64)
     want_T = torch.where(tokens.mask_T, want_T, 0.0)
-    torch.testing.assert_close(objective(logp_T, tokens), want_T)
+    torch.testing.assert_close(objective.surrogate(inputs_of(logp_T, tokens)), want_T)
 
 
 @pytest.mark.parametrize("objective", VARIANTS[:3])
@@ -110,7 +100,7 @@ def test_ppos_gradient_agrees_with_finite_differences(objective):
     logp_T, tokens = make_tokens(gap=1.0)
     _, grad_T = surrogate_and_grad(objective, logp_T, tokens)
     step = 1e-6
-    up_T, down_T = (objective(logp_T + sign * step, tokens) for sign in (1, -1))
+    up_T, down_T = (objective.surrogate(inputs_of(logp_T + sign * step, tokens)) for sign in (1, -1))
     torch.testing.assert_close(grad_T, (up_T - down_T) / (2 * step), rtol=1e-5, atol=1e-8)
 
 
@@ -155,8 +145,8 @@ def test_nothing_outside_the_mask_is_seen(objective, garbage):
     value_T, grad_T = surrogate_and_grad(objective, spoiled(logp_T), dirty)
     assert torch.equal(value_T, want_T) and torch.equal(grad_T, want_grad_T)
     assert (value_T[outside_T] == 0).all() and (grad_T[outside_T] == 0).all()
-    clean = objective.metrics(logp_T, tokens)
-    for name, pair in objective.metrics(spoiled(logp_T), dirty).items():
+    clean = objective.metrics(inputs_of(logp_T, tokens))
+    for name, pair in objective.metrics(inputs_of(spoiled(logp_T), dirty)).items():
         assert torch.equal(torch.stack(pair), torch.stack(clean[name])), name
     again = prepared(objective, spoiled(logp_T), dirty)
     assert again == objective
@@ -179,7 +169,7 @@ def test_a_token_that_a_model_cannot_produce_leaves_the_others_alone(objective):
 def test_a_nan_of_the_model_inside_the_mask_is_not_hidden():
     logp_T, tokens = make_tokens()
     logp_T[tokens.mask_T.nonzero()[3]] = math.nan
-    assert PPO()(logp_T, tokens).isnan().any()
+    assert PPO().surrogate(inputs_of(logp_T, tokens)).isnan().any()
     with pytest.raises(ValueError, match="target_logp = nan"):
         prepared(M2PO(), logp_T, tokens)
 
@@ -189,7 +179,7 @@ def test_clip_fraction_is_the_share_of_tokens_without_gradient(objective):
     logp_T, tokens = make_tokens(gap=0.8)
     objective = prepared(objective, logp_T, tokens)
     _, grad_T = surrogate_and_grad(objective, logp_T, tokens)
-    metrics = objective.metrics(logp_T, tokens)
+    metrics = objective.metrics(inputs_of(logp_T, tokens))
     flat_T = (grad_T == 0) & tokens.mask_T & (tokens.advantage_T != 0)
     total, count = metrics["clip_fraction"]
     assert total.item() == flat_T.sum().item()
@@ -205,9 +195,8 @@ def test_clip_fraction_is_the_share_of_tokens_without_gradient(objective):
 def test_float32_inputs_give_float32_surrogates(objective):
     logp_T, tokens = make_tokens()
     low = {name: x.float() for name, x in vars(tokens).items() if x.is_floating_point()}
-    value_T = prepared(objective, logp_T.float(), replace(tokens, **low))(
-        logp_T.float(), replace(tokens, **low)
-    )
+    tokens, logp_T = replace(tokens, **low), logp_T.float()
+    value_T = prepared(objective, logp_T, tokens).surrogate(inputs_of(logp_T, tokens))
     assert value_T.dtype == torch.float32
 
 
@@ -220,9 +209,9 @@ def test_a_micro_batch_of_padding_alone_is_zero(objective):
     )
     value_T, grad_T = surrogate_and_grad(objective, logp_T, empty)
     assert not value_T.any() and not grad_T.any()
-    assert objective.metrics(logp_T, empty)["clip_fraction"][1] == 0
+    assert objective.metrics(inputs_of(logp_T, empty))["clip_fraction"][1] == 0
     none = part(empty, slice(0, 0))
-    assert objective(logp_T[:0], none).shape == (0,)
+    assert objective.surrogate(inputs_of(logp_T[:0], none)).shape == (0,)
 
 
 def test_ratios_beyond_the_clamp_stay_finite():
@@ -234,7 +223,7 @@ def test_ratios_beyond_the_clamp_stay_finite():
         mask_T=torch.tensor([True, True]),
         segment_T=torch.tensor([0, 1]),
     )
-    value_T = PPO()(logp_T, tokens)
+    value_T = PPO().surrogate(inputs_of(logp_T, tokens))
     value_T.sum().backward()
     torch.testing.assert_close(value_T.detach(), torch.tensor([-math.exp(20), -0.8]))
     assert logp_T.grad.isfinite().all()
@@ -259,9 +248,9 @@ def test_gspo_has_the_gradient_of_the_clipped_sequence_ratio():
 def test_an_objective_that_was_not_prepared_says_so(name):
     logp_T, tokens = make_tokens()
     objective = OBJECTIVES[name]()
-    for call in (objective, objective.metrics):
+    for call in (objective.surrogate, objective.metrics):
         with pytest.raises(RuntimeError, match=f"Objective '{name}' needs numbers of the whole mini-batch"):
-            call(logp_T, tokens)
+            call(inputs_of(logp_T, tokens))
 
 
 @pytest.mark.parametrize(

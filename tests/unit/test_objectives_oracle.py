@@ -11,7 +11,7 @@ import torch
 
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.registry import build
-from tests.unit.test_corrections import on_ranks
+from tests.unit.flat import inputs_of, on_ranks
 from tests.unit.test_objectives import (
     LENGTHS,
     make_tokens,
@@ -229,7 +229,7 @@ def test_surrogates_and_metrics_do_not_depend_on_the_split(name, knobs, oracle, 
     padding = (tokens.segment_T < 0).nonzero()[:, 0]
     groups = [group or None for group in groups]
     index = [padding if group is None else rank_parts(tokens, [group])[0] for group in groups]
-    ranks = [part(scores_of(logp_T, tokens), i) for i in index]
+    ranks = [scores_of(logp_T[i], part(tokens, i)) for i in index]
     made = on_ranks(ranks, lambda scores, sum_over_batch: objective.prepare(scores, sum_over_batch))
     sums = {}
     for i, own in zip(index, made, strict=True):
@@ -237,9 +237,9 @@ def test_surrogates_and_metrics_do_not_depend_on_the_split(name, knobs, oracle, 
         value_T, grad_T = surrogate_and_grad(own, logp_T[i], part(tokens, i))
         torch.testing.assert_close(value_T, want_T[i])
         torch.testing.assert_close(grad_T, want_grad_T[i])
-        for key, pair in own.metrics(logp_T[i], part(tokens, i)).items():
+        for key, pair in own.metrics(inputs_of(logp_T[i], part(tokens, i))).items():
             sums[key] = sums.get(key, 0) + torch.stack(pair)
-    for key, pair in whole.metrics(logp_T, tokens).items():
+    for key, pair in whole.metrics(inputs_of(logp_T, tokens)).items():
         torch.testing.assert_close(sums[key][0] / sums[key][1], pair[0] / pair[1])
 
 
@@ -257,7 +257,7 @@ def test_m2po_keeps_as_many_tokens_as_the_budget_allows():
     kept_T = log_r_T.abs() <= made.threshold
     assert log_r_T[kept_T].square().mean() <= 0.04
     assert log_r_T[log_r_T.abs() <= made.threshold * 1.004].square().mean() > 0.04
-    dropped = made.metrics(logp_T, tokens)["clip_fraction"][0].item()
+    dropped = made.metrics(inputs_of(logp_T, tokens))["clip_fraction"][0].item()
     assert dropped == (~kept_T & (tokens.advantage_T != 0)).sum().item()
 
 

@@ -1,4 +1,4 @@
-"""The laws of OBRS (algorithm.md section 1), enumerated over small vocabularies in fp64."""
+"""The laws of OBRS, enumerated over small vocabularies in fp64."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch
 from megatron_jackpot.algorithm.obrs import (
     _philox,
     accept_prob,
+    check_sampled,
     counter_uniform,
     draw_keep,
     drift_weight,
@@ -365,19 +366,26 @@ def test_a_cap_below_one_is_named_with_its_rule(cap):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_server_logp_that_is_not_finite_is_an_error(value):
-    bad = torch.tensor([0.0, value])
-    for call in (lambda: accept_prob(ONE, bad, 1.0), lambda: jackpot_weight(ONE, bad, ONE, 1.0, 3.0)):
-        with pytest.raises(ValueError, match=rf"server_logp = {value}: must be finite"):
-            call()
+    with pytest.raises(ValueError, match=rf"server_logp = {value}: must be finite"):
+        check_sampled(ONE, torch.tensor([0.0, value]))
 
 
 def test_a_nan_of_the_target_or_of_a_candidate_is_an_error():
     nan = torch.tensor([math.nan])
-    with pytest.raises(ValueError, match="target_logp = nan"):
-        accept_prob(nan, ONE, 1.0)
+    for broken in (nan, torch.tensor([math.inf])):
+        with pytest.raises(ValueError, match="target_logp = nan"):
+            check_sampled(broken, ONE)
+    check_sampled(torch.tensor([-math.inf]), ONE)
     for pair in ((nan, ONE), (ONE, nan)):
         with pytest.raises(ValueError, match="candidate log-probs contain NaN"):
             overlap_mass(*pair, 1.0)
+
+
+def test_what_is_not_a_number_stays_one_where_it_was_not_checked():
+    """Nothing turns a broken log-prob into an accept probability or a weight that looks right."""
+    for pair in ((torch.tensor([math.nan]), ONE), (ONE, torch.tensor([math.nan]))):
+        assert accept_prob(*pair, 1.0).isnan().all()
+        assert jackpot_weight(*pair, ONE, 1.0, 3.0).isnan().all()
 
 
 def test_an_unknown_clip_order_is_an_error():

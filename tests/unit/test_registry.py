@@ -1,75 +1,122 @@
-"""From YAML keys to a method: every mistake is named with its remedy."""
+"""From YAML keys to a method: what is said holds for every method of every registry, and the documents name
+each of them with its defaults."""
+
+import re
+import typing
+from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 
-from megatron_jackpot.algorithm.corrections import CORRECTIONS, Jackpot, NoCorrection, make_correction
+from megatron_jackpot.algorithm.advantages import ADVANTAGES
+from megatron_jackpot.algorithm.corrections import CORRECTIONS
+from megatron_jackpot.algorithm.distill import DISTILL
+from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.registry import build
 
+REPOSITORY = Path(__file__).parents[2]
+REGISTRIES: dict[str, dict[str, type]] = {
+    "algorithm.correction": CORRECTIONS,
+    "algorithm.objective": OBJECTIVES,
+    "algorithm.advantage": ADVANTAGES,
+    "actor.distill": DISTILL,
+}
+EVERY = [(where, name) for where, registry in REGISTRIES.items() for name in registry]
 
-def test_build_turns_yaml_keys_into_the_method():
-    built = build(
-        "jackpot", {"lam": 1, "cap": "4e0", "policy_cap": None}, CORRECTIONS, "algorithm.correction"
-    )
-    assert built == Jackpot(lam=1.0, cap=4.0, policy_cap=None) and isinstance(built.lam, float)
-    assert build("none", {}, CORRECTIONS, "algorithm.correction") == NoCorrection()
+
+@pytest.fixture(params=EVERY, ids=lambda pair: f"{pair[0]}: {pair[1]}")
+def method(request: pytest.FixtureRequest) -> tuple[str, str, type]:
+    """(place in the configuration, name, class) of one method."""
+    where, name = request.param
+    return where, name, REGISTRIES[where][name]
 
 
-@pytest.mark.parametrize(
-    ("name", "knobs", "message"),
-    [
-        ("jackpt", {}, "algorithm.correction.name = 'jackpt' is unknown. Did you mean 'jackpot'?"),
-        (
-            "zzz",
-            {},
-            "algorithm.correction.name = 'zzz' is unknown. Known: geo_rs, icepop, jackpot, k_filter, mis, "
-            "none",
-        ),
-        (
-            "jackpot",
-            {"lambda": 1.0},
-            "Unknown knob 'algorithm.correction.lambda' of 'jackpot'. Did you mean 'lam'?",
-        ),
-        ("none", {"cap": 1}, "Unknown knob 'algorithm.correction.cap' of 'none'."),
-        ("tis", {"cap": "big"}, "algorithm.correction.cap = 'big': must be of type float, got str."),
-        ("tis", {"cap": True}, "algorithm.correction.cap = True: must be of type float, got bool."),
-        ("tis", {"cap": [2]}, "algorithm.correction.cap = [2]: must be of type float, got list."),
-        ("jackpot", {"seed": 0.5}, "algorithm.correction.seed = 0.5: must be of type int, got float."),
-        (
-            "tis",
-            {"cap": 0.5},
-            "algorithm.correction.cap = 0.5: must be >= 1. Use .inf to switch the cap off.",
-        ),
-        ("jackpot", {"lam": 0}, "algorithm.correction.lam = 0.0: must be a finite number > 0."),
-        ("jackpot", {"policy_cap": 0.9}, "algorithm.correction.policy_cap = 0.9: must be >= 1."),
-        ("jackpot", {"mask": "expcted"}, "algorithm.correction.mask = 'expcted': must be one of"),
-        ("icepop", {"low": 2}, "algorithm.correction.low = 2.0, high = 5.0: must be low <= 1 <= high"),
-        ("geo_rs", {"veto": 1}, "algorithm.correction.veto = 1.0: must lie in (0, 1)"),
-        ("k_filter", {"low": 0.5}, "algorithm.correction.low = 0.5: only kind = 'k1' has a lower bound"),
-        (
-            "jackpot",
-            {"target_acceptance": 1},
-            "algorithm.correction.target_acceptance = 1.0: must lie in (0, 1)",
-        ),
-        ("jackpot", {"kappa_from": "both"}, "algorithm.correction.kappa_from = 'both': must be one of"),
-    ],
-)
-def test_every_mistake_in_the_yaml_is_named_with_its_remedy(name, knobs, message):
+def refusal(where: str, name: str, knobs: dict[str, object]) -> str:
     with pytest.raises(ValueError) as caught:
-        build(name, knobs, CORRECTIONS, "algorithm.correction")
-    assert str(caught.value).startswith(message)
+        build(name, knobs, REGISTRIES[where], where)
+    return str(caught.value)
 
 
-def test_a_preset_is_a_set_of_knobs_that_knobs_beside_it_override():
-    assert make_correction("jackpot", {}, 7) == Jackpot(seed=7)
-    assert make_correction("jackpot", {"preset": "paper", "seed": 1}, 7) == Jackpot(seed=1)
-    recommended = make_correction("jackpot", {"preset": "recommended", "mask": "bernoulli"}, 7)
-    assert recommended == Jackpot(seed=7, z_correction="tail", denominator="all")
-    reference = make_correction("jackpot", {"preset": "reference"}, 7)
-    assert (reference.clip_order, reference.candidates, reference.kappa_over, reference.denominator) == (
-        "before_z",
-        "intersection",
-        "microbatch",
-        "accepted",
-    )
-    with pytest.raises(ValueError, match="correction.preset = 'papr'.*Did you mean 'paper'"):
-        make_correction("jackpot", {"preset": "papr"}, 7)
+def test_a_name_with_a_letter_too_many_is_told_the_right_one(method):
+    where, name, _ = method
+    wrong = f"{name}z"
+    assert refusal(where, wrong, {}) == f"{where}.name = '{wrong}' is unknown. Did you mean '{name}'?"
+
+
+@pytest.mark.parametrize("where", REGISTRIES)
+def test_a_name_like_no_other_is_told_them_all(where):
+    known = ", ".join(sorted(REGISTRIES[where]))
+    assert refusal(where, "%%%", {}) == f"{where}.name = '%%%' is unknown. Known: {known}."
+
+
+def test_without_keys_a_method_is_that_of_its_class_with_the_defaults(method):
+    where, name, kind = method
+    assert all(item.default is not MISSING for item in fields(kind)), "a knob without a default"
+    assert build(name, {}, REGISTRIES[where], where) == kind()
+
+
+def test_a_key_that_is_no_knob_is_told_the_nearest_or_that_there_is_none(method):
+    where, name, kind = method
+    knobs = [item.name for item in fields(kind)]
+    if not knobs:
+        assert refusal(where, name, {"cap": 1}) == (
+            f"Unknown knob '{where}.cap' of '{name}'. It has no knobs."
+        )
+    for knob in knobs:
+        message = refusal(where, name, {f"{knob}z": 1})
+        assert message == f"Unknown knob '{where}.{knob}z' of '{name}'. Did you mean '{knob}'?"
+
+
+def test_a_value_of_another_type_is_refused_by_the_knob_s_name(method):
+    where, name, kind = method
+    for knob, hint in typing.get_type_hints(kind).items():
+        if knob not in {item.name for item in fields(kind)}:
+            continue
+        message = refusal(where, name, {knob: [2]})
+        rule = "must be one of" if "Literal" in str(hint) else "must be of type"
+        assert message.startswith(f"{where}.{knob} = [2]: {rule}"), message
+
+
+def test_numbers_that_yaml_reads_as_text_or_as_integers_are_numbers(method):
+    where, name, kind = method
+    for item in fields(kind):
+        if isinstance(item.default, float):
+            written = f"{item.default:e}" if item.default != int(item.default) else int(item.default)
+            built = build(name, {item.name: written}, REGISTRIES[where], where)
+            assert getattr(built, item.name) == item.default and built == kind()
+
+
+METHODS_TABLE = re.search(r"## Methods\n(.*?)\n## ", (REPOSITORY / "README.md").read_text(), re.S)[1]
+
+
+@pytest.mark.parametrize("where", REGISTRIES)
+def test_the_readme_lists_every_method_of_a_registry(where):
+    (row,) = (line for line in METHODS_TABLE.splitlines() if line.startswith(f"| `{where}`"))
+    assert set(re.findall(r"`([^`]+)`", row)) >= set(REGISTRIES[where])
+
+
+@pytest.mark.parametrize("where", ["algorithm.correction", "algorithm.objective"])
+def test_the_page_of_a_registry_has_a_row_or_a_section_for_each_method_and_for_nothing_else(where):
+    page = (REPOSITORY / f"docs/{where.split('.')[1]}s.md").read_text()
+    table = re.search(r"\| name \|.*?\n\n", page, re.S)[0]
+    named = set(re.findall(r"^\| `([^`]+)` \|", table, re.M))
+    named |= {title.lower() for title in re.findall(r"^## (\S+)$", page, re.M)} & set(REGISTRIES[where])
+    assert named == set(REGISTRIES[where])
+
+
+def test_the_defaults_that_the_page_of_objectives_states_are_those_of_the_classes():
+    page = (REPOSITORY / "docs/objectives.md").read_text()
+    stated = 0
+    for title, text in re.findall(r"^### (.+?)\n(.*?)(?=^##|\Z)", page, re.M | re.S):
+        for name in title.split(", "):
+            defaults = {item.name: item.default for item in fields(OBJECTIVES[name])}
+            for knob, value in re.findall(r"`([a-z_]+) ([-\w.]+)`", text):
+                if knob not in defaults:
+                    continue
+                default = defaults[knob]
+                stated += 1
+                if default is None:
+                    assert value == "null", f"{name}.{knob}"
+                else:
+                    assert type(default)(value) == default, f"{name}.{knob} = {default}, the page has {value}"
+    assert stated > len(OBJECTIVES)

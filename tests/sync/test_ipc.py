@@ -16,8 +16,8 @@ from megatron_jackpot.sync import ipc
 from megatron_jackpot.sync.ipc import IPCSync, serialise
 from megatron_jackpot.sync.prefetcher import FlatBucket
 from megatron_jackpot.sync.retry import ATTEMPTS
-from tests.rollout.fake_server import FakeServer, error, ok
-from tests.rollout.test_weight_sync import checksums, info
+from tests.servers.fake_server import FakeServer, error, ok
+from tests.sync.test_weight_sync import checksums, info
 from tests.tiny import write_model
 
 CPU = torch.device("cpu")

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import BadReply, Completion, Sampling, ServerError, StaleWeights
 from megatron_jackpot.servers.reply import parse_group
-from tests.rollout.fake_server import VOCAB, FakeServer, cut_off, error, flat_topk, group, ok, raw, sample
+from tests.servers.fake_server import VOCAB, FakeServer, cut_off, error, flat_topk, group, ok, raw, sample
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=3)
 
@@ -147,11 +146,10 @@ def test_a_failing_server_is_left_for_another_and_alone_it_is_an_error_that_name
 
 
 def test_a_server_that_hangs_is_given_up_after_the_time_limit_and_asked_to_abort():
-    with FakeServer(generate=[ok(group(), after_s=3)]) as slow:
-        started = time.monotonic()
+    with FakeServer(generate=[ok(group(), after_s=60)]) as slow:
         with pytest.raises(ServerError, match=f"{slow.url}: no reply to /generate within 0.3 s"):
             ask([slow], request_timeout_s=0.3, retries=0)
-        assert time.monotonic() - started < 1.5
+        assert slow.in_flight >= 1  # its answer is still to come
         assert slow.asked("abort_request") == [{"rid": slow.asked("generate")[0]["rid"]}]
 
 

@@ -1,4 +1,4 @@
-"""Buckets made ahead of their transfer: order, equality, how many exist at once, and every way it can end."""
+"""Buckets made before their transfer: order, equality, how many exist at once, and every way it can end."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from megatron_jackpot.sync.prefetcher import Ahead, FlatBucket
+from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def unpacked(bucket: FlatBucket) -> dict[str, torch.Tensor]:
 
 def test_every_tensor_arrives_once_in_order_and_bit_for_bit():
     named = tensors()
-    with Ahead(named, 100, CPU, 10) as made:
+    with BucketPrefetcher(named, 100, CPU, 10) as made:
         received = [unpacked(bucket) for bucket in made]
     assert len(received) > 4
     assert [name for bucket in received for name in bucket] == [name for name, _ in named]
@@ -48,11 +48,11 @@ def test_the_next_buckets_are_made_while_one_travels_and_then_no_more():
             read.append(name)
             yield name, tensor
 
-    with Ahead(source(), 1, CPU, 10) as made:
+    with BucketPrefetcher(source(), 1, CPU, 10) as made:
         for number, bucket in enumerate(made):
             assert bucket.names == [f"t{number}"]
             # This one travels, one waits, one is made; that it is full shows in the tensor after it.
-            wanted, deadline = min(number + 4, 20), time.monotonic() + 5
+            wanted, deadline = min(number + 4, 20), time.monotonic() + 60
             while len(read) < wanted and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.01)
@@ -65,7 +65,7 @@ def test_an_error_of_the_export_is_raised_where_the_buckets_are_taken():
         raise KeyError("no such layer")
 
     with pytest.raises(KeyError, match="no such layer"):
-        with Ahead(source(), 1, CPU, 10) as made:
+        with BucketPrefetcher(source(), 1, CPU, 10) as made:
             list(made)
 
 
@@ -79,7 +79,7 @@ def test_whoever_gives_up_leaves_an_export_that_was_read_to_its_end():
             yield pair
 
     with pytest.raises(ZeroDivisionError):
-        with Ahead(source(), 1, CPU, 10) as made:
+        with BucketPrefetcher(source(), 1, CPU, 10) as made:
             for _ in made:
                 raise ZeroDivisionError
     assert len(read) == len(tensors())
@@ -89,12 +89,12 @@ def test_an_export_that_hangs_is_named_at_the_time_limit():
     hold = threading.Event()
 
     def source():
-        hold.wait(5)
+        hold.wait(60)
         yield "a", torch.zeros(1)
 
-    started = time.monotonic()
     with pytest.raises(TimeoutError, match="Waited 0.2 s for the next bucket of weights"):
-        with Ahead(source(), 1, CPU, 0.2) as made:
+        with BucketPrefetcher(source(), 1, CPU, 0.2) as made:
             list(made)
-    assert time.monotonic() - started < 2
+    # The export still hangs: nobody waited for its end.
+    assert not hold.is_set() and made._thread.is_alive()
     hold.set()

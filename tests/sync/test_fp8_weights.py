@@ -16,11 +16,11 @@ from megatron_jackpot.config import parse_config
 from megatron_jackpot.models.hf_folder import HFFolder, write_hf_folder
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.served_folder import BLOCK, QUANTIZATION, served_folder
-from megatron_jackpot.sync.fp8 import dequantise, quantise, quantised
+from megatron_jackpot.sync.fp8 import quantise, quantised
 from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import Proof, SyncError, hf_shapes
-from tests.rollout.fake_server import FakeServer, ok
-from tests.rollout.test_weight_sync import checksums, info
+from tests.servers.fake_server import FakeServer, ok
+from tests.sync.test_weight_sync import checksums, info
 from tests.tiny import write_model
 
 SHAPE = dict(
@@ -43,6 +43,12 @@ def oracle(weight):
         step = 2.0 ** (exponent - 3)
         values[place] = np.round(scaled / step) * step * scales[i, j]
     return values, scales
+
+
+def dequantise(fp8_NK, scale):
+    """The values in fp32, as a server sees them."""
+    rows, columns = fp8_NK.shape
+    return fp8_NK.float() * scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (256, 384), (1, 1), (130, 200), (127, 129), (300, 7)])

@@ -1,0 +1,172 @@
+"""From a configuration to a trainer: models, prompts, source of rollouts, sync.
+
+Everything that can be wrong with the input is refused here, before the first step.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_jackpot.config import Config
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config.model_shape import padded_vocab_size
+from megatron_jackpot.data.loader import PromptLoader
+from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
+from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer
+from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.families import Family, family_of
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.rewards.pool import RewardPool
+from megatron_jackpot.rollout.source import ServerSource
+from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.protocol import Sampling
+from megatron_jackpot.servers.served_folder import served_folder
+from megatron_jackpot.sync.broadcast import BroadcastSync
+from megatron_jackpot.sync.disk import DiskSync
+from megatron_jackpot.sync.ipc import IPCSync
+from megatron_jackpot.train.evaluation import Evaluator
+from megatron_jackpot.train.guard import Guard
+from megatron_jackpot.train.methods import Methods
+from megatron_jackpot.train.probe import Prober, check_families
+from megatron_jackpot.train.state import TrainState
+from megatron_jackpot.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A trainer, and how it is checked and judged."""
+
+    trainer: Trainer
+    probe: Prober
+    evaluate: Evaluator
+
+    def close(self) -> None:
+        """End reward workers, HTTP sessions and the weight group."""
+        if self.trainer.source is not None:
+            self.trainer.source.close()
+        if self.trainer.sync is not None:
+            self.trainer.sync.close()
+
+
+def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda: None) -> Assembly:
+    """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming
+    the field for anything that cannot work."""
+    methods = Methods.from_config(config)
+    check_same_tokenizer(config.policy.hf, config.actor.hf)
+    tokenizer = load_tokenizer(config.policy.hf)
+    families = load_families(config)
+    training = training_prompts(config.data, tokenizer)
+    heldout = heldout_prompts(config.data, config.evaluation, tokenizer, exclude=training.texts)
+    policy, actor = (load_model(name, config, mesh, families) for name in ("policy", "actor"))
+    stop_ids = stop_token_ids(tokenizer.eos_token_id, families["actor"])
+    source = None
+    if mesh.is_leader:
+        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        source = make_source(config, families["actor"], stop_ids, decode)
+        if config.data.source == "jsonl":
+            # Generated problems are right by construction; a file may hold answers no response could ever
+            # match.
+            source.check_labels([*training.prompts, *heldout.prompts][mesh.dp_rank :: mesh.dp])
+    per_step, seed = config.rollout.prompts_per_step, config.run.seed
+    state = TrainState(
+        mesh=mesh,
+        policy=policy,
+        actor=actor,
+        methods=methods,
+        guard=Guard(config.guard),
+        loader=PromptLoader(training.prompts, per_step, mesh.dp_rank, mesh.dp, seed),
+    )
+    sync = make_sync(config) if mesh.is_main else None
+    trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
+    probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
+    evaluate = Evaluator(
+        config, state, source, heldout.prompts, stop_ids=stop_ids, packing_tokens=trainer.packer.tokens
+    )
+    return Assembly(trainer, probe, evaluate)
+
+
+def load_families(config: Config) -> dict[str, Family]:
+    """Both models' families, checked against the run's sequence lengths."""
+    families = {name: family_of(read_hf_config(getattr(config, name).hf)) for name in ("policy", "actor")}
+    check_families(config, families["policy"], families["actor"])
+    return families
+
+
+def load_model(name: str, config: Config, mesh: Mesh, families: dict[str, Family]) -> MegatronModel:
+    """Policy or actor from its HF folder, with its optimizer."""
+    section = getattr(config, name)
+    model = MegatronModel.load(
+        name,
+        families[name],
+        section.hf,
+        mesh=mesh,
+        parallel=config.parallel,
+        precision=config.precision,
+        padded_vocab=padded_vocab_size([family.vocab_size for family in families.values()], mesh.tp),
+    )
+    model.add_optimizer(section.optimizer, config.run.steps * config.algorithm.num_minibatches)
+    return model
+
+
+def stop_token_ids(eos: int | None, family: Family) -> tuple[int, ...]:
+    """The tokenizer's end-of-text id and those of config.json. Raises ValueError when there is none."""
+    listed = family.hf_config.get("eos_token_id")
+    ids = {eos, *(listed if isinstance(listed, list) else [listed])} - {None}
+    if not ids:
+        raise ValueError(
+            "Neither the tokenizer nor config.json names an eos token: responses would never end."
+        )
+    return tuple(sorted(ids))
+
+
+def make_source(
+    config: Config, actor: Family, stop_ids: tuple[int, ...], decode: Callable[[Sequence[int]], str]
+) -> ServerSource:
+    """Client, reward pool and sampling of one DP leader."""
+    rollout = config.rollout
+    client = SGLangClient(
+        config.servers.urls,
+        vocab_size=actor.vocab_size,
+        context_length=actor.context_length,
+        concurrency=rollout.concurrency,
+        request_timeout_s=rollout.request_timeout_s,
+        retries=rollout.retries,
+    )
+    sampling = Sampling(
+        temperature=rollout.temperature,
+        max_new_tokens=rollout.max_new_tokens,
+        top_k_logp=rollout.top_k_logp,
+        stop_token_ids=stop_ids,
+    )
+
+    return ServerSource(
+        client,
+        RewardPool(
+            config.data.reward,
+            config.data.reward_workers,
+            config.data.reward_timeout_s,
+            memory_bytes=int(config.data.reward_memory_gb * 2**30),
+            network=config.data.reward_network,
+        ),
+        sampling=sampling,
+        samples_per_prompt=rollout.samples_per_prompt,
+        max_failed_groups=rollout.max_failed_groups,
+        decode=decode,
+    )
+
+
+def make_sync(config: Config) -> DiskSync | BroadcastSync:
+    """The way of the actor's weights to the servers."""
+    sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
+    shared = dict(
+        hf_folder=served_folder(config),
+        bucket_bytes=sync.bucket_bytes,
+        timeout_s=sync.timeout_s,
+        patience_s=servers.start_timeout_s,
+        release_memory=servers.release_memory,
+    )
+    if sync.method == "disk":
+        return DiskSync(servers.urls, folder=folder, **shared)
+    if sync.method == "ipc":
+        return IPCSync(servers.urls, proof_folder=folder, **shared)
+    return BroadcastSync(servers.urls, proof_folder=folder, backend=sync.backend, **shared)

@@ -1,0 +1,32 @@
+"""What a run moves from step to step, as one rank sees it: what a checkpoint holds."""
+
+from dataclasses import dataclass, field
+
+from megatron_jackpot.data.loader import PromptLoader
+from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.rollout.finished_groups import Groups
+from megatron_jackpot.train.guard import Guard
+from megatron_jackpot.train.methods import Methods
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Both models with their optimizers, the methods with their controllers, and where the run stands."""
+
+    mesh: Mesh
+    policy: MegatronModel
+    actor: MegatronModel
+    methods: Methods
+    guard: Guard
+    loader: PromptLoader | None = None
+    """The order of prompts; None where no rollouts are asked for."""
+    num_steps: int = 0
+    """Finished steps; also the version of the actor's weights."""
+    num_probes: int = 0
+    finished_groups: Groups = field(default_factory=dict)
+    """Groups of an unfinished step, on the DP leader that asked for them."""
+
+    @property
+    def models(self) -> dict[str, MegatronModel]:
+        return {"policy": self.policy, "actor": self.actor}

@@ -1,0 +1,113 @@
+"""What one step measures, made anew for each step, and what it returns."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+from megatron_jackpot.models.engine import UpdateReport
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.parallel.reduce import reduce_metrics
+from megatron_jackpot.records import Batch, Metrics
+from megatron_jackpot.rollout.collect import group_metrics
+from megatron_jackpot.rollout.collector import Collected
+from megatron_jackpot.run.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A finished step."""
+
+    step: int
+    """Its number, from 1."""
+    metrics: dict[str, float]
+    """On the main rank; empty elsewhere."""
+    account: dict[str, Any] | None
+    """What became of the step's prompts (rollout/collector.py: account), on DP leaders."""
+
+
+@dataclass
+class StepMetrics:
+    """Sums over tokens, which travel, and numbers of this rank, which do not."""
+
+    step: int
+    """The step under way, from 1: what its phases are named after."""
+    watchdog: Watchdog
+    sums: Metrics = field(default_factory=dict)
+    """On the last pipeline stage."""
+    rollout_sums: Metrics = field(default_factory=dict)
+    """On DP leaders."""
+    values: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Adds the seconds of the block to time/<name>; the block is a phase of the watchdog and of a
+        trace."""
+        _finish_device_work()
+        started = time.perf_counter()
+        with self.watchdog.phase(f"{name} of step {self.step}"), record_function(name):
+            yield
+            _finish_device_work()
+        self.count(f"time/{name}", time.perf_counter() - started)
+
+    def count(self, name: str, more: float = 1.0) -> None:
+        """Add to a number of this rank."""
+        self.values[name] = self.values.get(name, 0.0) + more
+
+    def add(self, pairs: Metrics) -> None:
+        """Sums and counts travel; the division happens once, in `reduced`."""
+        for key, (total, count) in pairs.items():
+            before = self.sums.get(key, (0.0, 0.0))
+            self.sums[key] = (before[0] + total, before[1] + count)
+
+    def note_rollouts(self, collected: Collected, dp: int) -> None:
+        """What a leader's rollouts were; `dp` leaders share the step."""
+        rollouts = [r for group in collected.groups for r in group]
+        tokens = float(sum(len(r.tokens) for r in rollouts))
+        trained = float(sum(r.num_tokens for r in rollouts))
+        pairs: Mapping[str, tuple[float, float]] = {
+            "train/tokens": (trained, 1 / dp),
+            "rollout/tokens_per_s": (tokens, collected.seconds / dp),
+            **group_metrics(collected.groups),
+            **collected.sums,
+        }
+        for name, (total, count) in pairs.items():
+            self.rollout_sums[name] = (torch.tensor(float(total)), torch.tensor(float(count)))
+
+    def note_update(self, name: str, report: UpdateReport, mesh: Mesh) -> None:
+        """One optimizer step of a model."""
+        self.count(f"guard/skipped_{name}", float(not math.isfinite(report.grad_norm)))
+        one = torch.ones([], dtype=torch.float64, device=mesh.device)
+        for key, total in report.sums.items():
+            # A loss is a share of the whole already; a pair is a sum and its count.
+            if total.dim() == 0:
+                self.add({f"loss/{key}": (total, one / mesh.dp)})
+            else:
+                self.add({key: (total[0], total[1])})
+        self.values[f"grad_norm/{name}"] = report.grad_norm
+        self.values[f"lr/{name}"] = report.lr
+
+    def reduced(self, mesh: Mesh) -> dict[str, float]:
+        """Every metric of the step on the main rank; {} elsewhere. Call it on every rank."""
+        on_leaders = reduce_metrics(self.rollout_sums, mesh.dp_group) if mesh.is_leader else {}
+        on_last = reduce_metrics(self.sums, mesh.dp_group) if mesh.is_last_stage else {}
+        if on_last.get("weight/mean_square"):
+            on_last["weight/ess"] = on_last["weight/mean"] ** 2 / on_last["weight/mean_square"]
+        on_last = mesh.object_from_last_stage(on_last)
+        return {**on_leaders, **on_last, **self.values} if mesh.is_main else {}
+
+
+def staleness(batch: Batch, version: int) -> Metrics:
+    """Weight versions between the actor that was synced last and the one that wrote each token."""
+    behind = (version - batch.weight_version_MT)[batch.mask_MT]
+    return {"staleness/mean": (behind.sum().double(), batch.mask_MT.sum().double())}
+
+
+def _finish_device_work() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
