@@ -83,7 +83,10 @@ def test_an_exception_in_the_reward_is_an_error_with_its_traceback(functions):
         ("jackpot_test_rewards.missing", "module jackpot_test_rewards has no 'missing'"),
         ("jackpot_test_rewards:missing", "module jackpot_test_rewards has no 'missing'"),
         ("jackpot_test_rewards:", "must be package.module:Name"),
-        ("jackpot_test_rewards.not_a_function", "must be called with .response_text, label.: .* not a callable"),
+        (
+            "jackpot_test_rewards.not_a_function",
+            "must be called with .response_text, label.: .* not a callable",
+        ),
         ("jackpot_test_rewards:of_one", "must be called with .response_text, label.: too many positional"),
     ],
 )
