@@ -70,7 +70,7 @@ def test_a_result_that_is_not_a_finite_float_is_an_error(functions, text):
 
 
 def test_an_exception_in_the_reward_is_an_error_with_its_traceback(functions):
-    with RewardPool(f"{functions}.odd", 1, 10.0) as pool:
+    with RewardPool(f"{functions}:odd", 1, 10.0) as pool:
         with pytest.raises(ValueError, match="(?s)raised an exception:.*KeyError: 'other'"):
             score_all(pool, ("other", ""))
 
