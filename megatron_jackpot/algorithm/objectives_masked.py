@@ -270,4 +270,5 @@ def _knobs(method: Objective, public: type) -> dict[str, Any]:
 def _constants(numbers: dict[str, float], like: Tensor) -> Metrics:
     """Numbers as (sum, count) with count 1."""
     made = {name: torch.tensor([value, 1.0], dtype=torch.float64) for name, value in numbers.items()}
-    return {name: tuple(pair.to(like.device).unbind()) for name, pair in made.items()}
+    moved = {name: pair.to(like.device) for name, pair in made.items()}
+    return {name: (pair[0], pair[1]) for name, pair in moved.items()}

@@ -58,6 +58,7 @@ def heldout_prompts(
 
 def _training_problems(data: Data) -> Iterable[Problem]:
     if data.source == "jsonl":
+        assert data.path is not None, "Config asks for it"
         return jsonl_problems(data.path)
     return reasoning_gym_problems(data.tasks, data.seed, data.size)
 
@@ -127,6 +128,7 @@ class _Renderer:
         if self.template is None:
             messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            assert isinstance(text, str), "tokenize=False"
             # The chat template writes its own special tokens.
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
         if not isinstance(question, str):

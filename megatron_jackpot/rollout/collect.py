@@ -100,7 +100,7 @@ class GroupSampler:
         return so_far()
 
     async def _rewarded(self, prompt: Prompt, epoch: int, completions: list[Completion]) -> list[Rollout]:
-        judged = (self.reward(completion.tokens, prompt) for completion in completions)
+        judged = (self.reward(completion.tokens.tolist(), prompt) for completion in completions)
         verdicts = await asyncio.gather(*judged)
         return [
             Rollout(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.collect import GroupSampler, Sums
@@ -81,13 +83,13 @@ class ServerSource:
     def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         """Greedy answers of the servers' model."""
 
-        async def ask() -> list[list[int]]:
+        async def ask() -> list[np.ndarray]:
             stop = self.sampling.stop_token_ids
             return await asyncio.gather(
                 *(self.client.greedy(p.tokens, max_new_tokens, stop) for p in prompts)
             )
 
-        return [list(answer) for answer in self._run(ask())]
+        return [answer.tolist() for answer in self._run(ask())]
 
     def close(self) -> None:
         self._run(self.client.__aexit__(None, None, None))

@@ -3,16 +3,18 @@
 Everything that can be wrong with the input is refused here, before the first step.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypedDict
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
-from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer
+from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer, text_of
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of
 from megatron_jackpot.parallel.context import Mesh
@@ -61,8 +63,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     stop_ids = stop_token_ids(tokenizer.eos_token_id, families["actor"])
     source = None
     if mesh.is_leader:
-        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-        source = make_source(config, families["actor"], stop_ids, decode)
+        source = make_source(config, families["actor"], stop_ids, partial(text_of, tokenizer))
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever
             # match.
@@ -108,10 +109,11 @@ def load_model(name: str, config: Config, mesh: Mesh, families: dict[str, Family
     return model
 
 
-def stop_token_ids(eos: int | None, family: Family) -> tuple[int, ...]:
+def stop_token_ids(eos: object, family: Family) -> tuple[int, ...]:
     """The tokenizer's end-of-text id and those of config.json. Raises ValueError when there is none."""
     listed = family.hf_config.get("eos_token_id")
-    ids = {eos, *(listed if isinstance(listed, list) else [listed])} - {None}
+    named = (eos, *(listed if isinstance(listed, list) else [listed]))
+    ids = {token for token in named if isinstance(token, int)}
     if not ids:
         raise ValueError(
             "Neither the tokenizer nor config.json names an eos token: responses would never end."
@@ -155,10 +157,20 @@ def make_source(
     )
 
 
+class SyncSettings(TypedDict):
+    """What every way takes."""
+
+    hf_folder: Path
+    bucket_bytes: int
+    timeout_s: float
+    patience_s: float
+    release_memory: bool
+
+
 def make_sync(config: Config) -> DiskSync | BroadcastSync:
     """The way of the actor's weights to the servers."""
     sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
-    shared = dict(
+    shared = SyncSettings(
         hf_folder=served_folder(config),
         bucket_bytes=sync.bucket_bytes,
         timeout_s=sync.timeout_s,

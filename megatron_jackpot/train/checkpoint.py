@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_jackpot.config.run import Run
 from megatron_jackpot.models.checkpoint import Snapshot, load_model, load_schedule, schedule_state
@@ -57,9 +57,10 @@ class Saver:
         self.num_failed = 0
         self.bad_checkpoints: set[str] = set()
         """Checkpoints that the run went back to and has not saved anew since."""
-        self._group = dist.new_group(
-            backend="gloo", timeout=datetime.timedelta(seconds=config.phase_timeout_s)
-        )
+        limit = datetime.timedelta(seconds=config.phase_timeout_s)
+        group = dist.new_group(backend="gloo", timeout=limit)
+        assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+        self._group = group
         self._snapshots: dict[str, Snapshot] = {}
         self._writing: _Writing | None = None
         if config.save_every is not None and config.save_in_background:

@@ -8,7 +8,7 @@ from megatron_jackpot.algorithm.objectives_base import Objective, objective_inpu
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.head import FrozenHead
-from megatron_jackpot.parallel.divergence import vocab_parallel_kl
+from megatron_jackpot.parallel.divergence import Direction, vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
@@ -74,7 +74,7 @@ def actor_loss(
         surrogate_T = methods.actor_objective.surrogate(objective_inputs(logp_T, old_MT[m], batch, m))
         rl = -torch.where(mask_T, weight_MT[m] * surrogate_T, 0.0).sum() / denominator
 
-        def full_kl(direction: str) -> Tensor:
+        def full_kl(direction: Direction) -> Tensor:
             assert teacher is not None, "the scorer keeps the policy's head where distillation needs logits"
             both = (logits_TV, teacher.logits(m))
             return vocab_parallel_kl(*both, teacher.common(vocab), direction=direction)
