@@ -1,8 +1,10 @@
 """What travels between the stages of a step, and the one place where its shapes are written.
 
 reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Correction [M, T] -> one
-ObjectiveInputs [T] per micro-batch -> loss. Each is constructed in one function and changed by `replace`
-alone.
+ObjectiveInputs [T] per micro-batch, with DistillInputs [T] beside the actor's -> loss. From Batch on each is
+constructed in one function and changed by `replace` alone, and no tensor of a Batch is held by another
+record. Nothing else holds numbers of tokens, but for what a function hands to its caller and nobody keeps
+(Local and VocabScores in parallel, SampledLogp in algorithm) and the TokenRecord that monitor writes to disk.
 
 Shapes: R response tokens of one rollout, M micro-batches on this DP rank, T packed tokens per micro-batch
 (the same for every micro-batch and rank), K ids per token: the server's top-k in a Batch, candidates in

@@ -29,8 +29,10 @@ def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in tree.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict) and "name" not in value
-        merged[key] = _merge(below, value) if both else value
+        if isinstance(below, dict) and isinstance(value, dict) and "name" not in value:
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
     return merged
 
 

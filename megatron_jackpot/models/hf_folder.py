@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,7 +44,7 @@ class HFFolder:
     def __init__(self, folder: Path) -> None:
         """Raises ValueError for no weights, a shard that the index names and is missing, a truncated one."""
         self.folder = Path(folder)
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, safe_open] = {}
         paths = sorted(self.folder.glob("*.safetensors"))
         missing = sorted(self._indexed() - {path.name for path in paths})
         if missing:
@@ -88,7 +88,7 @@ class HFFolder:
     def read(self, name: str) -> Tensor:
         return self._handle(name).get_tensor(name)
 
-    def _handle(self, name: str) -> Any:
+    def _handle(self, name: str) -> safe_open:
         if name not in self._handles:
             raise ValueError(f"{self.folder}: tensor '{name}' is in no safetensors file.")
         return self._handles[name]
@@ -96,7 +96,7 @@ class HFFolder:
 
 def write_safetensors(path: Path, specs: Sequence[Spec], read: Callable[[str], Tensor]) -> None:
     """One safetensors file, its tensors read and written one after another: memory for one of them."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
         begin, end = end, end + spec.num_bytes

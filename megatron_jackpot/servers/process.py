@@ -34,7 +34,9 @@ CPU_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 SILENT_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-"""/health samples a token; while a server lends its memory it samples none, and would be taken for hung."""
+"""/health answers at once, and 503 while a server starts or ends; otherwise it samples a token and sleeps a
+second, as /health_generate does."""
+HEALTH, HEALTH_GENERATE = "/health", "/health_generate"
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -101,10 +103,10 @@ class ServerProcess:
                 )
             time.sleep(0.25)
 
-    def answers(self, limit_s: float) -> bool:
-        """Whether it answers /health within `limit_s`, at most 5 s."""
+    def answers(self, limit_s: float, path: str = HEALTH) -> bool:
+        """Whether it answers `path` within `limit_s`, at most 5 s."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=min(5.0, max(0.1, limit_s))) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=min(5.0, max(0.1, limit_s))) as answer:
                 # A stranger may have taken the port since it was checked; then our process has ended or will.
                 return answer.status == 200 and self.running
         except (urllib.error.URLError, OSError):
@@ -191,7 +193,6 @@ def start_servers(
                 servers, model, port=port, dtype=dtype, device=placement.device, flags=flags
             )
             environment = server_environment(placement.device, tp=tp, gpus=seen)
-            environment |= SILENT_HEALTH if lends else {}
             log_path = folder / f"server-{i}.log"
             server = ServerProcess(
                 command, host=servers.host, port=port, log_path=log_path, environment=environment
@@ -247,7 +248,7 @@ def server_environment(device: Device, *, tp: int = 1, gpus: Sequence[int] | Non
         for key, value in os.environ.items()
         if key not in TORCHRUN_VARIABLES and not key.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
     }
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | SILENT_HEALTH
     if device == "cpu":
         cores = os.cpu_count() or 1
         paths = [str(CPU_SHIMS), *filter(None, [environment.get("PYTHONPATH")])]

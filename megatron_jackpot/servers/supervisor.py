@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_jackpot.config import Servers
-from megatron_jackpot.servers.process import ServerProcess
+from megatron_jackpot.servers.process import HEALTH, HEALTH_GENERATE, ServerProcess
 
 HEALTH_EVERY_S = 5.0
 FIRST_PAUSE_S = 1.0
@@ -32,6 +32,9 @@ class Supervisor:
 
     def __init__(self, servers: Sequence[ServerProcess], config: Servers, say: Callable[[str], None]):
         self.config, self.say = config, say
+        # A server that lends its memory samples nothing for as long as a step trains, and would be taken for
+        # hung.
+        self.path = HEALTH if config.release_memory else HEALTH_GENERATE
         self.children = [_Child(server) for server in servers]
 
     def look(self) -> bool:
@@ -55,7 +58,7 @@ class Supervisor:
             return self._restart(child, f"ended with exit code {code}. {server.log_end()}")
         if now - child.answered_at > self.config.hang_s:
             return self._restart(
-                child, f"has not answered /health for {self.config.hang_s:g} s (servers.hang_s)"
+                child, f"has not answered {self.path} for {self.config.hang_s:g} s (servers.hang_s)"
             )
         self._ask(child)
         return True
@@ -82,6 +85,6 @@ class Supervisor:
         child.asking.start()
 
     def _hear(self, child: _Child) -> None:
-        if child.server.answers(limit_s=5.0):
+        if child.server.answers(5.0, self.path):
             child.answered_at = time.monotonic()
         time.sleep(HEALTH_EVERY_S)

@@ -189,7 +189,7 @@ def test_a_server_lends_its_memory_and_serves_the_next_push(rig):
     sync = IPCSync([rig.url], hf_folder=rig.a.folder, proof_folder=None, timeout_s=20, release_memory=True)
     for model in (rig.a, rig.b):
         sync.release()
-        asyncio.run(sync.admin.health(timeout_s=30))  # asked all the while, by launch's care
+        asyncio.run(sync.admin.alive(timeout_s=30))  # with its memory lent
         sync.push(model.tensors.items(), next_version(rig))
         (completion,) = generate(rig, 1, sampling())
         assert_logp(completion, model.logp(completion.tokens))
