@@ -1,21 +1,23 @@
 r"""Equality of formulas by math-verify, where it can be trusted.
 
 math-verify takes a difference below 1e-15 for nothing, so what it finds equal must also be equal in relative
-terms, at numbers put in for the variables. It sets SIGALRM for its time limits: main thread only.
+terms, at numbers put in for the variables. Time limits count the process's CPU time, not that of a busy machine;
+they are signals: main thread only.
 """
 
 import functools
 import logging
 import math
 import re
+import signal
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from math_verify.errors import TimeoutException
-from math_verify.utils import timeout
 from sympy.core.relational import Relational
 
 from megatron_jackpot.rewards.numbers import Number, rounds_to
@@ -24,8 +26,10 @@ from megatron_jackpot.rewards.numbers import Number, rounds_to
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
 
-LIMIT_S = 5
-"""Time limit of one reading and of one comparison."""
+T = TypeVar("T")
+
+LIMIT_S = 5.0
+"""CPU time of one reading, of one comparison and of one evaluation."""
 MAX_SIZE = 1e5
 """Digits of the largest number that is evaluated; a formula with a larger one is compared as written."""
 TOLERANCE = 1e-12
@@ -67,20 +71,27 @@ def same_number(number: Number, formula: str, *, number_is_gold: bool) -> bool:
     return rounds_to(Fraction(str(value)), number)
 
 
+def warm_up() -> None:
+    """The grammar's tables are made at its first use, which takes seconds: not on an item's time."""
+    for latex in (r"\frac{-3\sqrt{2}+\pi}{4}", "x^{2}-2x(y+1)=0", r"e^{i}\cdot \sin(2)", "1<x", r"\{1,2\}"):
+        parse_latex(latex)
+
+
 @functools.lru_cache(maxsize=4096)
 def parse_latex(latex: str) -> Any:
     """The sympy object of a formula, None where it cannot be read. Raises TimeoutError."""
+    boxed = rf"\boxed{{{_for_reader(latex)}}}"
     try:
-        found = parse(
-            rf"\boxed{{{_for_reader(latex)}}}",
-            extraction_config=[READER],
-            fallback_mode="no_fallback",
-            parsing_timeout=LIMIT_S,
-            raise_on_error=True,
+        found = _limited(
+            lambda: parse(
+                boxed,
+                extraction_config=[READER],
+                fallback_mode="no_fallback",
+                parsing_timeout=None,
+                raise_on_error=True,
+            )
         )
-    except TimeoutException as error:
-        raise TimeoutError(f"math-verify took more than {LIMIT_S} s to read an answer.") from error
-    except (MemoryError, RecursionError):
+    except (MemoryError, RecursionError, TimeoutError):
         raise
     except Exception:
         return None
@@ -103,21 +114,33 @@ def _equal(gold: Any, answer: Any) -> bool:
         # 2x = 10 is not 10.
         return False
     try:
-        equal = verify([gold], [answer], timeout_seconds=LIMIT_S, raise_on_error=True)
-    except TimeoutException as error:
-        raise TimeoutError(f"math-verify took more than {LIMIT_S} s to compare two answers.") from error
-    except (MemoryError, RecursionError):
+        equal = _limited(lambda: verify([gold], [answer], timeout_seconds=None, raise_on_error=True))
+    except (MemoryError, RecursionError, TimeoutError):
         raise
     except Exception:
         return False
     return equal and _limited(lambda: _close(gold, answer))
 
 
-def _limited(work: Any) -> Any:
+class _OutOfTime(BaseException):
+    """Not an Exception: sympy passes over those."""
+
+
+def _limited(work: Callable[[], T]) -> T:
+    """Raises TimeoutError after LIMIT_S of CPU time."""
+
+    def out_of_time(number: int, frame: FrameType | None) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGPROF, out_of_time)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
     try:
-        return timeout(timeout_seconds=LIMIT_S)(work)()
-    except TimeoutException as error:
-        raise TimeoutError(f"sympy took more than {LIMIT_S} s to evaluate an answer.") from error
+        return work()
+    except _OutOfTime as error:
+        raise TimeoutError(f"an answer took sympy and math-verify more than {LIMIT_S:g} s.") from error
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def _close(gold: Any, answer: Any) -> bool:
@@ -141,7 +164,7 @@ def _close(gold: Any, answer: Any) -> bool:
 def _value(expression: Any, at: dict[Any, Any]) -> Any:
     try:
         value = expression.subs(at).doit().evalf(30)
-    except (MemoryError, RecursionError):
+    except (MemoryError, RecursionError, TimeoutError):
         raise
     except Exception:
         return None

@@ -17,7 +17,7 @@ SPOKEN = re.compile(
     r"\banswers?\b(?:\W{0,4}[:=]|[^.:\n]{0,60}?\b(?:is|are|be|equals)\b\s*:?)[\s*]*([^\n]+)", re.IGNORECASE
 )
 SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z]|\s*$)|\*\*(?=\s|[.,]|$)")
-NUMBER = r"(?<![\w.])[-+]?\s?(?:\d+(?:,\d{3})+|\d+)?(?:\.?\d+)(?:[eE][-+]?\d+)?"
+NUMBER = r"(?<![\w.])[-+]?\s?(?:\d+(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)(?:[eE][-+]?\d+)?"
 SPAN = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$(?=[^\s$])([^$\n]*?[^\s$\\]|[^\s$\\])\$(?!\d)"
     r"|(-?\s?\\d?frac\s*\{[^{}]*\}\s*\{[^{}]*\})"
@@ -125,7 +125,8 @@ def _unmarked(text: str) -> str | None:
         if span := _last_span(said):
             return span
     bare = text.strip()
-    if len(bare) <= MAX_BARE and not re.search(r"[A-Za-z]{2,}[ ,.]+[A-Za-z]{2,}", bare):
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", bare)
+    if len(bare) <= MAX_BARE and (not words or (len(words) <= 3 and not re.search(r"\d", bare))):
         return bare
     return _last_span(text)
 

@@ -23,6 +23,8 @@ from megatron_jackpot.rewards.reading import (
     read,
 )
 
+warm_up = algebra.warm_up
+
 MAX_WORDS = 8
 """Words of the longest reference that a response could be expected to repeat."""
 

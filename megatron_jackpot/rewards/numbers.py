@@ -49,7 +49,7 @@ SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?! ?[\d/,])")
 
 @dataclass(frozen=True)
 class Number:
-    """A value and how precisely it is written. Example: Number(Fraction(333333, 1000000), 6, 6) of 0.333333."""
+    """A value and how precisely it is written. Example: 0.25 is Number(Fraction(1, 4), 2, 2)."""
 
     value: Fraction | tuple[str, str, int]
     """The value, or sign, digits and power of ten of one beyond MAX_DIGITS."""

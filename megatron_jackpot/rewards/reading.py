@@ -100,12 +100,8 @@ RATIO = re.compile(
     r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+)\s*(?:\\text\{)?\s*([ap]\.?\s?m\.?)?\s*\}?", re.IGNORECASE
 )
 HYPHENS = re.compile(r"\(?\d+\)?(?:\s?-\d+)*-\d+")
-BASED = re.compile(
-    r"\(?([0-9A-Za-z]*\d[0-9A-Za-z]*)\)?\s*_\s*\{?\s*(?:\\text\{\s*)?([0-9]+|[a-z]+)\s*\}?\s*\}?"
-)
-BASE_WORD = re.compile(
-    r"([0-9A-Za-z]*\d[0-9A-Za-z]*)\s+(?:\\text\{\s*)?(?:in )?base[ -]*\}?\s*(\d+|[a-z]+)\s*\}?"
-)
+BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?\s*_\s*\{?\s*(?:\\text\{\s*)?([0-9]+|[a-z]+)\s*\}?\s*\}?")
+BASE_WORD = re.compile(r"([0-9A-Za-z]+)\s+(?:\\text\{\s*)?(?:in )?base[ -]*\}?\s*(\d+|[a-z]+)\s*\}?")
 
 NAME = (
     r"(?:\\?[A-Za-z]+(?:\s*_\s*(?:\{[^{}]*\}|\w))?'*|\\(?:angle|triangle|overline|vec|text|hat|bar)\s*\{?[^{}=<>]*\}?"
@@ -122,7 +118,7 @@ LETTER = re.compile(
     r"(?:(?:option|choice|answer)\s+)?\(?\s*(?:\\text\{\s*\(?)?([A-Za-z])\)?\s*\}?\s*\)?[.)]?", re.IGNORECASE
 )
 SEPARATOR = re.compile(r"[,;]\s*(?:(?:and|or)(?![A-Za-z]))?|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
-BRACKET = re.compile(r"\\[{}]|\\.|[()\[\]{}]|\\(?:langle|rangle)(?![A-Za-z])")
+BRACKET = re.compile(r"\\(?:langle|rangle)(?![A-Za-z])|\\.|[()\[\]{}]")
 OPENING, CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
 
 
@@ -183,7 +179,7 @@ def _is_formula(text: str) -> bool:
     if re.search(r"\\(?:text|angle|triangle|checkmark)(?![A-Za-z])|['\"?;]|[^\x00-\x7f]", text):
         return False
     bare = re.sub(
-        r"\\[A-Za-z]+", " ", re.sub(r"\\begin\{\w+\}(?:\{\w+\})?|\\end\{\w+\}|\\mathbb\{\w\}", " ", text)
+        r"\\[A-Za-z]+", "#", re.sub(r"\\begin\{\w+\}(?:\{\w+\})?|\\end\{\w+\}|\\mathbb\{\w\}", " ", text)
     )
     runs = [run for run in re.findall(r"[A-Za-z]+", bare) if run not in units.FUNCTIONS]
     if any(len(run) > 3 or (len(run) > 1 and run.isupper()) for run in runs):
@@ -191,7 +187,9 @@ def _is_formula(text: str) -> bool:
     # A lone word and digits with a word: words; letters among operators: variables.
     if re.fullmatch(r"[A-Za-z][A-Za-z ]+", text.strip()):
         return False
-    return not re.search(r"[A-Za-z]{2,} +[A-Za-z]{2,}", bare) and not re.search(r"(?<!_)\d\s+\d|\d\.\d+\.\d", bare)
+    return not re.search(r"[A-Za-z]{2,} +[A-Za-z]{2,}", bare) and not re.search(
+        r"(?<!_)\d\s+\d|\d\.\d+\.\d", bare
+    )
 
 
 def _code(text: str) -> Reading | None:
@@ -214,7 +212,7 @@ def _code(text: str) -> Reading | None:
     if found := BASED.fullmatch(text) or BASE_WORD.fullmatch(text):
         base = int(found[2]) if found[2].isdigit() else numbers.WORDS.get(found[2], 0)
         digits = found[1].upper()
-        if 2 <= base <= 36 and all(int(digit, 36) < base for digit in digits):
+        if 2 <= base <= 36 and re.search(r"\d", digits) and all(int(digit, 36) < base for digit in digits):
             return Based(text=text, digits=digits.lstrip("0") or "0", base=base)
     return None
 

@@ -163,7 +163,8 @@ def _is_unit(rest: str, written: str) -> bool:
         return False
     plain_number = re.fullmatch(r"[-+\d.,/ ]+|-?\\frac\{?\d+\}?\{?\d+\}?", rest) is not None
     if re.match(r"\s*(?:\\text|%|\^\{\\circ\})", written):
-        return not rest.endswith("\\")
+        # The degrees of \sin 30^{\circ} are the angle's.
+        return plain_number or not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])", rest)
     if re.match(rf"\s*[{DOLLAR}$\u20ac\u00a3\u00a5\u20b9]", written):
         return plain_number
     if not re.search(r"[\d})\]!]$|\\pi$", rest) or (re.search(r"[A-Za-z]", rest) and "\\" not in rest):

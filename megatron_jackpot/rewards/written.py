@@ -1,6 +1,7 @@
 r"""How an answer is written, brought to one form: plain characters, plain LaTeX, no wrapping.
 
-Only the writing changes, never the value: 3½ becomes 3\frac{1}{2}, √12 becomes \sqrt{12}, a thin space a space.
+Only the writing changes, never the value: a half sign behind 3 becomes
+3\frac{1}{2}, a root sign before 12 \sqrt{12}, a thin space a space.
 """
 
 import re
