@@ -29,18 +29,20 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jackpot.config import Optimizer, Parallel
-from megatron_jackpot.config.run import Run
+from megatron_jackpot.config.run import Guards, Run
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.checkpoint import Saver
+from megatron_jackpot.train.guard import Guard
+from megatron_jackpot.train.state import TrainState
 from tests.loading import load_model
 from tests.parallel.spawn import run_ranks
 from tests.tiny import write_model
 
 
-def make_trainer(folder: Path, hidden: int, layers: int) -> SimpleNamespace:
-    """What a Saver needs of a trainer: two models after one optimizer step each."""
+def make_state(folder: Path, hidden: int, layers: int) -> TrainState:
+    """Two models after one optimizer step each, and nothing else to save."""
     parallel = Parallel()
     mesh = init_mesh(parallel, 0)
     models = {}
@@ -63,18 +65,8 @@ def make_trainer(folder: Path, hidden: int, layers: int) -> SimpleNamespace:
         for chunk in models[name].chunks:
             chunk.zero_grad_buffer()
         models[name].optimizer.step()
-    nothing = SimpleNamespace(state_dict=lambda: {}, kept={}, controllers=lambda: {})
-    return SimpleNamespace(
-        **models,
-        mesh=mesh,
-        watchdog=Watchdog(folder / "run", mesh.dp_rank, 3600),
-        loader=None,
-        collector=nothing,
-        guard=nothing,
-        methods=nothing,
-        num_steps=0,
-        num_probes=0,
-    )
+    methods = SimpleNamespace(controllers=lambda: {})
+    return TrainState(mesh=mesh, **models, methods=methods, guard=Guard(Guards()))
 
 
 def plain_write(path: Path, num_bytes: int) -> float:
@@ -98,12 +90,12 @@ def products(until: Callable[[], bool]) -> float:
     return count / (time.perf_counter() - started)
 
 
-def one_round(saver: Saver, trainer: SimpleNamespace, first: bool) -> dict[str, float]:
+def one_round(saver: Saver, first: bool) -> dict[str, float]:
     """Seconds of one save of each kind, and the share of its speed that work beside the background save
     had."""
     seconds = {}
     for background in (True, False) if first else (False, True):
-        trainer.num_steps += 1
+        saver.state.num_steps += 1
         soon = time.perf_counter() + 0.5
         alone = products(lambda soon=soon: time.perf_counter() > soon)
         dist.barrier()
@@ -124,8 +116,9 @@ def one_round(saver: Saver, trainer: SimpleNamespace, first: bool) -> dict[str, 
 def measure(rank: int, world: int, args: argparse.Namespace, temporary: str) -> dict[str, float]:
     """Medians over the rounds on one rank, and the bytes of a checkpoint."""
     folder = Path(temporary)
-    trainer = make_trainer(folder, args.hidden, args.layers)
-    saver = Saver(trainer, Run(folder=folder / "run", keep=1, save_every=1))
+    state = make_state(folder, args.hidden, args.layers)
+    run = Run(folder=folder / "run", keep=1, save_every=1)
+    saver = Saver(state, run, Watchdog(run.folder, rank, 3600))
     saver.save(background=False)
     files = [path for path in checkpoints(folder / "run")[-1].rglob("*") if path.is_file()]
     num_bytes = sum(path.stat().st_size for path in files)
@@ -133,7 +126,7 @@ def measure(rank: int, world: int, args: argparse.Namespace, temporary: str) -> 
     for number in range(args.rounds):
         write = partial(plain_write, folder / f"plain-{rank}", num_bytes // world)
         row = {"plain write": write()} if number % 2 else {}
-        row |= one_round(saver, trainer, first=number % 2 == 0)
+        row |= one_round(saver, first=number % 2 == 0)
         row.setdefault("plain write", write())
         rounds.append(row)
     destroy_mesh()

@@ -27,9 +27,9 @@ def measure(label: str, shapes: dict, lengths: list[int], dtype: str, repeats: i
     batch = make_batch(trainer, lengths, shapes["policy"]["vocab_size"])
     times: dict[str, list[float]] = {}
     for _ in range(repeats + 1):
-        trainer.sums, trainer.values = {}, {}
-        trainer.learn(batch)
-        for key, value in trainer.values.items():
+        measured = trainer.measurements()
+        trainer.learn(batch, measured)
+        for key, value in measured.values.items():
             times.setdefault(key, []).append(value)
     median = {key: statistics.median(values[1:]) for key, values in times.items()}
     update_s = sum(median[f"time/update_{name}"] for name in ("policy", "actor"))

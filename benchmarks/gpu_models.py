@@ -14,9 +14,11 @@ from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.models import cpu
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.records import Batch, Prompt, Rollout
+from megatron_jackpot.records import Batch, Correction, Prompt, Rollout
+from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
-from megatron_jackpot.train.trainer import Trainer
+from megatron_jackpot.train.state import TrainState
+from megatron_jackpot.train.trainer import MiniBatch, Trainer
 from tests.loading import load_models
 from tests.tiny import hf_config
 
@@ -47,15 +49,28 @@ def make_trainer(config: Config, shapes: dict[str, dict], folders: dict[str, Pat
     mesh = init_mesh(config.parallel, config.run.seed)
     families = {name: family_of(hf_config(**shape)) for name, shape in shapes.items()}
     models = load_models(config, mesh, folders or dict.fromkeys(families), families, steps=100)
-    return Trainer(config, mesh, Methods.from_config(config), models["policy"], models["actor"])
+    state = TrainState(mesh=mesh, **models, methods=Methods.from_config(config), guard=Guard(config.guard))
+    return Trainer(config, state)
 
 
 def make_batch(trainer: Trainer, lengths: list[int], vocab: int) -> Batch:
     """One rollout per length, of random tokens from a random proposal, packed and on the device."""
     rollouts = [_rollout(sample, length, vocab) for sample, length in enumerate(lengths)]
-    batch = trainer.packer.pack([rollouts], K).to(DEVICE)
-    trainer.sums, trainer.values = {}, {}
-    return batch
+    return trainer.packer.pack([rollouts], K)
+
+
+def correct(trainer: Trainer, batch: Batch) -> tuple[MiniBatch, Correction, float]:
+    """The batch as one scored mini-batch, its correction, and the denominator of the policy's loss."""
+    scores = trainer.scorer(batch, step=0, actor_version=0)
+    correction = trainer.correct(scores)
+    agreed = trainer.agree(scores, correction)
+    mini = MiniBatch(batch, slice(0, batch.num_microbatches), scores)
+    return mini, correction, max(agreed.num_policy, 1.0)
+
+
+def update_policy(trainer: Trainer, mini: MiniBatch, correction: Correction, denominator: float) -> None:
+    """One optimizer step of the policy, whether it has moved since it was scored or not."""
+    trainer.update_policy(mini, correction, denominator, trainer.measurements(), first=False)
 
 
 def _rollout(sample: int, length: int, vocab: int) -> Rollout:

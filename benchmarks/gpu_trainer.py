@@ -16,7 +16,7 @@ import statistics
 import torch
 
 from benchmarks.gpu_common import DEVICE, HALF, PEAK_TFLOPS, QWEN3_0_6B, TINY, Shape, parser, report, seconds
-from benchmarks.gpu_models import close, make_batch, make_config, make_trainer
+from benchmarks.gpu_models import close, correct, make_batch, make_config, make_trainer, update_policy
 from tests.tiny import hf_config
 
 PRECISIONS = {
@@ -39,11 +39,8 @@ def measure(precision: str, lengths: list[int], shapes: dict[str, dict], tokens:
     peak = PEAK_TFLOPS["fp8" if PRECISIONS[precision].get("fp8") else "bfloat16"] * 1e12
     common = dict(precision=precision, sequences=f"{len(lengths)} x {lengths[0]}")
     rows = []
-    scores = trainer.scorer(batch, step=0, actor_version=0)
-    correction, num_policy, _ = trainer.correct(batch, scores)
-    update_s = _with_peak(
-        lambda: trainer.update_policy(batch, scores, correction, max(num_policy, 1.0)), common
-    )
+    corrected = correct(trainer, batch)
+    update_s = _with_peak(lambda: update_policy(trainer, *corrected), common)
     flops = forms["policy"].train_flops(lengths)
     rows.append(
         dict(
@@ -53,10 +50,10 @@ def measure(precision: str, lengths: list[int], shapes: dict[str, dict], tokens:
     parts: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
     def joint() -> None:
-        trainer.sums, trainer.values = {}, {}
-        trainer.learn(batch)
+        measured = trainer.measurements()
+        trainer.learn(batch, measured)
         for phase in PHASES:
-            parts[phase].append(trainer.values[f"time/{phase}"])
+            parts[phase].append(measured.values[f"time/{phase}"])
 
     joint_s = _with_peak(joint, common)
     flops = sum(form.train_flops(lengths) + form.forward_flops(lengths) for form in forms.values())

@@ -12,7 +12,7 @@ import argparse
 import time
 from functools import partial
 
-from benchmarks.gpu_models import make_batch, make_config, make_trainer
+from benchmarks.gpu_models import correct, make_batch, make_config, make_trainer, update_policy
 from megatron_jackpot.monitor.peak_memory import PeakAnonymous
 from megatron_jackpot.train.losses import policy_loss
 from tests.parallel.spawn import run_ranks
@@ -39,20 +39,15 @@ def measure(rank: int, world: int, fused: bool, shape: dict, tokens: int) -> dic
     def score_policy():
         return trainer.policy.score(batch, partial(trainer.scorer._read_policy, batch))
 
-    scores = trainer.scorer(batch, step=0, actor_version=0)
-    correction, count, _ = trainer.correct(batch, scores)
-    trainer.update_policy(batch, scores, correction, max(count, 1.0))
+    mini, correction, count = correct(trainer, batch)
+    loss = policy_loss(
+        mini.scores, correction, count, trainer.methods.objective, trainer.scorer.vocab(trainer.policy)
+    )
+    update_policy(trainer, mini, correction, count)
     for _ in range(REPEATS):
         timed("score", score_policy)
-        timed(
-            "update", lambda: trainer.policy.update(batch, loss_of(trainer, batch, scores, correction, count))
-        )
+        timed("update", lambda: trainer.policy.update(batch, loss))
     return parts
-
-
-def loss_of(trainer, batch, scores, correction, count):
-    vocab = trainer.scorer.vocab(trainer.policy)
-    return policy_loss(batch, scores, correction, max(count, 1.0), trainer.methods.objective, vocab)
 
 
 def main() -> None:

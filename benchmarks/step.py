@@ -21,7 +21,7 @@ from megatron_jackpot.config import load_config
 from megatron_jackpot.launch.local import start_actor_servers
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.servers.process import stop_servers
-from megatron_jackpot.train.run import assemble
+from megatron_jackpot.train.assembly import assemble
 
 PHASES = ("rollout", "score", "correct", "update_policy", "update_actor", "sync")
 ARMS = ("jackpot", "none")
@@ -33,20 +33,21 @@ def measure(trainer, steps: int) -> tuple[dict[str, dict[str, list[float]]], lis
     seconds: dict[str, dict[str, list[float]]] = {arm: {phase: [] for phase in PHASES} for arm in ARMS}
     tokens = []
     for step in range(steps + 1):
-        trainer.sums, trainer.values = {}, {}
-        with trainer.timer("rollout"):
-            groups = trainer.collect()
-        with trainer.timer("sync"):
+        measured = trainer.measurements()
+        with measured.timer("rollout"):
+            groups = trainer.with_advantages(trainer.collect())
+        with measured.timer("sync"):
             trainer.push()
-        shared = {phase: trainer.values[f"time/{phase}"] for phase in ("rollout", "sync")}
+        shared = {phase: measured.values[f"time/{phase}"] for phase in ("rollout", "sync")}
         batch = trainer.packer.pack(groups, trainer.config.rollout.top_k_logp)
         for arm in ARMS if step % 2 else ARMS[::-1]:
             trainer.methods.correction = make_correction(arm, {}, 0)
-            trainer.sums, trainer.values = {}, dict.fromkeys([f"time/{phase}" for phase in PHASES], 0.0)
-            trainer.learn(batch)
+            measured = trainer.measurements()
+            trainer.learn(batch, measured)
             # The first batch warms caches and is not counted.
             for phase in PHASES if step else ():
-                seconds[arm][phase].append(shared.get(phase, trainer.values[f"time/{phase}"]))
+                learned = measured.values.get(f"time/{phase}", 0.0)
+                seconds[arm][phase].append(shared.get(phase, learned))
         if step:
             tokens.append(float(sum(r.num_tokens for group in groups for r in group)))
     return seconds, tokens
@@ -93,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"run.folder={folder}", f"policy.hf={args.models}/policy", f"actor.hf={args.models}/actor"]
         config = load_config(RUN, [*paths, *args.overrides])
-        servers = start_actor_servers(config, 1)
+        servers = start_actor_servers(config)
         try:
             urls = [server.url for server in servers]
             config = config.model_copy(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jackpot import __version__
-from megatron_jackpot.config import Config, describe, load_config
+from megatron_jackpot.config import Config, ConfigError, describe, load_config
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "launch": {
@@ -78,13 +78,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
             help=text,
             description=text,
             usage=f"megatron-jackpot {name} CONFIG [key=value ...]" + " [options]" * (name in OPTIONS),
-            epilog=knobs(),
+            epilog=settings(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
-        for option, knobs_of_option in OPTIONS.get(name, {}).items():
-            command.add_argument(option, **knobs_of_option)
+        for option, arguments in OPTIONS.get(name, {}).items():
+            command.add_argument(option, **arguments)
     command = commands.add_parser(
         "doctor", help="Check this machine, one line for each thing with its remedy."
     )
@@ -105,10 +105,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def knobs() -> str:
-    """Every knob with its default and meaning, for --help."""
+def settings() -> str:
+    """Every setting with its default and meaning, for --help."""
     width = min(shutil.get_terminal_size().columns, 110)
-    lines = ["knobs (key, default, meaning):"]
+    lines = ["settings (key, default, meaning):"]
     for key, default, meaning in describe():
         lines.append(f"  {key} = {default}")
         indent = " " * 6
@@ -138,11 +138,11 @@ def _train(config: Config) -> int:
     stop.listen()
     configure()
     _hush()
-    from megatron_jackpot.train.run import Refused, run
+    from megatron_jackpot.train.run import run
 
     try:
         run(config, stop=stop)
-    except Refused as error:
+    except ConfigError as error:
         return refuse(error)
     return 0
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from megatron_jackpot.config import Config, Parallel, Precision
-from megatron_jackpot.models.build import padded_vocab_size
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import Family, family_of, read_hf_config
+from megatron_jackpot.models.families import Family, family_of
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.parallel.context import Mesh
 

@@ -15,7 +15,7 @@ from supervised import train
 from tokenizer import build
 
 from megatron_jackpot.config import Optimizer
-from megatron_jackpot.models.families import read_hf_config
+from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.monitor.metrics import JsonLines, read_metrics
 
 EVALUATIONS = 6

@@ -1,33 +1,33 @@
 """Every setting, frozen and checked; who runs where. No torch."""
 
-from megatron_jackpot.config.base import Method
-from megatron_jackpot.config.models import Parallel, Precision
-from megatron_jackpot.config.schema import (
-    Actor,
-    Config,
-    Data,
-    Evaluation,
-    Logging,
-    Optimizer,
-    Rollouts,
-    Servers,
-    Sync,
-    describe,
-    load_config,
-    parse_config,
-)
+from megatron_jackpot.config.algorithm import Algorithm, Packing
+from megatron_jackpot.config.base import ConfigError, Method
+from megatron_jackpot.config.cluster import Cluster
+from megatron_jackpot.config.data import Data, Evaluation
+from megatron_jackpot.config.load import describe, load_config, parse_config
+from megatron_jackpot.config.models import Actor, Optimizer, Parallel, Policy, Precision
+from megatron_jackpot.config.run import Guards, Logging, Run
+from megatron_jackpot.config.schema import Config
+from megatron_jackpot.config.servers import Rollouts, Servers, Sync
 
 __all__ = [
     "Actor",
+    "Algorithm",
+    "Cluster",
     "Config",
+    "ConfigError",
     "Data",
     "Evaluation",
+    "Guards",
     "Logging",
     "Method",
     "Optimizer",
+    "Packing",
     "Parallel",
+    "Policy",
     "Precision",
     "Rollouts",
+    "Run",
     "Servers",
     "Sync",
     "describe",

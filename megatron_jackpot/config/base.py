@@ -5,8 +5,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
+class ConfigError(ValueError):
+    """The input cannot work; the message names the field and the remedy."""
+
+
 class Section(BaseModel):
-    """A frozen block of knobs; unknown keys are refused."""
+    """A frozen block of settings; unknown keys are refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
@@ -20,5 +24,5 @@ class Method(BaseModel):
     name: str
 
     @property
-    def knobs(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         return dict(self.model_extra or {})

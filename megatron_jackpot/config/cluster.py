@@ -1,5 +1,4 @@
-"""The knobs of a job on a cluster: nodes, who runs where, limits, container. Read by `launch --slurm` and
-`plan`."""
+"""A job on a cluster: nodes, who runs where, limits, container. Of `launch --slurm` and `plan`."""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,10 +1,57 @@
-"""The knobs of how both models are laid out over the ranks, and in what numbers they compute."""
+"""Both models: folders and optimizers, their layout over the ranks, in what numbers they compute."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
-from megatron_jackpot.config.base import Section
+from megatron_jackpot.config.base import Method, Section
+
+
+class Optimizer(Section):
+    lr: float = Field(1e-6, ge=0)
+    """Peak learning rate of AdamW."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the schedule after the warm-up."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW beta1."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW beta2."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_grad: float = Field(1.0, gt=0)
+    """Global gradient-norm limit."""
+
+
+class Policy(Section):
+    hf: Path
+    """Folder of the policy: HF's (config.json, safetensors, tokenizer) or in Megatron's format
+    (docs/models.md)."""
+    optimizer: Optimizer = Optimizer()
+
+
+class Actor(Section):
+    hf: Path
+    """Folder of the actor, of either format, with the policy's tokenizer."""
+    optimizer: Optimizer = Optimizer()
+    tis_cap: float = Field(2.0, ge=1)
+    """Cap of the truncated importance weight p_actor_old/q on the actor's own PPO loss (Eq. 6)."""
+    rl_weight: float = Field(1.0, ge=0)
+    """Weight of the actor's PPO loss; 0 trains the actor by distillation alone."""
+    objective: Method = Method(name="ppo")
+    """Per-token surrogate of the actor's own loss: a method of algorithm.objective."""
+    distill: Method = Method(name="k3_sample")
+    """Distillation towards the policy: k3_sample, forward_topk, forward_full or reverse_full."""
+    distill_weight: float = Field(1.0, ge=0)
+    """lambda_distill, the weight of the distillation loss."""
+    distill_target_kl: float | None = Field(None, gt=0)
+    """Set-point of KL(policy || server) that steers lambda_distill from distill_weight on; null keeps it."""
 
 
 class Parallel(Section):

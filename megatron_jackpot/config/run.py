@@ -1,10 +1,9 @@
-"""The knobs of a run's life: how long, what is saved, when it stops, and what it does when something
-breaks."""
+"""A run's life: how long, what is saved and told, when it stops, what a failure leads to."""
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megatron_jackpot.config.base import Section
 
@@ -57,3 +56,25 @@ class Guards(Section):
     h)."""
     rollback: bool = False
     """When max_skipped is exceeded, go back to the last checkpoint once per checkpoint instead of ending."""
+
+
+class Logging(Section):
+    progress: bool = True
+    """rich progress on the terminal."""
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs the wandb package."""
+    prometheus_port: int | None = Field(None, ge=1, le=65535)
+    """Port of the latest metrics for Prometheus, on the main rank's node; null opens none."""
+    prometheus_host: str = "127.0.0.1"
+    """Address that port is bound to; anyone who reaches it can read the metrics."""
+    tokens_every: int | None = Field(10, ge=1)
+    """Steps between records of what was accepted, token by token, for `megatron-jackpot report`; null keeps
+    none."""
+    tokens_rollouts: int = Field(8, ge=1)
+    """Rollouts in such a record."""
+    profile_steps: tuple[PositiveInt, ...] = ()
+    """Steps, counted from 1, of which a trace is written into RUN/profile: docs/debugging.md."""
+    profile_ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that write one."""

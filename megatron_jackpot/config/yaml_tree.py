@@ -5,18 +5,20 @@ from typing import Any
 
 import yaml
 
+from megatron_jackpot.config.base import ConfigError
+
 
 def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a YAML file, over that of its `base`. Raises ValueError for what is not one, or a
+    """The mapping in a YAML file, over that of its `base`. Raises ConfigError for what is not one, or a
     circle."""
     if path.resolve() in above:
-        raise ValueError(f"{path}: base files form a circle. Remove one of their `base` keys.")
+        raise ConfigError(f"{path}: base files form a circle. Remove one of their `base` keys.")
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a mapping of sections, got {type(tree).__name__}.")
+        raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}.")
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -33,19 +35,19 @@ def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `a.b=value` in place, the value in YAML. Raises ValueError for another form."""
+    """Set `a.b=value` in place, the value in YAML. Raises ConfigError for another form."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ValueError(f"Override '{override}' is not of the form section.key=value.")
+        raise ConfigError(f"Override '{override}' is not of the form section.key=value.")
     *parents, last = key.split(".")
     for parent in parents:
         node = tree.get(parent)
         if node is None:
             node = tree[parent] = {}
         if not isinstance(node, dict):
-            raise ValueError(f"Override '{override}': '{parent}' holds {node!r}, which is not a section.")
+            raise ConfigError(f"Override '{override}': '{parent}' holds {node!r}, which is not a section.")
         tree = node
     try:
         tree[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"Override '{override}' has a value that is not YAML: {error}") from error
+        raise ConfigError(f"Override '{override}' has a value that is not YAML: {error}") from error

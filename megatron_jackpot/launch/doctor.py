@@ -150,7 +150,7 @@ def apex() -> Check:
 
 def sglang(server_python: Path | None = None) -> Check:
     """SGLang in the servers' own environment, imported the way the launcher starts it."""
-    from megatron_jackpot.launch.local import visible_gpus
+    from megatron_jackpot.servers.gpus import visible_gpus
     from megatron_jackpot.servers.process import server_environment
 
     interpreter = str(server_python or sys.executable)

@@ -6,9 +6,7 @@ then the servers.
 
 import json
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from megatron_jackpot.config import Config
+from megatron_jackpot.config.model_shape import model_shapes
 from megatron_jackpot.launch import children
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
@@ -36,8 +35,10 @@ from megatron_jackpot.run.provenance import (
     record,
 )
 from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.gpus import place_servers, visible_gpus
 from megatron_jackpot.servers.process import ServerProcess, port_is_free, start_servers, stop_servers
-from megatron_jackpot.servers.supervisor import ServerCare
+from megatron_jackpot.servers.served_folder import served_folder
+from megatron_jackpot.servers.supervisor import Supervisor
 
 TRAINER_GRACE_S = 40.0
 """torchrun itself gives its workers 30 s after SIGTERM before it kills them."""
@@ -53,7 +54,7 @@ OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "
 ALONE = ("--standalone", "--local-addr", "127.0.0.1")
 """torchrun's rendezvous on one machine; --local-addr keeps it off a host name that may not resolve."""
 
-StartServers = Callable[[Config, int], Sequence[ServerProcess]]
+StartServers = Callable[[Config], Sequence[ServerProcess]]
 TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
 
 
@@ -83,6 +84,7 @@ def check(config: Config, nproc: int | None = None) -> None:
                 f"{name} = {folder}: user {os.geteuid()} may not read {', '.join(closed[:3])}. "
                 f"As their owner: chmod -R a+rX {folder}"
             )
+    model_shapes(config)
     if not config.servers.urls and config.servers.port:
         for port in range(config.servers.port, config.servers.port + config.servers.num):
             if not port_is_free(config.servers.host, port):
@@ -138,7 +140,7 @@ def launch(
             api_key.provide(config.servers.host)
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
             try:
-                job.look_after((start or start_actor_servers)(config, nproc))
+                job.look_after((start or start_actor_servers)(config))
             except (RuntimeError, TimeoutError) as error:
                 say(f"the servers did not start. {error}")
                 return 1
@@ -148,34 +150,11 @@ def launch(
     return job.code
 
 
-def start_actor_servers(config: Config, nproc: int) -> list[ServerProcess]:
-    """Servers of the actor's initial weights, on the last GPUs: ranks take theirs from the front."""
-    servers, gpus = config.servers, visible_gpus()
-    # A folder in Megatron's format has nothing that SGLang could load: the first push brings the weights.
-    folder = config.actor.hf
-    if servers.quantization is not None:
-        from megatron_jackpot.sync.fp8 import served_folder  # imports torch
-
-        folder = served_folder(config)
-    dummy = () if any(folder.glob("*.safetensors")) else ("--load-format", "dummy")
-    needed, numbered = servers.num * servers.tp, all(gpu.isdigit() for gpu in gpus)
-    return start_servers(
-        folder,
-        dtype=servers.dtype or config.precision.dtype,
-        folder=config.run.folder,
-        num=servers.num,
-        tp=servers.tp,
-        host=servers.host,
-        port=servers.port,
-        python=servers.python,
-        start_timeout_s=servers.start_timeout_s,
-        max_total_tokens=servers.max_total_tokens,
-        release_memory=servers.release_memory,
-        extra_args=(*dummy, *servers.extra_args),
-        device="cuda" if gpus else "cpu",
-        gpus=[int(gpu) for gpu in gpus[-needed:]] if numbered and len(gpus) >= needed else None,
-        all_gpus=[int(gpu) for gpu in gpus] if numbered and config.sync.method == "ipc" else None,
-    )
+def start_actor_servers(config: Config) -> list[ServerProcess]:
+    """Servers of the actor's initial weights."""
+    placement = place_servers(config.servers, see_all=config.sync.method == "ipc")
+    model, folder = served_folder(config), config.run.folder
+    return start_servers(config.servers, model, placement, folder, dtype=config.server_dtype)
 
 
 def torchrun(
@@ -203,19 +182,6 @@ def trainer_env() -> dict[str, str]:
         env.setdefault("OMP_NUM_THREADS", "1")
         env.setdefault("MKL_NUM_THREADS", "1")
     return env
-
-
-def visible_gpus() -> list[str]:
-    """Ids of the GPUs this process may use, as CUDA_VISIBLE_DEVICES spells them, without importing torch."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    found = re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not found:
-        return found
-    return [gpu.strip() for gpu in chosen.split(",") if gpu.strip() not in ("", "-1")]
 
 
 def say(text: str) -> None:
@@ -257,7 +223,7 @@ class _Job:
         return isinstance(error, Stopped)
 
     def look_after(self, servers: Sequence[ServerProcess]) -> None:
-        self.servers, self.care = servers, ServerCare(servers, self.config.servers, say)
+        self.servers, self.supervisor = servers, Supervisor(servers, self.config.servers, say)
 
     def train(self, argv: Sequence[str]) -> None:
         """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
@@ -287,7 +253,7 @@ class _Job:
                 and was_stopped(self.folder) is None
             ):
                 write_stop(self.folder, signal.Signals(self._asked).name)
-            if not self.care.look():
+            if not self.supervisor.look():
                 return 1
             time.sleep(0.2)
         self.trainer.drain(limit_s=1)

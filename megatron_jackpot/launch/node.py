@@ -27,7 +27,7 @@ from megatron_jackpot.launch import children
 from megatron_jackpot.launch.local import launch, say, start_actor_servers, torchrun
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS
 from megatron_jackpot.servers.process import free_port, stop_servers
-from megatron_jackpot.servers.supervisor import ServerCare
+from megatron_jackpot.servers.supervisor import Supervisor
 
 SERVER_GRACE_S = 15.0
 EXIT_NO_START = 2
@@ -71,7 +71,7 @@ def serve(config: Config) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         servers = start_actor_servers(
-            config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})}), 0
+            config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})})
         )
     except (RuntimeError, TimeoutError) as error:
         say(f"{place.node}: the servers did not start. {error}")
@@ -80,9 +80,9 @@ def serve(config: Config) -> int:
         urls = [server.url for server in servers]
         publish(place.folder(config) / "servers" / f"{place.rank}.json", {"node": place.node, "urls": urls})
         say(f"{place.node}: servers {', '.join(urls)}, logs in {logs}")
-        care = ServerCare(servers, config.servers, say)
+        supervisor = Supervisor(servers, config.servers, say)
         while not ended.wait(0.5):
-            if not care.look():
+            if not supervisor.look():
                 return 1
     finally:
         stop_servers(servers, SERVER_GRACE_S)

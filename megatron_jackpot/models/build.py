@@ -1,6 +1,5 @@
 """HF config.json -> Megatron GPTModel chunks, for policy and actor alike."""
 
-import math
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_jackpot.config import Parallel, Precision
+from megatron_jackpot.config.model_shape import Rope, check_layout
 from megatron_jackpot.models import cpu
 from megatron_jackpot.models.families import Family
 from megatron_jackpot.models.precision import fp8_fields, recompute_fields
@@ -27,7 +27,7 @@ def transformer_config(
     family: Family, parallel: Parallel, precision: Precision, *, te: bool
 ) -> TransformerConfig:
     """Megatron's configuration of one model. Raises ValueError where the layout does not divide the model."""
-    _check_layout(family, parallel)
+    check_layout(family, parallel)
     dtype = DTYPES[precision.dtype]
     return TransformerConfig(
         **family.transformer_fields(),
@@ -58,10 +58,14 @@ def transformer_config(
     )
 
 
-def padded_vocab_size(vocab_sizes: list[int], tp: int) -> int:
-    """One size for both models, so that their tensor-parallel vocabulary shards line up."""
-    multiple = 16 * tp
-    return math.ceil(max(vocab_sizes) / multiple) * multiple
+def rope_fields(rope: Rope) -> dict[str, Any]:
+    """GPTModel's arguments about rotary embeddings."""
+    fields: dict[str, Any] = {"rotary_base": rope.theta}
+    if rope.scaling == "linear":
+        fields |= {"seq_len_interpolation_factor": rope.factor}
+    if rope.scaling == "llama3":
+        fields |= {"rope_scaling": True, "rope_scaling_factor": rope.factor}
+    return fields
 
 
 def layer_spec(config: TransformerConfig, *, te: bool, vp_stage: int | None) -> Any:
@@ -98,7 +102,7 @@ def build_chunks(
             pre_process=first,
             post_process=last,
             position_embedding_type="rope",
-            **family.rope,
+            **rope_fields(family.rope),
             share_embeddings_and_output_weights=family.tied,
             vp_stage=stage,
         )
@@ -150,17 +154,3 @@ def global_names(chunk: GPTModel) -> dict[str, torch.nn.Parameter]:
             name = "embedding.word_embeddings.weight"
         names[name] = parameter
     return names
-
-
-def _check_layout(family: Family, parallel: Parallel) -> None:
-    sizes = {"num_attention_heads": family.num_heads, "num_key_value_heads": family.num_groups}
-    sizes |= {field: family.hf_config[field] for field in ("intermediate_size", "hidden_size")}
-    for field, size in sizes.items():
-        if size % parallel.tp:
-            raise ValueError(f"parallel.tp = {parallel.tp} does not divide config.json's {field} = {size}.")
-    stages = parallel.pp * (parallel.vpp or 1)
-    if family.num_layers % stages:
-        raise ValueError(
-            f"parallel.pp * parallel.vpp = {parallel.pp} * {parallel.vpp or 1} does not divide "
-            f"num_hidden_layers = {family.num_layers}."
-        )

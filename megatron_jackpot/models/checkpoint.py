@@ -27,10 +27,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
 
+from megatron_jackpot.config.model_folder import copy_other_files
 from megatron_jackpot.models.build import plain
 from megatron_jackpot.models.dist_folder import BACKEND
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.hf_folder import copy_other_files
 from megatron_jackpot.models.host_copy import HostCopy
 from megatron_jackpot.models.pickles import COMMON, check_pickles
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks

@@ -6,10 +6,10 @@ Shapes: T tokens of a micro-batch, H hidden, V/TP this rank's slice of the vocab
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from megatron_jackpot.models.engine import MegatronModel
@@ -60,15 +60,19 @@ def record_head(model: MegatronModel) -> Iterator[FrozenHead]:
         module = chunk.module
         if module.post_process:
 
-            def record(layer: Any, args: tuple, kwargs: dict) -> None:
+            def record(
+                layer: ColumnParallelLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor | None]
+            ) -> None:
                 hidden_TH = args[0].detach().squeeze(1)
                 if model.config.sequence_parallel:
                     hidden_TH = _gather_rows(hidden_TH, model)
                 head.hidden_TH.append(hidden_TH.clone())
                 if head.weight_VH is None:
                     weight = kwargs.get("weight")
+                    weight = layer.weight if weight is None else weight
+                    assert weight is not None, "an output layer without a weight is given one"
                     # A copy: the optimizer may move the weight while this head is still in use.
-                    head.weight_VH = (layer.weight if weight is None else weight).detach().clone()
+                    head.weight_VH = weight.detach().clone()
 
             handles.append(module.output_layer.register_forward_pre_hook(record, with_kwargs=True))
     try:

@@ -5,13 +5,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
+from megatron_jackpot.config.model_folder import INDEX, copy_other_files
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -23,9 +24,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
-"""Endings of files that hold weights or say where they are, in HF's formats and in Megatron's."""
-NOT_COPIED = {INDEX, "metadata.json", "model.safetensors", "conversion.json"}
 
 
 class Spec(NamedTuple):
@@ -46,7 +44,7 @@ class HFFolder:
     def __init__(self, folder: Path) -> None:
         """Raises ValueError for no weights, a shard that the index names and is missing, a truncated one."""
         self.folder = Path(folder)
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[str, safe_open] = {}
         paths = sorted(self.folder.glob("*.safetensors"))
         missing = sorted(self._indexed() - {path.name for path in paths})
         if missing:
@@ -90,7 +88,7 @@ class HFFolder:
     def read(self, name: str) -> Tensor:
         return self._handle(name).get_tensor(name)
 
-    def _handle(self, name: str) -> Any:
+    def _handle(self, name: str) -> safe_open:
         if name not in self._handles:
             raise ValueError(f"{self.folder}: tensor '{name}' is in no safetensors file.")
         return self._handles[name]
@@ -98,7 +96,7 @@ class HFFolder:
 
 def write_safetensors(path: Path, specs: Sequence[Spec], read: Callable[[str], Tensor]) -> None:
     """One safetensors file, its tensors read and written one after another: memory for one of them."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
         begin, end = end, end + spec.num_bytes
@@ -166,13 +164,6 @@ def finish_hf_folder(folder: Path, shards: Sequence[Sequence[Spec]], hf_folder: 
     dtypes = {spec.dtype for specs in shards for spec in specs}
     if len(dtypes) == 1:
         _name_dtype(folder / "config.json", str(dtypes.pop()).removeprefix("torch."))
-
-
-def copy_other_files(source: Path, to: Path) -> None:
-    """config.json, tokenizer and whatever else lies beside the weights, without the weights."""
-    for file in sorted(Path(source).iterdir()):
-        if file.is_file() and file.name not in NOT_COPIED and not file.name.endswith(WEIGHTS):
-            shutil.copyfile(file, to / file.name)
 
 
 def _name_dtype(config: Path, dtype: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_jackpot.config import Parallel, Precision
-from megatron_jackpot.models.families import Family
+from megatron_jackpot.config.model_shape import ModelShape
 
 Layers = Literal["transformer_engine", "local"]
 
@@ -53,7 +53,7 @@ def layers_for(device: Device) -> Layers:
     return "transformer_engine" if device.te is not None and device.capability is not None else "local"
 
 
-def check_precision(precision: Precision, device: Device, family: Family, tp: int) -> None:
+def check_precision(precision: Precision, device: Device, shape: ModelShape, tp: int) -> None:
     """Refuse what Megatron would silently ignore and what Transformer Engine would refuse in the first step.
 
     Raises ValueError with the remedy.
@@ -70,7 +70,7 @@ def check_precision(precision: Precision, device: Device, family: Family, tp: in
         raise ValueError(
             f"precision.fp8 = '{precision.fp8}' needs precision.dtype='bfloat16', got '{precision.dtype}'."
         )
-    for name, size in _fp8_sizes(family, tp).items():
+    for name, size in _fp8_sizes(shape, tp).items():
         if size % FP8_MULTIPLE:
             raise ValueError(
                 f"precision.fp8 = '{precision.fp8}' needs matrices of multiples of {FP8_MULTIPLE}, but "
@@ -106,18 +106,15 @@ def _check_device(precision: Precision, device: Device) -> None:
         )
 
 
-def _fp8_sizes(family: Family, tp: int) -> dict[str, int]:
+def _fp8_sizes(shape: ModelShape, tp: int) -> dict[str, int]:
     """Dimensions of the matrices of one rank's transformer layers; embedding and output layer stay in
     bf16."""
-    hf = family.transformer_fields()
-    head_dim, queries, groups = hf["kv_channels"], hf["num_attention_heads"], hf["num_query_groups"]
+    queries, keys = shape.query_size, shape.key_size
     return {
-        "hidden_size": hf["hidden_size"],
-        "intermediate_size / tp": hf["ffn_hidden_size"] // tp,
-        "num_attention_heads * head_dim / tp": queries * head_dim // tp,
-        "(num_attention_heads + 2 * num_key_value_heads) * head_dim / tp": (queries + 2 * groups)
-        * head_dim
-        // tp,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size / tp": shape.ffn_size // tp,
+        "num_attention_heads * head_dim / tp": queries // tp,
+        "(num_attention_heads + 2 * num_key_value_heads) * head_dim / tp": (queries + 2 * keys) // tp,
     }
 
 

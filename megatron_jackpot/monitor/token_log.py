@@ -57,13 +57,13 @@ class TokenLog:
     def __init__(self, run_folder: Path, knobs: Logging, *, here: bool) -> None:
         self.folder = Path(run_folder) / FOLDER
         self.every, self.num_rollouts = knobs.tokens_every, knobs.tokens_rollouts
-        self.here = here and self.every is not None
+        self.here = here
         self.last = 0
 
     def note(self, step: int, scores: Scores, correction: Correction) -> None:
         """Record rollouts of the step's first mini-batch, spread evenly. A disk that refuses is reported, not
         raised."""
-        if not self.here or step == self.last or (step - 1) % self.every:
+        if not self.here or self.every is None or step == self.last or (step - 1) % self.every:
             return
         self.last = step
         record = record_of(step, scores, correction, self.num_rollouts)

@@ -48,16 +48,18 @@ def vocab_parallel_overlap(
     """
     check_lam(lam)
     pair = _Pair(server_logits, target_logits, vocab, chunk)
+    # Two passes: the smaller of two probabilities is not known before both are normalised.
     lse_2T = pair.per_token(2)
     for rows, server, target in pair:
         lse_2T[0, rows], lse_2T[1, rows] = pair.lse(server, target)
     peak_2T = all_reduce(lse_2T.clone(), dist.ReduceOp.MAX, vocab.group)
     log_z_2T = peak_2T + all_reduce((lse_2T - peak_2T).exp_(), dist.ReduceOp.SUM, vocab.group).log_()
-    # lam belongs to the normaliser: p / lam = exp(logit - log Z - log lam).
+    # lam belongs to the normaliser: p / lam = exp(logit - log Z - log lam), at no cost per logit.
     log_z_2T[1] += math.log(lam)
     overlap_T = pair.per_token(1)[0]
     for rows, server, target in pair:
         overlap_T[rows] = pair.overlap(server, target, log_z_2T[:, rows])
+    # Rounding may carry the sum over its bound, and Z is used as a probability.
     return all_reduce(overlap_T, dist.ReduceOp.SUM, vocab.group).clamp_(max=overlap_limit(lam))
 
 
@@ -140,10 +142,12 @@ def _kl(pair: "_Pair", forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
     log_share_2T = lse_2T - peak_2T
     share_2T = log_share_2T.exp()
     w, v = (1, 0) if forward_kl else (0, 1)
-    # A slice of padding alone has share 0.
+    # Shares are still relative to the peak, so that normalisers and KL travel in one sum; a slice of padding
+    # alone has share 0, and what is -inf or NaN there is not added.
     kl_T = _weighted(share_2T[w].clone(), within_T + log_share_2T[w] - log_share_2T[v])
     sums_3T = all_reduce(torch.cat([share_2T, kl_T[None]]), dist.ReduceOp.SUM, pair.vocab.group)
     log_sum_2T = sums_3T[:2].log()
+    # Models that are equal to rounding would have a KL a little under 0.
     kl_T = (sums_3T[2] / sums_3T[w] - log_sum_2T[w] + log_sum_2T[v]).clamp_(min=0.0)
     log_z_2T = peak_2T + log_sum_2T
     return log_z_2T[0], log_z_2T[1], kl_T
@@ -157,16 +161,19 @@ class _Pair:
 
     def __init__(self, first_TV: Logits, second: Other, vocab: VocabSpec, chunk: int | None) -> None:
         self.columns = vocab.columns(first_TV.shape[-1])
-        self.first_TV, self.second, self.vocab, self.chunk = first_TV, second, vocab, chunk
+        self.first_TV, self.second, self.vocab = first_TV, second, vocab
         self.dtype = torch.float64 if first_TV.dtype == torch.float64 else torch.float32
         if isinstance(second, Tensor):
             self._check(second, first_TV.shape[0])
-        num_tokens, per_rank = first_TV.shape
-        if chunk is None:
-            self.chunk = chunk_tokens(per_rank, first_TV.is_cuda)
-            if dispatch.fused(first_TV if isinstance(first_TV, Tensor) else first_TV.hidden_TH):
-                exist = isinstance(first_TV, Tensor) and isinstance(second, Tensor)
-                self.chunk = max(1, num_tokens if exist else FUSED_ELEMENTS // per_rank)
+        self.chunk = self._default_chunk() if chunk is None else chunk
+
+    def _default_chunk(self) -> int:
+        """Tokens read at a time; kernels read all of them where both models' logits exist."""
+        first, (num_tokens, per_rank) = self.first_TV, self.first_TV.shape
+        if dispatch.fused(first if isinstance(first, Tensor) else first.hidden_TH) is None:
+            return chunk_tokens(per_rank, first.is_cuda)
+        exist = isinstance(first, Tensor) and isinstance(self.second, Tensor)
+        return max(1, num_tokens if exist else FUSED_ELEMENTS // per_rank)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for span in self.spans():
@@ -207,8 +214,10 @@ class _Pair:
         kernels = dispatch.fused(first, second)
         if kernels is not None:
             return kernels.overlap(first, second, *log_z_2T, self.columns.width, self.vocab.temperature)
+        # These subtractions make new memory (`_read` may be a view of the logits): from here on in place.
         first_logp = self._read(first) - log_z_2T[0, :, None]
         second_logp = self._read(second) - log_z_2T[1, :, None]
+        # The smaller logarithm first: one exponential per pair instead of two.
         return torch.minimum(first_logp, second_logp, out=first_logp).exp_().sum(-1)
 
     def kl(self, first: Tensor, second: Tensor, forward_kl: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,6 +229,9 @@ class _Pair:
             return *(lse[::-1] if forward_kl else lse), within_T
         first, second = self._read(first), self._read(second)
         first_lse_T, second_lse_T = first.logsumexp(-1), second.logsumexp(-1)
+        # Each model's logits meet their own normaliser before they meet each other: offsets, which may be
+        # large and differ, are gone by then, and where the mass lies the ratio is a difference of small
+        # numbers.
         logp = first - _finite(first_lse_T[:, None])
         other_logp = second - _finite(second_lse_T[:, None])
         if forward_kl:
@@ -246,6 +258,8 @@ class _Pair:
             where = (width, self.vocab.temperature)
             kernels.kl_backward(*given, *where, forward_kl=forward_kl, out_TV=out_TV)
             return
+        # New memory, then in place, as in `overlap`. Normalisers of the whole vocabulary: no collective is
+        # left.
         student_logp = self._read(student) - log_z_2T[0, :, None]
         teacher_logp = self._read(teacher) - log_z_2T[1, :, None]
         if forward_kl:
@@ -253,6 +267,7 @@ class _Pair:
         else:
             excess = torch.sub(student_logp, teacher_logp, out=teacher_logp).sub_(kl_T[:, None])
             slope = _weighted(student_logp.exp_(), excess)
+        # Scaled in fp32 and rounded to the student's dtype once. `out_TV` comes uninitialised.
         out_TV[:, :width] = slope.mul_(grad_T[:, None])
         out_TV[:, width:] = 0
 

@@ -5,7 +5,7 @@ dtype that the output layer would give it, so that results are those of logits t
 kernels read the blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -14,17 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_jackpot.parallel.block_sizes import GRADIENT_ELEMENTS, READ_ELEMENTS
 from megatron_jackpot.parallel.slices import Local, all_reduce, cut, read_slice
 from megatron_jackpot.parallel.vocab_spec import Columns, VocabSpec
 
 Slope = Callable[[slice, Tensor, Columns], Tensor]
 """(tokens, their logits at some columns, those columns) -> the gradient of these logits, in new memory."""
-
-
-READ_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
-"""Logits of a block of tokens that are read: 64 MB in fp32, 512 MB in bf16."""
-GRADIENT_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-"""Logits of a block in backward."""
 
 
 class Blocks(NamedTuple):
@@ -102,7 +97,7 @@ def factors(logits: Logits) -> tuple[Blocks | None, tuple[Tensor, ...]]:
     )
 
 
-def joined(blocks: Blocks | None, tensors: tuple[Tensor, ...]) -> Logits:
+def joined(blocks: Blocks | None, tensors: Sequence[Tensor]) -> Logits:
     return tensors[0] if blocks is None else LinearLogits(*tensors, blocks)
 
 
@@ -118,20 +113,31 @@ def gradients(logits: Logits, vocab: VocabSpec, slope: Slope, *, wide: bool = Fa
     if isinstance(logits, Tensor):
         return (slope(slice(0, logits.shape[0]), logits, columns),)
     hidden_TH, weight_VH = logits.hidden_TH, logits.weight_VH
+    # Both gradients are sums over many blocks. In bf16, of 8 bits, a block's share would vanish beside the
+    # sum of those before it, and the result would depend on the sizes of the blocks.
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     grad_hidden_TH = torch.zeros(hidden_TH.shape, dtype=dtype, device=hidden_TH.device)
+    # Zeros: the loop does not come to the columns of padding, and their rows must not move.
     grad_weight_VH = torch.zeros_like(weight_VH)
     columns_each = max(1, columns.width if wide else logits.blocks.columns or 2**13)
-    # Column by column of blocks: the sum over tokens in fp32 is then that of one block of columns.
+    # Columns outside, tokens inside: the weight's sum over tokens is then finished before the next block of
+    # columns, and its fp32 holds one block. The other way round all [V/TP, H] would have to exist in fp32.
+    # `wide` gives that up for one block of all columns: KL's slope reads the teacher, whose logits come whole
+    # rows at a time and would be computed again for every block of columns. Its tokens are cut as in forward.
     square = logits.blocks.tokens or max(1, GRADIENT_ELEMENTS[logits.device_type] // columns_each)
     for part in cut(0, columns.width, columns_each):
         weight = weight_VH[part]
         grad_part = torch.zeros_like(weight, dtype=dtype)
         for rows in cut(0, logits.shape[0], logits.tokens_each if wide else square):
             own = Columns(columns.first + part.start, part.stop - part.start)
+            # The slope is in the dtype of the logits, as it would leave the backward of logits that exist:
+            # the products run on tensor cores, and only their sums are wide.
             found = slope(rows, F.linear(hidden_TH[rows], weight), own)
             grad_hidden_TH[rows] += found @ weight
             grad_part += found.T @ hidden_TH[rows]
         grad_weight_VH[part] = grad_part
+    # Each rank has the part of its own columns. Before the cast, so that it is rounded once whatever the
+    # number of ranks; outside the loop, so that a rank with padding alone, which has no block, comes here
+    # too.
     all_reduce(grad_hidden_TH, dist.ReduceOp.SUM, vocab.group)
     return grad_hidden_TH.to(hidden_TH.dtype), grad_weight_VH

@@ -154,7 +154,7 @@ def normalise(
     return log_z_T, logp_TN, entropy_T
 
 
-def all_reduce(tensor: Tensor, op: dist.ReduceOp, group: ProcessGroup | None) -> Tensor:
+def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:
     """In place; nothing on one rank."""
     if group is not None and group.size() > 1:
         dist.all_reduce(tensor, op=op, group=group)

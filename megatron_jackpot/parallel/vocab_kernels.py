@@ -1,10 +1,13 @@
 """Triton kernels over one rank's slice of the vocabulary. vocab_triton.py launches them.
 
 One program reads one token's row, or with a second grid axis one block of it; nothing wider than a block
-exists.
-Sums run against a running maximum and are rescaled when it grows, so that a single pass is enough. A
+exists. Sums run against a running maximum and are rescaled when it grows, so that a single pass is enough. A
 probability of 0 contributes 0 whatever it is multiplied with; NaN logits make NaN results. Rows are counted
 in int64: T x V of a long micro-batch exceeds 2^31.
+
+Logits are fp32 from the load on, whatever their dtype: a log-prob is the difference of two numbers near the
+largest logit, of which bf16 keeps 8 bits. A block is summed as a tree and added to the row's sum: a row of
+152k columns has some 40 additions in a chain, not 152k.
 """
 
 import triton
@@ -115,6 +118,7 @@ def softmax_grad_kernel(
     if ENTROPY:
         entropy = tl.load(entropy_ptr + row)
         slope = tl.where(slope == 0.0, 0.0, slope * (logp + entropy))
+    # Beyond the true columns 0 is written, even where the scale is NaN: padding must not learn. Rounded once.
     slope = tl.where(columns < width, slope * tl.load(scale_ptr + row), 0.0)
     out = grad_ptr + row * grad_stride + columns
     tl.store(out, slope.to(grad_ptr.dtype.element_ty), mask=columns < per_rank)
@@ -187,11 +191,19 @@ def pair_kernel(
         prob = tl.exp(first - first_base)
         first_factor = tl.exp(first_peak - first_base)
         if KL:
-            # sum of p' ((x - peak) - (y - peak of y)), moved when either peak grows.
+            # excess = sum of p' ((x - peak of x) - (y - peak of y)), p' = exp(x - peak of x). Each logit
+            # meets its own peak first: two models' offsets may be large and differ (x - y would keep few
+            # digits), and where the mass lies both differences are small, so that a small KL is a sum of
+            # small terms.
             ratio = (first - first_base) - (second - second_base)
+            # Without mass the ratio may be infinite, or NaN where both have none: 0 times that is NaN.
             terms = tl.sum(tl.where(prob == 0.0, 0.0, prob * ratio), axis=0)
+            # The old terms were taken against the old peaks: every ratio moves by the same `shift`, then
+            # every p' by the same factor. With the masses and peaks of before, which is why those are updated
+            # last.
             shift = (_finite(first_peak) - first_base) - (_finite(second_peak) - second_base)
             moved = tl.where(first_mass == 0.0, 0.0, excess + first_mass * shift)
+            # An infinite excess under a probability that has vanished since counts for nothing.
             excess = tl.where(first_factor == 0.0, 0.0, first_factor * moved) + terms
         first_mass = first_mass * first_factor + tl.sum(prob, axis=0)
         second_factor = tl.exp(second_peak - second_base)
@@ -200,7 +212,9 @@ def pair_kernel(
     tl.store(first_lse_ptr + row, _finite(first_peak) + tl.log(first_mass))
     tl.store(second_lse_ptr + row, _finite(second_peak) + tl.log(second_mass))
     if KL:
-        # Without probability the second's log normaliser is taken as 0: the sum is infinite already.
+        # Without probability the second's log normaliser is taken as 0: the sum is infinite already, and
+        # adding -inf would make it NaN. The first without any has share 0 in the sum over ranks: finite is
+        # enough.
         second_log = tl.where(second_mass == 0.0, 0.0, tl.log(second_mass))
         kl = excess / first_mass - tl.log(first_mass) + second_log
         tl.store(kl_ptr + row, tl.where(first_mass == 0.0, 0.0, kl))
@@ -223,6 +237,8 @@ def overlap_kernel(
     """sum of min(exp(first - its log Z), exp(second - its log Z)) over a row."""
     row = tl.program_id(0).to(tl.int64)
     first_log_z, second_log_z = tl.load(first_log_z_ptr + row), tl.load(second_log_z_ptr + row)
+    # A sum per lane, joined at the end: the normalisers are known, so there is no peak to follow (exp of a
+    # log-prob cannot overflow) and no reduction per block.
     mass = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, width, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
@@ -233,6 +249,8 @@ def overlap_kernel(
             _load(second_ptr + row * second_stride, columns, width, per_rank, inverse_temperature)
             - second_log_z
         )
+        # The minimum of the logarithms: one exponential per pair. By default it would drop a NaN, and broken
+        # logits would look like a model that rejects a little.
         mass += tl.exp(tl.minimum(first, second, propagate_nan=tl.PropagateNan.ALL))
     tl.store(overlap_ptr + row, tl.sum(mass, axis=0))
 
@@ -256,6 +274,8 @@ def kl_grad_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """Of KL(teacher || student): student - teacher; of KL(student || teacher): student (log ratio - KL)."""
+    # Normalisers and KL are those of the whole vocabulary: blocks need nothing of each other, and each has
+    # its program.
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     student = _load(student_ptr + row * student_stride, columns, width, per_rank, inverse_temperature)
@@ -266,8 +286,10 @@ def kl_grad_kernel(
     if FORWARD:
         slope = prob - tl.exp(teacher_logp)
     else:
+        # Without probability the log ratio is infinite or NaN, and its product with 0 must be 0.
         excess = student_logp - teacher_logp - tl.load(kl_ptr + row)
         slope = tl.where(prob == 0.0, 0.0, prob * excess)
+    # Beyond the true columns 0 is written, even where the scale is NaN: padding must not learn. Rounded once.
     slope = tl.where(columns < width, slope * tl.load(scale_ptr + row), 0.0)
     out = grad_ptr + row * grad_stride + columns
     tl.store(out, slope.to(grad_ptr.dtype.element_ty), mask=columns < per_rank)

@@ -8,10 +8,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_jackpot.config import Config, Parallel
+from megatron_jackpot.config.model_shape import ModelShape, model_shapes, padded_vocab_size
 from megatron_jackpot.config.placement import data_parallel
-from megatron_jackpot.models.build import padded_vocab_size, transformer_config
-from megatron_jackpot.models.families import family_of, read_hf_config
-from megatron_jackpot.parallel.linear import READ_ELEMENTS
+from megatron_jackpot.parallel.block_sizes import READ_ELEMENTS
 
 BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 2**30
@@ -22,104 +21,58 @@ SERVER_SHARE = 0.88
 it."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of one dense decoder that decide its memory and its work."""
+def layer_split(shape: ModelShape) -> int:
+    """Parameters of a layer that tensor parallelism divides."""
+    bias = shape.query_size + 2 * shape.key_size if shape.qkv_bias else 0
+    return shape.hidden_size * (2 * shape.query_size + 2 * shape.key_size + 3 * shape.ffn_size) + bias
 
-    layers: int
-    hidden: int
-    ffn: int
-    query: int
-    """q: heads x head_dim."""
-    key: int
-    """kv: key-value heads x head_dim."""
-    head_dim: int
-    kv_heads: int
-    vocab: int
-    tied: bool
-    qk_norm: bool
-    qkv_bias: bool
 
-    @classmethod
-    def of(cls, config: Config, name: str) -> "Shape":
-        """Of `policy` or `actor`, through Megatron's own configuration.
+def layer_copied(shape: ModelShape) -> int:
+    """Parameters of a layer that every tensor-parallel rank holds: the norms."""
+    return 2 * shape.hidden_size + (2 * shape.head_dim if shape.qk_norm else 0)
 
-        Raises ValueError naming the model where tp or pp does not divide it, where its config.json is missing
-        or unknown, and for a mixture of experts, which these formulas do not cover.
-        """
-        folder = getattr(config, name).hf
-        try:
-            family = family_of(read_hf_config(folder))
-            megatron = transformer_config(family, config.parallel, config.precision, te=False)
-        except ValueError as error:
-            raise ValueError(f"{name}.hf = {folder}: {error}") from error
-        if megatron.num_moe_experts:
-            raise ValueError(f"{name}.hf = {folder}: a mixture of experts; `plan` covers dense models only.")
-        return cls(
-            layers=megatron.num_layers,
-            hidden=megatron.hidden_size,
-            ffn=megatron.ffn_hidden_size,
-            query=megatron.num_attention_heads * family.head_dim,
-            key=megatron.num_query_groups * family.head_dim,
-            head_dim=family.head_dim,
-            kv_heads=megatron.num_query_groups,
-            vocab=family.vocab_size,
-            tied=family.tied,
-            qk_norm=megatron.qk_layernorm,
-            qkv_bias=megatron.add_qkv_bias,
-        )
 
-    @property
-    def layer_split(self) -> int:
-        """Parameters of a layer that tensor parallelism divides."""
-        bias = self.query + 2 * self.key if self.qkv_bias else 0
-        return self.hidden * (2 * self.query + 2 * self.key + 3 * self.ffn) + bias
+def num_params(shape: ModelShape) -> int:
+    """Parameters of the HF model."""
+    tables = 1 if shape.tied else 2
+    layers = shape.num_layers * (layer_split(shape) + layer_copied(shape))
+    return tables * shape.vocab_size * shape.hidden_size + layers + shape.hidden_size
 
-    @property
-    def layer_copied(self) -> int:
-        """Parameters of a layer that every tensor-parallel rank holds: the norms."""
-        return 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
 
-    @property
-    def params(self) -> int:
-        """Parameters of the HF model."""
-        tables = 1 if self.tied else 2
-        layer = self.layer_split + self.layer_copied
-        return tables * self.vocab * self.hidden + self.layers * layer + self.hidden
+def params_on(shape: ModelShape, stage: int, parallel: Parallel, padded_vocab: int) -> int:
+    """Parameters that one rank of a pipeline stage holds."""
+    layers = shape.num_layers // parallel.pp
+    count = layers * (layer_split(shape) // parallel.tp + layer_copied(shape))
+    table = padded_vocab // parallel.tp * shape.hidden_size
+    last = stage == parallel.pp - 1
+    if stage == 0:
+        count += table
+    if last:
+        # A tied embedding has a copy of its own on the last stage, unless that is the first.
+        count += shape.hidden_size + (0 if shape.tied and stage == 0 else table)
+    return count
 
-    def params_on(self, stage: int, parallel: Parallel, padded_vocab: int) -> int:
-        """Parameters that one rank of a pipeline stage holds."""
-        layers = self.layers // parallel.pp
-        count = layers * (self.layer_split // parallel.tp + self.layer_copied)
-        table = padded_vocab // parallel.tp * self.hidden
-        last = stage == parallel.pp - 1
-        if stage == 0:
-            count += table
-        if last:
-            # A tied embedding has a copy of its own on the last stage, unless that is the first.
-            count += self.hidden + (0 if self.tied and stage == 0 else table)
-        return count
 
-    def forward_flops(self, context: float) -> float:
-        """FLOPs of a token's forward pass at `context` tokens per sequence, causal attention, head
-        included."""
-        matrices = self.layers * self.layer_split + self.hidden * self.vocab
-        return 2.0 * matrices + 2.0 * self.layers * self.query * context
+def forward_flops(shape: ModelShape, context: float) -> float:
+    """FLOPs of a token's forward pass at `context` tokens per sequence, causal attention, head included."""
+    matrices = shape.num_layers * layer_split(shape) + shape.hidden_size * shape.vocab_size
+    return 2.0 * matrices + 2.0 * shape.num_layers * shape.query_size * context
 
-    def activation_elements(self, parallel: Parallel) -> float:
-        """Numbers kept for backward per token and layer: 4 h + (4 q + 3 kv + 5 f) / tp; nothing is
-        recomputed.
 
-        4 h: inputs of both norms and of both column-parallel layers. 4 q + 3 kv: their joint projection,
-        Megatron's copy of the queries, queries and keys with rotary positions, attention's output. 5 f: gate
-        and up, silu of the gate, Megatron's copy of up, their product.
-        """
-        wide = 4 * self.hidden / (parallel.tp if parallel.sequence_parallel else 1)
-        return wide + (4 * self.query + 3 * self.key + 5 * self.ffn) / parallel.tp
+def activation_elements(shape: ModelShape, parallel: Parallel) -> float:
+    """Numbers kept for backward per token and layer: 4 h + (4 q + 3 kv + 5 f) / tp; nothing is recomputed.
 
-    def kv_bytes(self, tp: int, width: int) -> float:
-        """KV cache of one token on one rank of a server; a head is not cut."""
-        return 2.0 * self.layers * max(1, self.kv_heads // tp) * self.head_dim * width
+    4 h: inputs of both norms and of both column-parallel layers. 4 q + 3 kv: their joint projection,
+    Megatron's copy of the queries, queries and keys with rotary positions, attention's output. 5 f: gate and
+    up, silu of the gate, Megatron's copy of up, their product.
+    """
+    wide = 4 * shape.hidden_size / (parallel.tp if parallel.sequence_parallel else 1)
+    return wide + (4 * shape.query_size + 3 * shape.key_size + 5 * shape.ffn_size) / parallel.tp
+
+
+def kv_bytes(shape: ModelShape, tp: int, width: int) -> float:
+    """KV cache of one token on one rank of a server; a head is not cut."""
+    return 2.0 * shape.num_layers * max(1, shape.num_groups // tp) * shape.head_dim * width
 
 
 @dataclass(frozen=True)
@@ -127,7 +80,7 @@ class ModelPlan:
     """One model on its fullest GPU, in bytes, and its share of a step."""
 
     name: str
-    shape: Shape
+    shape: ModelShape
     params: int
     params_per_gpu: int
     weights: float
@@ -213,16 +166,16 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
     """
     p = config.parallel
     dp = data_parallel(config, gpus)
-    shapes = {name: Shape.of(config, name) for name in ("policy", "actor")}
+    shapes = model_shapes(config)
     rollout = config.rollout
     mean = mean_tokens or float(config.data.max_prompt_tokens + rollout.max_new_tokens)
     tokens = rollout.prompts_per_step * rollout.samples_per_prompt * mean
     microbatches = math.ceil(tokens / dp / config.algorithm.num_minibatches / config.packing.tokens)
     if p.vpp:
         microbatches = math.ceil(microbatches / p.pp) * p.pp
-    padded = padded_vocab_size([shape.vocab for shape in shapes.values()], p.tp)
+    padded = padded_vocab_size([shape.vocab_size for shape in shapes.values()], p.tp)
     load = _Load(config, dp, padded, mean, tokens, microbatches)
-    actor, width = shapes["actor"], BYTES[config.servers.dtype or config.precision.dtype]
+    actor, width = shapes["actor"], BYTES[config.server_dtype]
     return Plan(
         config=config,
         gpus=gpus,
@@ -231,11 +184,11 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
         actor=load.plan("actor", actor),
         mean_tokens=mean,
         microbatches=microbatches,
-        server_weights=actor.params * width / config.servers.tp,
-        server_kv_token=actor.kv_bytes(config.servers.tp, width),
+        server_weights=num_params(actor) * width / config.servers.tp,
+        server_kv_token=kv_bytes(actor, config.servers.tp, width),
         num_servers=config.servers.num * config.cluster.num_server_nodes,
-        rollout_flops=tokens * actor.forward_flops(mean),
-        synced=actor.params * BYTES[config.precision.dtype],
+        rollout_flops=tokens * forward_flops(actor, mean),
+        synced=num_params(actor) * BYTES[config.precision.dtype],
     )
 
 
@@ -250,24 +203,25 @@ class _Load:
     tokens: float
     microbatches: int
 
-    def plan(self, name: str, shape: Shape) -> ModelPlan:
+    def plan(self, name: str, shape: ModelShape) -> ModelPlan:
         p, width = self.config.parallel, BYTES[self.config.precision.dtype]
-        own = max(shape.params_on(stage, p, self.padded_vocab) for stage in range(p.pp))
+        own = max(params_on(shape, stage, p, self.padded_vocab) for stage in range(p.pp))
         updated = name == "policy" or self.config.algorithm.train_actor
         passes = self._forward_passes(name)
         rows = self.config.packing.tokens
-        kept = rows * shape.layers * self._in_flight() * shape.activation_elements(p) * width
+        kept = rows * shape.num_layers * self._in_flight() * activation_elements(shape, p) * width
         # AdamW's two moments, and fp32 masters where the parameters themselves are not fp32.
         states = (8.0 if width == 4 else 12.0) * own
-        dense = shape.forward_flops(self.mean_tokens)
+        dense = forward_flops(shape, self.mean_tokens)
         # Two all-reduces a layer forward and two backward; a ring sends 2 (n - 1) / n of what it reduces.
-        reduced = (2.0 * passes + 2.0 * updated) * shape.layers / p.pp * self.tokens / self.dp * shape.hidden
+        times = 2.0 * passes + 2.0 * updated
+        reduced = times * shape.num_layers / p.pp * self.tokens / self.dp * shape.hidden_size
         # Gradients travel in fp32; a distributed optimizer scatters them and gathers parameters.
         back = width if p.distributed_optimizer else 4.0
         return ModelPlan(
             name=name,
             shape=shape,
-            params=shape.params,
+            params=num_params(shape),
             params_per_gpu=own,
             weights=own * width,
             gradients=own * 4.0,

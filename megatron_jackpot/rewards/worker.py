@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_jackpot.rewards.confine import confine, limit_cpu
 
@@ -47,7 +47,7 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     score = getattr(module, function_name, None)
     if not callable(score):
         raise ValueError(f"data.reward = '{name}': module {module_name} has no function '{function_name}'.")
-    return score, None
+    return cast(Score, score), None
 
 
 def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> dict[str, Any]:

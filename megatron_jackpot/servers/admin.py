@@ -25,8 +25,14 @@ class ServerAdmin:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout_s = timeout_s
 
-    async def health(self, timeout_s: float = 10) -> None:
-        await self._all("GET", "/health", timeout_s=timeout_s)
+    async def alive(self, timeout_s: float = 10) -> None:
+        """Their schedulers answer, also while they are paused or have lent their memory; nothing is
+        sampled."""
+        await self._all("GET", "/server_info", timeout_s=timeout_s)
+
+    async def samples(self, timeout_s: float = 10) -> None:
+        """They sample a token; a second at least, and no answer while they are paused or have lent memory."""
+        await self._all("GET", "/health_generate", timeout_s=timeout_s)
 
     async def model_info(self) -> list[dict[str, Any]]:
         return await self._all("GET", "/model_info")

@@ -36,7 +36,7 @@ REST_S = 10.0
 """How long a server that failed is avoided while another one is there."""
 
 
-class Refused(ServerError):
+class RequestRejected(ServerError):
     """HTTP 4xx: the request itself is wrong, another server would say the same."""
 
 
@@ -177,7 +177,7 @@ class SGLangClient:
                     if server.suspect:
                         await self._readmit(server)
                     return await self._post(server.url, body, parse)
-                except Refused:
+                except RequestRejected:
                     raise
                 except (ServerError, StaleWeights) as error:
                     failure = error
@@ -189,12 +189,14 @@ class SGLangClient:
 
     async def _readmit(self, server: Server) -> None:
         """A server that was started anew holds the first weights until the next sync, and must not sample."""
-        (version,) = await ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S).versions()
+        admin = ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S)
+        (version,) = await admin.versions()
         if version < self.min_version:
             raise StaleWeights(
                 f"{server.url} holds weight version {version}, older than the oldest allowed version "
                 f"{self.min_version}."
             )
+        await admin.samples(timeout_s=HEALTH_LIMIT_S)
         server.suspect = False
 
     def _pick(self, tried: set[str]) -> Server:
@@ -210,8 +212,8 @@ class SGLangClient:
                 async with self._session.post(f"{url}/generate", json=body | {"rid": rid}) as answer:
                     status, content = answer.status, await answer.read()
             if status != 200:
-                refused = 400 <= status < 500 and status not in (408, 429)
-                kind = Refused if refused else ServerError
+                rejected = 400 <= status < 500 and status not in (408, 429)
+                kind = RequestRejected if rejected else ServerError
                 raise kind(f"{url}: HTTP {status} from /generate: {content[:300].decode(errors='replace')}")
             return parse(content)
         except aiohttp.ClientError as error:

@@ -14,11 +14,11 @@ import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
+from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import api_key
-
-Device = Literal["cuda", "cpu"]
+from megatron_jackpot.servers.gpus import Device, Placement
 
 DIE_WITH_PARENT = Path(__file__).parent / "die_with_parent.py"
 CPU_SHIMS = Path(__file__).parent / "cpu_server"
@@ -34,7 +34,9 @@ CPU_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 SILENT_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-"""/health samples a token; while a server lends its memory it samples none, and would be taken for hung."""
+"""/health answers at once, and 503 while a server starts or ends; otherwise it samples a token and sleeps a
+second, as /health_generate does."""
+HEALTH, HEALTH_GENERATE = "/health", "/health_generate"
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -101,10 +103,10 @@ class ServerProcess:
                 )
             time.sleep(0.25)
 
-    def answers(self, limit_s: float) -> bool:
-        """Whether it answers /health within `limit_s`, at most 5 s."""
+    def answers(self, limit_s: float, path: str = HEALTH) -> bool:
+        """Whether it answers `path` within `limit_s`, at most 5 s."""
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=min(5.0, max(0.1, limit_s))) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=min(5.0, max(0.1, limit_s))) as answer:
                 # A stranger may have taken the port since it was checked; then our process has ended or will.
                 return answer.status == 200 and self.running
         except (urllib.error.URLError, OSError):
@@ -162,65 +164,47 @@ class ServerProcess:
 
 
 def start_servers(
-    model_path: Path | str,
-    *,
-    dtype: str,
-    folder: Path,
-    num: int = 1,
-    tp: int = 1,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    python: Path | str | None = None,
-    start_timeout_s: float = 300,
-    max_total_tokens: int | None = None,
-    extra_args: Sequence[str] = (),
-    device: Device | None = None,
-    gpus: Sequence[int] | None = None,
-    all_gpus: Sequence[int] | None = None,
-    release_memory: bool = False,
+    servers: Servers, model: Path, placement: Placement, folder: Path, *, dtype: str
 ) -> list[ServerProcess]:
-    """Start `num` healthy servers side by side, logs in folder/server-{i}.log; on any failure stop all.
+    """Start servers.num healthy servers of `model` side by side, logs in folder/server-{i}.log.
 
-    Server i takes port + i, or a free one where port is 0; of `gpus`, those from i * tp to (i + 1) * tp, but
-    it sees `all_gpus`: CUDA IPC maps only what both sides see. With `release_memory` they lend theirs
-    (sync/memory_saver.py).
+    On any failure all are stopped. Server i takes servers.port + i, or a free one where that is 0; of the
+    placement's GPUs, those from i * tp to (i + 1) * tp. With servers.release_memory they lend theirs
+    (sync/memory_saver.py). Raises ValueError for too few GPUs, RuntimeError when one ends while it starts,
+    TimeoutError after servers.start_timeout_s.
     """
-    device = device or detect_device()
-    if gpus is not None and len(gpus) < num * tp:
+    gpus, tp, needed = placement.gpus, servers.tp, servers.num * servers.tp
+    if gpus is not None and len(gpus) < needed:
         raise ValueError(
-            f"{num} servers of tp {tp} need {num * tp} GPUs, got {list(gpus)}. Lower servers.num or tp."
+            f"{servers.num} servers of tp {tp} need {needed} GPUs, got {list(gpus)}. Lower servers.num or tp."
         )
-    saver = ("--enable-memory-saver",) if release_memory and device == "cuda" else ()
-    health = SILENT_HEALTH if release_memory else {}
-    servers: list[ServerProcess] = []
-    deadline = time.monotonic() + start_timeout_s
+    # A folder in Megatron's format has nothing that SGLang could load: the first push brings the weights.
+    weights = () if any(model.glob("*.safetensors")) else ("--load-format", "dummy")
+    lends = servers.release_memory
+    saver = ("--enable-memory-saver",) if lends and placement.device == "cuda" else ()
+    started: list[ServerProcess] = []
+    deadline = time.monotonic() + servers.start_timeout_s
     try:
-        for i in range(num):
-            own_port = port + i if port else free_port(host)
-            place, seen = _placed(gpus and gpus[i * tp : (i + 1) * tp], all_gpus)
+        for i in range(servers.num):
+            port = servers.port + i if servers.port else free_port(servers.host)
+            place, seen = _placed(gpus and gpus[i * tp : (i + 1) * tp], placement.all_gpus)
+            flags = (*place, *saver, *weights)
             command = server_command(
-                model_path,
-                python=python or sys.executable,
-                host=host,
-                port=own_port,
-                tp=tp,
-                dtype=dtype,
-                device=device,
-                max_total_tokens=max_total_tokens,
-                extra_args=(*place, *saver, *extra_args),
+                servers, model, port=port, dtype=dtype, device=placement.device, flags=flags
             )
-            environment = server_environment(device, tp=tp, gpus=seen) | health
-            log_path = Path(folder) / f"server-{i}.log"
-            servers.append(
-                ServerProcess(command, host=host, port=own_port, log_path=log_path, environment=environment)
+            environment = server_environment(placement.device, tp=tp, gpus=seen)
+            log_path = folder / f"server-{i}.log"
+            server = ServerProcess(
+                command, host=servers.host, port=port, log_path=log_path, environment=environment
             )
-            servers[-1].start()
-        for server in servers:
+            started.append(server)
+            server.start()
+        for server in started:
             server.wait_healthy(max(0.1, deadline - time.monotonic()))
     except BaseException:
-        stop_servers(servers)
+        stop_servers(started)
         raise
-    return servers
+    return started
 
 
 def _placed(
@@ -242,28 +226,19 @@ def stop_servers(servers: Sequence[ServerProcess], grace_s: float = 10) -> None:
 
 
 def server_command(
-    model_path: Path | str,
-    *,
-    python: Path | str,
-    host: str,
-    port: int,
-    tp: int,
-    dtype: str,
-    device: Device,
-    max_total_tokens: int | None = None,
-    extra_args: Sequence[str] = (),
+    servers: Servers, model: Path, *, port: int, dtype: str, device: Device, flags: Sequence[str] = ()
 ) -> list[str]:
     """argv of one server. Its first weights are version 0; no sampling default comes from the model."""
-    command = [str(python), "-m", "sglang.launch_server", "--model-path", str(model_path)]
-    command += ["--host", host, "--port", str(port), "--tp-size", str(tp)]
-    command += ["--device", device, "--dtype", dtype]
+    command = [str(servers.python or sys.executable), "-m", "sglang.launch_server"]
+    command += ["--model-path", str(model), "--host", servers.host, "--port", str(port)]
+    command += ["--tp-size", str(servers.tp), "--device", device, "--dtype", dtype]
     command += ["--weight-version", "0", "--sampling-defaults", "openai", "--skip-server-warmup"]
     command += ["--log-level", "warning"]
     if device == "cpu":
         command += CPU_FLAGS
-    if max_total_tokens is not None:
-        command += ["--max-total-tokens", str(max_total_tokens)]
-    return [*command, *api_key.arguments(), *extra_args]
+    if servers.max_total_tokens is not None:
+        command += ["--max-total-tokens", str(servers.max_total_tokens)]
+    return [*command, *api_key.arguments(), *flags, *servers.extra_args]
 
 
 def server_environment(device: Device, *, tp: int = 1, gpus: Sequence[int] | None = None) -> dict[str, str]:
@@ -273,7 +248,7 @@ def server_environment(device: Device, *, tp: int = 1, gpus: Sequence[int] | Non
         for key, value in os.environ.items()
         if key not in TORCHRUN_VARIABLES and not key.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
     }
-    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | SILENT_HEALTH
     if device == "cpu":
         cores = os.cpu_count() or 1
         paths = [str(CPU_SHIMS), *filter(None, [environment.get("PYTHONPATH")])]
@@ -283,12 +258,6 @@ def server_environment(device: Device, *, tp: int = 1, gpus: Sequence[int] | Non
     elif gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     return environment
-
-
-def detect_device() -> Device:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def free_port(host: str = "127.0.0.1") -> int:

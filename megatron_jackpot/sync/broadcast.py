@@ -10,12 +10,12 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -39,6 +39,7 @@ from megatron_jackpot.sync.proof import (
 )
 from megatron_jackpot.sync.retry import retry, wait_for_healthy
 
+T = TypeVar("T")
 Backend = Literal["nccl", "gloo"]
 
 
@@ -78,6 +79,7 @@ class WeightGroup:
             torch.cuda.current_stream(tensor.device).synchronize()
 
     def _make(self) -> Any:
+        """One of torch's backends, whose stubs know no broadcast."""
         prefix = dist.PrefixStore(f"{self.name}/", dist.PrefixStore(self.name, self.store))
         if self.backend == "gloo":
             return dist.ProcessGroupGloo(dist.PrefixStore("cpu/", prefix), 0, self.size, self.timeout)
@@ -120,7 +122,7 @@ class BroadcastSync:
         self.device = torch.device("cuda" if self.backend == "nccl" else "cpu")
         self.bucket_bytes = bucket_bytes
         self.timeout_s = timeout_s
-        self.pause = pause
+        self.pause: PauseMode = pause
         self.address = address or address_towards(self.admin.urls[0])
         self.proof = Proof(self.admin, self.hf_folder)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
@@ -237,13 +239,15 @@ class BroadcastSync:
         same_weights(by_broadcast, from_disk, "the first broadcast", "a load of the same tensors from disk")
 
 
-def side_by_side(work: Callable[[], Any], call: Any, timeout_s: float, waiting_for: str) -> Any:
+def side_by_side(
+    work: Callable[[], T], call: Coroutine[Any, Any, object], timeout_s: float, waiting_for: str
+) -> T:
     """Run `work` in a thread beside the coroutine `call`; its result, or the first error of either.
 
     When the call fails the thread is left to its own time limit: it is a daemon and nobody waits for it.
     """
 
-    async def both() -> Any:
+    async def both() -> T:
         ours = asyncio.wrap_future(_in_daemon(work))
         theirs = asyncio.ensure_future(call)
         done, unfinished = await asyncio.wait(
@@ -265,8 +269,8 @@ def side_by_side(work: Callable[[], Any], call: Any, timeout_s: float, waiting_f
     return asyncio.run(both())
 
 
-def _in_daemon(work: Callable[[], Any]) -> Future:
-    result: Future = Future()
+def _in_daemon(work: Callable[[], T]) -> Future[T]:
+    result: Future[T] = Future()
 
     def run() -> None:
         result.set_running_or_notify_cancel()

@@ -40,7 +40,7 @@ class DiskSync:
         self.folder = Path(folder).absolute()
         self.hf_folder = Path(hf_folder)
         self.bucket_bytes = bucket_bytes
-        self.pause = pause
+        self.pause: PauseMode = pause
         self.proof = Proof(self.admin, self.hf_folder)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
 

@@ -6,27 +6,15 @@ fp8 * scale.
 Matrices of the transformer layers are quantised, embedding, output layer, norms and biases are not.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_jackpot.config import Config
-from megatron_jackpot.models.families import read_hf_config
-from megatron_jackpot.models.hf_folder import copy_other_files
+from megatron_jackpot.servers.served_folder import BLOCK
 
-BLOCK = 128
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
-CONFIG = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-"""quantization_config of such a checkpoint's config.json."""
 SCALE = "_scale_inv"
 
 
@@ -70,37 +58,3 @@ def quantised_shapes(shapes: dict[str, list[int]]) -> dict[str, list[int]]:
         if is_quantised(name)
     }
     return {**shapes, **scales}
-
-
-def served_folder(config: Config) -> Path:
-    """The folder whose config.json the servers start from: the actor's, or where they serve fp8
-    RUN/actor-fp8.
-
-    The latter is written here: config.json with the quantisation and the actor's tokenizer; the first push
-    brings the weights. Raises ValueError for sizes that the servers cannot cut at blocks.
-    """
-    if config.servers.quantization is None:
-        return config.actor.hf
-    _check_sizes(read_hf_config(config.actor.hf), config.servers.tp)
-    folder = config.run.folder / "actor-fp8"
-    folder.mkdir(parents=True, exist_ok=True)
-    copy_other_files(config.actor.hf, folder)
-    tree = json.loads((config.actor.hf / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**tree, "quantization_config": CONFIG}, indent=2) + "\n")
-    return folder
-
-
-def _check_sizes(hf_config: dict, tp: int) -> None:
-    heads = hf_config.get("head_dim") or hf_config["hidden_size"] // hf_config["num_attention_heads"]
-    sizes = {
-        "intermediate_size": hf_config["intermediate_size"],
-        "num_attention_heads * head_dim": hf_config["num_attention_heads"] * heads,
-        "num_key_value_heads * head_dim": hf_config["num_key_value_heads"] * heads,
-    }
-    for name, size in sizes.items():
-        if size % (BLOCK * tp):
-            raise ValueError(
-                f"servers.quantization = 'fp8' needs {name} = {size} to be a multiple of {BLOCK} * "
-                "servers.tp = "
-                f"{BLOCK * tp}. Lower servers.tp, or set servers.quantization to null."
-            )

@@ -10,6 +10,7 @@ machine without CUDA the values themselves travel in it.
 import base64
 import io
 import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,11 +62,11 @@ def serialise(bucket: FlatBucket) -> str:
 
 
 class _Pickler(pickle.Pickler):
-    def reducer_override(self, item: Any) -> Any:
+    def reducer_override(self, item: object) -> Any:
         return _handle(item) if isinstance(item, Tensor) and item.is_cuda else NotImplemented
 
 
-def _handle(tensor: Tensor) -> tuple[Any, tuple]:
+def _handle(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[object, ...]]:
     """torch's own IPC handle, its device by UUID: the servers number the GPUs that they see differently."""
     rebuild, arguments = reductions.reduce_tensor(tensor)
     uuid = str(torch.cuda.get_device_properties(arguments[DEVICE_INDEX]).uuid)

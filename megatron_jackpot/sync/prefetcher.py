@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +114,7 @@ class BucketPrefetcher:
             return True
         return False
 
-    def _own_stream(self) -> tuple[AbstractContextManager[Any], Callable[[], None]]:
+    def _own_stream(self) -> tuple[AbstractContextManager[object], Callable[[], None]]:
         """On CUDA a stream of the thread's own, so that its kernels run beside a broadcast, and how to wait
         for them."""
         if self._gpu is None:

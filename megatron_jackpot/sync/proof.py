@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.fp8 import SCALE, quantised_shapes

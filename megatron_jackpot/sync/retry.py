@@ -16,12 +16,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-HEALTH_LIMIT_S = 5.0
+ALIVE_LIMIT_S = 5.0
 POLL_S = 1.0
 
 
 def wait_for_healthy(urls: Sequence[str], patience_s: float) -> list[str]:
-    """Those of `urls` that answer /health, in their order.
+    """Those of `urls` whose scheduler answers, in their order.
 
     Raises SyncError when none does within `patience_s`: a server that is being started again needs that long.
     """
@@ -30,7 +30,7 @@ def wait_for_healthy(urls: Sequence[str], patience_s: float) -> list[str]:
         if present := wait(answering(urls)):
             return present
         if time.monotonic() > deadline:
-            raise SyncError(f"Waited {patience_s:g} s for any server to answer /health: {', '.join(urls)}.")
+            raise SyncError(f"Waited {patience_s:g} s for any server to answer: {', '.join(urls)}.")
         time.sleep(POLL_S)
 
 
@@ -49,7 +49,7 @@ def retry(push: Callable[[], T]) -> T:
 async def answering(urls: Sequence[str]) -> list[str]:
     async def ask(url: str) -> str | None:
         try:
-            await ServerAdmin([url]).health(timeout_s=HEALTH_LIMIT_S)
+            await ServerAdmin([url]).alive(timeout_s=ALIVE_LIMIT_S)
         except ServerError:
             return None
         return url

@@ -8,20 +8,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_jackpot.config import Config
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer
-from megatron_jackpot.models.build import padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel
-from megatron_jackpot.models.families import Family, family_of, read_hf_config
+from megatron_jackpot.models.families import Family, family_of
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Sampling
+from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
-from megatron_jackpot.sync.fp8 import served_folder
 from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.train.evaluation import Evaluator
 from megatron_jackpot.train.guard import Guard

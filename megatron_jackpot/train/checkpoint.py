@@ -12,9 +12,9 @@ interrupted.
 import datetime
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ from megatron_jackpot.models.checkpoint import Snapshot, load_model, load_schedu
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
+from megatron_jackpot.run import formats
 from megatron_jackpot.run.provenance import CHECKPOINTS, LATEST, checkpoints
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.state import TrainState
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -187,11 +190,7 @@ class Saver:
                 shutil.rmtree(left, ignore_errors=True)
         if raise_it:
             raise OSError(f"The checkpoint could not be saved: {error}") from error
-        print(
-            f"WARNING: the checkpoint could not be saved, the run goes on: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        log.warning(f"the checkpoint could not be saved, the run goes on: {error}")
 
 
 class _Writing:
@@ -255,7 +254,8 @@ def resume(state: TrainState, run_folder: Path, newest: str | None = None) -> li
 
     Those after `newest` (a name like step-000040) are left aside.
 
-    Raises ValueError when there is none, or when prompts or seed are others than those it was made with.
+    Raises ValueError when there is none, when it is of another format, or when prompts or seed are others
+    than those it was made with.
     """
     mesh = state.mesh
     troubles = []
@@ -266,7 +266,7 @@ def resume(state: TrainState, run_folder: Path, newest: str | None = None) -> li
         if trouble is None:
             _load(state, folder)
             return troubles
-        troubles.append(f"WARNING: {folder} is damaged and passed over: {trouble}.")
+        troubles.append(f"{folder} is damaged and passed over: {trouble}.")
     raise ValueError(
         f"run.resume: {Path(run_folder) / CHECKPOINTS} holds no whole checkpoint. "
         + (" ".join(troubles) or "Set run.resume=false to start from step 0.")
@@ -294,6 +294,7 @@ def run_state(state: TrainState) -> dict[str, Any]:
     mesh = state.mesh
     controllers = {n: controller.state_dict() for n, controller in state.methods.controllers().items()}
     return {
+        formats.FIELD: formats.current("checkpoint"),
         "num_steps": state.num_steps,
         "num_probes": state.num_probes,
         "guard": state.guard.state_dict(),
@@ -306,6 +307,7 @@ def run_state(state: TrainState) -> dict[str, Any]:
 
 def _load(state: TrainState, folder: Path) -> None:
     saved = json.loads((folder / STATE).read_text())
+    formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
     if state.loader is not None and saved["loader"] is not None:
         state.loader.load_state_dict(saved["loader"])
     for name, model in state.models.items():

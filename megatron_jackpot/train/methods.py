@@ -48,7 +48,8 @@ class Methods:
     @classmethod
     def from_config(cls, config: Config) -> "Methods":
         algorithm, actor = config.algorithm, config.actor
-        correction = make_correction(algorithm.correction.name, algorithm.correction.knobs, config.run.seed)
+        chosen = algorithm.correction
+        correction = make_correction(chosen.name, chosen.settings, config.run.seed)
         exact = correction.needs_exact_overlap
         if exact:
             _check_exact(correction, config)
@@ -119,7 +120,7 @@ class Methods:
 
 
 def _build(method: Method, registry: dict[str, type], where: str) -> Any:
-    return build(method.name, method.knobs, registry, where)
+    return build(method.name, method.settings, registry, where)
 
 
 def _check_exact(correction: CorrectionMethod, config: Config) -> None:

@@ -1,12 +1,16 @@
 """One rank of a run: the loop over steps, and what happens around it: resume, save, roll back, report."""
 
 import contextlib
+import logging
 
-from megatron_jackpot.config import Config
+import torch.distributed as dist
+
+from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.console import print_report
 from megatron_jackpot.monitor.outputs import Outputs
+from megatron_jackpot.monitor.profile import profiled
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rollout.collector import StopRun
 from megatron_jackpot.run.interrupt import StopRequest
@@ -20,14 +24,13 @@ from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import StepMetrics
 from megatron_jackpot.train.trainer import Trainer
 
-
-class Refused(ValueError):
-    """The input cannot work; the message names the field and the remedy."""
+log = logging.getLogger(__name__)
 
 
 def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = None) -> bool:
-    """One rank of a training run, from the first check to the final table. Raises Refused before the first
-    step.
+    """One rank of a training run, from the first check to the final table.
+
+    Raises ConfigError before the first step.
 
     `mesh` is one that is there already, of the same layout. True when all steps are done, False when the run
     saved and ended because `stop` asked for it.
@@ -39,7 +42,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         stop = stop or StopRequest(config.run)
         assembly = assemble(config, mesh, stop.reason)
     except (ValueError, FileNotFoundError) as error:
-        raise Refused(*error.args) from error
+        raise ConfigError(*error.args) from error
     state, watchdog = assembly.trainer.state, assembly.trainer.watchdog
     try:
         resumed = _resume(config, state)
@@ -48,7 +51,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         while finished is None:
             finished = _attempt(assembly, saver, resumed)
             resumed = True
-    except Refused:
+    except ConfigError:
         raise
     except Exception as error:
         watchdog.dump(f"{type(error).__name__}: {error}")
@@ -59,7 +62,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         print_report(config.run.folder)
     if mesh.is_main and not finished:
         stop.done()
-        print(f"saved after step {state.num_steps} and ended as asked", flush=True)
+        log.info(f"saved after step {state.num_steps} and ended as asked")
     return finished
 
 
@@ -72,11 +75,13 @@ def _resume(config: Config, state: TrainState) -> bool:
             return False
         troubles = checkpoint.resume(state, run.folder)
     except ValueError as error:
-        raise Refused(*error.args) from error
+        raise ConfigError(*error.args) from error
     if mesh.is_main:
         finished = len(state.finished_groups)
         more = f", with {finished} groups of the next one" if finished else ""
-        print(*troubles, f"resumed after step {state.num_steps}{more}", sep="\n", flush=True)
+        for trouble in troubles:
+            log.warning(trouble)
+        log.info(f"resumed after step {state.num_steps}{more}")
     return True
 
 
@@ -125,7 +130,8 @@ def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: b
 
 def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None:
     trainer, config = assembly.trainer, assembly.trainer.config
-    result = trainer.step()
+    with profiled(config.run.folder, config.logging, trainer.state.num_steps + 1, dist.get_rank()):
+        result = trainer.step()
     metrics, step, last = dict(result.metrics), result.step, result.step == config.run.steps
     if step % config.sync.probe_every == 0:
         metrics |= assembly.probe()
@@ -147,7 +153,7 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
             _export(trainer)
         except OSError as error:
             if trainer.mesh.is_main:
-                print(f"WARNING: the run goes on: {error}", flush=True)
+                log.warning(f"the run goes on: {error}")
 
 
 def _export(trainer: Trainer) -> None:
@@ -173,6 +179,6 @@ def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
     if not trainer.config.guard.rollback or not found:
         raise error
     if state.mesh.is_main:
-        print(f"WARNING: step {state.num_steps + 1}: {error} Going back to {found[-1]}.", flush=True)
+        log.warning(f"step {state.num_steps + 1}: {error} Going back to {found[-1]}.")
     saver.bad_checkpoints.add(found[-1])
     checkpoint.resume(state, run.folder, newest=found[-1])

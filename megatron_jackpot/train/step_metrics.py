@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from megatron_jackpot.models.engine import UpdateReport
 from megatron_jackpot.parallel.context import Mesh
@@ -45,10 +46,11 @@ class StepMetrics:
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Adds the seconds of the block to time/<name>; the block is a phase of the watchdog."""
+        """Adds the seconds of the block to time/<name>; the block is a phase of the watchdog and of a
+        trace."""
         _finish_device_work()
         started = time.perf_counter()
-        with self.watchdog.phase(f"{name} of step {self.step}"):
+        with self.watchdog.phase(f"{name} of step {self.step}"), record_function(name):
             yield
             _finish_device_work()
         self.count(f"time/{name}", time.perf_counter() - started)

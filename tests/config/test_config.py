@@ -1,11 +1,11 @@
-"""The config refuses what it does not know, says what to do about it, and documents every knob."""
+"""The config refuses what it does not know, says what to do about it, and documents every setting."""
 
 import pytest
 import yaml
 
 from megatron_jackpot import cli
 from megatron_jackpot.config import Config, describe, load_config, parse_config
-from megatron_jackpot.config.schema import RENAMED
+from megatron_jackpot.config.load import RENAMED
 from megatron_jackpot.config.yaml_tree import apply_override
 
 
@@ -19,8 +19,8 @@ def tree(**sections: dict) -> dict:
         "rollout": {"prompts_per_step": 8, "max_new_tokens": 64},
         "packing": {"tokens": 256},
     }
-    for name, knobs in sections.items():
-        base[name] = {**base.get(name, {}), **knobs}
+    for name, section in sections.items():
+        base[name] = {**base.get(name, {}), **section}
     return base
 
 
@@ -80,7 +80,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(config_file):
     assert config.run.steps == 4
     assert config.policy.optimizer.lr == 0.01
     assert config.servers.urls == ("http://127.0.0.1:1", "http://127.0.0.1:2")
-    assert config.algorithm.correction.name == "tis" and config.algorithm.correction.knobs == {"cap": 3.0}
+    assert config.algorithm.correction.name == "tis" and config.algorithm.correction.settings == {"cap": 3.0}
 
 
 @pytest.mark.parametrize("override", ["run.steps", "=3", "run.folder.name=a", "run.steps=[1"])
@@ -152,12 +152,12 @@ def test_a_config_cannot_be_changed():
         parse_config(tree()).run.steps = 7
 
 
-def test_every_knob_has_a_meaning_except_the_name_of_a_section():
+def test_every_setting_has_a_meaning_except_the_name_of_a_section():
     assert [key for key, _, meaning in describe() if not meaning] == []
 
 
 @pytest.mark.parametrize("command", ["train", "launch"])
-def test_help_lists_every_knob_with_its_meaning(command, capsys):
+def test_help_lists_every_setting_with_its_meaning(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
@@ -208,7 +208,7 @@ def test_a_base_file_counts_where_the_file_itself_has_no_key(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(more))
     config = load_config(tmp_path / "run.yaml", ["run.seed=3"])
     assert (str(config.run.folder), config.run.steps, config.run.seed) == ("a", 7, 3)
-    assert config.algorithm.correction.name == "tis" and config.algorithm.correction.knobs == {}
+    assert config.algorithm.correction.name == "tis" and config.algorithm.correction.settings == {}
     (tmp_path / "below" / "base.yaml").write_text("base: ../run.yaml")
     with pytest.raises(ValueError, match="form a circle"):
         load_config(tmp_path / "run.yaml")

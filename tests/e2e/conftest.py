@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.gpus import place_servers
 from megatron_jackpot.servers.process import start_servers, stop_servers
 from tests.tiny import write_models, write_tokenizer
 
@@ -44,10 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path):
     """With an API key, which clients, syncs and ranks take from the environment."""
     os.environ[api_key.VARIABLE] = "-a key of the tests"
-    servers = start_servers(
-        folder / "actor", dtype="float32", folder=folder, max_total_tokens=8192, start_timeout_s=180,
-        release_memory=True,
-    )  # fmt: skip
+    settings = Servers(max_total_tokens=8192, start_timeout_s=180, release_memory=True)
+    servers = start_servers(settings, folder / "actor", place_servers(settings), folder, dtype="float32")
     yield servers[0].url
     stop_servers(servers)
     del os.environ[api_key.VARIABLE]

@@ -17,8 +17,8 @@ from megatron_jackpot.monitor.token_log import records
 from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
-from megatron_jackpot.train.probe import probe
-from megatron_jackpot.train.run import assemble, run
+from megatron_jackpot.train.assembly import assemble
+from megatron_jackpot.train.run import run
 from tests.parallel.spawn import run_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -34,12 +34,12 @@ def _probe_of_a_wrong_actor(rank: int, world: int, config: str, overrides: list[
     assembly = assemble(loaded, init_mesh(loaded.parallel, 0))
     try:
         assembly.trainer.push()
-        good = probe(assembly.trainer, assembly.probes)["probe/max"]
+        good = assembly.probe()["probe/max"]
         with torch.no_grad():
             for parameter in assembly.trainer.actor.chunks[0].parameters():
                 parameter.mul_(1.01)
         with pytest.raises(RuntimeError) as error:
-            probe(assembly.trainer, assembly.probes)
+            assembly.probe()
     finally:
         assembly.close()
     return f"{good} {error.value}"

@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.gpus import Placement
 from megatron_jackpot.servers.process import CPU_SHIMS, start_servers, stop_servers
 from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError
 from megatron_jackpot.sync.broadcast import BroadcastSync
@@ -66,10 +68,8 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("server")
     a, b = Model(folder / "a", 0), Model(folder / "b", 1)
-    servers = start_servers(
-        a.folder, dtype="float32", folder=folder, device="cpu", max_total_tokens=8192, start_timeout_s=180,
-        release_memory=True,
-    )  # fmt: skip
+    settings = Servers(max_total_tokens=8192, start_timeout_s=180, release_memory=True)
+    servers = start_servers(settings, a.folder, Placement("cpu"), folder, dtype="float32")
     group = servers[0].process.pid
     sync = BroadcastSync(
         [servers[0].url],
@@ -189,7 +189,7 @@ def test_a_server_lends_its_memory_and_serves_the_next_push(rig):
     sync = IPCSync([rig.url], hf_folder=rig.a.folder, proof_folder=None, timeout_s=20, release_memory=True)
     for model in (rig.a, rig.b):
         sync.release()
-        asyncio.run(sync.admin.health(timeout_s=30))  # asked all the while, by launch's care
+        asyncio.run(sync.admin.alive(timeout_s=30))  # with its memory lent
         sync.push(model.tensors.items(), next_version(rig))
         (completion,) = generate(rig, 1, sampling())
         assert_logp(completion, model.logp(completion.tokens))

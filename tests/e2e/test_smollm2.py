@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_jackpot.config import Parallel
+from megatron_jackpot.config import Parallel, Servers
 from megatron_jackpot.models.convert import checksums, find_model, hf_to_megatron, megatron_to_hf
 from megatron_jackpot.models.hf_folder import HFFolder
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.gpus import Placement
 from megatron_jackpot.servers.process import start_servers, stop_servers
 from megatron_jackpot.servers.protocol import Sampling
 from megatron_jackpot.sync.stream import exported
@@ -145,15 +146,10 @@ def test_sglang_serves_the_export_with_the_trainers_log_probs(run: Path, tmp_pat
     chat = [{"role": "user", "content": "What is 3 + 4?"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     prompt = tokenizer.encode(text, add_special_tokens=False)
-    servers = start_servers(
-        folder,
-        dtype="float32",
-        folder=tmp_path,
-        device="cpu",
-        max_total_tokens=4096,
-        start_timeout_s=900,
-        extra_args=("--mem-fraction-static", "0.3"),
+    settings = Servers(
+        max_total_tokens=4096, start_timeout_s=900, extra_args=("--mem-fraction-static", "0.3")
     )
+    servers = start_servers(settings, folder, Placement("cpu"), tmp_path, dtype="float32")
     try:
 
         async def sample() -> list:

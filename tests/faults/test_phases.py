@@ -3,7 +3,7 @@ the last bit."""
 
 import dataclasses
 import json
-import math
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +11,10 @@ from pathlib import Path
 from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.run.provenance import checkpoints
-from megatron_jackpot.train import run as run_module
+from megatron_jackpot.train import assembly
+from megatron_jackpot.train.evaluation import Evaluator
+from megatron_jackpot.train.probe import Prober
+from megatron_jackpot.train.run import run as run_training
 from tests.faults.harness import PHASES, check_account, kill_in_phase, make_models
 from tests.parallel.spawn import run_ranks, start_ranks
 from tests.tiny import groups
@@ -33,8 +36,11 @@ class Scripted:
         time.sleep(0.01)
         self.num_asked += 1
         made = [groups(range(p.id, p.id + 1), samples=3)[0] for p in prompts]
-        changes = {"advantage": math.nan} if self.num_asked in self.bad else {}
-        return [[dataclasses.replace(r, epoch=epoch, **changes) for r in group] for group in made], {}
+        if self.num_asked in self.bad:
+            # Finite, as a reward must be, but their sum is not: every advantage is NaN.
+            largest = dict(reward=sys.float_info.max)
+            made = [[*(dataclasses.replace(r, **largest) for r in group[:2]), *group[2:]] for group in made]
+        return [[dataclasses.replace(r, epoch=epoch) for r in group] for group in made], {}
 
     def require_version(self, oldest: int) -> None: ...
 
@@ -46,9 +52,9 @@ def _train(
 ) -> int:
     """A whole run, but without servers: how often it asked for rollouts."""
     source = Scripted(bad)
-    run_module.make_source = lambda *_: source
-    run_module.make_sync = lambda *_: None
-    run_module.probe = run_module.evaluate = lambda *_: {}
+    assembly.make_source = lambda *_: source
+    assembly.make_sync = lambda *_: None
+    Prober.__call__ = Evaluator.__call__ = lambda _: {}
     overrides = [
         f"run.folder={run}",
         f"run.steps={steps}",
@@ -57,7 +63,7 @@ def _train(
         "servers.urls=['http://127.0.0.1:1']",
     ]
     guard = ["guard.rollback=true", "guard.max_skipped=1"]
-    assert run_module.run(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard]))
+    assert run_training(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard]))
     return source.num_asked
 
 

@@ -40,7 +40,7 @@ def test_one_run_survives_server_rank_and_launcher_deaths_and_a_hang(yaml_file: 
         for process in (run.servers()[0], *run.servers()[0].children(recursive=True)):
             run.hit(process, signal.SIGSTOP)
         run.wait_steps(2)
-        assert "has not answered /health for 8 s" in run.text()
+        assert "has not answered /health_generate for 8 s" in run.text()
         assert run.stop(signal.SIGUSR1) == EXIT_REQUEUE, run.text()[-3000:]
     done = check_account(run.folder)
     with FaultRun(yaml_file, ranks=1) as run:

@@ -37,7 +37,7 @@ class Model:
         self.model = load_model(folder, precision=precision)
         self.model.add_optimizer(Optimizer(lr=0.0), 10)
         packer = Packer(self.model.mesh, tokens=128, enabled=packing, num_minibatches=1, vpp=None)
-        self.batch = packer.pack(groups(range(4)), 8).to(self.model.mesh.device)
+        self.batch = packer.pack(groups(range(4)), 8)
 
     def logp(self) -> dict[tuple, float]:
         """(rollout, position) -> log-prob, whatever the packing."""

@@ -21,7 +21,7 @@ from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 from megatron_jackpot.sync.stream import export, exported
 from tests.gpu.test_models import SHAPE
 from tests.loading import load_model
-from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
+from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, collected, load_trainer, make_config
 from tests.tiny import groups, write_model
 
 pytestmark = pytest.mark.gpu
@@ -46,10 +46,10 @@ def trainer_of(folder: Path, layout: Layout, **precision):
 
 def learn(trainer, steps: int = 1) -> dict[str, float]:
     for _ in range(steps):
-        trainer.sums, trainer.values = {}, {}
-        trainer.note_rollouts(groups(range(NUM_PROMPTS)))
-        trainer.learn(trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K))
-    return trainer.reduced_metrics()
+        measured = trainer.measurements()
+        measured.note_rollouts(collected(groups(range(NUM_PROMPTS))), trainer.mesh.dp)
+        trainer.learn(trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K), measured)
+    return measured.reduced(trainer.mesh)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 5e-2)])

@@ -73,7 +73,7 @@ def main() -> int:
     pids = Path(folder).parent / "pids"
     pids.mkdir()
 
-    def start(config: object, nproc: int) -> list[ServerProcess]:
+    def start(config: object) -> list[ServerProcess]:
         command = [sys.executable, "-c", COMMON + SERVERS[server], str(pids)]
         process = ServerProcess(command, port=free_port(), log_path=Path(folder) / "server-0.log")
         process.start()

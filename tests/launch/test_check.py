@@ -1,5 +1,6 @@
 """What the launcher refuses before it starts anything, and how it copies output."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -9,15 +10,17 @@ import pytest
 import yaml
 
 from megatron_jackpot import cli
-from megatron_jackpot.config import parse_config
-from megatron_jackpot.launch.local import check, children, num_processes, torchrun, visible_gpus
+from megatron_jackpot.config import Servers, parse_config
+from megatron_jackpot.launch.local import check, children, num_processes, torchrun
 from megatron_jackpot.run.formats import FORMATS
+from megatron_jackpot.servers.gpus import Placement, place_servers, visible_gpus
+from tests.tiny import hf_config
 
 
 @pytest.fixture
 def tree(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(hf_config()))
     return {
         "run": {"folder": str(tmp_path / "run")},
         "policy": {"hf": str(tmp_path / "model")},
@@ -86,6 +89,12 @@ def test_weights_that_this_user_may_not_read_are_named_before_a_server_is_starte
         check(parse_config(tree))
 
 
+def test_a_layout_that_does_not_divide_a_model_is_refused_before_a_server_is_started(tree):
+    tree["parallel"] = {"tp": 3}
+    with pytest.raises(ValueError, match=r"policy.hf = .*parallel.tp = 3 does not divide .*heads = 4"):
+        check(parse_config(tree))
+
+
 def test_nproc_is_the_size_of_one_model_unless_given_and_must_be_a_multiple_of_it(tree):
     tree["parallel"] = {"tp": 2, "pp": 2}
     config = parse_config(tree)
@@ -108,14 +117,38 @@ def test_server_urls_reach_every_rank_as_an_override_that_reads_back(tree):
     [(None, ["0", "1"]), ("1", ["1"]), ("", []), ("-1", []), ("GPU-8f, GPU-2c", ["GPU-8f", "GPU-2c"])],
 )
 def test_visible_gpus_follow_the_environment(chosen, expected, tmp_path, monkeypatch):
+    two_gpus(tmp_path, monkeypatch)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "num", "see_all", "placement"),
+    [
+        (None, 1, False, Placement("cuda", (1,))),
+        (None, 1, True, Placement("cuda", (1,), (0, 1))),
+        (None, 3, False, Placement("cuda")),
+        ("GPU-8f, GPU-2c", 1, True, Placement("cuda")),
+        ("", 1, True, Placement("cpu")),
+    ],
+)
+def test_servers_take_the_last_gpus_where_these_have_numbers(
+    chosen, num, see_all, placement, tmp_path, monkeypatch
+):
+    two_gpus(tmp_path, monkeypatch)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert place_servers(Servers(num=num), see_all=see_all) == placement
+
+
+def two_gpus(tmp_path, monkeypatch) -> None:
+    """Stand in for nvidia-smi on a machine with two."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: H100 (UUID: GPU-8f)'\necho 'GPU 1: H100 (UUID: GPU-2c)'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if chosen is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-    assert visible_gpus() == expected
 
 
 def test_output_reaches_the_terminal_as_it_is_and_the_log_as_it_ends_up(tmp_path, capsys):

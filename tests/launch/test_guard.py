@@ -47,14 +47,14 @@ def test_a_number_that_is_none_counts_as_out_of_bounds():
 
 def test_skipped_steps_are_counted_in_a_row_for_each_model():
     guard = Guard(Guards(max_skipped=2))
-    assert [guard.note("policy", x) for x in (math.nan, math.inf, 1.0, math.nan, math.nan)] == [
+    assert [guard.may_step("policy", x) for x in (math.nan, math.inf, 1.0, math.nan, math.nan)] == [
         *(False, False, True, False, False)
     ]
-    assert guard.note("actor", math.nan) is False
+    assert guard.may_step("actor", math.nan) is False
     with pytest.raises(
         RollBack, match="grad_norm/policy is nan for the 3. time in a row, guard.max_skipped = 2"
     ):
-        guard.note("policy", math.nan)
+        guard.may_step("policy", math.nan)
 
 
 def test_a_pause_outlives_a_checkpoint():

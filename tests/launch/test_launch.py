@@ -137,10 +137,10 @@ def test_a_server_that_ended_is_started_again_while_training_goes_on(start):
 
 
 def test_a_server_that_hangs_is_ended_and_started_again(start):
-    # The stand-ins answer no /health at all; here servers.hang_s = 2.
+    # The stand-ins answer nothing; here servers.hang_s = 2.
     launch = start("silent", "works")
     launch.wait_for("server", count=2)
-    assert "has not answered /health for 2 s" in launch.text()
+    assert "has not answered /health_generate for 2 s" in launch.text()
 
 
 def test_when_the_launcher_is_killed_its_children_end(start):

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_jackpot.models.families import FAMILIES
+from megatron_jackpot.config.model_shape import ARCHITECTURES
 
-TYPES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
-assert TYPES.keys() == FAMILIES.keys()
+TYPES = {name: kind.model_type for name, kind in ARCHITECTURES.items()}
 # Odd on purpose: head_dim is not hidden_size / heads, and the vocabulary needs padding.
 TINY = dict(
     vocab_size=61,

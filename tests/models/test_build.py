@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_jackpot.config import Parallel, Precision
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.data.packing import Packer
-from megatron_jackpot.models.build import (
-    padded_vocab_size,
-    transformer_config,
-)
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.build import rope_fields, transformer_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
 from megatron_jackpot.sync.stream import export
 from tests.loading import load_model
@@ -33,24 +32,24 @@ from tests.tiny import groups, hf_config, write_model
 )
 def test_a_field_that_changes_the_mathematics_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        family_of(hf_config(**changes)).transformer_fields()
+        family_of(hf_config(**changes))
 
 
 def test_rope_is_read_in_both_forms_of_transformers_and_yarn_is_refused() -> None:
-    assert family_of(hf_config(rope_theta=5e5)).rope == {"rotary_base": 5e5}
+    assert rope_fields(family_of(hf_config(rope_theta=5e5)).rope) == {"rotary_base": 5e5}
     nested = hf_config(rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     del nested["rope_theta"]
-    assert family_of(nested).rope == {"rotary_base": 1e6}
+    assert rope_fields(family_of(nested).rope) == {"rotary_base": 1e6}
     for field in ("rope_scaling", "rope_parameters"):
         with pytest.raises(ValueError, match="rope scaling 'yarn'"):
-            _ = family_of(hf_config(**{field: {"rope_type": "yarn", "factor": 4.0}})).rope
+            family_of(hf_config(**{field: {"rope_type": "yarn", "factor": 4.0}}))
 
 
-def test_an_unknown_architecture_names_the_known_ones() -> None:
+def test_an_unknown_architecture_names_the_known_ones_the_nearest_first() -> None:
     with pytest.raises(
-        ValueError, match="GemmaForCausalLM is not supported. Known: Qwen2ForCausalLM, Qwen3For"
+        ValueError, match="Qwen3NextForCausalLM is not supported. .* first: Qwen3ForCausalLM, Q"
     ):
-        family_of(hf_config(architectures=["GemmaForCausalLM"]))
+        family_of(hf_config(architectures=["Qwen3NextForCausalLM"]))
 
 
 @pytest.mark.parametrize(

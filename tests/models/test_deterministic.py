@@ -74,8 +74,9 @@ def _weights_after_a_step(rank: int, world: int, folder: str) -> dict[str, torch
     precision = config.precision.model_copy(update={"deterministic": True})
     trainer = load_trainer(config.model_copy(update={"precision": precision}))
     assert trainer.policy.config.deterministic_mode
-    trainer.learn(trainer.packer.pack(groups(range(8)) if trainer.mesh.is_leader else None, 8))
-    models = (trainer.policy, trainer.actor)
+    batch = trainer.packer.pack(groups(range(8)) if trainer.mesh.is_leader else None, 8)
+    trainer.learn(batch, trainer.measurements())
+    models = trainer.state.models.values()
     return {f"{m.name}.{n}": p.detach() for m in models for n, p in m.chunks[0].module.named_parameters()}
 
 

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.models.checkpoint import Snapshot
 from megatron_jackpot.models.convert import checksums, hf_to_megatron, megatron_to_hf
 from megatron_jackpot.models.engine import MegatronModel, packed_seq_params
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.hf_folder import HFFolder, write_hf_folder
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.sync.stream import export
@@ -266,12 +267,13 @@ def test_a_field_that_changes_the_mathematics_is_refused(
 ) -> None:
     tree = {**tiny_config(model_type).to_dict(), **changes}
     with pytest.raises(ValueError, match=message):
-        family_of(tree).transformer_fields()
+        family_of(tree)
 
 
 def test_the_family_follows_from_either_key_and_the_two_must_agree() -> None:
-    assert type(family_of({"model_type": "llama"})).__name__ == "Llama"
-    with pytest.raises(ValueError, match="of model_type mamba is not supported. Known: Qwen2ForCausalLM"):
+    tree = {**tiny_config("qwen3").to_dict(), "architectures": None}
+    assert family_of(tree).qk_norm and not family_of({**tree, "model_type": "llama"}).qk_norm
+    with pytest.raises(ValueError, match="of model_type mamba is not supported. Known, the nearest first: "):
         family_of({"model_type": "mamba"})
     with pytest.raises(ValueError, match="model_type = 'llama' is not that of architecture Qwen3ForCausalLM"):
         family_of({"architectures": ["Qwen3ForCausalLM"], "model_type": "llama"})

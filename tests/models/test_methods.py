@@ -1,9 +1,11 @@
-"""What a choice of methods may not combine."""
+"""What a choice of methods may not combine, and the advantages that it gives to groups."""
 
 import pytest
+import torch
 
 from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.train.methods import Methods
+from tests.tiny import groups
 
 
 def config(**changes: dict) -> Config:
@@ -55,3 +57,26 @@ def test_methods_that_go_together_are_built() -> None:
     made = Methods.from_config(exact)
     assert made.exact_lam == 2.0 and made.acceptance is not None
     assert Methods.from_config(config(actor_distill_target_kl=0.1)).adaptive is not None
+
+
+def test_advantages_are_those_of_each_whole_group_in_its_order() -> None:
+    made = Methods.from_config(config(algorithm_advantage={"name": "dr_grpo"}))
+    asked = []
+
+    def alone(sums: torch.Tensor) -> torch.Tensor:
+        asked.append(sums)
+        return sums
+
+    before = groups(range(3), samples=3)
+    after = made.with_advantages(before, alone, torch.device("cpu"))
+    assert [[r.key for r in group] for group in after] == [[r.key for r in group] for group in before]
+    # Rewards 0, 1, 0 of which the mean is 1 / 3.
+    want = [-1 / 3, 2 / 3, -1 / 3]
+    assert [r.advantage for group in after for r in group] == pytest.approx(want * 3) and not asked
+    made = Methods.from_config(config(algorithm_advantage={"name": "reinforce++"}))
+    (first, second, third), *_ = made.with_advantages(before, alone, torch.device("cpu"))
+    spread = (2 / 9) ** 0.5
+    assert [r.advantage for r in (first, second, third)] == pytest.approx(
+        [a / spread for a in want], rel=1e-5
+    )
+    assert len(asked) == 1 and made.with_advantages([], alone, torch.device("cpu")) == []

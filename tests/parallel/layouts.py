@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_jackpot.config import Config, parse_config
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.rollout.collector import Collected
 from megatron_jackpot.sync.stream import export

@@ -13,8 +13,10 @@ from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.rollout.collect import Interrupted
 from megatron_jackpot.rollout.collector import StopRun
+from megatron_jackpot.run.formats import FORMATS, current
 from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train import checkpoint
+from megatron_jackpot.train.state import TrainState
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
 from tests.tiny import groups, rollout
@@ -50,42 +52,42 @@ def _train(
     """Steps on deterministic rollouts; (per-step numbers, weights, correction, troubles, prompts asked) on
     rank 0."""
     config = make_config(layout, Path(folder))
-    knobs = config.run.model_copy(
+    saving = config.run.model_copy(
         update={"folder": Path(run), "keep": 2, "keep_every": options.get("keep_every")}
     )
-    trainer = load_trainer(config.model_copy(update={"run": knobs}))
-    mesh, stop_at = trainer.mesh, options.get("stop_at")
+    trainer = load_trainer(config.model_copy(update={"run": saving}))
+    mesh, state, stop_at = trainer.mesh, trainer.state, options.get("stop_at")
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * 2)]
-    trainer.loader = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
+    state.loader = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
     source = Scripted(None if stop_at is None else (0, 1))
     trainer.source = trainer.collector.source = source
-    trainer.collector.stop = lambda: "test" if trainer.num_steps == stop_at else None
-    troubles = checkpoint.resume(trainer, Path(run)) if options.get("resume") else []
-    saver = checkpoint.Saver(trainer, knobs)
+    trainer.collector.stop = lambda: "test" if state.num_steps == stop_at else None
+    troubles = checkpoint.resume(state, Path(run)) if options.get("resume") else []
+    saver = checkpoint.Saver(state, saving, trainer.watchdog)
     if options.get("late"):
-        _write_late(saver, trainer)
+        _write_late(saver, state)
     numbers = []
     try:
-        while trainer.num_steps < steps:
-            metrics = trainer.step()
+        while state.num_steps < steps:
+            metrics = trainer.step().metrics
             numbers.append({k: v for k, v in metrics.items() if k not in NOISY and not k.startswith("time/")})
             saver.poll()
-            if trainer.num_steps in options.get("save_at", range(steps + 1)) and options.get("save"):
+            if state.num_steps in options.get("save_at", range(steps + 1)) and options.get("save"):
                 saver.save(background=options["save"] == "background")
     except StopRun:
         saver.save(background=False)
     saver.wait()
-    weights = {n: export(getattr(trainer, n)) for n in ("policy", "actor")}
+    weights = {name: export(model) for name, model in state.models.items()}
     destroy_mesh()
     return (numbers, weights, trainer.methods.correction, troubles, source.asked) if rank == 0 else None
 
 
-def _write_late(saver: checkpoint.Saver, trainer) -> None:
+def _write_late(saver: checkpoint.Saver, state: TrainState) -> None:
     """Each save's thread does nothing before training has finished two more steps."""
     write = saver.write
 
     def late(writing) -> None:
-        while trainer.num_steps < writing.state["num_steps"] + 2:
+        while state.num_steps < writing.state["num_steps"] + 2:
             time.sleep(0.01)
         write(writing)
 
@@ -246,12 +248,29 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(saved, folder,
 
 
 def _resume_error(rank: int, world: int, folder: str, run: str) -> str:
-    trainer = load_trainer(make_config(Layout(), Path(folder)))
+    state = load_trainer(make_config(Layout(), Path(folder))).state
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS)]
-    trainer.loader = PromptLoader(prompts, NUM_PROMPTS, 0, 1, 5)
+    state.loader = PromptLoader(prompts, NUM_PROMPTS, 0, 1, 5)
     with pytest.raises(ValueError) as error:
-        checkpoint.resume(trainer, Path(run))
+        checkpoint.resume(state, Path(run))
     return str(error.value)
+
+
+def test_a_checkpoint_of_another_format_is_refused_with_the_commit_that_reads_it(
+    saved, folder, tmp_path
+) -> None:
+    """It is whole, and the one before it is not taken in its place."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-000003"
+    state = json.loads((newest / "state.json").read_text())
+    assert state.pop("format") == current("checkpoint")
+    (newest / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["state.json"] = checkpoint.digest(newest / "state.json")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    message = run_ranks(_resume_error, 1, 100, str(folder), str(tmp_path / "run"))[0]
+    assert "step-000003/state.json has checkpoint format 0" in message
+    assert f"Commit {FORMATS['checkpoint'][0]} reads it" in message
 
 
 def test_no_checkpoint_and_other_prompts_are_refused(saved, folder, tmp_path) -> None:

@@ -81,7 +81,7 @@ def _two_steps(rank: int, world: int, folder: str, offload: bool) -> tuple[dict,
         for model in models:
             model.reload()
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp))
-        trainer.learn(trainer.packer.pack(mine, TOP_K))
+        trainer.learn(trainer.packer.pack(mine, TOP_K), trainer.measurements())
         if offload:
             for model in models:
                 model.offload()

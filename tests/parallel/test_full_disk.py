@@ -32,10 +32,11 @@ def _save_on_a_full_disk(rank: int, world: int, folder: str, disk: str) -> dict:
     config = make_config(Layout(), Path(folder))
     run = config.run.model_copy(update={"folder": Path(disk), "keep": 5, "save_every": 1})
     trainer = load_trainer(config.model_copy(update={"run": run}))
-    saver, seen = checkpoint.Saver(trainer, run), {"bytes": checkpoint.expected_bytes(trainer)}
+    state = trainer.state
+    saver, seen = checkpoint.Saver(state, run, trainer.watchdog), {"bytes": checkpoint.expected_bytes(state)}
     saver.save(background=False)
     seen["first"] = sum(p.stat().st_size for p in (Path(disk) / "checkpoints").rglob("*") if p.is_file())
-    trainer.num_steps = 1
+    state.num_steps = 1
     (Path(disk) / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 600_000))
     saver.save(background=True)
     saver.wait()
@@ -51,12 +52,12 @@ def _save_on_a_full_disk(rank: int, world: int, folder: str, disk: str) -> dict:
     seen["left"] = sorted(p.name for p in (Path(disk) / "checkpoints").iterdir())
     checkpoint.shutil = shutil
     with pytest.raises(ValueError) as refused:
-        checkpoint.check_room(trainer, run)
+        checkpoint.check_room(state, run)
     (Path(disk) / "filler").unlink()
     saver.save(background=True)
     saver.wait()
     seen["after"] = sorted(p.name for p in (Path(disk) / "checkpoints").glob("step-*"))
-    return {**seen, "gate": str(refused.value), "damage": checkpoint.resume(trainer, Path(disk))}
+    return {**seen, "gate": str(refused.value), "damage": checkpoint.resume(state, Path(disk))}
 
 
 class _Plenty:
@@ -89,7 +90,7 @@ def _two_ranks_on_a_full_disk(rank: int, world: int, folder: str, disk: str, lay
     config = make_config(layout, Path(folder))
     run = config.run.model_copy(update={"folder": Path(disk), "keep": 5, "save_every": 1})
     trainer = load_trainer(config.model_copy(update={"run": run}))
-    saver, seen = checkpoint.Saver(trainer, run), {}
+    saver, seen = checkpoint.Saver(trainer.state, run, trainer.watchdog), {}
     saver.save(background=False)
     first = Path(disk) / "checkpoints" / "step-000000"
     tensors = sum(-(-p.stat().st_size // PAGE) * PAGE for p in first.rglob("*.distcp"))

@@ -14,7 +14,7 @@ from megatron_jackpot.config import Parallel
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, policy_loss
-from megatron_jackpot.train.scoring import slice_scores
+from megatron_jackpot.train.trainer import MiniBatch
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
 from tests.tiny import groups
@@ -42,19 +42,18 @@ def _policy_old_is_the_pass_before_any_update(trainer) -> dict:
     seen = []
     update = trainer.update_policy
 
-    def recorded(mini, scores, correction, denominator):
-        current = trainer.scorer.logp(trainer.policy, mini).flatten()
-        seen.append((scores.policy_logp_T.clone(), current, mini.mask_MT.flatten()))
-        update(mini, scores, correction, denominator)
+    def recorded(mini, *args, **kwargs):
+        current = trainer.scorer.logp(trainer.policy, mini.batch)
+        seen.append((mini.scores.policy_logp_MT.clone(), current, mini.batch.mask_MT))
+        update(mini, *args, **kwargs)
 
     trainer.update_policy = recorded
-    trainer.learn(batch)
+    trainer.learn(batch, trainer.measurements())
     trainer.update_policy = update
-    tokens = batch.tokens_MT.shape[1]
-    start = seen[0][0].numel() // tokens
+    second = batch.minibatches()[1]
     mask = seen[1][2]
     return {
-        "equal": torch.equal(seen[1][0][mask], before[start:].flatten()[mask]),
+        "equal": torch.equal(seen[1][0][mask], before[second][mask]),
         "moved": float((seen[1][1] - seen[1][0])[mask].abs().max()),
         "first": float((seen[0][1] - seen[0][0])[seen[0][2]].abs().max()),
     }
@@ -63,9 +62,9 @@ def _policy_old_is_the_pass_before_any_update(trainer) -> dict:
 def _scored_and_trained_log_probs(trainer) -> dict:
     """gap/trained_scored over two mini-batches, and what is said when the scoring pass sees other numbers."""
     batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
-    trainer.sums, trainer.values = {}, {}
-    trainer.learn(batch)
-    total, count = map(float, trainer.sums[TRAINED_GAP])
+    measured = trainer.measurements()
+    trainer.learn(batch, measured)
+    total, count = map(float, measured.sums[TRAINED_GAP])
     score = trainer.policy.score
 
     def shifted(*args):
@@ -75,21 +74,22 @@ def _scored_and_trained_log_probs(trainer) -> dict:
     trainer.policy.score = shifted
     try:
         with pytest.raises(RuntimeError) as caught:
-            trainer.learn(batch)
+            trainer.learn(batch, trainer.measurements())
     finally:
         trainer.policy.score = score
-    first = batch.split()[0].mask_MT.sum().item()
+    first = batch.mask_MT[batch.minibatches()[0]].sum().item()
     return dict(total=total, counted=count == first, message=str(caught.value))
 
 
 def _teacher_is_what_was_scored(trainer) -> bool:
     batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
     scores = trainer.scorer(batch, step=0, actor_version=0)
-    mini = batch.split()[0]
-    first = slice_scores(scores, 0, mini.tokens_MT.numel())
-    trainer.update_actor(mini, first, 10.0)
-    again = trainer.scorer.logp(trainer.policy, mini).flatten()
-    return torch.equal(again[mini.mask_MT.flatten()], first.policy_logp_T[mini.mask_MT.flatten()])
+    rows = batch.minibatches()[0]
+    first = scores.rows(rows.start, rows.stop)
+    trainer.update_actor(MiniBatch(first.batch, rows, first), 10.0, trainer.measurements())
+    again = trainer.scorer.logp(trainer.policy, first.batch)
+    mask = first.batch.mask_MT
+    return torch.equal(again[mask], first.policy_logp_MT[mask])
 
 
 def _plain_grpo(trainer) -> dict:
@@ -108,15 +108,14 @@ def _plain_grpo(trainer) -> dict:
     none = CORRECTIONS["none"]()(scores, trainer.sum_over_batch)
     results = {}
     for name, correction in (("jackpot", jackpot), ("none", none)):
-        loss = _policy_loss(trainer, batch, scores, correction)
+        loss = _policy_loss(trainer, scores, correction)
         results[name] = _loss_and_gradients(trainer, batch, loss)
-    mask = scores.mask_T
-    return {"kept": bool(jackpot.keep_T[mask].all()), "num": int(mask.sum()), **results}
+    mask = batch.mask_MT
+    return {"kept": bool(jackpot.keep_MT[mask].all()), "num": int(mask.sum()), **results}
 
 
-def _policy_loss(trainer, batch, scores, correction):
+def _policy_loss(trainer, scores, correction):
     return policy_loss(
-        batch,
         scores,
         correction,
         float(correction.count),
@@ -143,9 +142,7 @@ def _loss_of_one_micro_batch_against_four(trainer) -> dict:
         batch = trainer.packer.pack(four, TOP_K)
         scores = trainer.scorer(batch, step=0, actor_version=0)
         correction = trainer.methods.correction(scores, trainer.sum_over_batch)
-        loss, gradients = _loss_and_gradients(
-            trainer, batch, _policy_loss(trainer, batch, scores, correction)
-        )
+        loss, gradients = _loss_and_gradients(trainer, batch, _policy_loss(trainer, scores, correction))
         out[batch.num_microbatches] = (loss, float(sum(g.double().pow(2).sum() for g in gradients.values())))
     trainer.packer.enabled, trainer.packer.num_minibatches = True, 2
     return out
@@ -190,11 +187,10 @@ def _skip_on_two_stages(rank: int, world: int, folder: str) -> tuple[float, floa
     trainer = load_trainer(make_config(Layout(pp=2), Path(folder)))
     mine = groups(range(NUM_PROMPTS)) if trainer.mesh.is_leader else None
     invalid = mine and [[replace(r, valid=np.zeros_like(r.valid)) for r in group] for group in mine]
-    trainer.learn(trainer.packer.pack(invalid, TOP_K))
-    skipped = trainer.values.get("batch/skipped", 0.0)
-    trainer.values = {}
-    trainer.learn(trainer.packer.pack(mine, TOP_K))
-    return skipped, trainer.values["grad_norm/policy"]
+    empty, full = trainer.measurements(), trainer.measurements()
+    trainer.learn(trainer.packer.pack(invalid, TOP_K), empty)
+    trainer.learn(trainer.packer.pack(mine, TOP_K), full)
+    return empty.values.get("batch/skipped", 0.0), full.values["grad_norm/policy"]
 
 
 def test_a_mini_batch_without_valid_tokens_is_skipped_by_every_pipeline_stage(folder: Path) -> None:
@@ -212,17 +208,17 @@ def _guards_on_two_stages(rank: int, world: int, folder: str) -> dict:
     bad = good and [[replace(r, advantage=math.nan) for r in group] for group in good]
 
     def learn(batch: list | None) -> dict:
-        trainer.sums, trainer.values = {}, {}
-        before = {name: digest(getattr(trainer, name)) for name in ("policy", "actor")}
-        trainer.learn(trainer.packer.pack(batch, TOP_K))
-        moved = {name: digest(getattr(trainer, name)) != before[name] for name in before}
-        return {"moved": moved, **{k: v for k, v in trainer.values.items() if k.startswith("guard/")}}
+        measured, models = trainer.measurements(), trainer.state.models
+        before = {name: digest(model) for name, model in models.items()}
+        trainer.learn(trainer.packer.pack(batch, TOP_K), measured)
+        moved = {name: digest(model) != before[name] for name, model in models.items()}
+        return {"moved": moved, **{k: v for k, v in measured.values.items() if k.startswith("guard/")}}
 
     seen = {"bad": learn(bad), "good": learn(good)}
-    trainer.guard.knobs = trainer.guard.knobs.model_copy(update={"acceptance_floor": 0.999})
+    trainer.guard.config = guard.model_copy(update={"acceptance_floor": 0.999})
     seen["paused"] = learn(good)
     seen["still"] = learn(good)
-    trainer.guard.knobs = guard
+    trainer.guard.config = guard
     seen["again"] = learn(good)
     learn(bad)
     with pytest.raises(RollBack, match="2. time in a row"):

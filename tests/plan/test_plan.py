@@ -8,12 +8,13 @@ import torch
 
 from megatron_jackpot.cli import main
 from megatron_jackpot.config import Config, Parallel, parse_config
-from megatron_jackpot.models.build import padded_vocab_size
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config.model_shape import model_shapes, padded_vocab_size
 from megatron_jackpot.models.engine import MegatronModel, packed_seq_params
-from megatron_jackpot.models.families import family_of, read_hf_config
+from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.parallel.context import Mesh
-from megatron_jackpot.plan.formulas import GIB, Shape, make_plan
+from megatron_jackpot.plan.formulas import GIB, activation_elements, forward_flops, make_plan, num_params
 from megatron_jackpot.plan.tables import Assumptions, memory_troubles, shared_seconds
 from megatron_jackpot.sync.stream import export
 from tests.loading import load_models
@@ -105,7 +106,8 @@ def held_bytes(model: MegatronModel) -> dict[str, int]:
     [(QWEN3_8B, 8_190_735_360), (QWEN3_4B, 4_022_468_096), (QWEN3_17B, 1_720_574_976)],
 )
 def test_parameters_of_published_models(tmp_path, changes, published) -> None:
-    assert Shape.of(config_for(tmp_path, changes, changes), "policy").params == published
+    shapes = model_shapes(config_for(tmp_path, changes, changes))
+    assert num_params(shapes["policy"]) == published
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -170,11 +172,12 @@ def test_activations_of_a_forward_pass_are_the_formula_and_what_the_cpu_layers_k
             attention_mask=None,
             packed_seq_params=packed_seq_params(torch.arange(0, tokens + 1, 128, dtype=torch.int32)),
         )
-    shape = Shape.of(config, "policy")
-    h, q, kv, d = shape.hidden, shape.query, shape.key, shape.head_dim
+    shape = model_shapes(config)["policy"]
+    h, q, kv, d = shape.hidden_size, shape.query_size, shape.key_size, shape.head_dim
     beside = 2 * h + (q + kv) + (kv + q) + 4 * d  # norms' x / rms, padded v and output, rotary tables
     final_norm = 3 * h
-    want = tokens * 4 * (shape.layers * (shape.activation_elements(config.parallel) + beside) + final_norm)
+    each = activation_elements(shape, config.parallel) + beside
+    want = tokens * 4 * (shape.num_layers * each + final_norm)
     assert sum(s.nbytes() for s in kept.values()) == pytest.approx(want, rel=0.01)
 
 
@@ -207,10 +210,10 @@ def test_flops_of_the_matrices_are_those_torch_counts(tmp_path, mesh) -> None:
             attention_mask=None,
             packed_seq_params=packed_seq_params(torch.tensor([0, tokens], dtype=torch.int32)),
         )
-    shape = Shape.of(config, "policy")
+    shape = model_shapes(config)["policy"]
     # Megatron multiplies the padded vocabulary; torch does not count the CPU's attention.
-    padding = 2 * shape.hidden * (padded_vocab_size([shape.vocab], 1) - shape.vocab)
-    want = tokens * (shape.forward_flops(0) + padding)
+    padding = 2 * shape.hidden_size * (padded_vocab_size([shape.vocab_size], 1) - shape.vocab_size)
+    want = tokens * (forward_flops(shape, 0) + padding)
     assert counter.get_total_flops() == pytest.approx(want, rel=1e-6)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import process as server_module
+from megatron_jackpot.servers.gpus import Placement
 from megatron_jackpot.servers.process import (
     ServerProcess,
     free_port,
@@ -76,6 +78,8 @@ def test_a_server_that_never_answers_ends_at_the_time_limit_with_its_log(tmp_pat
     server = python_server(tmp_path, "import time; print('thinking', flush=True); time.sleep(60)")
     server.start()
     try:
+        while "thinking" not in server.log_path.read_text():
+            time.sleep(0.05)  # the interpreter's own start is no part of the limit
         with pytest.raises(TimeoutError, match="did not answer /health within 1 s(.|\n)*thinking"):
             server.wait_healthy(1)
     finally:
@@ -102,7 +106,7 @@ def test_stop_ends_the_whole_group_even_members_that_ignore_sigterm_and_no_other
 def test_when_one_of_several_servers_fails_the_others_are_stopped(tmp_path, monkeypatch):
     made: list[ServerProcess] = []
 
-    def command(model_path: str, *, port: int, **knobs: object) -> list[str]:
+    def command(servers: Servers, model: Path, *, port: int, **others: object) -> list[str]:
         code = HEALTHY if not made else "raise SystemExit('out of memory')"
         return [sys.executable, "-c", code, str(port)]
 
@@ -110,7 +114,8 @@ def test_when_one_of_several_servers_fails_the_others_are_stopped(tmp_path, monk
     monkeypatch.setattr(server_module, "server_command", command)
     monkeypatch.setattr(ServerProcess, "start", lambda server: (made.append(server), start(server)))
     with pytest.raises(RuntimeError, match="out of memory"):
-        start_servers("model", dtype="float32", folder=tmp_path, num=2, device="cpu", start_timeout_s=20)
+        settings = Servers(num=2, start_timeout_s=20)
+        start_servers(settings, Path("model"), Placement("cpu"), tmp_path, dtype="float32")
     assert len(made) == 2 and not any(server.running for server in made)
 
 
@@ -126,17 +131,11 @@ def test_the_environment_drops_torchrun_and_puts_the_stand_ins_first_only_withou
 
 
 def test_cpu_flags_appear_on_cpu_only_and_extra_arguments_come_last():
-    shared = {
-        "python": "python",
-        "host": "127.0.0.1",
-        "port": 1,
-        "tp": 1,
-        "dtype": "float32",
-        "extra_args": ("--x",),
-    }
-    cpu, cuda = server_command("m", device="cpu", **shared), server_command("m", device="cuda", **shared)
+    settings = Servers(extra_args=("--x",))
+    shared = dict(port=1, dtype="float32", flags=("--y",))
+    cpu, cuda = (server_command(settings, Path("m"), device=d, **shared) for d in ("cpu", "cuda"))
     assert "torch_native" in cpu and "torch_native" not in cuda
-    assert cpu[-1] == cuda[-1] == "--x"
+    assert cpu[-2:] == cuda[-2:] == ["--y", "--x"]
 
 
 def test_servers_of_ipc_see_every_gpu_and_those_that_lend_memory_answer_health_without_sampling(
@@ -145,15 +144,18 @@ def test_servers_of_ipc_see_every_gpu_and_those_that_lend_memory_answer_health_w
     made: list[ServerProcess] = []
     monkeypatch.setattr(ServerProcess, "start", lambda server: made.append(server))
     monkeypatch.setattr(ServerProcess, "wait_healthy", lambda server, limit_s: None)
-    shared = dict(dtype="bfloat16", folder=tmp_path, num=2, tp=2, device="cuda", gpus=(4, 5, 6, 7))
-    start_servers("m", **shared, all_gpus=range(8), release_memory=True)
+    settings, gpus, model = Servers(num=2, tp=2), (4, 5, 6, 7), tmp_path
+    lending = settings.model_copy(update={"release_memory": True})
+    start_servers(lending, model, Placement("cuda", gpus, tuple(range(8))), tmp_path, dtype="bfloat16")
     for server, base in zip(made, ("4", "6"), strict=True):
         assert server.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
         assert server.command[server.command.index("--base-gpu-id") + 1] == base
         assert "--enable-memory-saver" in server.command
-        assert server.environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
+        assert server.command[server.command.index("--load-format") + 1] == "dummy"  # no weights there
     made.clear()
-    start_servers("m", **shared)
+    (model / "model.safetensors").touch()
+    start_servers(settings, model, Placement("cuda", gpus), tmp_path, dtype="bfloat16")
     assert [server.environment["CUDA_VISIBLE_DEVICES"] for server in made] == ["4,5", "6,7"]
-    assert not {"--base-gpu-id", "--enable-memory-saver"} & set(made[0].command)
-    assert "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION" not in made[0].environment
+    assert not {"--base-gpu-id", "--enable-memory-saver", "--load-format"} & set(made[0].command)
+    # One /health a push: it must not sample a token, which takes a second.
+    assert made[0].environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"

@@ -15,7 +15,8 @@ pytest.importorskip("aiohttp")
 from megatron_jackpot.config import parse_config
 from megatron_jackpot.models.hf_folder import HFFolder, write_hf_folder
 from megatron_jackpot.servers.admin import ServerAdmin
-from megatron_jackpot.sync.fp8 import BLOCK, CONFIG, quantise, quantised, served_folder
+from megatron_jackpot.servers.served_folder import BLOCK, QUANTIZATION, served_folder
+from megatron_jackpot.sync.fp8 import quantise, quantised
 from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import Proof, SyncError, hf_shapes
 from tests.servers.fake_server import FakeServer, ok
@@ -94,7 +95,7 @@ def test_what_is_sent_is_what_the_folder_of_the_servers_describes(tmp_path):
     dtypes = [tensor.dtype for tensor in sent.values()]
     assert sum(a != b for a, b in zip(dtypes, dtypes[1:], strict=False)) <= 5  # few buckets are cut short
     written = json.loads((folder / "config.json").read_text())
-    assert written["quantization_config"] == CONFIG and not list(folder.glob("*.safetensors"))
+    assert written["quantization_config"] == QUANTIZATION and not list(folder.glob("*.safetensors"))
     write_hf_folder(tmp_path / "again", sent.items(), folder, bucket_bytes=10**6)
     back = HFFolder(tmp_path / "again")
     assert all(torch.equal(back.read(name).float(), tensor.float()) for name, tensor in sent.items())

@@ -3,30 +3,17 @@
 Shapes: H hidden, F ffn, D head dim, G query groups, Q query heads per group.
 """
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """config.json of an HF folder. Raises ValueError naming the folder when it is missing or malformed."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer."
-        )
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+from megatron_jackpot.config.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -55,19 +42,8 @@ class Kind:
         return self.megatron[-1].replace("{layer}.", "")
 
 
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""What megatron-core fixes in Llama 3's scaling of rotary embeddings; the factor is free."""
-
-
-class Family(ABC):
-    """A parsed config.json with its Megatron fields and its kinds."""
-
-    def __init__(self, hf_config: dict[str, Any]) -> None:
-        self.hf_config = hf_config
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raises ValueError for a field of config.json that changes the mathematics and is not supported."""
+class Family(ModelShape, ABC):
+    """The shape of a model with its Megatron fields and its kinds of tensors."""
 
     @abstractmethod
     def transformer_fields(self) -> dict[str, Any]:
@@ -93,66 +69,6 @@ class Family(ABC):
             for kind, layer in self.entries()
             for name, shape in zip(self.hf_names(kind, layer), kind.shapes, strict=True)
         }
-
-    @property
-    def vocab_size(self) -> int:
-        return self.hf_config["vocab_size"]
-
-    @property
-    def tied(self) -> bool:
-        return bool(self.hf_config.get("tie_word_embeddings", False))
-
-    @property
-    def num_layers(self) -> int:
-        return self.hf_config["num_hidden_layers"]
-
-    @property
-    def num_heads(self) -> int:
-        return self.hf_config["num_attention_heads"]
-
-    @property
-    def num_groups(self) -> int:
-        """Query groups: heads of keys and values. Without the key every query head has its own."""
-        return self.hf_config.get("num_key_value_heads") or self.num_heads
-
-    @property
-    def context_length(self) -> int:
-        return self.hf_config["max_position_embeddings"]
-
-    @property
-    def rope(self) -> dict[str, Any]:
-        """GPTModel's arguments about rotary embeddings, from the form of transformers 4 (rope_theta,
-        rope_scaling) or 5 (rope_parameters). Scaling 'linear' and that of Llama 3 are mapped; ValueError for
-        any other."""
-        forms = [
-            self.hf_config[key] for key in ("rope_parameters", "rope_scaling") if self.hf_config.get(key)
-        ]
-        if len(forms) == 2 and forms[0] != forms[1]:
-            raise ValueError(f"config.json: rope_parameters and rope_scaling differ: {forms}.")
-        nested = forms[0] if forms else {}
-        thetas = {float(x["rope_theta"]) for x in (nested, self.hf_config) if x.get("rope_theta") is not None}
-        if len(thetas) > 1:
-            raise ValueError(f"config.json: rope_theta is given twice and differently: {sorted(thetas)}.")
-        partial = nested.get("partial_rotary_factor", self.hf_config.get("partial_rotary_factor"))
-        if partial not in (None, 1, 1.0):
-            raise ValueError(f"config.json: partial_rotary_factor = {partial} is not supported, only 1.")
-        fields: dict[str, Any] = {"rotary_base": thetas.pop() if thetas else 10_000.0}
-        kind = nested.get("rope_type", nested.get("type", "default"))
-        if kind == "linear":
-            return {**fields, "seq_len_interpolation_factor": float(nested["factor"])}
-        if kind == "llama3" and all(nested.get(key) == value for key, value in LLAMA3_ROPE.items()):
-            return {**fields, "rope_scaling": True, "rope_scaling_factor": float(nested["factor"])}
-        if kind != "default":
-            raise ValueError(
-                f"config.json: rope scaling '{kind}' with {nested} is not supported. Known: 'default', "
-                "'linear', and "
-                f"'llama3' with {LLAMA3_ROPE}."
-            )
-        return fields
-
-    @property
-    def head_dim(self) -> int:
-        return self.hf_config.get("head_dim") or self.hf_config["hidden_size"] // self.num_heads
 
     def find(self, megatron_name: str) -> tuple[Kind, int | None]:
         """(kind, layer) of a Megatron parameter with a global layer index. Raises KeyError for unknown

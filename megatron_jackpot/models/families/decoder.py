@@ -2,7 +2,7 @@
 SwiGLU."""
 
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -13,65 +13,30 @@ HF_LAYER = "model.layers.{layer}."
 
 
 class Decoder(Family):
-    """A family is this class with its biases and norms, and with the config.json fields it must find as they
-    are."""
-
-    qk_norm: ClassVar[bool] = False
-    """RMSNorm on queries and keys."""
-    qkv_bias: ClassVar[bool] = False
-    """Biases on the query, key and value projections."""
-    required: ClassVar[dict[str, Any]] = {}
-    """config.json field -> the only supported value, which a missing field counts as."""
+    """Which of these a model has, biases and norms inside attention, its shape says."""
 
     def transformer_fields(self) -> dict[str, Any]:
-        """Raises ValueError for a field that changes the mathematics and is not supported."""
-        hf = self.hf_config
-        self.check()
+        """Keyword arguments of Megatron's TransformerConfig that the architecture fixes."""
         return dict(
             num_layers=self.num_layers,
-            hidden_size=hf["hidden_size"],
-            ffn_hidden_size=hf["intermediate_size"],
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.ffn_size,
             num_attention_heads=self.num_heads,
             num_query_groups=self.num_groups,
             kv_channels=self.head_dim,
-            layernorm_epsilon=hf["rms_norm_eps"],
+            layernorm_epsilon=self.norm_eps,
             normalization="RMSNorm",
             qk_layernorm=self.qk_norm,
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             add_bias_linear=False,
             add_qkv_bias=self.qkv_bias,
-            init_method_std=hf.get("initializer_range", 0.02),
+            init_method_std=self.init_std,
         )
-
-    def check(self) -> None:
-        hf, _ = self.hf_config, self.rope
-        for field, wanted in {"hidden_act": "silu", "quantization_config": None, **self.required}.items():
-            if hf.get(field, wanted) != wanted:
-                raise ValueError(
-                    f"config.json: {field} = {hf[field]!r} is not supported for {type(self).__name__}, "
-                    f"only {wanted!r}."
-                )
-        if hf.get("attention_dropout", 0.0) != 0.0:
-            raise ValueError(
-                f"config.json: attention_dropout = {hf['attention_dropout']} must be 0: with dropout the "
-                "trainer's "
-                "log-probs differ from the server's."
-            )
-        kinds = set(hf.get("layer_types") or []) - {"full_attention"}
-        if kinds:
-            raise ValueError(
-                f"config.json: layer_types holds {sorted(kinds)}, only 'full_attention' is supported."
-            )
-        if self.num_heads % self.num_groups:
-            raise ValueError(
-                f"config.json: num_key_value_heads = {self.num_groups} does not divide "
-                f"num_attention_heads = {self.num_heads}."
-            )
 
     @cached_property
     def kinds(self) -> tuple[Kind, ...]:
-        hidden, vocab = self.hf_config["hidden_size"], self.vocab_size
+        hidden, vocab = self.hidden_size, self.vocab_size
         embedding = Kind(
             ("embedding.word_embeddings.weight",),
             ("model.embed_tokens.weight",),
@@ -86,8 +51,8 @@ class Decoder(Family):
 
     def _attention(self) -> tuple[Kind, ...]:
         ours, theirs = LAYER + "self_attention.", HF_LAYER + "self_attn."
-        hidden, dim = self.hf_config["hidden_size"], self.head_dim
-        rows = (self.num_heads * dim, self.num_groups * dim, self.num_groups * dim)
+        hidden, dim = self.hidden_size, self.head_dim
+        rows = (self.query_size, self.key_size, self.key_size)
         weights, biases = (tuple(f"{theirs}{p}_proj.{what}" for p in "qkv") for what in ("weight", "bias"))
         kinds = [
             Kind(
@@ -108,7 +73,7 @@ class Decoder(Family):
         return tuple(kinds)
 
     def _mlp(self) -> tuple[Kind, ...]:
-        hidden, ffn = self.hf_config["hidden_size"], self.hf_config["intermediate_size"]
+        hidden, ffn = self.hidden_size, self.ffn_size
         gate_up = tuple(f"{HF_LAYER}mlp.{p}_proj.weight" for p in ("gate", "up"))
         return (
             Kind(

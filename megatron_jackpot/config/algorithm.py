@@ -1,0 +1,29 @@
+"""How rollouts become optimizer steps: the methods, and how sequences are packed."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_jackpot.config.base import Method, Section
+
+
+class Algorithm(Section):
+    correction: Method = Method(name="jackpot")
+    """From server samples to the policy's loss: docs/corrections.md; jackpot takes a `preset` too."""
+    objective: Method = Method(name="ppo")
+    """Per-token surrogate of the policy: docs/objectives.md."""
+    advantage: Method = Method(name="grpo")
+    """Advantage from a group's rewards."""
+    num_minibatches: int = Field(1, ge=1)
+    """Optimizer steps per rollout batch."""
+    target: Literal["old", "current"] = "old"
+    """What acceptance aligns to: the policy at the start of the step, or at the start of the mini-batch."""
+    train_actor: bool = True
+    """False freezes the actor: rollouts from a fixed model."""
+
+
+class Packing(Section):
+    enabled: bool = True
+    """Pack several sequences into a micro-batch with block-diagonal attention; false gives each its own."""
+    tokens: int = Field(8192, ge=16)
+    """Tokens per micro-batch."""

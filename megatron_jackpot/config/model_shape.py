@@ -1,0 +1,247 @@
+"""The sizes of a dense decoder: read from its config.json, checked, divided by a layout. No torch.
+
+One reading for all: `plan` and the launcher use it as it is, models/families adds the tensors' names.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any, Literal, Self
+
+from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config.models import Parallel
+from megatron_jackpot.config.schema import Config
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Fields of a mixture of experts in the config.json of Qwen, Mixtral and DeepSeek."""
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What megatron-core fixes in Llama 3's scaling of rotary embeddings; the factor is free."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What all models of one HF architecture have in common."""
+
+    model_type: str
+    qk_norm: bool = False
+    """RMSNorm on queries and keys."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
+    required: Mapping[str, Any] = field(default_factory=dict)
+    """config.json field -> the only supported value, which a missing field counts as."""
+
+
+ARCHITECTURES = {
+    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias=True, required={"use_sliding_window": False}),
+    "Qwen3ForCausalLM": Architecture(
+        "qwen3", qk_norm=True, required={"attention_bias": False, "use_sliding_window": False}
+    ),
+    "LlamaForCausalLM": Architecture(
+        "llama", required={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+    ),
+}
+"""Qwen2 and Qwen2.5; Qwen3; Llama 2 and 3 and what is shaped like them (SmolLM2). Dense models only."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embeddings. Example: Rope(theta=500000.0, scaling="llama3", factor=8.0)."""
+
+    theta: float = 10_000.0
+    scaling: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of one dense decoder: RMSNorm, grouped queries, rotary positions, SwiGLU."""
+
+    hf_config: Mapping[str, Any]
+    """config.json as it was read."""
+    num_layers: int
+    hidden_size: int
+    ffn_size: int
+    num_heads: int
+    num_groups: int
+    """Query groups: heads of keys and values."""
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    norm_eps: float
+    init_std: float
+    tied: bool
+    """Embedding and output layer are one table."""
+    qk_norm: bool
+    qkv_bias: bool
+    rope: Rope
+
+    @classmethod
+    def of(cls, hf_config: Mapping[str, Any]) -> Self:
+        """Of a parsed config.json.
+
+        Raises ValueError for an unknown architecture, a mixture of experts, a size that is missing, and a
+        field that changes the mathematics and is not supported.
+        """
+        name = architecture_of(hf_config)
+        kind = ARCHITECTURES[name]
+        check_supported(hf_config, name)
+        num_heads, hidden_size = _size(hf_config, "num_attention_heads"), _size(hf_config, "hidden_size")
+        # Without the key every query head has its own.
+        num_groups = hf_config.get("num_key_value_heads") or num_heads
+        if num_heads % num_groups:
+            raise ValueError(
+                f"config.json: num_key_value_heads = {num_groups} does not divide "
+                f"num_attention_heads = {num_heads}."
+            )
+        return cls(
+            hf_config=hf_config,
+            num_layers=_size(hf_config, "num_hidden_layers"),
+            hidden_size=hidden_size,
+            ffn_size=_size(hf_config, "intermediate_size"),
+            num_heads=num_heads,
+            num_groups=num_groups,
+            head_dim=hf_config.get("head_dim") or hidden_size // num_heads,
+            vocab_size=_size(hf_config, "vocab_size"),
+            context_length=_size(hf_config, "max_position_embeddings"),
+            norm_eps=_given(hf_config, "rms_norm_eps"),
+            init_std=hf_config.get("initializer_range", 0.02),
+            tied=bool(hf_config.get("tie_word_embeddings", False)),
+            qk_norm=kind.qk_norm,
+            qkv_bias=kind.qkv_bias,
+            rope=rope_of(hf_config),
+        )
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.num_groups * self.head_dim
+
+
+def model_shapes(config: Config) -> dict[str, ModelShape]:
+    """Of "policy" and "actor", checked against the layout. Raises ValueError naming the model's field."""
+    shapes = {}
+    for name, folder in (("policy", config.policy.hf), ("actor", config.actor.hf)):
+        try:
+            shapes[name] = ModelShape.of(read_hf_config(folder))
+            check_layout(shapes[name], config.parallel)
+        except ValueError as error:
+            raise ValueError(f"{name}.hf = {folder}: {error}") from error
+    return shapes
+
+
+def check_layout(shape: ModelShape, parallel: Parallel) -> None:
+    """Raises ValueError where tp does not divide a size, or the stages do not divide the layers."""
+    sizes = {
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_groups,
+        "intermediate_size": shape.ffn_size,
+        "hidden_size": shape.hidden_size,
+    }
+    for name, size in sizes.items():
+        if size % parallel.tp:
+            raise ValueError(f"parallel.tp = {parallel.tp} does not divide config.json's {name} = {size}.")
+    stages = parallel.pp * (parallel.vpp or 1)
+    if shape.num_layers % stages:
+        raise ValueError(
+            f"parallel.pp * parallel.vpp = {parallel.pp} * {parallel.vpp or 1} does not divide "
+            f"num_hidden_layers = {shape.num_layers}."
+        )
+
+
+def padded_vocab_size(vocab_sizes: Sequence[int], tp: int) -> int:
+    """One size for both models, so that their tensor-parallel vocabulary shards line up."""
+    multiple = 16 * tp
+    return math.ceil(max(vocab_sizes) / multiple) * multiple
+
+
+def architecture_of(hf_config: Mapping[str, Any]) -> str:
+    """The key in ARCHITECTURES, by `architectures`, else by `model_type`.
+
+    Raises ValueError naming the architectures that are known, and for two keys that contradict each other.
+    """
+    listed, model_type = hf_config.get("architectures") or [], hf_config.get("model_type")
+    by_type = {kind.model_type: name for name, kind in ARCHITECTURES.items()}
+    name = listed[0] if listed else by_type.get(str(model_type), f"of model_type {model_type}")
+    for key in EXPERTS:
+        if hf_config.get(key):
+            raise ValueError(
+                f"config.json: {key} = {hf_config[key]}, a mixture of experts. Supported are dense models: "
+                f"{', '.join(ARCHITECTURES)}."
+            )
+    if name not in ARCHITECTURES:
+        near = sorted(ARCHITECTURES, key=lambda known: -SequenceMatcher(None, known, name).ratio())
+        raise ValueError(
+            f"config.json: architecture {name} is not supported. Known, the nearest first: {', '.join(near)}."
+        )
+    if model_type is not None and ARCHITECTURES[name].model_type != model_type:
+        raise ValueError(f"config.json: model_type = {model_type!r} is not that of architecture {name}.")
+    return name
+
+
+def check_supported(hf_config: Mapping[str, Any], architecture: str) -> None:
+    """Raises ValueError for a field that changes the mathematics and is not supported."""
+    wanted = {"hidden_act": "silu", "quantization_config": None, **ARCHITECTURES[architecture].required}
+    for name, value in wanted.items():
+        if hf_config.get(name, value) != value:
+            raise ValueError(
+                f"config.json: {name} = {hf_config[name]!r} is not supported for {architecture}, "
+                f"only {value!r}."
+            )
+    if hf_config.get("attention_dropout", 0.0) != 0.0:
+        raise ValueError(
+            f"config.json: attention_dropout = {hf_config['attention_dropout']} must be 0: with dropout the "
+            "trainer's log-probs differ from the server's."
+        )
+    kinds = set(hf_config.get("layer_types") or []) - {"full_attention"}
+    if kinds:
+        raise ValueError(
+            f"config.json: layer_types holds {sorted(kinds)}, only 'full_attention' is supported."
+        )
+
+
+def rope_of(hf_config: Mapping[str, Any]) -> Rope:
+    """From the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
+
+    Raises ValueError for forms that contradict each other and for scaling other than 'linear' and Llama 3's.
+    """
+    forms = [hf_config[key] for key in ("rope_parameters", "rope_scaling") if hf_config.get(key)]
+    if len(forms) == 2 and forms[0] != forms[1]:
+        raise ValueError(f"config.json: rope_parameters and rope_scaling differ: {forms}.")
+    nested = forms[0] if forms else {}
+    thetas = {float(x["rope_theta"]) for x in (nested, hf_config) if x.get("rope_theta") is not None}
+    if len(thetas) > 1:
+        raise ValueError(f"config.json: rope_theta is given twice and differently: {sorted(thetas)}.")
+    partial = nested.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise ValueError(f"config.json: partial_rotary_factor = {partial} is not supported, only 1.")
+    theta = thetas.pop() if thetas else Rope.theta
+    scaling = nested.get("rope_type", nested.get("type", "default"))
+    if scaling == "linear":
+        return Rope(theta, "linear", float(nested["factor"]))
+    if scaling == "llama3" and all(nested.get(key) == value for key, value in LLAMA3_ROPE.items()):
+        return Rope(theta, "llama3", float(nested["factor"]))
+    if scaling != "default":
+        raise ValueError(
+            f"config.json: rope scaling '{scaling}' with {nested} is not supported. Known: 'default', "
+            f"'linear', and 'llama3' with {LLAMA3_ROPE}."
+        )
+    return Rope(theta)
+
+
+def _size(hf_config: Mapping[str, Any], key: str) -> int:
+    value = _given(hf_config, key)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"config.json: {key} = {value!r} must be a positive integer.")
+    return value
+
+
+def _given(hf_config: Mapping[str, Any], key: str) -> Any:
+    if key not in hf_config:
+        raise ValueError(f"config.json: {key} is missing.")
+    return hf_config[key]

@@ -1,0 +1,92 @@
+"""The type checker (basedpyright, basic) over the package, and what may only shrink: its errors where there
+are still some, `Any`, and comments that silence it.
+
+By hand: basedpyright --project tests/types/pyrightconfig.json
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("basedpyright", reason="needs the pinned environment of tools/env.sh")
+
+PACKAGE = Path(__file__).parents[2] / "megatron_jackpot"
+PROJECT = Path(__file__).parent / "pyrightconfig.json"
+LIMIT_S = 900
+
+ERRORS = {"config": 15, "data": 2, "launch": 1, "models": 55, "parallel": 47, "plan": 3, "sync": 11}
+"""Folder or module -> errors that it may have; none where it is absent. A number may fall, never rise."""
+ANY = {
+    "algorithm": 10,
+    "cli.py": 1,
+    "config": 10,
+    "data": 13,
+    "launch": 6,
+    "models": 57,
+    "monitor": 3,
+    "parallel": 6,
+    "records.py": 1,
+    "rewards": 23,
+    "rollout": 4,
+    "run": 1,
+    "servers": 28,
+    "sync": 15,
+    "train": 27,
+}
+"""Uses of `Any`, likewise."""
+SILENCED: dict[str, int] = {}
+"""Comments `type: ignore` and `pyright: ignore`, likewise."""
+
+
+@pytest.fixture(scope="module")
+def errors() -> list[tuple[str, str]]:
+    """(folder or module, the error with its place) of everything that the checker finds."""
+    command = [sys.executable, "-m", "basedpyright", "--project", PROJECT, "--pythonpath", sys.executable]
+    done = subprocess.run([*command, "--outputjson"], capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads(done.stdout)
+    assert found["summary"]["filesAnalyzed"] > 100
+    return [described(item) for item in found["generalDiagnostics"] if item["severity"] == "error"]
+
+
+def described(item: dict) -> tuple[str, str]:
+    name = Path(item["file"]).relative_to(PACKAGE)
+    line = item["range"]["start"]["line"] + 1
+    return name.parts[0], f"{name}:{line}: {item['message']} ({item.get('rule')})"
+
+
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_the_checker_finds_nothing_in_a_typed_package_and_no_more_than_before_elsewhere(errors) -> None:
+    counts = Counter(part for part, _ in errors)
+    risen = {part: count for part, count in counts.items() if count > ERRORS.get(part, 0)}
+    assert not risen, "\n".join([f"more than {ERRORS}:", *(text for part, text in errors if part in risen)])
+
+
+def test_the_packages_that_train_have_no_errors_to_spare() -> None:
+    assert not {"algorithm", "train", "rollout", "servers", "monitor", "rewards", "run"} & {*ERRORS}
+
+
+def sources() -> list[tuple[str, str]]:
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return [(path.relative_to(PACKAGE).parts[0], path.read_text()) for path in paths]
+
+
+def test_any_does_not_spread() -> None:
+    counts: Counter[str] = Counter()
+    for part, text in sources():
+        nodes = ast.walk(ast.parse(text))
+        counts[part] += sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes)
+    assert not {part: count for part, count in counts.items() if count > ANY.get(part, 0)}
+
+
+def test_the_checker_is_not_silenced() -> None:
+    counts: Counter[str] = Counter()
+    for part, text in sources():
+        counts[part] += len(re.findall(r"#\s*(?:type|pyright): ?ignore", text))
+    assert not {part: count for part, count in counts.items() if count > SILENCED.get(part, 0)}
