@@ -60,8 +60,8 @@ class Rollout:
     topk_logp: np.ndarray
     """[R, K] float32, their log-probs, -inf where the id is -1."""
     valid: np.ndarray
-    """[R] bool, False where the server's sampled log-prob was not finite: counted, masked, never trained
-    on."""
+    """[R] bool, False where the server's sampled log-prob was not finite, and from the first id on that one
+    of the models has no row for: counted, masked, never trained on."""
     weight_version: np.ndarray
     """[R] int32, version of the actor's weights that produced each token."""
     finish: str

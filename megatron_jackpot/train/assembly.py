@@ -62,7 +62,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     source = None
     if mesh.is_leader:
         decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-        source = make_source(config, families["actor"], stop_ids, decode)
+        source = make_source(config, families, stop_ids, decode)
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever
             # match.
@@ -120,10 +120,13 @@ def stop_token_ids(eos: int | None, family: Family) -> tuple[int, ...]:
 
 
 def make_source(
-    config: Config, actor: Family, stop_ids: tuple[int, ...], decode: Callable[[Sequence[int]], str]
+    config: Config,
+    families: dict[str, Family],
+    stop_ids: tuple[int, ...],
+    decode: Callable[[Sequence[int]], str],
 ) -> ServerSource:
     """Client, reward pool and sampling of one DP leader."""
-    rollout = config.rollout
+    rollout, actor = config.rollout, families["actor"]
     client = SGLangClient(
         config.servers.urls,
         vocab_size=actor.vocab_size,
@@ -150,6 +153,7 @@ def make_source(
         ),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
+        num_ids=min(family.vocab_size for family in families.values()),
         max_failed_groups=rollout.max_failed_groups,
         decode=decode,
     )
