@@ -28,6 +28,7 @@ class ServerSource:
         *,
         sampling: Sampling,
         samples_per_prompt: int,
+        num_ids: int,
         max_failed_groups: float,
         decode: Callable[[Sequence[int]], str],
     ) -> None:
@@ -40,6 +41,7 @@ class ServerSource:
             sampling=sampling,
             samples_per_prompt=samples_per_prompt,
             reward=self.reward,
+            num_ids=num_ids,
             max_failed_groups=max_failed_groups,
         )
         self.loop = asyncio.new_event_loop()

@@ -63,7 +63,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     stop_ids = stop_token_ids(tokenizer.eos_token_id, families["actor"])
     source = None
     if mesh.is_leader:
-        source = make_source(config, families["actor"], stop_ids, partial(text_of, tokenizer))
+        source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever
             # match.
@@ -127,10 +127,13 @@ def stop_token_ids(eos: object, family: Family) -> tuple[int, ...]:
 
 
 def make_source(
-    config: Config, actor: Family, stop_ids: tuple[int, ...], decode: Callable[[Sequence[int]], str]
+    config: Config,
+    families: dict[str, Family],
+    stop_ids: tuple[int, ...],
+    decode: Callable[[Sequence[int]], str],
 ) -> ServerSource:
     """Client, reward pool and sampling of one DP leader."""
-    rollout = config.rollout
+    rollout, actor = config.rollout, families["actor"]
     client = SGLangClient(
         config.servers.urls,
         vocab_size=actor.vocab_size,
@@ -158,6 +161,7 @@ def make_source(
         ),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
+        num_ids=min(family.vocab_size for family in families.values()),
         max_failed_groups=rollout.max_failed_groups,
         decode=decode,
     )
