@@ -71,8 +71,10 @@ def serve(config: Config) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         servers = start_actor_servers(
-            config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})})
+            config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})}), ended.is_set
         )
+    except InterruptedError:
+        return 0
     except (RuntimeError, TimeoutError) as error:
         say(f"{place.node}: the servers did not start. {error}")
         return EXIT_NO_START

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -87,10 +87,16 @@ class ServerProcess:
             start_new_session=True,
         )
 
-    def wait_healthy(self, timeout_s: float) -> None:
-        """Poll /health. Raises RuntimeError at once when the process ends, TimeoutError after `timeout_s`."""
+    def wait_healthy(self, timeout_s: float, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Poll /health.
+
+        Raises RuntimeError at once when the process ends, InterruptedError once `stopped()`, TimeoutError
+        after `timeout_s`.
+        """
         deadline = time.monotonic() + timeout_s
         while not self.answers(deadline - time.monotonic()):
+            if stopped():
+                raise InterruptedError(f"Told to stop while server {self.url} started.")
             if not self.running:
                 code = self.process.returncode if self.process else None
                 raise RuntimeError(
@@ -164,14 +170,20 @@ class ServerProcess:
 
 
 def start_servers(
-    servers: Servers, model: Path, placement: Placement, folder: Path, *, dtype: str
+    servers: Servers,
+    model: Path,
+    placement: Placement,
+    folder: Path,
+    *,
+    dtype: str,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[ServerProcess]:
     """Start servers.num healthy servers of `model` side by side, logs in folder/server-{i}.log.
 
     On any failure all are stopped. Server i takes servers.port + i, or a free one where that is 0; of the
     placement's GPUs, those from i * tp to (i + 1) * tp. With servers.release_memory they lend theirs
     (sync/memory_saver.py). Raises ValueError for too few GPUs, RuntimeError when one ends while it starts,
-    TimeoutError after servers.start_timeout_s.
+    InterruptedError once `stopped()`, TimeoutError after servers.start_timeout_s.
     """
     gpus, tp, needed = placement.gpus, servers.tp, servers.num * servers.tp
     if gpus is not None and len(gpus) < needed:
@@ -200,7 +212,7 @@ def start_servers(
             started.append(server)
             server.start()
         for server in started:
-            server.wait_healthy(max(0.1, deadline - time.monotonic()))
+            server.wait_healthy(max(0.1, deadline - time.monotonic()), stopped)
     except BaseException:
         stop_servers(started)
         raise

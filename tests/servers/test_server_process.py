@@ -143,7 +143,7 @@ def test_servers_of_ipc_see_every_gpu_and_those_that_lend_memory_answer_health_w
 ):
     made: list[ServerProcess] = []
     monkeypatch.setattr(ServerProcess, "start", lambda server: made.append(server))
-    monkeypatch.setattr(ServerProcess, "wait_healthy", lambda server, limit_s: None)
+    monkeypatch.setattr(ServerProcess, "wait_healthy", lambda server, limit_s, stopped: None)
     settings, gpus, model = Servers(num=2, tp=2), (4, 5, 6, 7), tmp_path
     lending = settings.model_copy(update={"release_memory": True})
     start_servers(lending, model, Placement("cuda", gpus, tuple(range(8))), tmp_path, dtype="bfloat16")
