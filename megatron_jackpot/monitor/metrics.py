@@ -14,6 +14,8 @@ from megatron_jackpot.run import formats
 METRICS = {
     "reward/mean": "mean reward of the rollouts",
     "reward/correct": "share of correct rollouts",
+    "reward/timed_out": "share of rewards that are 0 because they ran out of time",
+    "reward/crashed": "share of rewards that are 0 because their worker ended or ran out of memory",
     "rollout/response_tokens": "mean length of a response",
     "rollout/truncated": "share of responses cut at rollout.max_new_tokens",
     "rollout/invalid_tokens": "share of tokens masked because the server's log-prob was not finite",
@@ -47,6 +49,7 @@ METRICS = {
     "lr/actor": "learning rate of the actor",
     "eval/policy_accuracy": "share of held-out problems that the policy solves, greedily",
     "eval/actor_accuracy": "share of held-out problems that the actor solves, greedily",
+    "eval/failed_rewards": "share of an evaluation's rewards that timed out or crashed",
     "probe/max": "largest |server logp - trainer logp| of the actor in a probe",
     "sync/version": "weight version the trainer sent",
     "sync/server_version": "weight version the servers report",

@@ -67,7 +67,12 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever
             # match.
-            source.check_labels([*training.prompts, *heldout.prompts][mesh.dp_rank :: mesh.dp])
+            for path, prompts in (
+                (config.data.path, training.prompts),
+                (config.data.heldout_path, heldout.prompts),
+            ):
+                if path is not None:
+                    source.check_labels(prompts[mesh.dp_rank :: mesh.dp], path)
     per_step, seed = config.rollout.prompts_per_step, config.run.seed
     state = TrainState(
         mesh=mesh,
@@ -149,6 +154,7 @@ def make_source(
             config.data.reward_timeout_s,
             memory_bytes=int(config.data.reward_memory_gb * 2**30),
             network=config.data.reward_network,
+            max_failed=config.data.max_failed_rewards,
         ),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
