@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron_jackpot.run import formats
+
+log = logging.getLogger(__name__)
 
 METRICS = {
     "reward/mean": "mean reward of the rollouts",
@@ -126,7 +129,9 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.num_nonfinite += len(values) - len(finite)
+        if lost := sorted(values.keys() - finite.keys()):
+            self.num_nonfinite += len(lost)
+            log.warning(f"step {step}: not finite, {self.num_nonfinite} so far: {', '.join(lost)}")
         self._rows.write({"step": step, **{name: finite.get(name) for name in values}})
         if self._tensorboard is not None:
             for name, value in finite.items():

@@ -53,7 +53,7 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
 
 
 def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> dict[str, Any]:
-    """{"reward": float}, {"faults": text or None of each label}, {"error": text}, or {"failed": "timed_out" or
+    """{"reward": float}, {"faults": text or None of each label} or {"error": text}; {"failed": "timed_out" or
     "crashed", "why": text} where the item met a limit."""
     kind, response_text, label = request
     try:
