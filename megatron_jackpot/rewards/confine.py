@@ -35,5 +35,5 @@ def limit_cpu(seconds: float) -> None:
 
 
 def _address_space() -> int:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
