@@ -25,7 +25,7 @@ def read_hf_config(folder: Path) -> HFConfig:
             f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer."
         )
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 

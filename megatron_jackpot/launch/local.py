@@ -10,16 +10,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from megatron_jackpot.config import Config
+from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.config.model_shape import model_shapes
 from megatron_jackpot.launch import children
+from megatron_jackpot.launch.lock import LOCK_FILE, only_launch
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
     SIGNALS,
@@ -39,8 +40,10 @@ from megatron_jackpot.run.provenance import (
     record,
 )
 from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.address import port_is_free
+from megatron_jackpot.servers.environment import child_environment
 from megatron_jackpot.servers.gpus import place_servers, visible_gpus
-from megatron_jackpot.servers.process import ServerProcess, port_is_free, start_servers, stop_servers
+from megatron_jackpot.servers.process import ServerProcess, start_servers, stop_servers
 from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.servers.supervisor import Supervisor
 
@@ -51,7 +54,17 @@ STRAY_GRACE_S = 5.0
 EXIT_REFUSED = 2
 """Exit code of a rank whose input cannot work: trying again cannot help."""
 TRAIN_LOG = "train.log"
-OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log", "actor-fp8")
+OWN_FILES = (
+    STOP_FILE,
+    STOPPED_FILE,
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    LOCK_FILE,
+    TRAIN_LOG,
+    "server-*.log",
+    "actor-fp8",
+    "cache",
+)
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
 
@@ -130,17 +143,34 @@ def launch(
     times, then its code is returned; where it was asked to stop meanwhile, the restart is left to whoever
     queues it again. A server that ends or hangs is started again, at most servers.max_restarts times, then 1.
     Must run in the main thread of its process. Every process started here has ended when this returns. Of a
-    job's nodes only the `first` clears what an earlier run was asked: another may start when this one has
-    been asked already.
+    job's nodes only the `first` holds the folder and clears what an earlier run was asked: another may start
+    when this one has been asked already. EXIT_REFUSED where the folder is another launch's, or servers.host
+    not here.
     """
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_launch(folder) if first else nullcontext():
+            return _launch(config, num_processes(config, nproc), start, trainer_command, folder / log, first)
+    except ConfigError as error:
+        say(str(error))
+        return EXIT_REFUSED
+
+
+def _launch(
+    config: Config,
+    nproc: int,
+    start: StartServers | None,
+    trainer_command: TrainerCommand | None,
+    log: Path,
+    first: bool,
+) -> int:
+    folder = config.run.folder
     config_file = record(config, folder)
-    nproc = num_processes(config, nproc)
     children.become_subreaper()
     if first:
         forget_stop(folder)
-    with _Job(config, folder / log, first) as job:
+    with _Job(config, log, first) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             api_key.provide(config.servers.host)
@@ -155,7 +185,7 @@ def launch(
                 return 1
             urls = [server.url for server in job.servers]
         say(f"servers: {', '.join(urls)}")
-        job.train((trainer_command or torchrun)(config_file, nproc, urls))
+        job.train((trainer_command or torchrun)(config_file, nproc, urls), urls)
     return job.code
 
 
@@ -181,10 +211,10 @@ def torchrun(
     return [*run, "--nproc-per-node", str(nproc), *train]
 
 
-def trainer_env() -> dict[str, str]:
+def trainer_env(folder: Path, urls: Sequence[str]) -> dict[str, str]:
     """This environment, with the package importable and, on a CPU, one thread for each rank."""
     package_root = str(Path(__file__).resolve().parents[2])
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**child_environment(os.environ, folder, urls), "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not visible_gpus():
@@ -235,7 +265,7 @@ class _Job:
     def look_after(self, servers: Sequence[ServerProcess]) -> None:
         self.servers, self.supervisor = servers, Supervisor(servers, self.config.servers, say)
 
-    def train(self, argv: Sequence[str]) -> None:
+    def train(self, argv: Sequence[str], urls: Sequence[str]) -> None:
         """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
         for attempt in range(self.config.run.max_restarts + 1):
             # Another node may still see what an earlier run was asked, before the first has cleared it.
@@ -243,7 +273,7 @@ class _Job:
                 self.code = self._left_to_the_queue() if attempt else self.nothing_to_save()
                 return
             again = ["run.resume=auto"] if attempt else []
-            env = trainer_env() | {STARTED_VARIABLE: str(self._stop.started)}
+            env = trainer_env(self.folder, urls) | {STARTED_VARIABLE: str(self._stop.started)}
             self.trainer = children.Streamed([*argv, *again], log=self.log, env=env)
             self.code = self._watch()
             saved = checkpoints(self.folder)

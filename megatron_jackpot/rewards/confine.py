@@ -52,5 +52,5 @@ def _cpu_seconds() -> float:
 
 
 def _address_space() -> int:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[0]) * resource.getpagesize()

@@ -118,7 +118,7 @@ def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the trainer is gone")
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         guard=Guard(config.guard),
         loader=PromptLoader(training.prompts, per_step, mesh.dp_rank, mesh.dp, seed),
     )
-    sync = make_sync(config) if mesh.is_main else None
+    sync = make_sync(config, stop) if mesh.is_main else None
     trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
     probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
     evaluate = Evaluator(
@@ -175,9 +175,10 @@ class SyncSettings(TypedDict):
     timeout_s: float
     patience_s: float
     release_memory: bool
+    stop: Callable[[], str | None]
 
 
-def make_sync(config: Config) -> DiskSync | BroadcastSync:
+def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> DiskSync | BroadcastSync:
     """The way of the actor's weights to the servers."""
     sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
     shared = SyncSettings(
@@ -186,6 +187,7 @@ def make_sync(config: Config) -> DiskSync | BroadcastSync:
         timeout_s=sync.timeout_s,
         patience_s=servers.start_timeout_s,
         release_memory=servers.release_memory,
+        stop=stop,
     )
     if sync.method == "disk":
         return DiskSync(servers.urls, folder=folder, **shared)

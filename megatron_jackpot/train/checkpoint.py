@@ -285,7 +285,7 @@ def damage(folder: Path, mesh: Mesh) -> str | None:
     wanted: Digests | str = ""
     if mesh.is_main:
         try:
-            wanted = json.loads((folder / MANIFEST).read_text())["files"]
+            wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             wanted = f"{MANIFEST} cannot be read ({error})"
     wanted = mesh.from_main(wanted)
@@ -315,7 +315,7 @@ def run_state(state: TrainState) -> dict[str, Any]:
 
 def _load(state: TrainState, folder: Path) -> list[str]:
     """What is worth telling of it."""
-    saved = json.loads((folder / STATE).read_text())
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
     if state.loader is not None and saved["loader"] is not None:
         state.loader.load_state_dict(saved["loader"])
@@ -358,7 +358,7 @@ def _digests(folder: Path) -> Digests:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
