@@ -64,8 +64,8 @@ class Rollout:
     topk_logp: np.ndarray
     """[R, K] float32, their log-probs, -inf where the id is -1."""
     valid: np.ndarray
-    """[R] bool, False where the server's sampled log-prob was not finite: counted, masked, never trained
-    on."""
+    """[R] bool, False where the server's sampled log-prob was not finite, and from the first id on that one
+    of the models has no row for: counted, masked, never trained on."""
     weight_version: np.ndarray
     """[R] int32, version of the actor's weights that produced each token."""
     finish: str
@@ -194,8 +194,9 @@ class Correction:
 class ObjectiveInputs:
     """The live log-probs and the constants of a micro-batch: all an objective may look at.
 
-    Everything is 0 outside `valid_T` and at least fp32; rejected tokens are there, so that a response's ratio
-    is whole. A rollout never spans two micro-batches, so sums over a segment are complete.
+    Everything is 0 outside `counted_T` and at least fp32. Rejected tokens are there, so that a response's
+    ratio is whole, and so are those that nothing trains on because a model gives them probability 0. A
+    rollout never spans two micro-batches, so sums over a segment are complete.
     """
 
     logp_T: Tensor
@@ -205,9 +206,11 @@ class ObjectiveInputs:
     server_logp_T: Tensor
     """log q of the sampled token."""
     advantage_T: Tensor
-    """The rollout's advantage on each of its tokens."""
+    """The rollout's advantage on each of its tokens; 0 outside `valid_T`."""
     segment_T: Tensor
-    """int64, which rollout of this rank a token belongs to; -1 outside `valid_T`."""
+    """int64, which rollout of this rank a token belongs to; -1 outside `counted_T`."""
+    counted_T: Tensor
+    """bool, the rollouts' tokens: what looks at a whole rollout looks at these."""
     valid_T: Tensor
     """bool, tokens that can be trained on."""
 

@@ -7,14 +7,17 @@ import yaml
 
 from megatron_jackpot.config.base import ConfigError
 
+Tree = dict[str, Any]
+"""Sections, keys and values as YAML gives them."""
 
-def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+
+def read_tree(path: Path, above: tuple[Path, ...] = ()) -> Tree:
     """The mapping in a YAML file, over that of its `base`. Raises ConfigError for what is not one, or a
     circle."""
     if path.resolve() in above:
         raise ConfigError(f"{path}: base files form a circle. Remove one of their `base` keys.")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -25,7 +28,7 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(read_tree(path.parent / str(base), (*above, path.resolve())), tree)
 
 
-def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Tree, tree: Tree) -> Tree:
     merged = dict(base)
     for key, value in tree.items():
         below = merged.get(key)
@@ -36,7 +39,7 @@ def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: Tree, override: str) -> None:
     """Set `a.b=value` in place, the value in YAML. Raises ConfigError for another form."""
     key, equals, value = override.partition("=")
     if not equals or not key:

@@ -81,7 +81,7 @@ class Proof:
     def __init__(self, admin: ServerAdmin, hf_folder: Path) -> None:
         self.admin = admin
         self.expected = hf_shapes(hf_folder)
-        config = json.loads((Path(hf_folder) / "config.json").read_text())
+        config = json.loads((Path(hf_folder) / "config.json").read_text(encoding="utf-8"))
         self.quantised = "quantization_config" in config
         # A tied output layer is the embedding again: it may be written and sent, or not.
         self.may_differ = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
@@ -164,7 +164,7 @@ def check_names(
 
 def hf_shapes(folder: Path) -> dict[str, list[int]]:
     """Tensor name -> shape of the model in a folder's config.json, scales of fp8 included."""
-    config = read_hf_config(folder)
+    config = dict(read_hf_config(folder))
     quantised = config.pop("quantization_config", None) is not None
     shapes = {name: list(shape) for name, shape in family_of(config).hf_shapes().items()}
     return quantised_shapes(shapes) if quantised else shapes

@@ -35,11 +35,12 @@ def policy_loss(
         inputs = objective_inputs(logp_T, old_MT[m], batch, m)
         weighted_T = correction.weight_MT[m] * objective.surrogate(inputs)
         value = -torch.where(correction.keep_MT[m], weighted_T, 0.0).sum() / denominator
-        mask_T = batch.mask_MT[m]
-        gap_T = torch.where(mask_T, (logp_T.detach() - old_MT[m]).abs(), 0.0)
+        # Both -inf is no gap; one of them alone is an infinite one.
+        known_T = batch.mask_MT[m] & (logp_T.detach() != old_MT[m])
+        gap_T = torch.where(known_T, (logp_T.detach() - old_MT[m]).abs(), 0.0)
         return value, {
             "policy": value.detach(),
-            TRAINED_GAP: torch.stack([gap_T.sum(), mask_T.sum()]),
+            TRAINED_GAP: torch.stack([gap_T.sum(), batch.mask_MT[m].sum()]),
             **{f"objective/{name}": torch.stack(pair) for name, pair in objective.metrics(inputs).items()},
         }
 

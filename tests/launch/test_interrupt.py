@@ -42,6 +42,19 @@ def test_the_end_of_a_slurm_job_counts_too(tmp_path, monkeypatch):
     assert StopRequest(Run(folder=tmp_path, stop_margin_s=10)).reason() is None
 
 
+@pytest.mark.parametrize("end", ["Unknown", "", "INVALID", "nan", "inf"])
+def test_a_slurm_job_without_an_end_sets_no_limit(tmp_path, monkeypatch, end):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+    assert StopRequest(Run(folder=tmp_path)).deadline is None
+
+
+def test_the_time_that_a_launch_used_before_its_ranks_began_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv(interrupt.STARTED_VARIABLE, str(time.monotonic() - 500))
+    limited = {"folder": tmp_path, "time_limit_s": 600, "stop_margin_s": 100}
+    assert StopRequest(Run(**limited)).reason() == "the time limit is near"
+    assert StopRequest(Run(**limited), started=time.monotonic()).reason() is None
+
+
 LISTENS = """
 import sys, time
 from pathlib import Path

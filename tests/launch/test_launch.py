@@ -112,6 +112,62 @@ def test_asked_to_stop_it_lets_training_save_and_says_that_the_job_is_to_be_queu
     assert launch.alive() == []
 
 
+LONG_S, SHORT_S = "1000", "12"
+
+
+@pytest.mark.parametrize(
+    ("way", "code"),
+    [("file", "0"), ("file", "134"), ("rank", "0"), ("launcher", "0"), ("Slurm", "0"), ("limit", "0")],
+)
+def test_every_way_of_asking_ends_the_launch_once_with_75_though_there_is_a_checkpoint(
+    start, monkeypatch, way, code
+):
+    if way == "Slurm":
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + float(SHORT_S)))
+    started = time.monotonic()
+    launch = start("steady", "waits", SHORT_S if way == "limit" else LONG_S, code)
+    launch.wait_for("listens")
+    if way == "file":
+        (launch.folder / "stop").write_text("please stop\n")
+    elif way == "launcher":
+        launch.popen.send_signal(signal.SIGUSR1)
+    elif way == "rank":
+        (trainer,) = launch.pids_folder.glob("listens-*")
+        os.kill(int(trainer.name.split("-")[1]), signal.SIGUSR1)
+    assert launch.code(limit_s=60) == EXIT_REQUEUE, launch.text()
+    reason = dict(file="please stop", rank="SIGUSR1", launcher="SIGUSR1").get(way, "the time limit is near")
+    assert launch.text().count("saved and ended") == 1 and f"({reason})" in launch.text()
+    assert "starting again" not in launch.text() and launch.alive() == []
+    assert len(list(launch.pids_folder.glob("trainer-*"))) == 1
+    assert way not in ("limit", "Slurm") or time.monotonic() - started >= float(SHORT_S) - 3
+
+
+@pytest.mark.parametrize("way", ["signal", "file"])
+def test_training_that_fails_when_asked_to_stop_is_left_to_whoever_queues_it_again(start, way):
+    launch = start("steady", "fails when asked")
+    launch.wait_for("worker")
+    if way == "file":
+        (launch.folder / "stop").touch()
+    else:
+        launch.popen.send_signal(signal.SIGTERM)
+    assert launch.code(limit_s=30) == EXIT_REQUEUE, launch.text()
+    assert "exit code 7" in launch.text() and "not started again" in launch.text()
+    assert len(list(launch.pids_folder.glob("trainer-*"))) == 1
+
+
+@pytest.mark.parametrize("way", ["signal", "file", "limit"])
+def test_asked_while_servers_start_it_ends_within_seconds(start, way):
+    launch = start("slow", "waits", "5" if way == "limit" else LONG_S, "0")
+    launch.wait_for("scheduler")
+    if way == "file":
+        (launch.folder / "stop").touch()
+    elif way == "signal":
+        launch.popen.send_signal(signal.SIGTERM)
+    assert launch.code(limit_s=30) == EXIT_REQUEUE, launch.text()
+    assert "before training began" in launch.text() and launch.names() == {"server", "scheduler"}
+    assert launch.alive() == []
+
+
 def test_training_that_fails_is_started_again_from_its_checkpoint_a_limited_number_of_times(start):
     launch = start("steady", "fails", "7")
     assert launch.code(START_LIMIT_S) == 7, launch.text()
