@@ -20,29 +20,30 @@ from megatron_jackpot.records import Correction, DistillInputs, ObjectiveInputs,
 
 
 @dataclass(frozen=True, kw_only=True)
-class TemperedIS(CorrectionMethod):
-    """min(rho ** power, cap): between no correction (power 0) and tis (power 1)."""
+class LikelyOnly(CorrectionMethod):
+    """min(rho, cap) where the policy itself would have said the token with `floor` or more, else removed."""
 
-    power: float = 0.5
-    """Exponent of rho."""
+    floor: float = 0.001
+    """Least p_old of a token that is kept."""
     cap: float = 2.0
     """The largest weight."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.power <= 1:
-            raise ValueError(f"power = {self.power}: must lie in [0, 1]. Use 0.5.")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor = {self.floor}: must lie in [0, 1). Use 0.001.")
         check_cap("cap", self.cap)
 
     @torch.no_grad()
     def __call__(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
         logp = sampled_logp(scores)
-        weight_MT = (self.power * log_ratio(logp.policy, logp.server)).exp().clamp(max=self.cap)
+        keep_MT = logp.valid & (logp.policy.exp() >= self.floor)
+        weight_MT = log_ratio(logp.policy, logp.server).exp().clamp(max=self.cap)
         return corrected(
             scores,
-            keep=logp.valid,
+            keep=keep_MT,
             weight=weight_MT.float(),
             counted=scores.batch.mask_MT,
-            accept=logp.valid,
+            accept=keep_MT,
             metrics={},
         )
 

@@ -51,7 +51,7 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     found = load(path, "data.reward")
     score = found() if isinstance(found, type) else found
     try:
-        inspect.signature(score).bind("response", None)
+        inspect.signature(cast(Score, score)).bind("response", None)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"data.reward = '{name}': must be called with (response_text, label): {error}. Write it so."

@@ -24,7 +24,7 @@ from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.reduce import make_sum_over
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
-from megatron_jackpot.records import Correction, Metrics, Prompt, Rollout, Scores
+from megatron_jackpot.records import Correction, Direction, Metrics, Prompt, Rollout, Scores
 
 V, T, K = 40, 64, 4
 REWARDS = ([1.0, 0.0, 0.5, -1.0, 1.0], [1.0, 1.0, 1.0], [0.3])
@@ -38,7 +38,7 @@ class Broken(Exception):
     """A rule that the method does not keep; the message goes on after the method's name."""
 
 
-def try_out(method: Any, name: str, where: str) -> None:
+def try_out(method: object, name: str, where: str) -> None:
     """Raises ValueError naming `where`, the method, and the rule that its trial found broken or its error."""
     try:
         TRIALS[where](method)
@@ -116,7 +116,7 @@ def try_distillation(method: Distillation) -> None:
             ids_TK = torch.cat([ids_TK, scores.candidate_ids_MTK[m]], dim=-1)
         actor_logp_TK = vocab_parallel_logp_at(actor_TV.requires_grad_(), ids_TK, vocab)
 
-        def kl(direction: str, actor_TV: Tensor = actor_TV, policy_TV: Tensor = policy_TV) -> Tensor:
+        def kl(direction: Direction, actor_TV: Tensor = actor_TV, policy_TV: Tensor = policy_TV) -> Tensor:
             if method.needs != "logits":
                 raise Broken(f"calls t.kl, needs = '{method.needs}'. Declare needs = 'logits'.")
             return vocab_parallel_kl(actor_TV, policy_TV, vocab, direction=direction)
@@ -203,16 +203,16 @@ def _randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _check(what: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    _check_form(what, value, shape, dtypes)
-    _check_finite(what, value)
+def _check(what: str, value: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    _check_finite(what, _check_form(what, value, shape, dtypes))
 
 
-def _check_form(what: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_form(what: str, value: object, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
     if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape) or value.dtype not in dtypes:
         found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise Broken(f"{what} is {found}, must be a tensor {wanted} {list(shape)}. Return one.")
+    return value
 
 
 def _check_finite(what: str, value: Tensor) -> None:

@@ -98,13 +98,14 @@ def test_the_example_has_one_for_every_seam_and_their_settings_arrive(
     made = Methods.from_config(chosen)
     methods = (made.correction, made.objective, made.advantage, made.distill)
     assert {type(method).__module__ for method in methods} == {"own_methods"}
-    assert (made.correction.power, made.correction.cap, made.objective.negative) == (0.7, 2.0, 0.3)
-    # An upper bound of 1 for rho ** 0.7: half of the weights are rho ** 0.7 itself.
+    assert (made.correction.floor, made.correction.cap, made.objective.negative) == (0.02, 2.0, 0.3)
     scores = random_scores()
     found = made.correction(scores, lambda sums: sums)
-    rho_MT = (scores.policy_logp_MT - scores.batch.server_logp_MT).exp().detach()
-    mask_MT = scores.batch.mask_MT
-    torch.testing.assert_close(found.weight_MT[mask_MT], (rho_MT**0.7).clamp(max=2.0)[mask_MT])
+    p_MT, mask_MT = scores.policy_logp_MT.detach().exp(), scores.batch.mask_MT
+    assert torch.equal(found.keep_MT, mask_MT & (p_MT >= 0.02)) and found.count == mask_MT.sum()
+    weight_MT = (p_MT / scores.batch.server_logp_MT.exp()).clamp(max=2.0)
+    torch.testing.assert_close(found.weight_MT[found.keep_MT], weight_MT[found.keep_MT])
+    assert 0 < int(found.keep_MT.sum()) < int(mask_MT.sum())
     assert made.advantage([1.0, 0.0, 0.0]).tolist() == [1.0, 0.0, 0.0]
     with RewardPool(chosen.data.reward, 1, 10.0) as pool:
         label = {"answer": "12"}
