@@ -24,6 +24,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy as np
 
+Direction = Literal["forward", "reverse"]
+"""Of a KL between policy and actor: forward is KL(policy || actor)."""
 Pair = tuple[Tensor, Tensor]
 """(sum, count) on this rank, float64 scalars; divided once, after both were summed over all ranks."""
 Metrics = dict[str, Pair]
@@ -226,9 +228,8 @@ class DistillInputs:
     """At the candidates, -inf on padding; K = 0 where the method needs none."""
     policy_logp_TK: Tensor
     """The same under the target of the mini-batch."""
-    kl: Callable[[Literal["forward", "reverse"]], Tensor]
-    """The exact divergence over the vocabulary, [T]: forward is KL(policy || actor). Only where the method
-    needs logits."""
+    kl: Callable[[Direction], Tensor]
+    """The exact divergence over the vocabulary, [T]. Only where the method needs logits."""
 
 
 def _rows(record: Batch | Scores, start: int, stop: int) -> dict[str, Any]:
