@@ -1,8 +1,10 @@
 """What travels between the stages of a step, and the one place where its shapes are written.
 
 reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Correction [M, T] -> one
-ObjectiveInputs [T] per micro-batch -> loss. Each is constructed in one function and changed by `replace`
-alone.
+ObjectiveInputs [T] per micro-batch, with DistillInputs [T] beside the actor's -> loss. From Batch on each is
+constructed in one function and changed by `replace` alone, and no tensor of a Batch is held by another
+record. Nothing else holds numbers of tokens, but for what a function hands to its caller and nobody keeps
+(Local and VocabScores in parallel, SampledLogp in algorithm) and the TokenRecord that monitor writes to disk.
 
 Shapes: R response tokens of one rollout, M micro-batches on this DP rank, T packed tokens per micro-batch
 (the same for every micro-batch and rank), K ids per token: the server's top-k in a Batch, candidates in
@@ -60,8 +62,8 @@ class Rollout:
     topk_logp: np.ndarray
     """[R, K] float32, their log-probs, -inf where the id is -1."""
     valid: np.ndarray
-    """[R] bool, False where the server's sampled log-prob was not finite: counted, masked, never trained
-    on."""
+    """[R] bool, False where the server's sampled log-prob was not finite, and from the first id on that one
+    of the models has no row for: counted, masked, never trained on."""
     weight_version: np.ndarray
     """[R] int32, version of the actor's weights that produced each token."""
     finish: str
@@ -190,8 +192,9 @@ class Correction:
 class ObjectiveInputs:
     """The live log-probs and the constants of a micro-batch: all an objective may look at.
 
-    Everything is 0 outside `valid_T` and at least fp32; rejected tokens are there, so that a response's ratio
-    is whole. A rollout never spans two micro-batches, so sums over a segment are complete.
+    Everything is 0 outside `counted_T` and at least fp32. Rejected tokens are there, so that a response's
+    ratio is whole, and so are those that nothing trains on because a model gives them probability 0. A
+    rollout never spans two micro-batches, so sums over a segment are complete.
     """
 
     logp_T: Tensor
@@ -201,9 +204,11 @@ class ObjectiveInputs:
     server_logp_T: Tensor
     """log q of the sampled token."""
     advantage_T: Tensor
-    """The rollout's advantage on each of its tokens."""
+    """The rollout's advantage on each of its tokens; 0 outside `valid_T`."""
     segment_T: Tensor
-    """int64, which rollout of this rank a token belongs to; -1 outside `valid_T`."""
+    """int64, which rollout of this rank a token belongs to; -1 outside `counted_T`."""
+    counted_T: Tensor
+    """bool, the rollouts' tokens: what looks at a whole rollout looks at these."""
     valid_T: Tensor
     """bool, tokens that can be trained on."""
 

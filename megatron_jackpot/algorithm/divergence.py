@@ -45,7 +45,7 @@ def with_rest(target_logp_K: Tensor, server_logp_K: Tensor) -> tuple[Tensor, Ten
     """Log-probs of target and server over the candidates with a known q and, last, the bucket of the rest."""
     target_K, server_K = precise(target_logp_K), precise(server_logp_K)
     target_K = target_K.masked_fill(server_K == -math.inf, -math.inf)
-    return tuple(torch.cat([logp_K, log_rest(logp_K)], -1) for logp_K in (target_K, server_K))
+    return torch.cat([target_K, log_rest(target_K)], -1), torch.cat([server_K, log_rest(server_K)], -1)
 
 
 def log_rest(logp_K: Tensor) -> Tensor:

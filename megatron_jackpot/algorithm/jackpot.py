@@ -105,7 +105,8 @@ class Normaliser(CorrectionMethod):
         if self.candidates == "intersection":
             outside_MTK = outside_MTK | ~scores.candidate_shared_MTK
         both = (scores.candidate_target_logp_MTK, scores.candidate_server_logp_MTK)
-        return overlap_mass(*(logp.masked_fill(outside_MTK, -math.inf) for logp in both), self.lam)
+        target_MTK, server_MTK = (logp_MTK.masked_fill(outside_MTK, -math.inf) for logp_MTK in both)
+        return overlap_mass(target_MTK, server_MTK, self.lam)
 
     def _tail(
         self, accept_MT: Tensor, z_k_MT: Tensor, scores: Scores, sum_over_batch: SumOverBatch

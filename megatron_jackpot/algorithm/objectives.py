@@ -95,7 +95,7 @@ class OPSM(PPO):
         return super().removed(t) | self._dropped(t)
 
     def _dropped(self, t: ObjectiveInputs) -> Tensor:
-        kl_T = segment_mean(-ratio_to(t).detach(), t.valid_T, t.segment_T)
+        kl_T = segment_mean(-ratio_to(t).detach(), t.counted_T, t.segment_T)
         return t.valid_T & (t.advantage_T < 0) & (kl_T > self.delta)
 
 

@@ -196,7 +196,7 @@ def counter_uniform(seed: int, step: int, rollout_id_T3: Tensor, position_T: Ten
     """
     key = _philox((seed & _WORD, seed >> 32 & _WORD, step & _WORD, step >> 32 & _WORD), (0, 0))[:2]
     epoch_T, prompt_T, sample_T = (part & _WORD for part in rollout_id_T3.long().unbind(-1))
-    word_T = _philox((position_T.long() & _WORD, sample_T, prompt_T, epoch_T), key)[0]
+    word_T = torch.as_tensor(_philox((position_T.long() & _WORD, sample_T, prompt_T, epoch_T), key)[0])
     return (word_T >> 8).to(torch.float32) * 2.0**-24
 
 

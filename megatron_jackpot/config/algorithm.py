@@ -14,7 +14,7 @@ class Algorithm(Section):
     """Per-token surrogate of the policy: docs/objectives.md."""
     advantage: Method = Method(name="grpo")
     """Advantage from a group's rewards."""
-    num_minibatches: int = Field(1, ge=1)
+    num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per rollout batch."""
     target: Literal["old", "current"] = "old"
     """What acceptance aligns to: the policy at the start of the step, or at the start of the mini-batch."""
@@ -25,5 +25,5 @@ class Algorithm(Section):
 class Packing(Section):
     enabled: bool = True
     """Pack several sequences into a micro-batch with block-diagonal attention; false gives each its own."""
-    tokens: int = Field(8192, ge=16)
+    tokens: int = Field(default=8192, ge=16)
     """Tokens per micro-batch."""

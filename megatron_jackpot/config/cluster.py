@@ -15,21 +15,21 @@ class Cluster(Section):
     layout: Literal["colocated", "disaggregated"] = "colocated"
     """colocated: ranks on all nodes, servers beside them; disaggregated: the last server_nodes hold only
     servers."""
-    nodes: int = Field(1, ge=1)
+    nodes: int = Field(default=1, ge=1)
     """Nodes of the job, those of the servers included."""
-    server_nodes: int | None = Field(None, ge=1)
+    server_nodes: int | None = Field(default=None, ge=1)
     """Nodes with servers.num servers each; null is every node when colocated, one when disaggregated."""
-    gpus_per_node: int = Field(8, ge=0)
+    gpus_per_node: int = Field(default=8, ge=0)
     """GPUs of a node; servers take theirs from the end. 0 is a cluster of CPUs."""
-    trainer_procs: int | None = Field(None, ge=1)
+    trainer_procs: int | None = Field(default=None, ge=1)
     """Training processes on each of their nodes; null is one for every GPU that no server takes."""
-    gpu_memory_gib: float = Field(80, gt=0)
+    gpu_memory_gib: float = Field(default=80, gt=0)
     """Memory of one GPU, against which a job is refused before it is submitted."""
-    minutes: int = Field(240, ge=1)
+    minutes: int = Field(default=240, ge=1)
     """Time limit of the job; the run goes on in the requeued job."""
-    signal_s: int = Field(300, ge=1, le=65535)
+    signal_s: int = Field(default=300, ge=1, le=65535)
     """Seconds before the limit at which the job is told to save and requeue itself."""
-    max_requeues: int = Field(100, ge=0)
+    max_requeues: int = Field(default=100, ge=0)
     """How often a job may requeue itself."""
     seeds: tuple[int, ...] = ()
     """An array job with one run for each seed, in run.folder/seed-N; empty is one run with run.seed."""
@@ -44,7 +44,7 @@ class Cluster(Section):
     route."""
     runtime: Literal["bare", "pyxis", "apptainer"] = "bare"
     """What every step runs in: this environment, enroot through pyxis, or apptainer."""
-    image: str | None = Field(None, pattern=r"^[^\s'\"]+$")
+    image: str | None = Field(default=None, pattern=r"^[^\s'\"]+$")
     """Container image of the steps, as the runtime spells it."""
     mounts: tuple[str, ...] = ()
     """host:container folders that a container sees; the run's and the models' folders must be among them."""

@@ -13,7 +13,7 @@ class Data(Section):
     """Where prompts come from."""
     tasks: dict[str, dict[str, Any]] = {}
     """reasoning_gym: task name -> its options; mixed in equal shares."""
-    size: int = Field(10_000, ge=1)
+    size: int = Field(default=10_000, ge=1)
     """reasoning_gym: number of training problems."""
     seed: int = 0
     """reasoning_gym: seed of the problem generator; the order of prompts follows run.seed."""
@@ -23,26 +23,28 @@ class Data(Section):
     """jsonl: held-out problems for evaluation."""
     template: str | None = None
     """Text around a problem, with {question}; null uses the tokenizer's chat template."""
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts are dropped and counted."""
     reward: str = "exact"
     """exact, reasoning_gym, math_verify, or a dotted path to a function (response_text, label) -> float."""
-    reward_workers: int = Field(2, ge=1)
+    reward_workers: int = Field(default=2, ge=1)
     """Worker processes of the reward pool."""
-    reward_memory_gb: float = Field(4.0, gt=0)
+    reward_memory_gb: float = Field(default=4.0, gt=0)
     """Memory one reward worker may take; beyond it the reward is 0 and the event is counted."""
     reward_network: bool = False
     """Leave the reward workers their network, for a reward that asks a service."""
-    reward_timeout_s: float = Field(10.0, gt=0)
+    reward_timeout_s: float = Field(default=10.0, gt=0)
     """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
+    max_failed_rewards: float = Field(0.05, ge=0, le=1)
+    """Share of a step's rewards that may time out or crash; above it, and at 20 or more, the run stops."""
 
 
 class Evaluation(Section):
-    every: int = Field(10, ge=1)
+    every: int = Field(default=10, ge=1)
     """Steps between evaluations; the first step and the last are always evaluated."""
-    size: int = Field(128, ge=0)
+    size: int = Field(default=128, ge=0)
     """Held-out problems; 0 turns evaluation off."""
     seed: int = 1_000_003
     """reasoning_gym: seed of the held-out problems; any that also occur in training are removed."""
-    max_new_tokens: int = Field(16, ge=1)
+    max_new_tokens: int = Field(default=16, ge=1)
     """Longest greedy answer of the policy and of the actor."""

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config.base import ConfigError, Section
 from megatron_jackpot.config.schema import Config
-from megatron_jackpot.config.yaml_tree import apply_override, read_tree
+from megatron_jackpot.config.yaml_tree import Tree, apply_override, read_tree
 
 RENAMED = {"cluster.time": "cluster.minutes"}
 """Key that was once read -> the one that says it now."""
@@ -27,7 +27,7 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
     return parse_config(tree)
 
 
-def parse_config(tree: dict[str, Any]) -> Config:
+def parse_config(tree: Tree) -> Config:
     """Check a nested mapping. Raises ConfigError with one line per mistake."""
     try:
         return Config.model_validate(tree)

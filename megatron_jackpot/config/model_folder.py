@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+HFConfig = Mapping[str, Any]
+"""A config.json as it was read."""
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
 """Endings of files that hold weights or say where they are, in HF's formats and in Megatron's."""
 NOT_COPIED = {INDEX, "metadata.json", "model.safetensors", "conversion.json"}
 
 
-def read_hf_config(folder: Path) -> dict[str, Any]:
+def read_hf_config(folder: Path) -> HFConfig:
     """config.json of a folder in HF's or Megatron's format.
 
     Raises ValueError naming the folder when it is missing or malformed.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any, Literal, Self
 
-from megatron_jackpot.config.model_folder import read_hf_config
+from megatron_jackpot.config.model_folder import HFConfig, read_hf_config
 from megatron_jackpot.config.models import Parallel
 from megatron_jackpot.config.schema import Config
 
@@ -28,7 +28,7 @@ class Architecture:
     """RMSNorm on queries and keys."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections."""
-    required: Mapping[str, Any] = field(default_factory=dict)
+    required: Mapping[str, object] = field(default_factory=dict)
     """config.json field -> the only supported value, which a missing field counts as."""
 
 
@@ -57,8 +57,7 @@ class Rope:
 class ModelShape:
     """The sizes of one dense decoder: RMSNorm, grouped queries, rotary positions, SwiGLU."""
 
-    hf_config: Mapping[str, Any]
-    """config.json as it was read."""
+    hf_config: HFConfig
     num_layers: int
     hidden_size: int
     ffn_size: int
@@ -77,7 +76,7 @@ class ModelShape:
     rope: Rope
 
     @classmethod
-    def of(cls, hf_config: Mapping[str, Any]) -> Self:
+    def of(cls, hf_config: HFConfig) -> Self:
         """Of a parsed config.json.
 
         Raises ValueError for an unknown architecture, a mixture of experts, a size that is missing, and a
@@ -160,7 +159,7 @@ def padded_vocab_size(vocab_sizes: Sequence[int], tp: int) -> int:
     return math.ceil(max(vocab_sizes) / multiple) * multiple
 
 
-def architecture_of(hf_config: Mapping[str, Any]) -> str:
+def architecture_of(hf_config: HFConfig) -> str:
     """The key in ARCHITECTURES, by `architectures`, else by `model_type`.
 
     Raises ValueError naming the architectures that are known, and for two keys that contradict each other.
@@ -184,7 +183,7 @@ def architecture_of(hf_config: Mapping[str, Any]) -> str:
     return name
 
 
-def check_supported(hf_config: Mapping[str, Any], architecture: str) -> None:
+def check_supported(hf_config: HFConfig, architecture: str) -> None:
     """Raises ValueError for a field that changes the mathematics and is not supported."""
     wanted = {"hidden_act": "silu", "quantization_config": None, **ARCHITECTURES[architecture].required}
     for name, value in wanted.items():
@@ -205,7 +204,7 @@ def check_supported(hf_config: Mapping[str, Any], architecture: str) -> None:
         )
 
 
-def rope_of(hf_config: Mapping[str, Any]) -> Rope:
+def rope_of(hf_config: HFConfig) -> Rope:
     """From the form of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters).
 
     Raises ValueError for forms that contradict each other and for scaling other than 'linear' and Llama 3's.
@@ -234,14 +233,14 @@ def rope_of(hf_config: Mapping[str, Any]) -> Rope:
     return Rope(theta)
 
 
-def _size(hf_config: Mapping[str, Any], key: str) -> int:
+def _size(hf_config: HFConfig, key: str) -> int:
     value = _given(hf_config, key)
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"config.json: {key} = {value!r} must be a positive integer.")
     return value
 
 
-def _given(hf_config: Mapping[str, Any], key: str) -> Any:
+def _given(hf_config: HFConfig, key: str) -> Any:
     if key not in hf_config:
         raise ValueError(f"config.json: {key} is missing.")
     return hf_config[key]

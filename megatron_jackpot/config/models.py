@@ -9,23 +9,23 @@ from megatron_jackpot.config.base import Method, Section
 
 
 class Optimizer(Section):
-    lr: float = Field(1e-6, ge=0)
+    lr: float = Field(default=1e-6, ge=0)
     """Peak learning rate of AdamW."""
-    min_lr: float = Field(0.0, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the decay."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the schedule after the warm-up."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW beta1."""
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
     """AdamW beta2."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """AdamW epsilon."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    clip_grad: float = Field(1.0, gt=0)
+    clip_grad: float = Field(default=1.0, gt=0)
     """Global gradient-norm limit."""
 
 
@@ -40,28 +40,28 @@ class Actor(Section):
     hf: Path
     """Folder of the actor, of either format, with the policy's tokenizer."""
     optimizer: Optimizer = Optimizer()
-    tis_cap: float = Field(2.0, ge=1)
+    tis_cap: float = Field(default=2.0, ge=1)
     """Cap of the truncated importance weight p_actor_old/q on the actor's own PPO loss (Eq. 6)."""
-    rl_weight: float = Field(1.0, ge=0)
+    rl_weight: float = Field(default=1.0, ge=0)
     """Weight of the actor's PPO loss; 0 trains the actor by distillation alone."""
     objective: Method = Method(name="ppo")
     """Per-token surrogate of the actor's own loss: a method of algorithm.objective."""
     distill: Method = Method(name="k3_sample")
     """Distillation towards the policy: k3_sample, forward_topk, forward_full or reverse_full."""
-    distill_weight: float = Field(1.0, ge=0)
+    distill_weight: float = Field(default=1.0, ge=0)
     """lambda_distill, the weight of the distillation loss."""
-    distill_target_kl: float | None = Field(None, gt=0)
+    distill_target_kl: float | None = Field(default=None, gt=0)
     """Set-point of KL(policy || server) that steers lambda_distill from distill_weight on; null keeps it."""
 
 
 class Parallel(Section):
-    tp: int = Field(1, ge=1)
+    tp: int = Field(default=1, ge=1)
     """Tensor-parallel size."""
-    pp: int = Field(1, ge=1)
+    pp: int = Field(default=1, ge=1)
     """Pipeline-parallel size."""
-    vpp: int | None = Field(None, ge=2)
+    vpp: int | None = Field(default=None, ge=2)
     """Virtual pipeline chunks per rank (interleaved 1F1B); null runs plain 1F1B."""
-    cp: int = Field(1, ge=1)
+    cp: int = Field(default=1, ge=1)
     """Context-parallel size; only 1 is supported."""
     sequence_parallel: bool = False
     """Split activations outside attention and MLP over the tensor-parallel ranks."""
@@ -77,7 +77,7 @@ class Parallel(Section):
     offload_optimizer: bool = False
     """Keep optimizer state in host memory and no gradient buffers from a push to the next update, for servers
     on the trainer's GPUs."""
-    timeout_s: float = Field(600, gt=0)
+    timeout_s: float = Field(default=600, gt=0)
     """Time limit of every collective."""
 
 
@@ -97,5 +97,5 @@ class Precision(Section):
     backward."""
     deterministic: bool = False
     """The trainer computes the same bits from the same rollouts on one layout, at the price of speed."""
-    max_trained_gap: float = Field(0.1, gt=0)
+    max_trained_gap: float = Field(default=0.1, gt=0)
     """Largest mean |trained logp - scored logp| in a step's first mini-batch; above it the run stops."""

@@ -11,23 +11,23 @@ from megatron_jackpot.config.base import Section
 class Servers(Section):
     urls: tuple[str, ...] = ()
     """Running servers to use, http://host:port; empty lets `launch` start its own."""
-    num: int = Field(1, ge=1)
+    num: int = Field(default=1, ge=1)
     """Servers that `launch` starts on this machine."""
-    tp: int = Field(1, ge=1)
+    tp: int = Field(default=1, ge=1)
     """Tensor-parallel size of each server."""
     host: str = "127.0.0.1"
     """Address the servers bind to."""
-    port: int = Field(0, ge=0, le=65535)
+    port: int = Field(default=0, ge=0, le=65535)
     """Port of the first server; 0 takes a free one."""
     python: Path | None = None
     """Interpreter of the environment that has SGLang; null uses the trainer's."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """dtype of the server's weights; null follows precision.dtype."""
-    start_timeout_s: float = Field(300, gt=0)
+    start_timeout_s: float = Field(default=300, gt=0)
     """Time limit for a server to answer /health."""
-    max_restarts: int = Field(5, ge=0)
+    max_restarts: int = Field(default=5, ge=0)
     """How often `launch` starts one server again after it ended or stopped answering."""
-    hang_s: float = Field(120, gt=0)
+    hang_s: float = Field(default=120, gt=0)
     """Seconds without an answer to /health_generate after which `launch` starts a server again; /health where
     it lends its memory."""
     quantization: Literal["fp8"] | None = None
@@ -36,32 +36,32 @@ class Servers(Section):
     release_memory: bool = False
     """Servers on the trainer's GPUs give back weights and KV cache while it learns: docs/gpu.md for those of
     `urls`."""
-    max_total_tokens: int | None = Field(None, ge=1)
+    max_total_tokens: int | None = Field(default=None, ge=1)
     """KV-cache size in tokens; null lets SGLang decide."""
     extra_args: tuple[str, ...] = ()
     """More sglang.launch_server arguments, passed on as they are."""
 
 
 class Rollouts(Section):
-    prompts_per_step: int = Field(64, ge=1)
+    prompts_per_step: int = Field(default=64, ge=1)
     """Prompts per step over all data-parallel ranks."""
-    samples_per_prompt: int = Field(8, ge=1)
+    samples_per_prompt: int = Field(default=8, ge=1)
     """Completions per prompt: the group behind the advantage."""
-    max_new_tokens: int = Field(8192, ge=1)
+    max_new_tokens: int = Field(default=8192, ge=1)
     """Longest response."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; trainer logits are divided by the same number."""
-    top_k_logp: int = Field(20, ge=1)
+    top_k_logp: int = Field(default=20, ge=1)
     """k: how many of the server's and of the policy's most probable ids become candidates."""
-    concurrency: int = Field(256, ge=1)
+    concurrency: int = Field(default=256, ge=1)
     """Requests in flight per data-parallel leader."""
-    request_timeout_s: float = Field(1800, gt=0)
+    request_timeout_s: float = Field(default=1800, gt=0)
     """Time limit of one request."""
-    retries: int = Field(3, ge=0)
+    retries: int = Field(default=3, ge=0)
     """How often a failed request is tried again, on another server where there is one."""
-    max_staleness: int = Field(1, ge=0)
+    max_staleness: int = Field(default=1, ge=0)
     """Oldest acceptable weight version, in steps behind the current one; older tokens are an error."""
-    max_failed_groups: float = Field(0.1, ge=0, le=1)
+    max_failed_groups: float = Field(default=0.1, ge=0, le=1)
     """Share of a step's groups that may be lost to failed requests before the run stops."""
 
 
@@ -71,17 +71,17 @@ class Sync(Section):
     node, CUDA IPC."""
     backend: Literal["nccl", "gloo"] | None = None
     """Backend of the broadcast group; null is nccl with CUDA and gloo without."""
-    bucket_bytes: int = Field(512 * 2**20, ge=1)
+    bucket_bytes: int = Field(default=512 * 2**20, ge=1)
     """Weights are sent in buckets of about this size."""
-    timeout_s: float = Field(120, gt=0)
+    timeout_s: float = Field(default=120, gt=0)
     """Time limit of one update."""
-    probe_every: int = Field(50, ge=1)
+    probe_every: int = Field(default=50, ge=1)
     """Steps between comparisons of server and trainer log-probs."""
-    probe_prompts: int = Field(4, ge=1)
+    probe_prompts: int = Field(default=4, ge=1)
     """Completions compared by one probe."""
-    max_logp_gap: float = Field(1e-3, gt=0)
+    max_logp_gap: float = Field(default=1e-3, gt=0)
     """float32: largest allowed |server logp - trainer logp|."""
-    mean_logp_gap: float = Field(0.05, gt=0)
+    mean_logp_gap: float = Field(default=0.05, gt=0)
     """bfloat16: largest allowed mean of |server logp - trainer logp|."""
-    quantile_logp_gap: float = Field(0.2, gt=0)
+    quantile_logp_gap: float = Field(default=0.2, gt=0)
     """bfloat16: largest allowed 99% quantile of |server logp - trainer logp|."""

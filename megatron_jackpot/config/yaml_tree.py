@@ -7,8 +7,11 @@ import yaml
 
 from megatron_jackpot.config.base import ConfigError
 
+Tree = dict[str, Any]
+"""Sections, keys and values as YAML gives them."""
 
-def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+
+def read_tree(path: Path, above: tuple[Path, ...] = ()) -> Tree:
     """The mapping in a YAML file, over that of its `base`. Raises ConfigError for what is not one, or a
     circle."""
     if path.resolve() in above:
@@ -25,16 +28,18 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merge(read_tree(path.parent / str(base), (*above, path.resolve())), tree)
 
 
-def _merge(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Tree, tree: Tree) -> Tree:
     merged = dict(base)
     for key, value in tree.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict) and "name" not in value
-        merged[key] = _merge(below, value) if both else value
+        if isinstance(below, dict) and isinstance(value, dict) and "name" not in value:
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
     return merged
 
 
-def apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: Tree, override: str) -> None:
     """Set `a.b=value` in place, the value in YAML. Raises ConfigError for another form."""
     key, equals, value = override.partition("=")
     if not equals or not key:

@@ -1,7 +1,6 @@
 """Problems before tokenization, from reasoning-gym or a jsonl file."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +91,8 @@ def jsonl_problems(path: Path) -> list[Problem]:
 
 def _problem(index: int, line: bytes) -> Problem:
     try:
-        row = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
+        row = json.loads(text, object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error}") from error
     except json.JSONDecodeError as error:
@@ -103,7 +103,20 @@ def _problem(index: int, line: bytes) -> Problem:
         raise ValueError(f"a row needs either 'prompt' or 'messages', got the keys {sorted(row)}.")
     question = _prompt(row["prompt"]) if "prompt" in row else _messages(row["messages"])
     extra = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
-    return Problem(index, question, {**extra, "answer": _answer(row)})
+    answer = row.get("answer")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        # As it is written: the float of 0.00001 prints as 1e-05, and that of 18.0000000000000001 as 18.0.
+        answer = json.loads(text, parse_int=str, parse_float=str, parse_constant=lambda name: None)["answer"]
+    return Problem(index, question, {**extra, "answer": _answer(answer)})
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object: which is meant?")
+    return row
 
 
 def _prompt(prompt: Any) -> str:
@@ -122,9 +135,10 @@ def _messages(messages: Any) -> list[dict[str, str]]:
     return messages
 
 
-def _answer(row: dict[str, Any]) -> str:
-    answer = row.get("answer")
-    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
-    if is_number or (isinstance(answer, str) and answer.strip()):
-        return str(answer)
-    raise ValueError(f"'answer' must be a number or a text that is not empty, got {answer!r}.")
+def _answer(answer: Any) -> str:
+    """The reference as text. Raises ValueError for anything but a number or a text that can be written."""
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"'answer' must be a number or a text that is not empty, got {answer!r}.")
+    if any("\ud800" <= character <= "\udfff" for character in answer):
+        raise ValueError(f"'answer' holds half of a surrogate pair, which no response can: {answer!r}.")
+    return answer

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     except Exception as error:
         # The tokenizers library raises bare Exception for a file that it cannot read.
         raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+    """A response as its reward reads it: without special tokens."""
+    text = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    assert isinstance(text, str), "one sequence has one text"
+    return text
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -83,7 +83,8 @@ class Streamed:
         self.log = log
         if sys.stdout.isatty():
             read_fd, write_fd = pty.openpty()
-            termios.tcsetwinsize(write_fd, tuple(reversed(shutil.get_terminal_size())))
+            size = shutil.get_terminal_size()
+            termios.tcsetwinsize(write_fd, (size.lines, size.columns))
         else:
             read_fd, write_fd = os.pipe()
         try:

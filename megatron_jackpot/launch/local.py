@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
+
 from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.config.model_shape import model_shapes
 from megatron_jackpot.launch import children
@@ -342,7 +344,7 @@ class _Job:
         if self.trainer:
             self.trainer.drain(limit_s=5)
 
-    def _below_trainer(self) -> list[Any]:
+    def _below_trainer(self) -> list[psutil.Process]:
         servers = [server.process.pid for server in self.servers if server.process is not None]
         kept = [p for pid in servers for p in children.tree(pid)]
         return children.descendants([*self._spare, *kept])

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import secrets
 from collections.abc import Mapping
@@ -12,12 +13,17 @@ from typing import Any
 
 from megatron_jackpot.run import formats
 
+log = logging.getLogger(__name__)
+
 METRICS = {
     "reward/mean": "mean reward of the rollouts",
     "reward/correct": "share of correct rollouts",
+    "reward/timed_out": "share of rewards that are 0 because they ran out of time",
+    "reward/crashed": "share of rewards that are 0 because their worker ended or ran out of memory",
     "rollout/response_tokens": "mean length of a response",
     "rollout/truncated": "share of responses cut at rollout.max_new_tokens",
-    "rollout/invalid_tokens": "share of tokens masked because the server's log-prob was not finite",
+    "rollout/invalid_tokens": "share of tokens masked: log-prob not finite, or unknown",
+    "rollout/unknown_tokens": "share of tokens masked from the first id on that one model has no row for",
     "rollout/failed_groups": "share of groups lost to failed requests",
     "rollout/equal_rewards": "share of groups whose rewards are all equal, so that they teach nothing",
     "rollout/tokens_per_s": "response tokens per second of rollout",
@@ -48,6 +54,7 @@ METRICS = {
     "lr/actor": "learning rate of the actor",
     "eval/policy_accuracy": "share of held-out problems that the policy solves, greedily",
     "eval/actor_accuracy": "share of held-out problems that the actor solves, greedily",
+    "eval/failed_rewards": "share of an evaluation's rewards that timed out or crashed",
     "probe/max": "largest |server logp - trainer logp| of the actor in a probe",
     "sync/version": "weight version the trainer sent",
     "sync/server_version": "weight version the servers report",
@@ -138,7 +145,9 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.num_nonfinite += len(values) - len(finite)
+        if lost := sorted(values.keys() - finite.keys()):
+            self.num_nonfinite += len(lost)
+            log.warning(f"step {step}: not finite, {self.num_nonfinite} so far: {', '.join(lost)}")
         self._rows.write({"step": step, **{name: finite.get(name) for name in values}})
         if self._tensorboard is not None:
             for name, value in finite.items():

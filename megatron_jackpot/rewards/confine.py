@@ -1,4 +1,8 @@
-"""Limits of a reward worker: memory, CPU time of an item, and no network. Standard library only; Linux."""
+"""Limits of a reward worker: memory, CPU time of an item, and no network. Standard library only; Linux.
+
+Only soft limits are set, at most at the hard ones: a login node, PBS or Slurm's PropagateResourceLimits sets
+those, and an ordinary user may not raise them.
+"""
 
 import ctypes
 import os
@@ -15,8 +19,7 @@ def confine(memory_bytes: int, network: bool) -> str | None:
     """
     if not sys.platform.startswith("linux"):
         return "only Linux can take a process's network away"
-    used = _address_space()
-    resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, resource.RLIM_INFINITY))
+    _limit(resource.RLIMIT_AS, _address_space() + memory_bytes)
     if network:
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -29,9 +32,23 @@ def confine(memory_bytes: int, network: bool) -> str | None:
 def limit_cpu(seconds: float) -> None:
     """The kernel ends this process when it has used `seconds` more of CPU time, on all its threads
     together."""
+    _limit(resource.RLIMIT_CPU, int(_cpu_seconds() + seconds) + 1)
+
+
+def cpu_left() -> float:
+    """Seconds of CPU time until the hard limit, which ends this process whatever it does."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    return float("inf") if hard == resource.RLIM_INFINITY else hard - _cpu_seconds()
+
+
+def _limit(what: int, soft: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    limit = int(used.ru_utime + used.ru_stime + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+    return used.ru_utime + used.ru_stime
 
 
 def _address_space() -> int:

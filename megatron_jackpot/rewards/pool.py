@@ -16,24 +16,30 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_jackpot.rewards.failures import Failures
+from megatron_jackpot.rewards.label_cache import CheckedLabels
 from megatron_jackpot.rewards.worker import frame
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from megatron_jackpot.records import Prompt
 
 START_TIMEOUT_S = 120.0
 MAX_REPORTED = 5
+CHUNK = 32
+"""Labels of one request."""
 
 
 class RewardPool:
     """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
 
-    An item beyond `timeout_s`, beyond its memory, or one that ends its worker, gets reward 0 and is counted
-    in `counters`; the worker is replaced. An exception in the reward, or a result other than a finite float,
-    raises ValueError.
+    An item beyond `timeout_s` or a TimeoutError in the reward, an item beyond its memory or one that ends its
+    worker, gets reward 0 and is counted in `failures`. Too many of them raise RewardsFailing. Another error
+    in the reward, or a result other than a finite float, raises ValueError.
     """
 
     def __init__(
@@ -45,14 +51,16 @@ class RewardPool:
         start_timeout_s: float = START_TIMEOUT_S,
         memory_bytes: int = 4 * 2**30,
         network: bool = False,
+        max_failed: float = 1.0,
     ):
         """Blocks until every worker has imported the reward. Raises ValueError when it cannot be imported.
 
         An item may take `memory_bytes` of memory and, over all threads, four times `timeout_s` of CPU time.
+        `max_failed` is the share of rewards since the last `failures.begin()` that may fail.
         """
         self.limits = {"memory_bytes": memory_bytes, "cpu_s": 4 * timeout_s, "network": network}
         self.reward, self.timeout_s, self.start_timeout_s = reward, timeout_s, start_timeout_s
-        self.counters = {"scored": 0, "timed_out": 0, "crashed": 0}
+        self.failures = Failures(reward, timeout_s, max_failed)
         self._closed = False
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []
@@ -71,27 +79,48 @@ class RewardPool:
 
     async def __call__(self, response_text: str, label: Any) -> tuple[float, bool]:
         reply = await self._ask("score", response_text, label)
-        if reply is None:
-            return 0.0, False
-        if "exhausted" in reply:
-            self.counters["crashed"] += 1
+        if "failed" in reply:
+            self.failures.add(reply["failed"], reply["why"], response_text, label)
             return 0.0, False
         if "error" in reply:
             raise ValueError(f"data.reward = '{self.reward}' {reply['error']}")
-        self.counters["scored"] += 1
+        self.failures.counters["scored"] += 1
         return reply["reward"], reply["reward"] == 1.0
 
-    async def check_labels(self, prompts: "Iterable[Prompt]") -> None:
-        """Raises ValueError naming the prompts whose label the reward could never find correct."""
+    @property
+    def counters(self) -> dict[str, int]:
+        """Rewards since the start: scored, timed_out, crashed."""
+        return self.failures.counters
+
+    async def check_labels(self, prompts: "Iterable[Prompt]", path: "Path | None" = None) -> None:
+        """Raises ValueError naming the prompts (file and line of `path`) whose label no answer could match.
+
+        Labels that an earlier call found right, under the same versions, are not checked again.
+        """
         prompts = list(prompts)
-        replies = await asyncio.gather(*(self._ask("check", "", prompt.label) for prompt in prompts))
-        lost = {"error": f"the check of the label ended its worker or took longer than {self.timeout_s} s."}
-        answers = zip(prompts, (lost if reply is None else reply for reply in replies), strict=True)
-        bad = [f"prompt {prompt.id}: {reply['error']}" for prompt, reply in answers if "error" in reply]
+        known = CheckedLabels(self.reward)
+        unchecked = [prompt for prompt in prompts if prompt.label not in known]
+        chunks = [unchecked[i : i + CHUNK] for i in range(0, len(unchecked), CHUNK)]
+        faults = [fault for found in await asyncio.gather(*map(self._faults, chunks)) for fault in found]
+        known.add(prompt.label for prompt, fault in zip(unchecked, faults, strict=True) if fault is None)
+        bad = [
+            f"prompt {prompt.id}: {fault}" if path is None else f"{path}, line {prompt.id + 1}: {fault}"
+            for prompt, fault in zip(unchecked, faults, strict=True)
+            if fault is not None
+        ]
         if bad:
             more = [f"... and {len(bad) - MAX_REPORTED} more."] if len(bad) > MAX_REPORTED else []
             head = f"data.reward = '{self.reward}': {len(bad)} of {len(prompts)} labels cannot be scored."
             raise ValueError("\n".join([head, *bad[:MAX_REPORTED], *more]))
+
+    async def _faults(self, prompts: "Sequence[Prompt]") -> list[str | None]:
+        """What is wrong with each label. A chunk that takes too long is asked again one by one."""
+        reply = await self._ask("check", "", [prompt.label for prompt in prompts])
+        if "failed" not in reply:
+            return reply["faults"]
+        if len(prompts) == 1:
+            return [f"its check failed: {reply['why']}"]
+        return [fault for prompt in prompts for fault in await self._faults([prompt])]
 
     def close(self) -> None:
         """End this pool's own workers and what they started; calls in flight raise RuntimeError."""
@@ -109,23 +138,26 @@ class RewardPool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    async def _ask(self, kind: str, response_text: str, label: Any) -> dict[str, Any] | None:
-        """The worker's reply; None when the time limit passed or the worker died (counted)."""
+    async def _ask(self, kind: str, response_text: str, label: Any) -> dict[str, Any]:
+        """The worker's reply; {"failed": kind, "why": text} also when the time limit passed or the worker
+        died."""
         request = frame(pickle.dumps((kind, response_text, label)))
         worker = await self._acquire()
-        reply = None
+        reply: dict[str, Any] | None = None
+        whole = False
         try:
             await worker.ready(self.start_timeout_s)
             reply = await worker.ask(request, self.timeout_s)
+            whole = not reply.get("last")
         except TimeoutError:
-            self.counters["timed_out"] += 1
+            reply = {"failed": "timed_out", "why": f"no reply within {self.timeout_s:g} s"}
         except ConnectionError as error:
             if self._closed:
                 raise RuntimeError("The reward pool was closed during a call.") from error
-            self.counters["crashed"] += 1
+            reply = {"failed": "crashed", "why": f"its worker ended ({worker.ending()})"}
         finally:
             # Also on cancellation: a worker that still owes a reply would give it to the next item.
-            self._release(worker if reply is not None else self._replace(worker))
+            self._release(worker if whole else self._replace(worker))
         return reply
 
     async def _acquire(self) -> "_Worker":
@@ -226,6 +258,14 @@ class _Worker:
             if reply is None:
                 raise
         return reply
+
+    def ending(self) -> str:
+        """How a process that closed its connection ended."""
+        try:
+            code = self.process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "connection closed"
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def end(self) -> None:
         """Kill the process and what it started, and reap it. One reaped before no longer owns its id."""

@@ -4,7 +4,7 @@ LIMITS`.
 LIMITS is a JSON object of memory_bytes, cpu_s (of one item) and network.
 
 It answers one request at a time in its main thread. Messages are a 4-byte length and a body: requests are
-pickled (kind, response_text, label) with kind "score" or "check", replies are JSON.
+pickled (kind, response_text, label) with kind "score", or "check" and a list of labels; replies are JSON.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
-from megatron_jackpot.rewards.confine import confine, limit_cpu
+from megatron_jackpot.rewards.confine import confine, cpu_left, limit_cpu
 
 REWARDS = {name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify")}
 
@@ -34,6 +34,8 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     """(score, check) of a built-in reward or a dotted path to a function. Raises ValueError for neither."""
     if name in REWARDS:
         module = importlib.import_module(REWARDS[name])
+        if hasattr(module, "warm_up"):
+            module.warm_up()
         return module.score, module.check
     module_name, _, function_name = name.rpartition(".")
     if not module_name:
@@ -51,24 +53,34 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
 
 
 def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> dict[str, Any]:
-    """{"reward": float}, {"error": text}, or {"exhausted": text} where the item met a limit of memory or
-    depth."""
+    """{"reward": float}, {"faults": text or None of each label} or {"error": text}; {"failed": "timed_out" or
+    "crashed", "why": text} where the item met a limit."""
     kind, response_text, label = request
     try:
         if kind == "check":
-            if check is not None:
-                check(label)
-            return {"reward": 0.0}
+            return {"faults": [check and _fault(check, one) for one in label]}
         reward = score(response_text, label)
     except (MemoryError, RecursionError) as error:
-        return {"exhausted": type(error).__name__}
-    except Exception as error:
-        if kind == "check" and isinstance(error, ValueError):
-            return {"error": str(error)}
+        return {"failed": "crashed", "why": f"{type(error).__name__} {error}".strip()}
+    except TimeoutError as error:
+        return {"failed": "timed_out", "why": str(error) or "TimeoutError"}
+    except Exception:
         return {"error": "raised an exception:\n" + traceback.format_exc()[-4000:]}
     if not isinstance(reward, Real) or not math.isfinite(reward):
         return {"error": f"returned {repr(reward)[:200]} for label {repr(label)[:200]}, not a finite float."}
     return {"reward": float(reward)}
+
+
+def _fault(check: Check, label: Any) -> str | None:
+    try:
+        check(label)
+    except ValueError as error:
+        return str(error)
+    except (MemoryError, RecursionError, TimeoutError):
+        raise
+    except Exception:
+        return "its check raised an exception:\n" + traceback.format_exc()[-4000:]
+    return None
 
 
 def frame(body: bytes) -> bytes:
@@ -91,7 +103,11 @@ def main(name: str, fd: int, parent: int, limits: dict[str, Any]) -> None:
     while "ready" in ready and (header := stream.read(4)):
         request = pickle.loads(stream.read(int.from_bytes(header, "big")))
         limit_cpu(limits["cpu_s"])
-        connection.sendall(frame(json.dumps(answer(score, check, request)).encode()))
+        reply = answer(score, check, request)
+        if cpu_left() <= limits["cpu_s"] + 1:
+            # The user's own limit is near: the next item gets a new process rather than an early end.
+            reply["last"] = True
+        connection.sendall(frame(json.dumps(reply).encode()))
 
 
 def _end_with(parent: int) -> None:

@@ -27,7 +27,7 @@ def save_groups(path: Path, groups: Groups) -> None:
     arrays["prompt_id"] = np.array([r.prompt.id for r in rollouts])
     arrays["length"] = np.array([len(r.tokens) for r in rollouts])
     with path.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)
 
 
 def load_groups(path: Path, prompts: Mapping[int, Prompt]) -> Groups:

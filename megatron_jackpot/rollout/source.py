@@ -4,11 +4,14 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.pool import RewardPool
-from megatron_jackpot.rollout.collect import GroupSampler, Sums
+from megatron_jackpot.rollout.collect import GroupSampler, Sums, Unfinished
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Sampling
 
@@ -25,6 +28,7 @@ class ServerSource:
         *,
         sampling: Sampling,
         samples_per_prompt: int,
+        num_ids: int,
         max_failed_groups: float,
         decode: Callable[[Sequence[int]], str],
     ) -> None:
@@ -37,6 +41,7 @@ class ServerSource:
             sampling=sampling,
             samples_per_prompt=samples_per_prompt,
             reward=self.reward,
+            num_ids=num_ids,
             max_failed_groups=max_failed_groups,
         )
         self.loop = asyncio.new_event_loop()
@@ -50,17 +55,25 @@ class ServerSource:
         samples: int | None = None,
         stop: Callable[[], str | None] = lambda: None,
     ) -> tuple[list[list[Rollout]], Sums]:
-        """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the requests'
-        metrics; `samples` of each in place of the usual number.
+        """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the metrics
+        of requests and rewards; `samples` of each in place of the usual number.
 
-        Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early.
+        Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early,
+        and RewardsFailing.
         """
         sampler = self.sampler if samples is None else replace(self.sampler, samples_per_prompt=samples)
-        return self._run(sampler.collect(epoch, prompts, stop))
+        failures = self.pool.failures
+        before = failures.begin()
+        try:
+            groups, sums = self._run(sampler.collect(epoch, prompts, stop))
+        except Unfinished as unfinished:
+            unfinished.metrics.update(failures.sums(before))
+            raise
+        return groups, sums | failures.sums(before)
 
-    def check_labels(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError naming prompts whose label no response could match."""
-        self._run(self.pool.check_labels(prompts))
+    def check_labels(self, prompts: Sequence[Prompt], path: Path) -> None:
+        """Raises ValueError naming the lines of `path` whose label no response could match."""
+        self._run(self.pool.check_labels(prompts, path))
 
     def require_version(self, oldest: int) -> None:
         """Responses with tokens of an older weight version are an error from now on."""
@@ -69,25 +82,29 @@ class ServerSource:
     async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
         return await self.pool(self.decode(tokens), prompt.label)
 
-    def accuracy(self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> tuple[float, float]:
-        """(number correct, number of prompts) of given answers."""
+    def accuracy(
+        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
+    ) -> tuple[float, float, float]:
+        """Numbers of correct answers, of prompts, and of rewards that failed. Raises RewardsFailing."""
+        before = self.pool.failures.begin()
 
         async def score() -> list[tuple[float, bool]]:
             return await asyncio.gather(*(self.reward(a, p) for a, p in zip(answers, prompts, strict=True)))
 
         verdicts = self._run(score())
-        return float(sum(correct for _, correct in verdicts)), float(len(prompts))
+        failed = sum(total for total, _ in self.pool.failures.sums(before).values())
+        return float(sum(correct for _, correct in verdicts)), float(len(prompts)), failed
 
     def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         """Greedy answers of the servers' model."""
 
-        async def ask() -> list[list[int]]:
+        async def ask() -> list[np.ndarray]:
             stop = self.sampling.stop_token_ids
             return await asyncio.gather(
                 *(self.client.greedy(p.tokens, max_new_tokens, stop) for p in prompts)
             )
 
-        return [list(answer) for answer in self._run(ask())]
+        return [answer.tolist() for answer in self._run(ask())]
 
     def close(self) -> None:
         self._run(self.client.__aexit__(None, None, None))

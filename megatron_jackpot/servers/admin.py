@@ -7,12 +7,12 @@ the methods may run on any event loop (`asyncio.run(admin.pause())` in synchrono
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import aiohttp
 
 from megatron_jackpot.servers import api_key
-from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.servers.protocol import JsonObject, ServerError
 from megatron_jackpot.servers.reply import parse_version
 
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -34,7 +34,7 @@ class ServerAdmin:
         """They sample a token; a second at least, and no answer while they are paused or have lent memory."""
         await self._all("GET", "/health_generate", timeout_s=timeout_s)
 
-    async def model_info(self) -> list[dict[str, Any]]:
+    async def model_info(self) -> list[JsonObject]:
         return await self._all("GET", "/model_info")
 
     async def versions(self) -> list[int]:
@@ -67,7 +67,7 @@ class ServerAdmin:
 
     async def update_from_disk(self, path: str, version: int | None = None, *, flush: bool = True) -> None:
         # Named, because a server may have been started with weights of the format "dummy".
-        body: dict[str, Any] = {"model_path": path, "load_format": "auto", "flush_cache": flush}
+        body: JsonObject = {"model_path": path, "load_format": "auto", "flush_cache": flush}
         if version is not None:
             body["weight_version"] = str(version)
         await self._all("POST", "/update_weights_from_disk", body)
@@ -107,7 +107,7 @@ class ServerAdmin:
         flush: bool = False,
     ) -> None:
         """Receive one broadcast; the reply comes after it, so send and ask side by side."""
-        body: dict[str, Any] = {
+        body: JsonObject = {
             "names": list(names),
             "dtypes": list(dtypes),
             "shapes": [list(shape) for shape in shapes],
@@ -147,10 +147,10 @@ class ServerAdmin:
         self,
         method: str,
         path: str,
-        body: dict[str, Any] | list[dict[str, Any]] | None = None,
+        body: JsonObject | list[JsonObject] | None = None,
         *,
         timeout_s: float | None = None,
-    ) -> list[Any]:
+    ) -> list[JsonObject]:
         """One body for all servers, or a list of one each. The first failure ends the call."""
         bodies = body if isinstance(body, list) else [body] * len(self.urls)
         limit = self.timeout_s if timeout_s is None else timeout_s
@@ -173,9 +173,10 @@ async def _call(
     method: str,
     url: str,
     path: str,
-    body: dict[str, Any] | None,
+    body: JsonObject | None,
     limit: float,
-) -> Any:
+) -> JsonObject:
+    """The answer; one that is no JSON object, as of /health, counts as an empty one."""
     try:
         async with session.request(method, url + path, json=body) as answer:
             status, text = answer.status, await answer.text()
@@ -189,9 +190,9 @@ async def _call(
         content = text
     if status != 200 or (isinstance(content, dict) and content.get("success") is False):
         raise ServerError(f"{url}: {method} {path} was refused with HTTP {status}: {text[:500]}")
-    return content
+    return content if isinstance(content, dict) else {}
 
 
-def _rank_name(rank: dict[str, Any]) -> str:
+def _rank_name(rank: JsonObject) -> str:
     place = rank["parallelism_info"][0]  # One entry per model of the rank, the served one first.
     return f"tp{place['tp_rank']} pp{place['pp_rank']}"

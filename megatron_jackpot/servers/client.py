@@ -10,14 +10,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import aiohttp
 import numpy as np
 
 from megatron_jackpot.servers import api_key, reply
 from megatron_jackpot.servers.admin import ServerAdmin
-from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
+from megatron_jackpot.servers.protocol import Completion, JsonObject, Sampling, ServerError, StaleWeights
 
 T = TypeVar("T")
 
@@ -162,7 +162,7 @@ class SGLangClient:
                 "rollout.max_new_tokens."
             )
 
-    async def _ask(self, body: dict[str, Any], weight: int, parse: Callable[[bytes], T]) -> T:
+    async def _ask(self, body: JsonObject, weight: int, parse: Callable[[bytes], T]) -> T:
         tried: set[str] = set()
         failure: ServerError | StaleWeights | None = None
         async with self._slots:
@@ -204,7 +204,7 @@ class SGLangClient:
         now = time.monotonic()
         return min(self.servers, key=lambda s: (s.url in tried, s.rests_until > now, s.in_flight))
 
-    async def _post(self, url: str, body: dict[str, Any], parse: Callable[[bytes], T]) -> T:
+    async def _post(self, url: str, body: JsonObject, parse: Callable[[bytes], T]) -> T:
         assert self._session is not None, "use the client inside `async with`"
         rid = uuid.uuid4().hex
         try:

@@ -132,7 +132,7 @@ class ServerProcess:
 
     def terminate(self) -> None:
         """Ask it to end; `stop` makes sure of it."""
-        if self.running:
+        if self.process is not None and self.running:
             # The leader alone: it ends its children in order, and takes one that others end for a crash.
             self.process.terminate()
         else:

@@ -5,9 +5,12 @@ Shapes: R response tokens of one completion, K top-k entries per token.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+JsonObject = dict[str, Any]
+"""As a server sends it: what is in it is checked where it is read."""
 
 
 class ServerError(RuntimeError):
@@ -49,7 +52,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One response of a server, checked. Fields are those of batch.Rollout."""
+    """One response of a server, checked. Fields are those of records.Rollout."""
 
     tokens: np.ndarray
     """[R] int32, including the stop token when one was hit."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_jackpot.servers.protocol import BadReply, Completion, Sampling
+from megatron_jackpot.servers.protocol import BadReply, Completion, JsonObject, Sampling
 
 LARGEST_LOGP = 1e-3
 """Rounding may lift a log-prob of certainty above 0; more than this is no log-prob."""
@@ -20,7 +20,7 @@ def parse_group(body: bytes, n: int, sampling: Sampling, *, vocab_size: int) -> 
     return [parse_completion(sample, sampling, vocab_size=vocab_size) for sample in parse_samples(body, n)]
 
 
-def parse_samples(body: bytes, n: int) -> list[dict[str, Any]]:
+def parse_samples(body: bytes, n: int) -> list[JsonObject]:
     """JSON body -> n sample objects."""
     try:
         reply = json.loads(body)
@@ -37,7 +37,7 @@ def parse_samples(body: bytes, n: int) -> list[dict[str, Any]]:
     return samples
 
 
-def parse_completion(sample: dict[str, Any], sampling: Sampling, *, vocab_size: int) -> Completion:
+def parse_completion(sample: JsonObject, sampling: Sampling, *, vocab_size: int) -> Completion:
     meta = sample["meta_info"]
     finish = parse_finish(meta)
     tokens = parse_tokens(sample, finish, sampling.max_new_tokens, vocab_size=vocab_size)
@@ -57,7 +57,7 @@ def parse_completion(sample: dict[str, Any], sampling: Sampling, *, vocab_size: 
     )
 
 
-def parse_finish(meta: dict[str, Any]) -> str:
+def parse_finish(meta: JsonObject) -> str:
     reason = meta.get("finish_reason")
     finish = reason.get("type") if isinstance(reason, dict) else None
     if finish not in ("stop", "length", "abort"):
@@ -65,7 +65,7 @@ def parse_finish(meta: dict[str, Any]) -> str:
     return finish
 
 
-def parse_tokens(sample: dict[str, Any], finish: str, max_new_tokens: int, *, vocab_size: int) -> np.ndarray:
+def parse_tokens(sample: JsonObject, finish: str, max_new_tokens: int, *, vocab_size: int) -> np.ndarray:
     """Checked output_ids [R] int32; only an aborted completion may be empty."""
     tokens = _integers(sample.get("output_ids"), "output_ids")
     if len(tokens) > max_new_tokens or (len(tokens) == 0 and finish != "abort"):
@@ -79,19 +79,20 @@ def parse_tokens(sample: dict[str, Any], finish: str, max_new_tokens: int, *, vo
     return tokens
 
 
-def parse_version(version: Any) -> int:
+def parse_version(version: object) -> int:
     """Weight version string -> int. A server that was never updated says "default", which is version 0."""
     if version == "default":
         return 0
     try:
-        if not 0 <= (number := int(version)) < 2**31:
-            raise ValueError
-        return number
-    except (TypeError, ValueError, OverflowError):
-        raise BadReply(f"weight_version = {version!r}: expected an int32 from 0 on, or 'default'") from None
+        number = int(version) if isinstance(version, str | int) else -1
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**31:
+        raise BadReply(f"weight_version = {version!r}: expected an int32 from 0 on, or 'default'")
+    return number
 
 
-def _integers(values: Any, field: str) -> np.ndarray:
+def _integers(values: object, field: str) -> np.ndarray:
     try:
         array = np.array(values)
         if array.ndim != 1 or (array.size and array.dtype.kind != "i"):
@@ -114,7 +115,7 @@ def _check_logp(logp: np.ndarray, field: str) -> None:
         raise BadReply(f"{field} holds {float(logp.max())}: a log-prob is not positive")
 
 
-def _sampled_logp(meta: dict[str, Any], tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sampled_logp(meta: JsonObject, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(logp [R] with 0 where not finite, valid [R]). SGLang writes NaN as null."""
     field = "meta_info.output_token_logprobs"
     entries = meta.get("output_token_logprobs")
@@ -134,9 +135,7 @@ def _sampled_logp(meta: dict[str, Any], tokens: np.ndarray) -> tuple[np.ndarray,
     return np.where(valid, logp, np.float32(0)), valid
 
 
-def parse_topk(
-    meta: dict[str, Any], rows: int, k: int, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray, int]:
+def parse_topk(meta: JsonObject, rows: int, k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
     """(ids [R, K], logp [R, K], number of NaN entries turned into padding)."""
     if "output_top_logprobs_val_flat_b64" in meta:
         ids, logp = _flat_topk(meta, rows, k)
@@ -151,7 +150,7 @@ def parse_topk(
     return np.where(padding, np.int32(-1), ids), np.where(padding, np.float32(-np.inf), logp), num_dropped
 
 
-def _flat_topk(meta: dict[str, Any], rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _flat_topk(meta: JsonObject, rows: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     shape, prefix = meta.get("output_top_logprobs_shape"), meta.get("output_top_logprobs_null_prefix")
     if shape != [rows, k] or prefix != 0:
         raise BadReply(
@@ -162,7 +161,7 @@ def _flat_topk(meta: dict[str, Any], rows: int, k: int) -> tuple[np.ndarray, np.
     return ids, _decode(meta, "val", "float32", rows * k).reshape(rows, k)
 
 
-def _decode(meta: dict[str, Any], kind: str, dtype: str, size: int) -> np.ndarray:
+def _decode(meta: JsonObject, kind: str, dtype: str, size: int) -> np.ndarray:
     field = f"output_top_logprobs_{kind}_flat_b64"
     if meta.get(f"{field}_dtype") != dtype:
         raise BadReply(f"meta_info.{field}_dtype = {meta.get(f'{field}_dtype')!r}, expected {dtype!r}")
@@ -187,7 +186,7 @@ def _nested_topk(entries: list[Any], rows: int, k: int) -> tuple[np.ndarray, np.
     return ids, logp
 
 
-def _weight_versions(meta: dict[str, Any], rows: int) -> np.ndarray:
+def _weight_versions(meta: JsonObject, rows: int) -> np.ndarray:
     """[R] int32 from the spans of the reply, or its one version where a server sends no spans."""
     spans = meta.get("weight_versions")
     if spans is None:

@@ -164,7 +164,7 @@ def check_names(
 
 def hf_shapes(folder: Path) -> dict[str, list[int]]:
     """Tensor name -> shape of the model in a folder's config.json, scales of fp8 included."""
-    config = read_hf_config(folder)
+    config = dict(read_hf_config(folder))
     quantised = config.pop("quantization_config", None) is not None
     shapes = {name: list(shape) for name, shape in family_of(config).hf_shapes().items()}
     return quantised_shapes(shapes) if quantised else shapes

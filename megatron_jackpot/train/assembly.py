@@ -3,16 +3,18 @@
 Everything that can be wrong with the input is refused here, before the first step.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypedDict
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.config.model_shape import padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
-from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer
+from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer, text_of
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of
 from megatron_jackpot.parallel.context import Mesh
@@ -61,12 +63,16 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     stop_ids = stop_token_ids(tokenizer.eos_token_id, families["actor"])
     source = None
     if mesh.is_leader:
-        decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-        source = make_source(config, families["actor"], stop_ids, decode)
+        source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever
             # match.
-            source.check_labels([*training.prompts, *heldout.prompts][mesh.dp_rank :: mesh.dp])
+            for path, prompts in (
+                (config.data.path, training.prompts),
+                (config.data.heldout_path, heldout.prompts),
+            ):
+                if path is not None:
+                    source.check_labels(prompts[mesh.dp_rank :: mesh.dp], path)
     per_step, seed = config.rollout.prompts_per_step, config.run.seed
     state = TrainState(
         mesh=mesh,
@@ -108,10 +114,11 @@ def load_model(name: str, config: Config, mesh: Mesh, families: dict[str, Family
     return model
 
 
-def stop_token_ids(eos: int | None, family: Family) -> tuple[int, ...]:
+def stop_token_ids(eos: object, family: Family) -> tuple[int, ...]:
     """The tokenizer's end-of-text id and those of config.json. Raises ValueError when there is none."""
     listed = family.hf_config.get("eos_token_id")
-    ids = {eos, *(listed if isinstance(listed, list) else [listed])} - {None}
+    named = (eos, *(listed if isinstance(listed, list) else [listed]))
+    ids = {token for token in named if isinstance(token, int)}
     if not ids:
         raise ValueError(
             "Neither the tokenizer nor config.json names an eos token: responses would never end."
@@ -120,10 +127,13 @@ def stop_token_ids(eos: int | None, family: Family) -> tuple[int, ...]:
 
 
 def make_source(
-    config: Config, actor: Family, stop_ids: tuple[int, ...], decode: Callable[[Sequence[int]], str]
+    config: Config,
+    families: dict[str, Family],
+    stop_ids: tuple[int, ...],
+    decode: Callable[[Sequence[int]], str],
 ) -> ServerSource:
     """Client, reward pool and sampling of one DP leader."""
-    rollout = config.rollout
+    rollout, actor = config.rollout, families["actor"]
     client = SGLangClient(
         config.servers.urls,
         vocab_size=actor.vocab_size,
@@ -147,18 +157,31 @@ def make_source(
             config.data.reward_timeout_s,
             memory_bytes=int(config.data.reward_memory_gb * 2**30),
             network=config.data.reward_network,
+            max_failed=config.data.max_failed_rewards,
         ),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
+        num_ids=min(family.vocab_size for family in families.values()),
         max_failed_groups=rollout.max_failed_groups,
         decode=decode,
     )
 
 
+class SyncSettings(TypedDict):
+    """What every way takes."""
+
+    hf_folder: Path
+    bucket_bytes: int
+    timeout_s: float
+    patience_s: float
+    release_memory: bool
+    stop: Callable[[], str | None]
+
+
 def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> DiskSync | BroadcastSync:
     """The way of the actor's weights to the servers."""
     sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
-    shared = dict(
+    shared = SyncSettings(
         hf_folder=served_folder(config),
         bucket_bytes=sync.bucket_bytes,
         timeout_s=sync.timeout_s,

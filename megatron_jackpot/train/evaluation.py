@@ -21,7 +21,7 @@ class Judge(Protocol):
 
     def accuracy(
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
-    ) -> tuple[float, float]: ...
+    ) -> tuple[float, float, float]: ...
 
 
 class Evaluator:
@@ -41,8 +41,8 @@ class Evaluator:
         self.stop_ids, self.packing_tokens = stop_ids, packing_tokens
 
     def __call__(self) -> dict[str, float]:
-        """eval/policy_accuracy and eval/actor_accuracy on the main rank, {} elsewhere. Every rank must call
-        it."""
+        """eval/policy_accuracy, eval/actor_accuracy and eval/failed_rewards on the main rank, {} elsewhere.
+        Every rank must call it."""
         mesh, policy = self.state.mesh, self.state.policy
         limit = self.config.evaluation.max_new_tokens
         mine = self.prompts[mesh.dp_rank :: mesh.dp]
@@ -55,10 +55,13 @@ class Evaluator:
             packing_tokens=self.packing_tokens,
         )
         pairs = {}
+        failed = judged = 0.0
         if self.judge is not None:
             for name, texts in (("policy", answers), ("actor", self.judge.greedy(mine, limit))):
-                correct, count = self.judge.accuracy(texts, mine)
+                correct, count, lost = self.judge.accuracy(texts, mine)
+                failed, judged = failed + lost, judged + count
                 pairs[f"eval/{name}_accuracy"] = (torch.tensor(correct), torch.tensor(count))
+            pairs["eval/failed_rewards"] = (torch.tensor(failed), torch.tensor(judged))
         mesh.wait_for_leaders(f"eval-{self.state.num_steps}", self.config.rollout.request_timeout_s * 2)
         metrics = reduce_metrics(pairs, mesh.dp_group) if mesh.is_leader else {}
         return metrics if mesh.is_main else {}

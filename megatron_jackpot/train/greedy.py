@@ -12,9 +12,12 @@ from torch import Tensor
 
 from megatron_jackpot.data.packing import fill_bins, make_batch, pack_row, stack_rows
 from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.records import Batch, Prompt, Rollout
 
-NOTHING = dict(
+Argmax = Callable[[Logits], Tensor]
+
+NOTHING: dict[str, np.ndarray] = dict(
     tokens=np.empty(0, np.int32),
     server_logp=np.empty(0, np.float32),
     topk_ids=np.empty((0, 0), np.int32),
@@ -27,7 +30,7 @@ NOTHING = dict(
 def greedy(
     model: MegatronModel,
     prompts: Sequence[Sequence[int]],
-    argmax: Callable[[Tensor], Tensor],
+    argmax: Argmax,
     *,
     max_new_tokens: int,
     stop_ids: Sequence[int],
@@ -49,9 +52,7 @@ def greedy(
     return answers
 
 
-def _next_tokens(
-    model: MegatronModel, sequences: list[list[int]], argmax: Callable[[Tensor], Tensor], tokens: int
-) -> list[int]:
+def _next_tokens(model: MegatronModel, sequences: list[list[int]], argmax: Argmax, tokens: int) -> list[int]:
     bins = fill_bins([len(s) for s in sequences], tokens)
     multiple = model.mesh.pp if len(model.chunks) > 1 else 1
     bins += [[]] * (math.ceil(len(bins) / multiple) * multiple - len(bins))
@@ -76,7 +77,16 @@ def _pack(sequences: list[list[int]], bins: list[list[int]], tokens: int, device
     rows = []
     for content in bins:
         bare = [
-            Rollout(prompt=Prompt(i, tuple(sequences[i]), None), epoch=0, sample=0, finish="stop", **NOTHING)
+            Rollout(
+                prompt=Prompt(i, tuple(sequences[i]), None),
+                epoch=0,
+                sample=0,
+                finish="stop",
+                reward=0.0,
+                correct=False,
+                advantage=0.0,
+                **NOTHING,
+            )
             for i in content
         ]
         rows.append(pack_row(bare, tokens, 0, first_segment=0))

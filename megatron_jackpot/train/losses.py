@@ -8,7 +8,7 @@ from megatron_jackpot.algorithm.objectives_base import Objective, objective_inpu
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.head import FrozenHead
-from megatron_jackpot.parallel.divergence import vocab_parallel_kl
+from megatron_jackpot.parallel.divergence import Direction, vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
@@ -34,11 +34,12 @@ def policy_loss(
         inputs = objective_inputs(logp_T, old_MT[m], batch, m)
         weighted_T = correction.weight_MT[m] * objective.surrogate(inputs)
         value = -torch.where(correction.keep_MT[m], weighted_T, 0.0).sum() / denominator
-        mask_T = batch.mask_MT[m]
-        gap_T = torch.where(mask_T, (logp_T.detach() - old_MT[m]).abs(), 0.0)
+        # Both -inf is no gap; one of them alone is an infinite one.
+        known_T = batch.mask_MT[m] & (logp_T.detach() != old_MT[m])
+        gap_T = torch.where(known_T, (logp_T.detach() - old_MT[m]).abs(), 0.0)
         return value, {
             "policy": value.detach(),
-            TRAINED_GAP: torch.stack([gap_T.sum(), mask_T.sum()]),
+            TRAINED_GAP: torch.stack([gap_T.sum(), batch.mask_MT[m].sum()]),
             **{f"objective/{name}": torch.stack(pair) for name, pair in objective.metrics(inputs).items()},
         }
 
@@ -74,7 +75,7 @@ def actor_loss(
         surrogate_T = methods.actor_objective.surrogate(objective_inputs(logp_T, old_MT[m], batch, m))
         rl = -torch.where(mask_T, weight_MT[m] * surrogate_T, 0.0).sum() / denominator
 
-        def full_kl(direction: str) -> Tensor:
+        def full_kl(direction: Direction) -> Tensor:
             assert teacher is not None, "the scorer keeps the policy's head where distillation needs logits"
             both = (logits_TV, teacher.logits(m))
             return vocab_parallel_kl(*both, teacher.common(vocab), direction=direction)

@@ -12,6 +12,7 @@ from megatron_jackpot.monitor.console import print_report
 from megatron_jackpot.monitor.outputs import Outputs
 from megatron_jackpot.monitor.profile import profiled
 from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.rewards.failures import RewardsFailing
 from megatron_jackpot.rollout.collector import StopRun
 from megatron_jackpot.run.interrupt import StopRequest
 from megatron_jackpot.run.provenance import checkpoints
@@ -53,6 +54,9 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
             resumed = True
     except ConfigError:
         raise
+    except RewardsFailing as error:
+        # Starting again would not help: the limits, or the machine, are not made for these rewards.
+        raise ConfigError(*error.args) from error
     except Exception as error:
         watchdog.dump(f"{type(error).__name__}: {error}")
         raise

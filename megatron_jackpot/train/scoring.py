@@ -56,7 +56,7 @@ class Scorer:
         with record_head(self.policy) if keep else nullcontext() as head:
             policy = self.policy.score(batch, partial(self._read_policy, batch))
         ids_MTC = None if policy is None else union_of_candidates(batch.topk_ids_MTK, policy["topk_ids"])
-        exact = None if exact_lam is None else (head, exact_lam)
+        exact = None if head is None or exact_lam is None else (head, exact_lam)
         actor = self.actor.score(batch, partial(self._read_actor, batch, ids_MTC, exact))
         self.head = head if self.keep_head else None
         if policy is None or actor is None or ids_MTC is None:
@@ -106,7 +106,7 @@ class Scorer:
         """logp [T] of the labels and, from the same read, a name's log-probs at its ids [T, K]."""
         ((name, at_TK),) = ids_TK.items()
         read = vocab_parallel_scores(logits_TV, labels_T, self.vocab(model), ids_TK=at_TK)
-        return {"logp": read.logp_T, name: read.at_ids_TK}
+        return {"logp": read.logp_T, name: _asked(read.at_ids_TK)}
 
     def vocab(self, model: MegatronModel) -> VocabSpec:
         """A model's vocabulary at the temperature of the rollouts."""
@@ -119,9 +119,9 @@ class Scorer:
         )
         return dict(
             logp=read.logp_T,
-            server_ids_logp=read.at_ids_TK,
-            topk_logp=read.topk_logp_TK,
-            topk_ids=read.topk_ids_TK,
+            server_ids_logp=_asked(read.at_ids_TK),
+            topk_logp=_asked(read.topk_logp_TK),
+            topk_ids=_asked(read.topk_ids_TK),
         )
 
     def _read_actor(
@@ -156,6 +156,11 @@ class Scorer:
         known_MT1 = (batch.weight_version_MT == actor_version)[..., None]
         policy_only = torch.minimum(actor_logp_MTK, kth_MT1).masked_fill(~known_MT1, MINUS_INFINITY)
         return torch.cat([batch.topk_logp_MTK, policy_only], dim=-1)
+
+
+def _asked(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "a read yields what it was asked for"
+    return tensor
 
 
 def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tensor:

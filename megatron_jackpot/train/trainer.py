@@ -271,11 +271,10 @@ class Trainer:
         """Refuse numerics in which training sees other log-probs than scoring did, of the same weights.
 
         Under delayed fp8 scaling the scales move between the two passes. Raises RuntimeError above
-        precision.max_trained_gap.
+        precision.max_trained_gap, and for NaN.
         """
         mean, largest = float(gap[0] / gap[1].clamp(min=1)), self.config.precision.max_trained_gap
-        # NaN is for the guard.
-        if mean > largest:
+        if not mean <= largest:
             raise RuntimeError(
                 f"step {self.state.num_steps}: {TRAINED_GAP} = {mean:.4g} in the first mini-batch, above "
                 f"precision.max_trained_gap = {largest}. Use another precision.fp8_recipe ('tensorwise', "

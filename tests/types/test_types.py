@@ -20,14 +20,14 @@ PACKAGE = Path(__file__).parents[2] / "megatron_jackpot"
 PROJECT = Path(__file__).parent / "pyrightconfig.json"
 LIMIT_S = 900
 
-ERRORS = {"config": 15, "data": 2, "launch": 1, "models": 55, "parallel": 47, "plan": 3, "sync": 11}
+ERRORS = {"data": 2, "models": 55, "parallel": 47, "sync": 11}
 """Folder or module -> errors that it may have; none where it is absent. A number may fall, never rise."""
 ANY = {
     "algorithm": 10,
     "cli.py": 1,
-    "config": 10,
+    "config": 7,
     "data": 13,
-    "launch": 6,
+    "launch": 5,
     "models": 57,
     "monitor": 3,
     "parallel": 6,
@@ -35,7 +35,7 @@ ANY = {
     "rewards": 23,
     "rollout": 4,
     "run": 1,
-    "servers": 28,
+    "servers": 2,
     "sync": 15,
     "train": 27,
 }
@@ -68,8 +68,9 @@ def test_the_checker_finds_nothing_in_a_typed_package_and_no_more_than_before_el
     assert not risen, "\n".join([f"more than {ERRORS}:", *(text for part, text in errors if part in risen)])
 
 
-def test_the_packages_that_train_have_no_errors_to_spare() -> None:
-    assert not {"algorithm", "train", "rollout", "servers", "monitor", "rewards", "run"} & {*ERRORS}
+def test_the_packages_that_train_and_start_a_run_have_no_errors_to_spare() -> None:
+    trains = {"algorithm", "train", "rollout", "servers", "monitor", "rewards", "run"}
+    assert not (trains | {"config", "launch", "plan", "cli.py"}) & {*ERRORS}
 
 
 def sources() -> list[tuple[str, str]]:

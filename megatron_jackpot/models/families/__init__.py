@@ -1,8 +1,6 @@
 """HF architectures as Megatron fields, and one map of tensor names used in both directions."""
 
-from collections.abc import Mapping
-from typing import Any
-
+from megatron_jackpot.config.model_folder import HFConfig
 from megatron_jackpot.config.model_shape import architecture_of
 from megatron_jackpot.models.families.base import Family, Kind
 from megatron_jackpot.models.families.decoder import Decoder
@@ -17,6 +15,6 @@ FAMILIES: dict[str, type[Family]] = {
 __all__ = ["FAMILIES", "Family", "Kind", "family_of"]
 
 
-def family_of(hf_config: Mapping[str, Any]) -> Family:
+def family_of(hf_config: HFConfig) -> Family:
     """The family of a parsed config.json. Raises ValueError for a model that is not supported."""
     return FAMILIES[architecture_of(hf_config)].of(hf_config)

@@ -7,24 +7,22 @@ because its folder is on the server's PYTHONPATH.
 
 import importlib.abc
 import sys
-from typing import Any
 
 
 class TorchvisionOperators(importlib.abc.MetaPathFinder):
     """Declares the missing operators when torchvision is about to look for them; finds no module itself."""
 
-    library: Any = None
+    library: object = None
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         if fullname == "torchvision._meta_registrations" and self.library is None:
             import torch
 
             if not hasattr(torch.ops.torchvision, "nms"):
-                self.library = torch.library.Library("torchvision", "DEF")
+                library = torch.library.Library("torchvision", "DEF")
                 for operator in ("nms", "qnms"):
-                    self.library.define(
-                        f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                    )
+                    library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                self.library = library  # its operators go with it
 
 
 sys.meta_path.insert(0, TorchvisionOperators())
