@@ -5,6 +5,7 @@ then the servers.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from megatron_jackpot.launch import children
 from megatron_jackpot.launch.lock import LOCK_FILE, only_launch
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
+    ONE_REQUEST_S,
     SIGNALS,
     STARTED_VARIABLE,
     STOP_FILE,
@@ -240,6 +242,7 @@ class _Job:
         self._signals = 0
         self._ending = False
         self._asked: int | None = None
+        self._asked_at = -math.inf
         self._stop = StopRequest(config.run, started=time.monotonic())
         self._handlers: dict[int, Any] = {}
 
@@ -350,9 +353,11 @@ class _Job:
         return self._signals > 1
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if signum in SIGNALS and time.monotonic() - self._asked_at < ONE_REQUEST_S:
+            return
         self._signals += 1
         if signum in SIGNALS and self._asked is None and not self._ending:
-            self._asked = signum
+            self._asked, self._asked_at = signum, time.monotonic()
             return
         if not self._ending:
             self._ending = True
