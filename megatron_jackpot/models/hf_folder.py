@@ -182,8 +182,7 @@ def _name_dtype(config: Path, dtype: str) -> None:
     tree = json.loads(config.read_text(encoding="utf-8"))
     named = {key: dtype for key in ("torch_dtype", "dtype") if key in tree} or {"dtype": dtype}
     if tree | named != tree:
-        config.write_text(json.dumps(tree | named, indent=2) + "
-", encoding="utf-8")
+        config.write_text(json.dumps(tree | named, indent=2) + "\n", encoding="utf-8")
 
 
 def buckets(
