@@ -1,10 +1,12 @@
 """The command megatron-jackpot. Thin: parse, build, run."""
 
 import argparse
+import os
 import shutil
 import signal
 import sys
 import textwrap
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config, ConfigError, describe, load_config
 
+EXIT_FAILED = 1
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "launch": {
         "--nproc": dict(type=int, help="training processes; default tp * pp * cp"),
@@ -39,6 +42,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a mistake in the config or the command line."""
+    if argv is None and sys.getfilesystemencoding() != "utf-8":
+        # The names of files, too, follow the locale; only a new interpreter changes that.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.command == "doctor":
         from megatron_jackpot.launch.doctor import doctor
@@ -144,13 +151,21 @@ def _train(config: Config) -> int:
         run(config, stop=stop)
     except ConfigError as error:
         return refuse(error)
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        # Not the interpreter's own end: with collectives of other ranks under way it aborts (134), which
+        # looks like a crash of another kind. What was open is closed by now.
+        os._exit(EXIT_FAILED)
     return 0
 
 
 def _launch(config: Config, nproc: int | None) -> int:
     from megatron_jackpot.launch.local import check, launch
+    from megatron_jackpot.launch.lock import refuse_if_held
 
     try:
+        refuse_if_held(config.run.folder)
         check(config, nproc)
     except ValueError as error:
         return refuse(error)

@@ -24,6 +24,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy as np
 
+Direction = Literal["forward", "reverse"]
+"""Of a KL between policy and actor: forward is KL(policy || actor)."""
 Pair = tuple[Tensor, Tensor]
 """(sum, count) on this rank, float64 scalars; divided once, after both were summed over all ranks."""
 Metrics = dict[str, Pair]
@@ -62,8 +64,8 @@ class Rollout:
     topk_logp: np.ndarray
     """[R, K] float32, their log-probs, -inf where the id is -1."""
     valid: np.ndarray
-    """[R] bool, False where the server's sampled log-prob was not finite: counted, masked, never trained
-    on."""
+    """[R] bool, False where the server's sampled log-prob was not finite, and from the first id on that one
+    of the models has no row for: counted, masked, never trained on."""
     weight_version: np.ndarray
     """[R] int32, version of the actor's weights that produced each token."""
     finish: str
@@ -192,8 +194,9 @@ class Correction:
 class ObjectiveInputs:
     """The live log-probs and the constants of a micro-batch: all an objective may look at.
 
-    Everything is 0 outside `valid_T` and at least fp32; rejected tokens are there, so that a response's ratio
-    is whole. A rollout never spans two micro-batches, so sums over a segment are complete.
+    Everything is 0 outside `counted_T` and at least fp32. Rejected tokens are there, so that a response's
+    ratio is whole, and so are those that nothing trains on because a model gives them probability 0. A
+    rollout never spans two micro-batches, so sums over a segment are complete.
     """
 
     logp_T: Tensor
@@ -203,9 +206,11 @@ class ObjectiveInputs:
     server_logp_T: Tensor
     """log q of the sampled token."""
     advantage_T: Tensor
-    """The rollout's advantage on each of its tokens."""
+    """The rollout's advantage on each of its tokens; 0 outside `valid_T`."""
     segment_T: Tensor
-    """int64, which rollout of this rank a token belongs to; -1 outside `valid_T`."""
+    """int64, which rollout of this rank a token belongs to; -1 outside `counted_T`."""
+    counted_T: Tensor
+    """bool, the rollouts' tokens: what looks at a whole rollout looks at these."""
     valid_T: Tensor
     """bool, tokens that can be trained on."""
 
@@ -223,9 +228,8 @@ class DistillInputs:
     """At the candidates, -inf on padding; K = 0 where the method needs none."""
     policy_logp_TK: Tensor
     """The same under the target of the mini-batch."""
-    kl: Callable[[Literal["forward", "reverse"]], Tensor]
-    """The exact divergence over the vocabulary, [T]: forward is KL(policy || actor). Only where the method
-    needs logits."""
+    kl: Callable[[Direction], Tensor]
+    """The exact divergence over the vocabulary, [T]. Only where the method needs logits."""
 
 
 def _rows(record: Batch | Scores, start: int, stop: int) -> dict[str, Any]:

@@ -64,7 +64,11 @@ class Importance(CorrectionMethod):
         )
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        """The method itself; what lies outside logp.valid is ignored."""
+        """The method itself; what it says of a token outside logp.valid is ignored.
+
+        What looks at a whole response counts all of its tokens in the mask: one to which the policy gives
+        probability 0 has the smallest log rho there is, as the limit of p -> 0 has, and does not fall out.
+        """
         raise NotImplementedError
 
 
@@ -172,15 +176,15 @@ class GeometricFilter(Importance):
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
         log_rho_MT = log_ratio(logp.policy, logp.server)
-        segment_MT = scores.batch.segment_MT
-        geometric_MT = segment_mean(log_rho_MT, logp.valid, segment_MT).exp()
+        mask_MT, segment_MT = scores.batch.mask_MT, scores.batch.segment_MT
+        geometric_MT = segment_mean(log_rho_MT, mask_MT, segment_MT).exp()
         keep_MT = (geometric_MT >= self.low) & (geometric_MT <= self.high)
-        metrics = {"is/geometric_mean": mean_over(geometric_MT, logp.valid)}
+        metrics = {"is/geometric_mean": mean_over(geometric_MT, mask_MT)}
         if self.veto is not None:
-            low_MT = (log_rho_MT < math.log(self.veto)) & logp.valid
-            vetoed_MT = segment_reduce(low_MT, logp.valid, segment_MT) > 0
+            low_MT = log_rho_MT < math.log(self.veto)
+            vetoed_MT = segment_reduce(low_MT, mask_MT, segment_MT) > 0
             keep_MT = keep_MT & ~vetoed_MT
-            metrics["is/vetoed"] = mean_over(vetoed_MT, logp.valid)
+            metrics["is/vetoed"] = mean_over(vetoed_MT, mask_MT)
         weight_MT = torch.ones_like(log_rho_MT) if self.cap is None else log_rho_MT.exp().clamp(max=self.cap)
         return weight_MT, keep_MT, metrics
 
@@ -197,7 +201,7 @@ class KFilter(Importance):
     high: float = 2.0
     """k2, k3: largest value kept. k1: largest ratio exp(-k1) kept."""
     low: float | None = None
-    """k1 only: least ratio kept; null means 1 / high."""
+    """k1 only: least ratio kept, 0 for none; null means 1 / high."""
     cap: float | None = None
     """Kept tokens weigh min(rho, cap); null weighs them 1."""
 
@@ -207,7 +211,13 @@ class KFilter(Importance):
         if self.low is not None and self.kind != "k1":
             raise ValueError(f"low = {self.low}: only kind = 'k1' has a lower bound. Leave it out.")
         if self.kind == "k1":
-            check_band(self.low or 1 / self.high, self.high)
+            check_band(self._low, self.high)
+            if self.level == "seq_max":
+                raise ValueError(
+                    "level = 'seq_max': must not be used with kind = 'k1', whose largest value is the least "
+                    "ratio of a response: no large ratio would ever be removed. Use level = 'token' or "
+                    "'seq_mean', or kind = 'k2' or 'k3'."
+                )
         if self.cap is not None:
             check_cap("cap", self.cap)
 
@@ -215,26 +225,31 @@ class KFilter(Importance):
         log_rho_MT = log_ratio(logp.policy, logp.server)
         values = {"k1": -log_rho_MT, "k2": log_rho_MT.square() / 2, "k3": k3(log_rho_MT)}
         value_MT = values[self.kind]
-        segment_MT = scores.batch.segment_MT
+        mask_MT, segment_MT = scores.batch.mask_MT, scores.batch.segment_MT
         if self.level == "seq_max":
-            value_MT = segment_reduce(value_MT, logp.valid, segment_MT, "max")
+            value_MT = segment_reduce(value_MT, mask_MT, segment_MT, "max")
         elif self.level == "seq_sum":
-            value_MT = segment_reduce(value_MT, logp.valid, segment_MT)
+            value_MT = segment_reduce(value_MT, mask_MT, segment_MT)
         elif self.level == "seq_mean":
-            value_MT = segment_mean(value_MT, logp.valid, segment_MT)
+            value_MT = segment_mean(value_MT, mask_MT, segment_MT)
         if self.kind == "k1":
-            low = math.log(self.low or 1 / self.high)
+            low = math.log(self._low) if self._low > 0 else -math.inf
             keep_MT = (-value_MT >= low) & (-value_MT <= math.log(self.high))
         else:
             keep_MT = value_MT <= self.high
         weight_MT = torch.ones_like(log_rho_MT) if self.cap is None else log_rho_MT.exp().clamp(max=self.cap)
-        return weight_MT, keep_MT, {"is/filter_value": mean_over(value_MT, logp.valid)}
+        return weight_MT, keep_MT, {"is/filter_value": mean_over(value_MT, mask_MT)}
+
+    @property
+    def _low(self) -> float:
+        """Least ratio that k1 keeps."""
+        return 1 / self.high if self.low is None else self.low
 
 
 def _sequence_ratio(logp: SampledLogp, scores: Scores) -> Tensor:
     """Product of rho over a token's response, float64 [M, T]; its logarithm is clamped to +-20."""
     log_rho_MT = log_ratio(logp.policy, logp.server)
-    total_MT = segment_reduce(log_rho_MT, logp.valid, scores.batch.segment_MT)
+    total_MT = segment_reduce(log_rho_MT, scores.batch.mask_MT, scores.batch.segment_MT)
     return total_MT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 

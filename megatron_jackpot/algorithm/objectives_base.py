@@ -18,6 +18,10 @@ from megatron_jackpot.records import Batch, Metrics, ObjectiveInputs, Scores
 
 Anchor = Literal["server", "old"]
 
+ZERO_LOGP = -1e4
+"""Stands for log 0 in what a rollout's other tokens are told: far beyond the clamp of log-ratios, and their
+product with an advantage of 0 is 0."""
+
 
 def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -> ObjectiveInputs:
     """What an objective may look at in micro-batch m: live log-probs, those at the start of the step,
@@ -25,20 +29,22 @@ def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -
 
     Raises nothing: a NaN inside the mask stays a NaN, so that a broken model shows in the loss.
     """
-    valid_T = trainable(batch.mask_MT[m], logp_T.detach(), old_logp_T)
+    counted_T = batch.mask_MT[m]
+    valid_T = trainable(counted_T, logp_T.detach(), old_logp_T)
 
     def only(value_T: Tensor) -> Tensor:
-        return torch.where(valid_T, precise(value_T), 0.0)
+        return torch.where(counted_T, precise(value_T), 0.0)
 
-    def constant(value_T: Tensor) -> Tensor:
-        return only(value_T.detach())
+    def logarithm(value_T: Tensor) -> Tensor:
+        return torch.where(value_T == -math.inf, ZERO_LOGP, only(value_T))
 
     return ObjectiveInputs(
-        logp_T=only(logp_T),
-        old_logp_T=constant(old_logp_T),
-        server_logp_T=constant(batch.server_logp_MT[m]),
-        advantage_T=constant(batch.advantage_MT[m]),
-        segment_T=torch.where(valid_T, batch.segment_MT[m], -1),
+        logp_T=torch.where(valid_T, only(logp_T), logarithm(logp_T.detach())),
+        old_logp_T=logarithm(old_logp_T.detach()),
+        server_logp_T=only(batch.server_logp_MT[m].detach()),
+        advantage_T=torch.where(valid_T, precise(batch.advantage_MT[m].detach()), 0.0),
+        segment_T=torch.where(counted_T, batch.segment_MT[m], -1),
+        counted_T=counted_T,
         valid_T=valid_T,
     )
 
@@ -101,7 +107,7 @@ def clip_removed(ratio_T: Tensor, advantage_T: Tensor, low: float, high: float, 
 
 
 def earlier_minimum(log_ratio_T: Tensor, t: ObjectiveInputs) -> Tensor:
-    """min over earlier valid tokens of the same rollout, float64; 0 where there are none.
+    """min over earlier counted tokens of the same rollout, float64; 0 where there are none.
 
     Tokens of a rollout lie in the order of their positions. One cumulative minimum serves all rollouts: after
     a stable sort each is shifted below everything that the one before it can reach.
@@ -110,23 +116,22 @@ def earlier_minimum(log_ratio_T: Tensor, t: ObjectiveInputs) -> Tensor:
     drop = 4 * LOG_RATIO_LIMIT
     sorted_T, order_T = torch.sort(t.segment_T, stable=True)
     offset_T = drop * (sorted_T + 1).double()
-    value_T = torch.where(t.valid_T, log_ratio_T.double(), none)[order_T]
+    value_T = torch.where(t.counted_T, log_ratio_T.double(), none)[order_T]
     so_far_T = torch.cummin(value_T - offset_T, 0).values + offset_T
-    first_T = torch.ones_like(t.valid_T)
+    first_T = torch.ones_like(t.counted_T)
     first_T[1:] = sorted_T[1:] != sorted_T[:-1]
     before_T = torch.where(first_T, none, so_far_T.roll(1))
     before_T = torch.where(before_T > LOG_RATIO_LIMIT + 0.5, 0.0, before_T)
     return torch.zeros_like(before_T).index_copy(0, order_T, before_T)
 
 
-def valid_log_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
-    """(log p_target - log q, bool valid tokens), [M, T] of the mini-batch.
+def masked_log_ratio(scores: Scores) -> tuple[Tensor, Tensor]:
+    """(log p_target - log q, bool mask), [M, T] of the mini-batch; p = 0 has the least that the clamp allows.
 
     Raises ValueError for a non-finite server log-prob or a NaN of a model inside the mask.
     """
     logp = sampled_logp(scores)
-    both = (torch.where(logp.valid, one, 0.0) for one in (logp.target, logp.server))
-    return log_ratio(*both), logp.valid
+    return log_ratio(logp.target, logp.server), scores.batch.mask_MT
 
 
 def unprepared(name: str) -> RuntimeError:

@@ -18,9 +18,9 @@ from megatron_jackpot.algorithm.objectives_base import (
     check_that,
     clip_removed,
     clipped,
+    masked_log_ratio,
     ratio_to,
     unprepared,
-    valid_log_ratio,
 )
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, check_cap
 from megatron_jackpot.algorithm.tokens import SumOverBatch
@@ -138,9 +138,9 @@ class BAPO(Objective):
         """The same method with its bounds. Sums over the batch once: P and N for every bound."""
         lows = _steps(self.low_start, self.low_end, self.low_step)
         highs = _steps(self.high_start, self.high_end, self.high_step)
-        log_ratio_MT, valid_MT = valid_log_ratio(scores)
+        log_ratio_MT, mask_MT = masked_log_ratio(scores)
         ratio_MT = log_ratio_MT.double().exp()
-        advantage_MT = torch.where(valid_MT, scores.batch.advantage_MT, 0.0).double()
+        advantage_MT = torch.where(mask_MT, scores.batch.advantage_MT, 0.0).double()
         gain_MT, pain_MT = advantage_MT.clamp(min=0), (-advantage_MT).clamp(min=0)
         sums = [(ratio_MT.clamp(max=high) * gain_MT).sum() for high in highs]
         sums += [(ratio_MT.clamp(min=low) * pain_MT).sum() for low in lows]
@@ -205,8 +205,8 @@ class M2PO(Objective):
     @torch.no_grad()
     def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedM2PO":
         """The same method with the largest |log r| it keeps. Sums over the batch once: a histogram."""
-        log_ratio_MT, valid_MT = valid_log_ratio(scores)
-        counted_MT = valid_MT & self.in_scope(log_ratio_MT, scores.batch.advantage_MT)
+        log_ratio_MT, mask_MT = masked_log_ratio(scores)
+        counted_MT = mask_MT & self.in_scope(log_ratio_MT, scores.batch.advantage_MT)
         distance_MT = torch.where(counted_MT, log_ratio_MT, 0.0).double().abs()
         edges = _edges(distance_MT.device)
         bin_N = torch.bucketize(distance_MT, edges).flatten()

@@ -1,6 +1,6 @@
 """Objectives whose ratio looks at more of the rollout than the token itself.
 
-Shapes: T tokens; i the rollout of token t, |i| its number of valid tokens.
+Shapes: T tokens; i the rollout of token t, |i| its number of counted tokens.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class GSPO(Objective):
 
     @torch.no_grad()
     def _ratio(self, t: ObjectiveInputs) -> Tensor:
-        return segment_mean(ratio_to(t), t.valid_T, t.segment_T).exp().to(t.logp_T.dtype)
+        return segment_mean(ratio_to(t), t.counted_T, t.segment_T).exp().to(t.logp_T.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class TOPR(Objective):
     def surrogate(self, t: ObjectiveInputs) -> Tensor:
         log_ratio_T = ratio_to(t, self.anchor).detach()
         if self.level == "sequence":
-            log_ratio_T = segment_reduce(log_ratio_T, t.valid_T, t.segment_T)
+            log_ratio_T = segment_reduce(log_ratio_T, t.counted_T, t.segment_T)
         taper_T = log_ratio_T.clamp(max=0.0).exp().to(t.logp_T.dtype)
         return torch.where(t.advantage_T < 0, taper_T, 1.0) * t.advantage_T * t.logp_T
 

@@ -1,8 +1,9 @@
 """What every section of the configuration is made of."""
 
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class ConfigError(ValueError):
@@ -15,6 +16,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @field_validator("*")
+    @classmethod
+    def _from_home(cls, value: Any) -> Any:
+        """A path's "~" is the home folder, as no shell has seen what stands in YAML or behind key=."""
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError as error:
+            raise ValueError(f"'{value}': {error} Write the path in full.") from error
 
 
 class Method(BaseModel):

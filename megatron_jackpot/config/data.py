@@ -26,7 +26,8 @@ class Data(Section):
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts are dropped and counted."""
     reward: str = "exact"
-    """exact, reasoning_gym, math_verify, or a dotted path to a function (response_text, label) -> float."""
+    """exact, reasoning_gym, math_verify, or your own package.module:name, called (response_text, label) ->
+    float."""
     reward_workers: int = Field(default=2, ge=1)
     """Worker processes of the reward pool."""
     reward_memory_gb: float = Field(default=4.0, gt=0)

@@ -30,15 +30,32 @@ class Architecture:
     """Biases on the query, key and value projections."""
     required: Mapping[str, object] = field(default_factory=dict)
     """config.json field -> the only supported value, which a missing field counts as."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """config.json field -> what transformers takes where the field is missing."""
 
 
 ARCHITECTURES = {
-    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias=True, required={"use_sliding_window": False}),
+    "Qwen2ForCausalLM": Architecture(
+        "qwen2",
+        qkv_bias=True,
+        required={"use_sliding_window": False},
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
+    ),
     "Qwen3ForCausalLM": Architecture(
-        "qwen3", qk_norm=True, required={"attention_bias": False, "use_sliding_window": False}
+        "qwen3",
+        qk_norm=True,
+        required={"attention_bias": False, "use_sliding_window": False},
+        defaults={
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+        },
     ),
     "LlamaForCausalLM": Architecture(
-        "llama", required={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+        "llama",
+        required={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
     ),
 }
 """Qwen2 and Qwen2.5; Qwen3; Llama 2 and 3 and what is shaped like them (SmolLM2). Dense models only."""
@@ -85,9 +102,10 @@ class ModelShape:
         name = architecture_of(hf_config)
         kind = ARCHITECTURES[name]
         check_supported(hf_config, name)
-        num_heads, hidden_size = _size(hf_config, "num_attention_heads"), _size(hf_config, "hidden_size")
-        # Without the key every query head has its own.
-        num_groups = hf_config.get("num_key_value_heads") or num_heads
+        given = {**kind.defaults, **hf_config}
+        num_heads, hidden_size = _size(given, "num_attention_heads"), _size(given, "hidden_size")
+        # Where it is null, every query head has its own.
+        num_groups = given.get("num_key_value_heads") or num_heads
         if num_heads % num_groups:
             raise ValueError(
                 f"config.json: num_key_value_heads = {num_groups} does not divide "
@@ -95,15 +113,15 @@ class ModelShape:
             )
         return cls(
             hf_config=hf_config,
-            num_layers=_size(hf_config, "num_hidden_layers"),
+            num_layers=_size(given, "num_hidden_layers"),
             hidden_size=hidden_size,
-            ffn_size=_size(hf_config, "intermediate_size"),
+            ffn_size=_size(given, "intermediate_size"),
             num_heads=num_heads,
             num_groups=num_groups,
-            head_dim=hf_config.get("head_dim") or hidden_size // num_heads,
-            vocab_size=_size(hf_config, "vocab_size"),
-            context_length=_size(hf_config, "max_position_embeddings"),
-            norm_eps=_given(hf_config, "rms_norm_eps"),
+            head_dim=given.get("head_dim") or hidden_size // num_heads,
+            vocab_size=_size(given, "vocab_size"),
+            context_length=_size(given, "max_position_embeddings"),
+            norm_eps=given["rms_norm_eps"],
             init_std=hf_config.get("initializer_range", 0.02),
             tied=bool(hf_config.get("tie_word_embeddings", False)),
             qk_norm=kind.qk_norm,
@@ -187,7 +205,8 @@ def check_supported(hf_config: HFConfig, architecture: str) -> None:
     """Raises ValueError for a field that changes the mathematics and is not supported."""
     wanted = {"hidden_act": "silu", "quantization_config": None, **ARCHITECTURES[architecture].required}
     for name, value in wanted.items():
-        if hf_config.get(name, value) != value:
+        same = ("silu", "swish") if name == "hidden_act" else (value,)
+        if hf_config.get(name, value) not in same:
             raise ValueError(
                 f"config.json: {name} = {hf_config[name]!r} is not supported for {architecture}, "
                 f"only {value!r}."

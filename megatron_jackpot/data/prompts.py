@@ -1,5 +1,6 @@
 """Training and held-out prompts from the configuration, and the account of what was left out."""
 
+import logging
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_jackpot.config import Data, Evaluation
 from megatron_jackpot.data.problems import Problem, jsonl_problems, reasoning_gym_problems
 from megatron_jackpot.records import Prompt
+
+log = logging.getLogger(__name__)
 
 MAX_DRAWS = 20
 """reasoning_gym: draws per held-out problem wanted before the tasks count as exhausted."""
@@ -34,6 +37,7 @@ def training_prompts(
         raise ValueError(
             f"No training prompt is left: {chosen.counts}. Check data.* and data.max_prompt_tokens."
         )
+    _tell("training", chosen)
     return chosen
 
 
@@ -53,7 +57,17 @@ def heldout_prompts(
             f"evaluation.size = {size}, but only {len(chosen.prompts)} held-out problems differ from the "
             f"training problems and fit: {chosen.counts}. Lower evaluation.size or data.size."
         )
+    _tell("held-out", chosen)
     return chosen
+
+
+def _tell(name: str, chosen: PromptSet) -> None:
+    """What came of a file, in one line: a count that nobody sees is none."""
+    counts = chosen.counts
+    log.info(
+        f"{name} prompts: {len(chosen.prompts)} of {counts['read']}; {counts['too_long']} longer than "
+        f"data.max_prompt_tokens, {counts['repeated']} repeated, {counts['excluded']} in the other set"
+    )
 
 
 def _training_problems(data: Data) -> Iterable[Problem]:

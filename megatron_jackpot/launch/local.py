@@ -5,26 +5,31 @@ then the servers.
 """
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from megatron_jackpot.config import Config
+from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.config.model_shape import model_shapes
 from megatron_jackpot.launch import children
+from megatron_jackpot.launch.lock import LOCK_FILE, only_launch
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
+    ONE_REQUEST_S,
     SIGNALS,
+    STARTED_VARIABLE,
     STOP_FILE,
     STOPPED_FILE,
+    StopRequest,
     forget_stop,
     was_stopped,
     write_stop,
@@ -37,8 +42,10 @@ from megatron_jackpot.run.provenance import (
     record,
 )
 from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.address import port_is_free
+from megatron_jackpot.servers.environment import child_environment
 from megatron_jackpot.servers.gpus import place_servers, visible_gpus
-from megatron_jackpot.servers.process import ServerProcess, port_is_free, start_servers, stop_servers
+from megatron_jackpot.servers.process import ServerProcess, start_servers, stop_servers
 from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.servers.supervisor import Supervisor
 
@@ -49,14 +56,25 @@ STRAY_GRACE_S = 5.0
 EXIT_REFUSED = 2
 """Exit code of a rank whose input cannot work: trying again cannot help."""
 TRAIN_LOG = "train.log"
-OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log", "actor-fp8")
+OWN_FILES = (
+    STOP_FILE,
+    STOPPED_FILE,
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    LOCK_FILE,
+    TRAIN_LOG,
+    "server-*.log",
+    "actor-fp8",
+    "cache",
+)
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
 
 ALONE = ("--standalone", "--local-addr", "127.0.0.1")
 """torchrun's rendezvous on one machine; --local-addr keeps it off a host name that may not resolve."""
 
-StartServers = Callable[[Config], Sequence[ServerProcess]]
+StartServers = Callable[[Config, Callable[[], bool]], Sequence[ServerProcess]]
+"""Called with what says that the run was told to stop; raises InterruptedError then."""
 TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
 
 
@@ -122,41 +140,62 @@ def launch(
 ) -> int:
     """Run the job to its end and return the exit code: 0 done, EXIT_REQUEUE if it saved and ended as asked.
 
-    SIGTERM or SIGUSR1 ask it to; after a second one, SIGINT or SIGHUP it ends at once with 128 + n. Training
-    that fails is started again from the last checkpoint, at most run.max_restarts times, then its code is
-    returned; a server that ends or hangs is started again, at most servers.max_restarts times, then 1. Must
-    run in the main thread of its process. Every process started here has ended when this returns. Of a job's
-    nodes only the `first` clears what an earlier run was asked: another may start when this one has been
-    asked already.
+    SIGTERM, SIGUSR1, RUN/stop and a time limit ask it to; after a second signal, SIGINT or SIGHUP it ends at
+    once with 128 + n. Training that fails is started again from the last checkpoint, at most run.max_restarts
+    times, then its code is returned; where it was asked to stop meanwhile, the restart is left to whoever
+    queues it again. A server that ends or hangs is started again, at most servers.max_restarts times, then 1.
+    Must run in the main thread of its process. Every process started here has ended when this returns. Of a
+    job's nodes only the `first` holds the folder and clears what an earlier run was asked: another may start
+    when this one has been asked already. EXIT_REFUSED where the folder is another launch's, or servers.host
+    not here.
     """
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_launch(folder) if first else nullcontext():
+            return _launch(config, num_processes(config, nproc), start, trainer_command, folder / log, first)
+    except ConfigError as error:
+        say(str(error))
+        return EXIT_REFUSED
+
+
+def _launch(
+    config: Config,
+    nproc: int,
+    start: StartServers | None,
+    trainer_command: TrainerCommand | None,
+    log: Path,
+    first: bool,
+) -> int:
+    folder = config.run.folder
     config_file = record(config, folder)
-    nproc = num_processes(config, nproc)
     children.become_subreaper()
     if first:
         forget_stop(folder)
-    with _Job(config, folder / log, first) as job:
+    with _Job(config, log, first) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             api_key.provide(config.servers.host)
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
             try:
-                job.look_after((start or start_actor_servers)(config))
+                job.look_after((start or start_actor_servers)(config, job.stopping))
+            except InterruptedError:
+                job.code = job.nothing_to_save()
+                return job.code
             except (RuntimeError, TimeoutError) as error:
                 say(f"the servers did not start. {error}")
                 return 1
             urls = [server.url for server in job.servers]
         say(f"servers: {', '.join(urls)}")
-        job.train((trainer_command or torchrun)(config_file, nproc, urls))
+        job.train((trainer_command or torchrun)(config_file, nproc, urls), urls)
     return job.code
 
 
-def start_actor_servers(config: Config) -> list[ServerProcess]:
-    """Servers of the actor's initial weights."""
+def start_actor_servers(config: Config, stopped: Callable[[], bool] = lambda: False) -> list[ServerProcess]:
+    """Servers of the actor's initial weights. Raises InterruptedError once `stopped()`."""
     placement = place_servers(config.servers, see_all=config.sync.method == "ipc")
     model, folder = served_folder(config), config.run.folder
-    return start_servers(config.servers, model, placement, folder, dtype=config.server_dtype)
+    return start_servers(config.servers, model, placement, folder, dtype=config.server_dtype, stopped=stopped)
 
 
 def torchrun(
@@ -174,10 +213,10 @@ def torchrun(
     return [*run, "--nproc-per-node", str(nproc), *train]
 
 
-def trainer_env() -> dict[str, str]:
+def trainer_env(folder: Path, urls: Sequence[str]) -> dict[str, str]:
     """This environment, with the package importable and, on a CPU, one thread for each rank."""
     package_root = str(Path(__file__).resolve().parents[2])
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**child_environment(os.environ, folder, urls), "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not visible_gpus():
@@ -203,6 +242,8 @@ class _Job:
         self._signals = 0
         self._ending = False
         self._asked: int | None = None
+        self._asked_at = -math.inf
+        self._stop = StopRequest(config.run, started=time.monotonic())
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Job":
@@ -227,23 +268,46 @@ class _Job:
     def look_after(self, servers: Sequence[ServerProcess]) -> None:
         self.servers, self.supervisor = servers, Supervisor(servers, self.config.servers, say)
 
-    def train(self, argv: Sequence[str]) -> None:
+    def train(self, argv: Sequence[str], urls: Sequence[str]) -> None:
         """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
         for attempt in range(self.config.run.max_restarts + 1):
+            # Another node may still see what an earlier run was asked, before the first has cleared it.
+            if (self.first or attempt) and self.stopping():
+                self.code = self._left_to_the_queue() if attempt else self.nothing_to_save()
+                return
             again = ["run.resume=auto"] if attempt else []
-            self.trainer = children.Streamed([*argv, *again], log=self.log, env=trainer_env())
+            env = trainer_env(self.folder, urls) | {STARTED_VARIABLE: str(self._stop.started)}
+            self.trainer = children.Streamed([*argv, *again], log=self.log, env=env)
             self.code = self._watch()
             saved = checkpoints(self.folder)
-            if self.code in (0, EXIT_REFUSED) or self._asked is not None or not saved:
+            if self.code in (0, EXIT_REFUSED, EXIT_REQUEUE) or not saved:
                 return
             if attempt < self.config.run.max_restarts:
+                if self.stopping():
+                    self.code = self._left_to_the_queue()
+                    return
                 say(
                     f"starting again after {saved[-1].name}: restart {attempt + 1} of "
                     f"{self.config.run.max_restarts}"
                 )
                 children.end(self._below_trainer(), grace_s=STRAY_GRACE_S, hurry=self._hurry)
-                if self.first:
-                    forget_stop(self.folder)
+
+    def stopping(self) -> bool:
+        """Whether the run was asked, in whatever way, to save and end."""
+        return self._why_stop() is not None
+
+    def nothing_to_save(self) -> int:
+        say(f"told to stop ({self._why_stop()}) before training began: {self.folder}")
+        return EXIT_REQUEUE
+
+    def _left_to_the_queue(self) -> int:
+        say(
+            f"told to stop ({self._why_stop()}): not started again; go on with run.resume=auto: {self.folder}"
+        )
+        return EXIT_REQUEUE
+
+    def _why_stop(self) -> str | None:
+        return signal.Signals(self._asked).name if self._asked is not None else self._stop.reason()
 
     def _watch(self) -> int:
         """Until training ends or a server is lost for good."""
@@ -255,15 +319,16 @@ class _Job:
                 and was_stopped(self.folder) is None
             ):
                 write_stop(self.folder, signal.Signals(self._asked).name)
-            if not self.supervisor.look():
+            # Who is to end needs no server: one that is lost now must not cost the save.
+            if not self.stopping() and not self.supervisor.look():
                 return 1
             time.sleep(0.2)
         self.trainer.drain(limit_s=1)
-        if code:
-            say(f"training ended with exit code {code}; its output is in {self.trainer.log}")
-        elif reason := was_stopped(self.folder):
+        if reason := was_stopped(self.folder):
             say(f"saved and ended ({reason}); go on with run.resume=auto: {self.folder}")
             return EXIT_REQUEUE
+        if code:
+            say(f"training ended with exit code {code}; its output is in {self.trainer.log}")
         else:
             say(f"done: {self.folder}")
         return code
@@ -288,9 +353,11 @@ class _Job:
         return self._signals > 1
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if signum in SIGNALS and time.monotonic() - self._asked_at < ONE_REQUEST_S:
+            return
         self._signals += 1
-        if signum in SIGNALS and self.trainer is not None and self._asked is None and not self._ending:
-            self._asked = signum
+        if signum in SIGNALS and self._asked is None and not self._ending:
+            self._asked, self._asked_at = signum, time.monotonic()
             return
         if not self._ending:
             self._ending = True

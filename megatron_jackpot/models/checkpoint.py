@@ -172,9 +172,13 @@ def _unshared(value: Any) -> Any:
 
 
 def load_model(model: MegatronModel, folder: Path) -> None:
-    """Continue from what a finished save wrote, on any layout; every rank calls it."""
+    """Continue from what a finished save wrote, on any layout; every rank calls it.
+
+    The optimizer keeps the settings it was made with, in place of those that the folder holds.
+    """
     model.reload()
     _give_state(model.optimizer)
+    settings = [_settings(part) for part in _parts(model.optimizer)]
     with torch.no_grad(), model.fresh_parameters():
         check_pickles(folder)
         loaded = dist_checkpointing.load(_to_load(model), str(folder))
@@ -182,7 +186,9 @@ def load_model(model: MegatronModel, folder: Path) -> None:
             chunk.module.load_state_dict(loaded[f"model{index}"])
     with torch.no_grad(), _step_among_the_tensors(model.optimizer):
         model.optimizer.load_state_dict(loaded["optimizer"])
-    for part in _parts(model.optimizer):
+    for part, own in zip(_parts(model.optimizer), settings, strict=True):
+        for group, values in zip(part.optimizer.param_groups, own, strict=True):
+            group.update(values)
         for state in part.optimizer.state.values():
             # Megatron gives all parameters one tensor, which AdamW would then advance once for each of them.
             if torch.is_tensor(state.get("step")):
@@ -197,6 +203,29 @@ def schedule_state(model: MegatronModel) -> int:
 def load_schedule(model: MegatronModel, num_steps: int) -> None:
     model.scheduler.num_steps = 0
     model.scheduler.step(num_steps)
+
+
+def changed_settings(model: MegatronModel, before: dict[str, Any]) -> list[str]:
+    """A line for each setting of the optimizer that is another one than in `before`, a checkpoint's."""
+    now, lines = model.optimizer_settings, []
+    for name in sorted(now.keys() & before.keys()):
+        if now[name] == before[name]:
+            continue
+        if name != "total_steps":
+            was = f"the checkpoint was made with {before[name]}"
+            lines.append(f"{model.name}.optimizer.{name} = {now[name]} from here on, {was}.")
+        elif now["decay"] != "constant":
+            lines.append(
+                f"run.steps x algorithm.num_minibatches = {now[name]}, and was {before[name]}: the "
+                f"{now['decay']} decay of {model.name}'s learning rate ends there now, and the rate moves."
+            )
+    return lines
+
+
+def _settings(part: Any) -> list[dict[str, Any]]:
+    """What every group of parameters was made with, without the parameters and where training stands."""
+    state = ("params", "step")
+    return [{k: v for k, v in group.items() if k not in state} for group in part.optimizer.param_groups]
 
 
 def _to_load(model: MegatronModel) -> dict[str, Any]:

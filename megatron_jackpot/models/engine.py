@@ -74,6 +74,8 @@ class MegatronModel:
         self.offloaded = False
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
+        self.optimizer_settings: dict[str, Any] = {}
+        """What the optimizer was made with: the fields of its configuration, and `total_steps`."""
 
     @classmethod
     def load(
@@ -128,6 +130,7 @@ class MegatronModel:
 
     def add_optimizer(self, knobs: Optimizer, total_steps: int) -> None:
         """AdamW with Megatron's (distributed) optimizer and its learning-rate schedule over `total_steps`."""
+        self.optimizer_settings = {**knobs.model_dump(), "total_steps": total_steps}
         bf16 = self.config.params_dtype == torch.bfloat16
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(

@@ -84,7 +84,8 @@ def scaled_rows(logits: Tensor, columns: Columns, temperature: float) -> Tensor:
 
 def _allocate_top(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (logits_TV.shape[0], k)
-    return logits_TV.new_empty(shape, dtype=torch.float32), logits_TV.new_empty(shape, dtype=torch.int32)
+    dtype = torch.float64 if logits_TV.dtype == torch.float64 else torch.float32
+    return logits_TV.new_empty(shape, dtype=dtype), logits_TV.new_empty(shape, dtype=torch.int32)
 
 
 def read_slice(

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.servers.protocol import Completion, Engine, Sampling, ServerError, StaleWeights
 
@@ -40,6 +42,8 @@ class Tally:
     aborted: int = 0
     dropped_topk: int = 0
     topk: int = 0
+    tokens: int = 0
+    unknown_tokens: int = 0
     last_error: ServerError | None = None
 
 
@@ -55,6 +59,8 @@ class GroupSampler:
     sampling: Sampling
     samples_per_prompt: int
     reward: Reward
+    num_ids: int
+    """Ids 0 .. num_ids - 1 have a row in the embedding of both models."""
     max_failed_groups: float
     """Share of a call's groups that may be lost to failed requests."""
 
@@ -85,7 +91,10 @@ class GroupSampler:
                 return
             tally.dropped_topk += sum(completion.num_dropped_topk for completion in completions)
             tally.topk += sum(completion.topk_ids.size for completion in completions)
-            tally.groups[position] = await self._rewarded(prompt, epoch, completions)
+            tally.tokens += sum(len(completion.tokens) for completion in completions)
+            known = [_known(completion, self.num_ids) for completion in completions]
+            tally.unknown_tokens += sum(int((~here).sum()) for here in known)
+            tally.groups[position] = await self._rewarded(prompt, epoch, completions, known)
 
         def so_far() -> tuple[list[list[Rollout]], Sums]:
             retries = getattr(self.client, "num_retries", 0) - retries_before
@@ -99,7 +108,9 @@ class GroupSampler:
             raise Interrupted(reason, *so_far())
         return so_far()
 
-    async def _rewarded(self, prompt: Prompt, epoch: int, completions: list[Completion]) -> list[Rollout]:
+    async def _rewarded(
+        self, prompt: Prompt, epoch: int, completions: list[Completion], known: list[np.ndarray]
+    ) -> list[Rollout]:
         judged = (self.reward(completion.tokens.tolist(), prompt) for completion in completions)
         verdicts = await asyncio.gather(*judged)
         return [
@@ -111,7 +122,7 @@ class GroupSampler:
                 server_logp=completion.server_logp,
                 topk_ids=completion.topk_ids,
                 topk_logp=completion.topk_logp,
-                valid=completion.valid,
+                valid=completion.valid & known[sample],
                 weight_version=completion.weight_version,
                 finish=completion.finish,
                 reward=float(verdict[0]),
@@ -119,6 +130,12 @@ class GroupSampler:
             )
             for sample, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True))
         ]
+
+
+def _known(completion: Completion, num_ids: int) -> np.ndarray:
+    """bool [R]: False from the first id on that one of the models has no row for. That model cannot read what
+    follows either: the gradient through a row of padding has no bound."""
+    return np.logical_and.accumulate(completion.tokens < num_ids)
 
 
 async def _run_all(work: list[Coroutine[None, None, None]], stop: Callable[[], str | None]) -> str | None:
@@ -155,6 +172,7 @@ def _check_failures(tally: Tally, max_failed_groups: float) -> None:
 def _metrics(tally: Tally, retries: int) -> Sums:
     return {
         "rollout/dropped_topk": (tally.dropped_topk, tally.topk),
+        "rollout/unknown_tokens": (tally.unknown_tokens, tally.tokens),
         "rollout/failed_groups": (tally.failed, tally.num_prompts),
         "rollout/aborted_groups": (tally.aborted, tally.num_prompts),
         "rollout/retries": (retries, tally.num_prompts),

@@ -42,7 +42,7 @@ def check_file(kind: Kind, path: Path) -> None:
     if not path.is_file():
         return
     try:
-        held = json.loads(path.read_text())
+        held = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}. Restore it, or delete it.") from error
     check_format(kind, held.get(FIELD, 0) if isinstance(held, dict) else 0, path)

@@ -2,6 +2,7 @@
 near."""
 
 import ctypes
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,13 @@ STOPPED_FILE = "stopped"
 """What becomes of it when the run has saved: the job is to be queued again."""
 EXIT_REQUEUE = 75
 """Exit code of a launcher whose run was saved before its end (EX_TEMPFAIL of sysexits.h)."""
+STARTED_VARIABLE = "JACKPOT_STARTED"
+"""When the launch began, on this machine's monotonic clock: servers, and ranks that are started again, have
+used a part of run.time_limit_s."""
+TIME_LIMIT = "the time limit is near"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ONE_REQUEST_S = 0.5
+"""What arrives again this soon is the same request: `timeout` signals its child, and then its group."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,29 +36,32 @@ class StopRequest:
     Ranks may learn of it at different times; only a reduction over all of them makes it a decision.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, started: float | None = None):
+        """`started`, on the monotonic clock: when the time of the run began; None asks the environment."""
         self.file = Path(run.folder) / STOP_FILE
-        self.signum = 0
-        limits = [] if run.time_limit_s is None else [run.time_limit_s]
-        if slurm_end := os.environ.get("SLURM_JOB_END_TIME"):
-            limits.append(float(slurm_end) - time.time())
+        self.signum, self._signalled = 0, -math.inf
+        now = time.monotonic()
+        self.started = float(os.environ.get(STARTED_VARIABLE, now)) if started is None else started
         # On the monotonic clock, so that a clock that is set anew stops no run.
-        self.deadline = time.monotonic() + min(limits) - run.stop_margin_s if limits else None
+        ends = [] if run.time_limit_s is None else [self.started + run.time_limit_s]
+        if (left_s := slurm_time_left()) is not None:
+            ends.append(now + left_s)
+        self.deadline = min(ends) - run.stop_margin_s if ends else None
 
     def reason(self) -> str | None:
         if self.signum and not self.file.exists():
             write_stop(self.file.parent, signal.Signals(self.signum).name)
         if self.deadline is not None and time.monotonic() > self.deadline:
-            return "the time limit is near"
+            return TIME_LIMIT
         try:
-            return self.file.read_text().strip() or "stop file"
+            return self.file.read_text(encoding="utf-8", errors="replace").strip() or "stop file"
         except OSError:
             return None
 
     def done(self) -> None:
         """The state is saved: leave word for whoever queues the job again. Call it on one rank."""
         reason = self.reason() or "stop"
-        self.file.with_name(STOPPED_FILE).write_text(reason + "\n")
+        self.file.with_name(STOPPED_FILE).write_text(reason + "\n", encoding="utf-8")
         self.file.unlink(missing_ok=True)
 
     def listen(self) -> None:
@@ -70,16 +80,25 @@ class StopRequest:
     def _hear(self, hear: socket.socket, _tell: socket.socket) -> None:
         while received := hear.recv(1):
             signum = received[0]
-            if signum not in SIGNALS:
+            if signum not in SIGNALS or time.monotonic() - self._signalled < ONE_REQUEST_S:
                 continue
             if self.signum:
                 os._exit(128 + signum)
-            self.signum = signum
+            self.signum, self._signalled = signum, time.monotonic()
+
+
+def slurm_time_left() -> float | None:
+    """Seconds until the Slurm job ends; None outside one, or where it has no end ("Unknown")."""
+    try:
+        left_s = float(os.environ.get("SLURM_JOB_END_TIME", "")) - time.time()
+    except ValueError:
+        return None
+    return left_s if math.isfinite(left_s) else None
 
 
 def write_stop(folder: Path, reason: str) -> None:
     """Ask the run in `folder` to save and end."""
-    (Path(folder) / STOP_FILE).write_text(reason + "\n")
+    (Path(folder) / STOP_FILE).write_text(reason + "\n", encoding="utf-8")
 
 
 def forget_stop(folder: Path) -> None:
@@ -91,7 +110,7 @@ def forget_stop(folder: Path) -> None:
 def was_stopped(folder: Path) -> str | None:
     """The reason, if the run in `folder` saved and ended because it was asked to."""
     with suppress(OSError):
-        return (Path(folder) / STOPPED_FILE).read_text().strip()
+        return (Path(folder) / STOPPED_FILE).read_text(encoding="utf-8", errors="replace").strip()
     return None
 
 

@@ -61,9 +61,38 @@ def serialise(bucket: FlatBucket) -> str:
     return base64.b64encode(written.getvalue()).decode()
 
 
-class _Pickler(pickle.Pickler):
+class _Pickler(pickle._Pickler):
+    """Names only what SGLang's list allows, whatever another library has put in the place of torch's
+    functions: megatron-core's own loader of storages, say, is not on that list.
+
+    The one in Python, since the one in C refuses a name that does not lead back to the function.
+    """
+
     def reducer_override(self, item: object) -> Any:
-        return _handle(item) if isinstance(item, Tensor) and item.is_cuda else NotImplemented
+        if isinstance(item, Tensor) and item.is_cuda:
+            return _handle(item)
+        if isinstance(item, torch.storage.TypedStorage):
+            return _load_from_bytes, (_bytes(item),)
+        return NotImplemented
+
+    def save(self, item: Any, save_persistent_id: bool = True) -> None:
+        if item is not _load_from_bytes:
+            return super().save(item, save_persistent_id)
+        for word in ("torch.storage", "_load_from_bytes"):
+            super().save(word)
+        self.write(pickle.STACK_GLOBAL)
+
+
+def _load_from_bytes(content: bytes) -> torch.storage.TypedStorage:
+    """Stands for torch.storage's, which is what the pickle names; never called here."""
+    raise NotImplementedError
+
+
+def _bytes(storage: torch.storage.TypedStorage) -> bytes:
+    """As torch pickles the values of a storage."""
+    written = io.BytesIO()
+    torch.save(storage, written, _use_new_zipfile_serialization=False)
+    return written.getvalue()
 
 
 def _handle(tensor: Tensor) -> tuple[Callable[..., Tensor], tuple[object, ...]]:

@@ -63,7 +63,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     stop_ids = stop_token_ids(tokenizer.eos_token_id, families["actor"])
     source = None
     if mesh.is_leader:
-        source = make_source(config, families["actor"], stop_ids, partial(text_of, tokenizer))
+        source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever
             # match.
@@ -82,7 +82,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         guard=Guard(config.guard),
         loader=PromptLoader(training.prompts, per_step, mesh.dp_rank, mesh.dp, seed),
     )
-    sync = make_sync(config) if mesh.is_main else None
+    sync = make_sync(config, stop) if mesh.is_main else None
     trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
     probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
     evaluate = Evaluator(
@@ -127,10 +127,13 @@ def stop_token_ids(eos: object, family: Family) -> tuple[int, ...]:
 
 
 def make_source(
-    config: Config, actor: Family, stop_ids: tuple[int, ...], decode: Callable[[Sequence[int]], str]
+    config: Config,
+    families: dict[str, Family],
+    stop_ids: tuple[int, ...],
+    decode: Callable[[Sequence[int]], str],
 ) -> ServerSource:
     """Client, reward pool and sampling of one DP leader."""
-    rollout = config.rollout
+    rollout, actor = config.rollout, families["actor"]
     client = SGLangClient(
         config.servers.urls,
         vocab_size=actor.vocab_size,
@@ -158,6 +161,7 @@ def make_source(
         ),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
+        num_ids=min(family.vocab_size for family in families.values()),
         max_failed_groups=rollout.max_failed_groups,
         decode=decode,
     )
@@ -171,9 +175,10 @@ class SyncSettings(TypedDict):
     timeout_s: float
     patience_s: float
     release_memory: bool
+    stop: Callable[[], str | None]
 
 
-def make_sync(config: Config) -> DiskSync | BroadcastSync:
+def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> DiskSync | BroadcastSync:
     """The way of the actor's weights to the servers."""
     sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
     shared = SyncSettings(
@@ -182,6 +187,7 @@ def make_sync(config: Config) -> DiskSync | BroadcastSync:
         timeout_s=sync.timeout_s,
         patience_s=servers.start_timeout_s,
         release_memory=servers.release_memory,
+        stop=stop,
     )
     if sync.method == "disk":
         return DiskSync(servers.urls, folder=folder, **shared)

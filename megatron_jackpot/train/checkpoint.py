@@ -24,7 +24,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_jackpot.config.run import Run
-from megatron_jackpot.models.checkpoint import Snapshot, load_model, load_schedule, schedule_state
+from megatron_jackpot.models.checkpoint import (
+    Snapshot,
+    changed_settings,
+    load_model,
+    load_schedule,
+    schedule_state,
+)
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
@@ -251,7 +257,8 @@ def check_room(state: TrainState, run: Run) -> None:
 
 
 def resume(state: TrainState, run_folder: Path, newest: str | None = None) -> list[str]:
-    """Load the newest checkpoint that is whole; every rank calls it. Returns what went wrong with newer ones.
+    """Load the newest checkpoint that is whole; every rank calls it. Returns what went wrong with newer ones,
+    and which settings of the optimizers are others than it was made with.
 
     Those after `newest` (a name like step-000040) are left aside.
 
@@ -265,8 +272,7 @@ def resume(state: TrainState, run_folder: Path, newest: str | None = None) -> li
             continue
         trouble = damage(folder, mesh)
         if trouble is None:
-            _load(state, folder)
-            return troubles
+            return troubles + _load(state, folder)
         troubles.append(f"{folder} is damaged and passed over: {trouble}.")
     raise ValueError(
         f"run.resume: {Path(run_folder) / CHECKPOINTS} holds no whole checkpoint. "
@@ -279,7 +285,7 @@ def damage(folder: Path, mesh: Mesh) -> str | None:
     wanted: Digests | str = ""
     if mesh.is_main:
         try:
-            wanted = json.loads((folder / MANIFEST).read_text())["files"]
+            wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             wanted = f"{MANIFEST} cannot be read ({error})"
     wanted = mesh.from_main(wanted)
@@ -303,11 +309,13 @@ def run_state(state: TrainState) -> dict[str, Any]:
         # They measure on the last pipeline stage and stand still elsewhere.
         "controllers": mesh.object_from_last_stage(controllers),
         "schedule": {name: schedule_state(model) for name, model in state.models.items()},
+        "optimizer": {name: model.optimizer_settings for name, model in state.models.items()},
     }
 
 
-def _load(state: TrainState, folder: Path) -> None:
-    saved = json.loads((folder / STATE).read_text())
+def _load(state: TrainState, folder: Path) -> list[str]:
+    """What is worth telling of it."""
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
     if state.loader is not None and saved["loader"] is not None:
         state.loader.load_state_dict(saved["loader"])
@@ -322,6 +330,9 @@ def _load(state: TrainState, folder: Path) -> None:
         # Every leader takes all: with another dp size, a prompt is another leader's.
         for path in sorted(folder.glob("rollouts-*.npz")):
             state.finished_groups |= load_groups(path, prompts)
+    # One without them has nothing to compare.
+    before = saved.get("optimizer", {})
+    return [line for n, model in state.models.items() for line in changed_settings(model, before.get(n, {}))]
 
 
 def digest(path: Path) -> list:
@@ -347,7 +358,7 @@ def _digests(folder: Path) -> Digests:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

@@ -4,7 +4,7 @@ knobs."""
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -16,11 +16,13 @@ from megatron_jackpot.algorithm.distill import DISTILL, Distillation
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
-from megatron_jackpot.algorithm.registry import build
+from megatron_jackpot.algorithm.registry import Registry, build, is_own
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Config, Method
 from megatron_jackpot.records import Metrics, Pair, Rollout, Scores
+from megatron_jackpot.train.own_methods import try_out
 
+M = TypeVar("M")
 Controller = TargetAcceptance | AdaptiveDistill
 
 
@@ -49,7 +51,8 @@ class Methods:
     def from_config(cls, config: Config) -> "Methods":
         algorithm, actor = config.algorithm, config.actor
         chosen = algorithm.correction
-        correction = make_correction(chosen.name, chosen.settings, config.run.seed)
+        made = make_correction(chosen.name, chosen.settings, config.run.seed)
+        correction = _tried(made, chosen, "algorithm.correction")
         exact = correction.needs_exact_overlap
         if exact:
             _check_exact(correction, config)
@@ -119,8 +122,15 @@ class Methods:
         return [[replace(rollout, advantage=next(values)) for rollout in group] for group in groups]
 
 
-def _build(method: Method, registry: dict[str, type], where: str) -> Any:
-    return build(method.name, method.settings, registry, where)
+def _build(chosen: Method, registry: Registry[M], where: str) -> M:
+    return _tried(build(chosen.name, chosen.settings, registry, where), chosen, where)
+
+
+def _tried(method: M, chosen: Method, where: str) -> M:
+    """The method, tried out where it is one of the user's own."""
+    if is_own(chosen.name):
+        try_out(method, chosen.name, where)
+    return method
 
 
 def _check_exact(correction: CorrectionMethod, config: Config) -> None:

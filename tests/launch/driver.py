@@ -7,11 +7,13 @@ Every stand-in writes its process id to FOLDER/../pids, so that a test can see w
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_jackpot.config import parse_config
 from megatron_jackpot.launch.local import launch, torchrun
-from megatron_jackpot.servers.process import ServerProcess, free_port
+from megatron_jackpot.servers.address import free_port
+from megatron_jackpot.servers.process import ServerProcess
 
 COMMON = """
 import os, pathlib, signal, subprocess, sys, time
@@ -36,6 +38,7 @@ note("server"); child("scheduler"); wait_for("worker")
 if len(list(pids.glob("server-*"))) == 1: print("a bad moment", flush=True); sys.exit(9)
 time.sleep(300)
 """,
+    "slow": "note('server'); child('scheduler'); wait_for('scheduler'); time.sleep(300)",
     "stillborn": "print('no such model', flush=True); sys.exit(4)",
 }
 OWN_SESSION = "note('trainer'); child('worker', start_new_session=True); wait_for('worker');"
@@ -45,6 +48,23 @@ TRAINERS = {
 note("trainer"); run = pids.parent / "run"; child("worker"); wait_for("worker")
 while not (run / "stop").exists(): time.sleep(0.02)
 (run / "stop").rename(run / "stopped")
+""",
+    "waits": """
+note("trainer"); child("worker"); wait_for("worker")
+from megatron_jackpot.config.run import Run
+from megatron_jackpot.run.interrupt import StopRequest
+run = pids.parent / "run"
+stop = StopRequest(Run(folder=run, time_limit_s=float(sys.argv[2]), stop_margin_s=3)); stop.listen()
+(run / "checkpoints" / "step-000007").mkdir(parents=True, exist_ok=True)
+note("listens")
+while stop.reason() is None: time.sleep(0.02)
+stop.done(); sys.exit(int(sys.argv[3]))
+""",
+    "fails when asked": """
+note("trainer"); run = pids.parent / "run"; child("worker"); wait_for("worker")
+(run / "checkpoints" / "step-000007").mkdir(parents=True, exist_ok=True)
+while not (run / "stop").exists(): time.sleep(0.02)
+sys.exit(7)
 """,
     "fails": """
 note("trainer"); run = pids.parent / "run"
@@ -73,12 +93,12 @@ def main() -> int:
     pids = Path(folder).parent / "pids"
     pids.mkdir()
 
-    def start(config: object) -> list[ServerProcess]:
+    def start(config: object, stopped: Callable[[], bool]) -> list[ServerProcess]:
         command = [sys.executable, "-c", COMMON + SERVERS[server], str(pids)]
         process = ServerProcess(command, port=free_port(), log_path=Path(folder) / "server-0.log")
         process.start()
-        if server == "stillborn":
-            process.wait_healthy(20)
+        if server in ("stillborn", "slow"):
+            process.wait_healthy(60, stopped)
         while not list(pids.glob("scheduler-*")):
             time.sleep(0.02)
         return [process]
@@ -91,8 +111,9 @@ def main() -> int:
         argv = torchrun(config_file, 2, [])
         return [*argv[: argv.index("megatron_jackpot.cli") - 1], str(script), str(pids)]
 
+    limit = {"time_limit_s": float(rest[0]), "stop_margin_s": 3} if trainer == "waits" else {}
     tree = {
-        "run": {"folder": folder, "max_restarts": 2},
+        "run": {"folder": folder, "max_restarts": 2, **limit},
         "servers": {
             "max_restarts": 0 if server == "dying" else 2,
             "hang_s": 2 if server == "silent" else 1000,

@@ -42,6 +42,19 @@ def test_the_end_of_a_slurm_job_counts_too(tmp_path, monkeypatch):
     assert StopRequest(Run(folder=tmp_path, stop_margin_s=10)).reason() is None
 
 
+@pytest.mark.parametrize("end", ["Unknown", "", "INVALID", "nan", "inf"])
+def test_a_slurm_job_without_an_end_sets_no_limit(tmp_path, monkeypatch, end):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+    assert StopRequest(Run(folder=tmp_path)).deadline is None
+
+
+def test_the_time_that_a_launch_used_before_its_ranks_began_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv(interrupt.STARTED_VARIABLE, str(time.monotonic() - 500))
+    limited = {"folder": tmp_path, "time_limit_s": 600, "stop_margin_s": 100}
+    assert StopRequest(Run(**limited)).reason() == "the time limit is near"
+    assert StopRequest(Run(**limited), started=time.monotonic()).reason() is None
+
+
 LISTENS = """
 import sys, time
 from pathlib import Path
@@ -66,6 +79,9 @@ def test_a_signal_asks_every_rank_and_a_second_one_ends_this_one(tmp_path: Path,
         assert process.stdout.readline() == f"{name}\n"
         # Other ranks hear of it by the file.
         assert StopRequest(Run(folder=tmp_path)).reason() == name
+        os.kill(process.pid, signum)  # the same request, as `timeout` sends it
+        time.sleep(interrupt.ONE_REQUEST_S)
+        assert process.poll() is None
         os.kill(process.pid, signum)
         assert process.wait(timeout=10) == 128 + signum
 
@@ -92,3 +108,30 @@ def test_only_the_first_node_of_a_job_clears_what_was_asked(tmp_path: Path, node
     write_stop(tmp_path, "the time limit is near")
     subprocess.run([sys.executable, "-c", NODE, str(tmp_path), node], check=True, timeout=60)
     assert f"asked to stop: {asked}" in (tmp_path / "train.log").read_text()
+
+
+FAILS = """
+import atexit, os, sys
+from pathlib import Path
+from megatron_jackpot import cli
+from megatron_jackpot.config import parse_config
+from megatron_jackpot.train import run
+def fails(config, stop):
+    # As collectives under way do when the interpreter ends around them.
+    atexit.register(os.abort)
+    raise RuntimeError("the peer is gone")
+run.run = fails
+folder = Path(sys.argv[1])
+tree = {
+    "run": {"folder": folder}, "policy": {"hf": folder}, "actor": {"hf": folder},
+    "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 64},
+}
+sys.exit(cli._train(parse_config(tree)))
+"""
+
+
+def test_a_rank_that_fails_ends_with_a_plain_code_and_its_traceback(tmp_path: Path):
+    command = [sys.executable, "-c", FAILS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert "RuntimeError: the peer is gone" in done.stderr

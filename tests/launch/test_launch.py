@@ -106,9 +106,67 @@ def test_a_signal_ends_every_child_and_nothing_else(start, signum):
 def test_asked_to_stop_it_lets_training_save_and_says_that_the_job_is_to_be_queued_again(start, signum):
     launch = start("steady", "saves")
     launch.wait_for("worker")
-    launch.popen.send_signal(signum)
+    for _ in range(2):  # as `timeout` does: to its child, then to the child's group
+        launch.popen.send_signal(signum)
+        time.sleep(0.05)
     assert launch.code(limit_s=20) == EXIT_REQUEUE, launch.text()
     assert f"saved and ended ({signal.Signals(signum).name})" in launch.text()
+    assert launch.alive() == []
+
+
+LONG_S, SHORT_S = "1000", "12"
+
+
+@pytest.mark.parametrize(
+    ("way", "code"),
+    [("file", "0"), ("file", "134"), ("rank", "0"), ("launcher", "0"), ("Slurm", "0"), ("limit", "0")],
+)
+def test_every_way_of_asking_ends_the_launch_once_with_75_though_there_is_a_checkpoint(
+    start, monkeypatch, way, code
+):
+    if way == "Slurm":
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + float(SHORT_S)))
+    started = time.monotonic()
+    launch = start("steady", "waits", SHORT_S if way == "limit" else LONG_S, code)
+    launch.wait_for("listens")
+    if way == "file":
+        (launch.folder / "stop").write_text("please stop\n")
+    elif way == "launcher":
+        launch.popen.send_signal(signal.SIGUSR1)
+    elif way == "rank":
+        (trainer,) = launch.pids_folder.glob("listens-*")
+        os.kill(int(trainer.name.split("-")[1]), signal.SIGUSR1)
+    assert launch.code(limit_s=60) == EXIT_REQUEUE, launch.text()
+    reason = dict(file="please stop", rank="SIGUSR1", launcher="SIGUSR1").get(way, "the time limit is near")
+    assert launch.text().count("saved and ended") == 1 and f"({reason})" in launch.text()
+    assert "starting again" not in launch.text() and launch.alive() == []
+    assert len(list(launch.pids_folder.glob("trainer-*"))) == 1
+    assert way not in ("limit", "Slurm") or time.monotonic() - started >= float(SHORT_S) - 3
+
+
+@pytest.mark.parametrize("way", ["signal", "file"])
+def test_training_that_fails_when_asked_to_stop_is_left_to_whoever_queues_it_again(start, way):
+    launch = start("steady", "fails when asked")
+    launch.wait_for("worker")
+    if way == "file":
+        (launch.folder / "stop").touch()
+    else:
+        launch.popen.send_signal(signal.SIGTERM)
+    assert launch.code(limit_s=30) == EXIT_REQUEUE, launch.text()
+    assert "exit code 7" in launch.text() and "not started again" in launch.text()
+    assert len(list(launch.pids_folder.glob("trainer-*"))) == 1
+
+
+@pytest.mark.parametrize("way", ["signal", "file", "limit"])
+def test_asked_while_servers_start_it_ends_within_seconds(start, way):
+    launch = start("slow", "waits", "5" if way == "limit" else LONG_S, "0")
+    launch.wait_for("scheduler")
+    if way == "file":
+        (launch.folder / "stop").touch()
+    elif way == "signal":
+        launch.popen.send_signal(signal.SIGTERM)
+    assert launch.code(limit_s=30) == EXIT_REQUEUE, launch.text()
+    assert "before training began" in launch.text() and launch.names() == {"server", "scheduler"}
     assert launch.alive() == []
 
 

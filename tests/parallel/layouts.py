@@ -36,6 +36,7 @@ class Layout:
     overlap: bool = False
     sharded_optimizer: bool = True
     correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
+    objective: str = "ppo"
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
@@ -74,6 +75,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
                 correction=dict(layout.correction),
+                objective=dict(name=layout.objective),
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
             ),
@@ -83,10 +85,11 @@ def make_config(layout: Layout, folder: Path) -> Config:
     )
 
 
-def load_trainer(config: Config) -> Trainer:
+def load_trainer(config: Config, total_steps: int = 10) -> Trainer:
+    """`total_steps` optimizer steps are what a decay of the learning rate is over."""
     mesh = init_mesh(config.parallel, config.run.seed)
     families = {n: family_of(read_hf_config(getattr(config, n).hf)) for n in ("policy", "actor")}
-    models = load_models(config, mesh, {n: getattr(config, n).hf for n in families}, families)
+    models = load_models(config, mesh, {n: getattr(config, n).hf for n in families}, families, total_steps)
     state = TrainState(mesh=mesh, **models, methods=Methods.from_config(config), guard=Guard(config.guard))
     return Trainer(config, state)
 

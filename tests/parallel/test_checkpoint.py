@@ -49,13 +49,15 @@ class Scripted:
 def _train(
     rank: int, world: int, folder: str, run: str, layout: Layout, steps: int, options: dict
 ) -> tuple | None:
-    """Steps on deterministic rollouts; (per-step numbers, weights, correction, troubles, prompts asked) on
-    rank 0."""
+    """Steps on deterministic rollouts; (per-step numbers, weights, correction, troubles, prompts asked,
+    settings of the policy's optimizer) on rank 0."""
     config = make_config(layout, Path(folder))
+    knobs = config.policy.optimizer.model_copy(update=options.get("optimizer", {}))
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"optimizer": knobs})})
     saving = config.run.model_copy(
         update={"folder": Path(run), "keep": 2, "keep_every": options.get("keep_every")}
     )
-    trainer = load_trainer(config.model_copy(update={"run": saving}))
+    trainer = load_trainer(config.model_copy(update={"run": saving}), options.get("total", 10))
     mesh, state, stop_at = trainer.mesh, trainer.state, options.get("stop_at")
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * 2)]
     state.loader = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
@@ -79,7 +81,10 @@ def _train(
     saver.wait()
     weights = {name: export(model) for name, model in state.models.items()}
     destroy_mesh()
-    return (numbers, weights, trainer.methods.correction, troubles, source.asked) if rank == 0 else None
+    settings = {**state.policy.optimizer.param_groups[0], "clip": state.policy.optimizer.config.clip_grad}
+    settings.pop("params")
+    made = (numbers, weights, trainer.methods.correction, troubles, source.asked, settings)
+    return made if rank == 0 else None
 
 
 def _write_late(saver: checkpoint.Saver, state: TrainState) -> None:
@@ -214,6 +219,49 @@ def test_an_interrupted_step_keeps_its_groups_and_no_prompt_is_asked_twice(
 def test_stopped_before_the_first_step_it_goes_on_as_the_run(saved, folder, tmp_path) -> None:
     train(folder, tmp_path / "run", STEERED, 3, stop_at=0)
     same(train(folder, tmp_path / "run", STEERED, 3, resume=True), saved[1], exact=True, steps=3)
+
+
+CHANGED = dict(lr=1e-5, min_lr=1e-6, beta1=0.8, beta2=0.99, eps=1e-6, weight_decay=0.1, clip_grad=2.0)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(sharded_optimizer=False)], ids=["sharded", "optimizer not sharded"]
+)
+def test_settings_of_an_optimizer_that_a_resumed_run_changes_are_applied_and_told(
+    folder, tmp_path, layout
+) -> None:
+    first = train(folder, tmp_path / "run", layout, 1, save="now")
+    numbers, *_, told, _, settings = train(
+        folder, tmp_path / "run", layout, 2, resume=True, optimizer=CHANGED
+    )
+    assert first[0][0]["lr/policy"] == 1e-3 and numbers[0]["lr/policy"] == 1e-5
+    assert numbers[0]["lr/actor"] == 1e-3  # The actor's were left as they are.
+    assert settings["betas"] == (0.8, 0.99) and settings["eps"] == 1e-6 and settings["clip"] == 2.0
+    assert settings["weight_decay"] == 0.1
+    assert [line.split(" ")[0] for line in told] == [f"policy.optimizer.{name}" for name in sorted(CHANGED)]
+    assert "policy.optimizer.lr = 1e-05 from here on, the checkpoint was made with 0.001." in told
+    plain = train(folder, tmp_path / "run", layout, 2, resume=True)
+    assert not plain[3] and not torch.equal(
+        *(
+            run[1]["policy"]["model.norm.weight"]
+            for run in (
+                plain,
+                train(folder, tmp_path / "run", layout, 2, resume=True, optimizer=dict(beta1=0.0)),
+            )
+        )
+    )
+
+
+def test_a_run_made_longer_is_told_that_its_decay_moves(folder, tmp_path) -> None:
+    decay = dict(decay="linear")
+    first = train(folder, tmp_path / "run", Layout(), 1, save="now", optimizer=decay, total=2)
+    longer = train(folder, tmp_path / "run", Layout(), 2, resume=True, optimizer=decay, total=10)
+    assert first[0][0]["lr/policy"] == 1e-3
+    assert longer[0][0]["lr/policy"] == pytest.approx(1e-3 * (1 - 1 / 10))
+    (line,) = longer[3]
+    assert line.startswith(
+        "run.steps x algorithm.num_minibatches = 10, and was 2: the linear decay of policy's"
+    )
 
 
 def test_checkpoints_for_good_stay(folder, tmp_path) -> None:

@@ -12,6 +12,7 @@ from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Reward, 
 from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=2)
+NUM_IDS = 61
 PROMPTS = [Prompt(id=10 + i, tokens=(1, i), label=None) for i in range(10)]
 
 
@@ -54,12 +55,55 @@ async def reward(tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
 
 def sampler(engine: Any, reward: Reward = reward, *, n: int = 3, allowed: float = 0.0) -> GroupSampler:
     return GroupSampler(
-        client=engine, sampling=SAMPLING, samples_per_prompt=n, reward=reward, max_failed_groups=allowed
+        client=engine,
+        sampling=SAMPLING,
+        samples_per_prompt=n,
+        reward=reward,
+        num_ids=NUM_IDS,
+        max_failed_groups=allowed,
     )
 
 
 def run(engine: Any, *, allowed: float = 0.0, stop: Callable[[], str | None] = lambda: None) -> Any:
     return asyncio.run(sampler(engine, allowed=allowed).collect(1, PROMPTS, stop))
+
+
+class OneAnswer:
+    """Every completion is these tokens."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+
+    async def generate_group(self, prompt: Sequence[int], n: int, sampling: Sampling) -> list[Completion]:
+        num = len(self.tokens)
+        made = Completion(
+            tokens=np.array(self.tokens, np.int32),
+            server_logp=np.full(num, -1.0, np.float32),
+            topk_ids=np.full((num, 2), 3, np.int32),
+            topk_logp=np.full((num, 2), -1.0, np.float32),
+            valid=np.ones(num, bool),
+            weight_version=np.full(num, 4, np.int32),
+            finish="stop",
+        )
+        return [made] * n
+
+
+@pytest.mark.parametrize(
+    ("tokens", "valid"),
+    [
+        ([5, NUM_IDS - 1, 2], [True, True, True]),
+        ([5, NUM_IDS, 2], [True, False, False]),
+        ([NUM_IDS + 2, 5, 2], [False, False, False]),
+        ([5, 6, NUM_IDS], [True, True, False]),
+    ],
+)
+def test_from_an_id_on_that_one_model_has_no_row_for_tokens_are_masked_and_counted(tokens, valid):
+    groups, metrics = run(OneAnswer(*tokens))
+    assert len(groups) == len(PROMPTS)
+    assert all(rollout.valid.tolist() == valid for group in groups for rollout in group)
+    num = len(PROMPTS) * 3
+    assert metrics["rollout/unknown_tokens"] == (num * valid.count(False), num * len(valid))
+    assert group_metrics(groups)["rollout/invalid_tokens"] == (num * valid.count(False), num * len(valid))
 
 
 def test_rollouts_come_in_prompt_order_with_reward_and_verdict():

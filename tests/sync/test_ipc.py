@@ -1,8 +1,12 @@
 """Requests of an IPC sync, and the order in which servers lend and take back their memory, against a scripted
 server."""
 
+import ast
 import base64
+import importlib.util
+import io
 import pickle
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -31,6 +35,59 @@ def test_a_bucket_is_sglangs_flattened_bucket_of_allowed_classes():
         piece = content["flattened_tensor"][place.start_idx : place.end_idx]
         assert place.name == name and place.numel == piece.numel() == tensor.nbytes
         assert torch.equal(piece.view(place.dtype).reshape(place.shape), tensor)
+
+
+def allowed_globals() -> set[tuple[str, str]]:
+    """What the installed SGLang unpickles, read from its source: importing it takes long."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None:
+        pytest.skip("sglang is not installed")
+    source = Path(spec.submodule_search_locations[0], "srt/utils/common.py").read_text()
+    (unpickler,) = (
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name == "SafeUnpickler"
+    )
+    (listed,) = (node.value for node in unpickler.body if isinstance(node, ast.Assign))
+    (find,) = (node for node in unpickler.body if isinstance(node, ast.FunctionDef))
+    mended = [ast.literal_eval(n) for n in ast.walk(find) if isinstance(n, ast.Tuple) and _literal(n)]
+    return ast.literal_eval(listed) | set(mended)
+
+
+def _literal(node: ast.Tuple) -> bool:
+    return all(isinstance(part, ast.Constant) for part in node.elts)
+
+
+def named_globals(pickled: bytes) -> set[tuple[str, str]]:
+    """(module, name) of every global that unpickling looks up."""
+    seen = set()
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            seen.add((module, name))
+            return super().find_class(module, name)
+
+    Reader(io.BytesIO(pickled)).load()
+    return seen
+
+
+def test_what_a_bucket_names_is_on_sglangs_list_whatever_was_put_in_place_of_torchs_functions(monkeypatch):
+    """megatron-core 0.19.2 puts its own loader of storages into torch: SGLang blocks it and ends."""
+    named = [("a", torch.randn(2, 3)), ("b", torch.randn(4).bfloat16())]
+    loader = torch.storage._load_from_bytes
+
+    def safe_load_from_bytes(content):
+        return loader(content)
+
+    safe_load_from_bytes.__module__, safe_load_from_bytes.__qualname__ = __name__, "safe_load_from_bytes"
+    monkeypatch.setitem(globals(), "safe_load_from_bytes", safe_load_from_bytes)
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", safe_load_from_bytes)
+    pickled = base64.b64decode(serialise(FlatBucket.of(named, CPU)))
+    monkeypatch.undo()
+    found = named_globals(pickled)
+    assert ("torch.storage", "_load_from_bytes") in found
+    assert found <= allowed_globals()
+    assert ("torch.multiprocessing.reductions", "rebuild_cuda_tensor") in allowed_globals()
 
 
 def test_a_tensor_on_a_gpu_travels_as_torchs_handle_with_the_devices_uuid():

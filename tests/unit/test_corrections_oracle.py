@@ -29,6 +29,8 @@ CASES = [
     ("geo_rs", {"low": 0.5, "high": 1.5, "veto": 0.05, "cap": 2.0}),
     ("k_filter", {"kind": "k1", "level": "token", "high": 1.5}),
     ("k_filter", {"kind": "k1", "level": "seq_mean", "high": 1.1, "low": 0.95}),
+    ("k_filter", {"kind": "k1", "level": "token", "high": 1.5, "low": 0}),
+    ("k_filter", {"kind": "k1", "level": "seq_sum", "high": 20.0, "low": 0}),
     ("k_filter", {"kind": "k2", "level": "seq_mean", "high": 0.5}),
     ("k_filter", {"kind": "k3", "level": "seq_max", "high": 2.0, "cap": 1.5}),
     ("k_filter", {"kind": "k3", "level": "seq_sum", "high": 18.0}),
@@ -95,15 +97,16 @@ def oracle(name, k, s):
     """(keep, weight, count) in fp64, by the formulas of the docstrings, token by token."""
     a = arrays(s)
     mask = a["mask_T"] > 0
-    log_rho = np.where(mask, a["policy_logp_T"] - a["server_logp_T"], 0)
-    rho, keep, cap = np.exp(log_rho), mask.copy(), k.get("cap")
+    log_rho = np.where(mask, np.clip(a["policy_logp_T"] - a["server_logp_T"], -20, 20), 0)
+    possible = mask & (a["policy_logp_T"] > -np.inf) & (a["target_logp_T"] > -np.inf)
+    rho, keep, cap = np.exp(log_rho), possible.copy(), k.get("cap")
     if name in ("z_tis", "jackpot"):
         lam, cap = k.get("lam", 1.0), k.get("cap", 3.0)
         accept, z = z_oracle(a, k, expected_only=True)
         r = np.exp(np.where(mask, a["target_logp_T"] - a["server_logp_T"], 0))
         if name == "z_tis":
-            return mask, np.where(mask, np.minimum(z * r, cap), 0), mask.sum()
-        drift = np.exp(np.where(mask, a["policy_logp_T"] - a["target_logp_T"], 0))
+            return possible, np.where(possible, np.minimum(z * r, cap), 0), mask.sum()
+        drift = np.exp(np.subtract(a["policy_logp_T"], a["target_logp_T"], where=possible, out=0 * z))
         weight = accept * np.minimum(z * np.maximum(lam, r), cap) * np.minimum(drift, 1.28)
         every = k.get("preset") == "recommended"
         return accept > 0, weight, mask.sum() if every else accept.sum()
@@ -162,6 +165,60 @@ def test_a_correction_is_its_formula(name, knobs):
         # The case can fail: its knobs change something on this batch.
         plain = oracle("tis", {"cap": math.inf}, s)[1]
         assert np.abs(weight - plain).max() > 0.05
+
+
+def with_policy(s, tokens, value):
+    """The policy and the target give some sampled tokens this log-prob."""
+    names = ("policy_logp_T", "target_logp_T")
+    return replace(s, **{name: getattr(s, name).index_fill(0, tokens, value) for name in names})
+
+
+@pytest.mark.parametrize(("name", "knobs"), CASES)
+def test_a_token_of_probability_0_is_the_limit_of_small_ones(name, knobs):
+    """It has no gradient itself; the other tokens of its response hear of it as of one of log p = -60."""
+    s = scores()
+    first_T = torch.tensor([int((s.mask_T & (s.segment_T == i)).nonzero()[0]) for i in (1, 4)])
+    method = make_correction(name, knobs, 0)
+    zero, tiny = (run(method, with_policy(s, first_T, value)) for value in (-math.inf, -60.0))
+    others_T = torch.ones_like(s.mask_T).index_fill(0, first_T, False)
+    assert torch.equal(zero.keep_T[others_T], tiny.keep_T[others_T])
+    if not knobs.get("batch_normalize"):
+        torch.testing.assert_close(zero.weight_T[others_T], tiny.weight_T[others_T])
+    assert not zero.keep_T[first_T].any() and (zero.weight_T[first_T] == 0).all()
+    if knobs.get("preset") == "recommended":
+        knobs = knobs | {"z_correction": "tail"}
+    keep, weight, count = oracle(name, knobs, with_policy(s, first_T, -math.inf))
+    assert torch.equal(zero.keep_T, torch.from_numpy(keep))
+    torch.testing.assert_close(zero.weight_T.double(), torch.from_numpy(weight), rtol=2e-5, atol=1e-6)
+    assert zero.count.item() == pytest.approx(count, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("geo_rs", {"low": 0.01, "high": 100.0}),
+        ("geo_rs", {"low": 0.9, "high": 1.1, "veto": None}),
+        ("k_filter", {"kind": "k2", "level": "seq_max", "high": 20.0}),
+        ("k_filter", {"kind": "k3", "level": "seq_sum", "high": 18.0}),
+        ("k_filter", {"kind": "k1", "level": "seq_mean", "high": 1.1}),
+        ("seq_tis", {}),
+        ("seq_mis", {}),
+    ],
+)
+def test_a_response_with_an_impossible_token_is_removed_or_weighs_next_to_nothing(name, knobs):
+    s = scores()
+    own_T = s.mask_T & (s.segment_T == 1)
+    # Server and policy agree elsewhere: the token alone decides.
+    agreed = replace(s, server_logp_T=torch.where(own_T, s.policy_logp_T, s.server_logp_T))
+    method = make_correction(name, knobs, 0)
+    assert run(method, agreed).weight_T[own_T].min() > 0.9
+    assert run(method, with_policy(agreed, own_T.nonzero()[:1, 0], -math.inf)).weight_T[own_T].max() < 1e-6
+
+
+def test_a_filter_that_could_not_reject_is_refused():
+    """The largest k1 of a response is its least ratio: a large one would never be removed."""
+    with pytest.raises(ValueError, match="level = 'seq_max': must not be used with kind = 'k1'.*Use level"):
+        make_correction("k_filter", {"kind": "k1", "level": "seq_max"}, 0)
 
 
 @pytest.mark.parametrize(("name", "knobs"), CASES + [("jackpot", {"preset": "reference"})])

@@ -19,7 +19,7 @@ OURS: dict[str, set[str]] = {
     "algorithm": {"records"},
     "config": {"algorithm.registry"},
     "parallel": {"algorithm", "records"},
-    "rewards": {"records"},
+    "rewards": {"records", "algorithm.registry"},
     "run": {"config"},
     "servers": {"config"},
     "data": {"records", "config", "parallel", "algorithm.registry"},

@@ -153,17 +153,37 @@ def test_nothing_outside_the_mask_is_seen(objective, garbage):
 
 
 @every_objective
-def test_a_token_that_a_model_cannot_produce_leaves_the_others_alone(objective):
+@pytest.mark.parametrize("both", [True, False], ids=["old and live", "live"])
+def test_a_probability_of_0_tells_a_rollouts_other_tokens_what_a_tiny_one_does(objective, both):
     logp_T, tokens = make_tokens()
     index = tokens.mask_T.nonzero()[5]
+    others_T = torch.ones_like(tokens.mask_T).index_fill(0, index, False)
+
+    def with_logp(value):
+        live_T, old_T = (x.index_fill(0, index, value) for x in (logp_T, tokens.old_logp_T))
+        return live_T, replace(tokens, old_logp_T=old_T) if both else tokens
+
+    tiny, zero = with_logp(-60.0), with_logp(-math.inf)
+    objective = prepared(objective, *tiny)
+    assert prepared(objective, *zero) == objective
+    for got_T, want_T in zip(
+        surrogate_and_grad(objective, *zero), surrogate_and_grad(objective, *tiny), strict=True
+    ):
+        assert torch.equal(got_T[others_T], want_T[others_T])
+        assert got_T[index] == 0
+
+
+@pytest.mark.parametrize("objective", [TOPR(), MinPRO(), GSPO(clip_low=1.0), OPSM(delta=0.5)], ids=repr)
+def test_what_looks_at_a_rollout_sees_a_probability_of_0(objective):
+    """Left out of the rollout, the token would change nothing for the others."""
+    logp_T, tokens = make_tokens(seed=1)
+    index = (tokens.mask_T & (tokens.segment_T == 3)).nonzero()[0]
+    tokens = replace(tokens, advantage_T=-torch.ones_like(tokens.advantage_T))
     without = replace(tokens, mask_T=tokens.mask_T.index_fill(0, index, False))
-    objective = prepared(objective, logp_T, without)
-    want = surrogate_and_grad(objective, logp_T, without)
-    logp_T[index] = -math.inf
-    tokens.old_logp_T[index] = -math.inf
-    for got_T, want_T in zip(surrogate_and_grad(objective, logp_T, tokens), want, strict=True):
-        assert torch.equal(got_T, want_T)
-    assert prepared(objective, logp_T, tokens) == objective
+    own_T = without.mask_T & (tokens.segment_T == 3)
+    left_out_T = objective.surrogate(inputs_of(logp_T, without))
+    zero_T = objective.surrogate(inputs_of(logp_T.index_fill(0, index, -math.inf), tokens))
+    assert (zero_T[own_T] != left_out_T[own_T]).all()
 
 
 def test_a_nan_of_the_model_inside_the_mask_is_not_hidden():
@@ -288,7 +308,7 @@ def test_bad_knobs_are_named_with_their_rule(name, knobs, message):
 
 
 def test_an_unknown_knob_is_named_with_the_nearest():
-    message = "Unknown knob 'algorithm.objective.clip' of 'ppo'. Did you mean 'clip_low'?"
+    message = "Unknown setting 'algorithm.objective.clip' of 'ppo'. Did you mean 'clip_low'?"
     with pytest.raises(ValueError) as caught:
         build("ppo", {"clip": 0.2}, OBJECTIVES, "algorithm.objective")
     assert str(caught.value) == message

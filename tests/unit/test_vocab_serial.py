@@ -98,6 +98,15 @@ def test_equal_logits_come_in_order_of_id_zeros_of_either_sign_included():
     assert ids_TK.tolist() == [[0, 1, 2, 3, 4], [3, 7, 40, 0, 1], [0, 2, 4, 6, 8]]
 
 
+def test_fp64_logits_are_ordered_as_fp64():
+    """One is larger by what fp32 cannot hold; equal ones still come in order of id."""
+    logits_TV = torch.zeros(1, VOCAB, dtype=torch.float64)
+    logits_TV[0, 30] = 1.0 + 1e-12
+    logits_TV[0, [4, 9]] = 1.0
+    logp_TK, ids_TK = top_k(logits_TV, 4, SERIAL)
+    assert ids_TK.tolist() == [[30, 4, 9, 0]] and logp_TK.dtype == torch.float64
+
+
 def test_k_up_to_the_whole_vocabulary_sums_to_one():
     logp_TK, ids_TK = top_k(make_logits(), VOCAB, SERIAL)
     assert_near(logp_TK.exp().sum(-1), torch.ones(T, dtype=torch.float64))
