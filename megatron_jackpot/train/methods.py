@@ -1,5 +1,5 @@
 """The methods of a run, built from the configuration once, and the controllers that move two of their
-knobs."""
+settings."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ Controller = TargetAcceptance | AdaptiveDistill
 
 @dataclass
 class Methods:
-    """One of each kind. Raises ValueError from `from_config` for a method or knob that cannot work."""
+    """One of each kind. Raises ValueError from `from_config` for a method or setting that cannot work."""
 
     correction: CorrectionMethod
     objective: Objective
