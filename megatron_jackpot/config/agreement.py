@@ -14,7 +14,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def _cp(c: "Config") -> Iterator[str]:
     if c.parallel.cp != 1:
-        yield f"parallel.cp = {c.parallel.cp}: packed context parallelism is not supported. Set parallel.cp=1."
+        yield f"parallel.cp = {c.parallel.cp}: packed context parallelism is missing. Set parallel.cp=1."
 
 
 def _vpp(c: "Config") -> Iterator[str]:
@@ -34,8 +34,8 @@ def _distributed_optimizer(c: "Config") -> Iterator[str]:
         yield "parallel.overlap_param_gather = true needs parallel.distributed_optimizer=true."
     if c.precision.fp8_param:
         yield (
-            "precision.fp8_param = true needs parallel.distributed_optimizer=true: Megatron's other optimizer "
-            "does not know fp8 parameters."
+            "precision.fp8_param = true needs parallel.distributed_optimizer=true: Megatron's other "
+            "optimizer does not know fp8 parameters."
         )
 
 

@@ -63,7 +63,8 @@ def examine(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
                 break  # What is left cannot be mended by leaving it out.
             mistakes = [_explain(item) for item in error.errors()]
             for item in error.errors():
-                _leave_out(tree, item["loc"])
+                # A method without a name counts as not given; a folder that is missing has no substitute.
+                _leave_out(tree, item["loc"][: -1 if item["type"] == "missing" else None])
     return None, mistakes
 
 

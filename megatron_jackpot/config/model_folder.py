@@ -64,8 +64,8 @@ def check_stop_ids(stop_ids: Sequence[int], rows: Mapping[str, int]) -> None:
         outside = [id for id in stop_ids if not 0 <= id < size]
         if outside:
             raise ValueError(
-                f"{name}.hf has an embedding of {size} rows, but the end-of-text ids of tokenizer, config.json "
-                f"and generation_config.json hold {outside[0]}. Mend eos_token_id there."
+                f"{name}.hf has an embedding of {size} rows, but the end-of-text ids of tokenizer, "
+                f"config.json and generation_config.json hold {outside[0]}. Mend eos_token_id there."
             )
 
 

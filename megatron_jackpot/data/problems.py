@@ -127,8 +127,7 @@ def _messages(messages: Any) -> list[dict[str, str]]:
         _check_text("content", message["content"])
     if messages[-1]["role"] == "assistant":
         raise ValueError(
-            "'messages' ends with the assistant's own answer, which would stand in the prompt. Leave the last "
-            "message out."
+            "'messages' ends with the assistant's own answer, which would stand in the prompt. Leave it out."
         )
     return messages
 

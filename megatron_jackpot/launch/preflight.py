@@ -1,8 +1,8 @@
 """All mistakes of a configuration at once, before a server or torchrun starts. No torch, no Megatron.
 
-Ranks check the same again: the machine that launches need not be the one that trains. Methods check their own
-settings, in a child that may load torch and whose verdict is kept by content, so that no rule is written twice;
-rows are kept by content too.
+Ranks check the same again: the machine that launches need not be the one that trains. Methods check their
+own settings, in a child that may load torch and whose verdict is kept by content, so that no rule is written
+twice; rows are kept by content too.
 """
 
 import importlib.util

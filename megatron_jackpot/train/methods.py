@@ -20,7 +20,8 @@ from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import build
 from megatron_jackpot.algorithm.tokens import SumOverBatch
-from megatron_jackpot.config import Config, Method, parse_config
+from megatron_jackpot.config import Config, Method
+from megatron_jackpot.config.load import examine
 from megatron_jackpot.records import Metrics, Pair, Rollout, Scores
 
 Controller = TargetAcceptance | AdaptiveDistill
@@ -191,4 +192,5 @@ def _check_corrected_once(
 
 
 if __name__ == "__main__":  # The launcher's checks, in a child: the launcher itself loads no torch.
-    print(json.dumps(method_mistakes(parse_config(json.load(sys.stdin)))))
+    examined, _ = examine(json.load(sys.stdin))  # What sections ask of each other is told already.
+    print(json.dumps([] if examined is None else method_mistakes(examined)))
