@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jackpot import __version__
-from megatron_jackpot.config import Config, ConfigError, describe, load_config
+from megatron_jackpot.config import Config, ConfigError, describe, examine_config
 
 EXIT_FAILED = 1
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -54,18 +54,34 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         return _report(args)
     try:
-        config = load_config(args.config, args.overrides)
+        config, mistakes = examine_config(args.config, args.overrides)
     except (ValueError, OSError) as error:
         return refuse(error)
     if args.command == "train":
-        return _train(config)
+        return _train(config, mistakes)
+    if config is not None and args.command in ("launch", "plan"):
+        mistakes += _preflight(config, args)
+    if config is None or mistakes:
+        return refuse(ConfigError("\n".join(mistakes)))
     if args.command == "plan":
         return _plan(config, args)
     if args.command in ("serve", "join"):
         return _node(args.command, config)
-    if args.slurm:
-        return _submit(config, args)
-    return _launch(config, args.nproc)
+    return _submit(config, args) if args.slurm else _launch(config, args.nproc)
+
+
+def _preflight(config: Config, args: argparse.Namespace) -> list[str]:
+    from megatron_jackpot.launch.preflight import Command, Subject, preflight
+
+    command: Command = args.command
+    if command == "launch" and args.slurm:
+        command = "plan" if args.dry_run else "submit"
+    return preflight(Subject(config, command, getattr(args, "nproc", None), _say_rows))
+
+
+def _say_rows(rows: int) -> None:
+    if rows % 10_000 == 0:
+        print(f"megatron-jackpot: {rows} rows checked", file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -130,11 +146,15 @@ def settings() -> str:
 
 
 def refuse(error: Exception) -> int:
-    print(f"megatron-jackpot: {error}", file=sys.stderr)
+    for line in str(error).splitlines():
+        print(f"megatron-jackpot: {line}", file=sys.stderr)
     return 2
 
 
-def _train(config: Config) -> int:
+def _train(config: Config | None, mistakes: list[str]) -> int:
+    if config is None:
+        return refuse(ConfigError("\n".join(mistakes)))
+    from megatron_jackpot.launch.preflight import Subject, preflight
     from megatron_jackpot.monitor.messages import configure
     from megatron_jackpot.run.interrupt import StopRequest, die_with_parent
 
@@ -144,6 +164,10 @@ def _train(config: Config) -> int:
     stop = StopRequest(config.run)
     stop.listen()
     configure()
+    if os.environ.get("RANK", "0") == "0":
+        mistakes += preflight(Subject(config, "train"))
+    if mistakes:
+        return refuse(ConfigError("\n".join(mistakes)))
     _hush()
     from megatron_jackpot.train.run import run
 
@@ -161,12 +185,11 @@ def _train(config: Config) -> int:
 
 
 def _launch(config: Config, nproc: int | None) -> int:
-    from megatron_jackpot.launch.local import check, launch
+    from megatron_jackpot.launch.local import launch
     from megatron_jackpot.launch.lock import refuse_if_held
 
     try:
         refuse_if_held(config.run.folder)
-        check(config, nproc)
     except ValueError as error:
         return refuse(error)
     return launch(config, nproc)

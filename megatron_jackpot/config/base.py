@@ -1,13 +1,32 @@
 """What every section of the configuration is made of."""
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class ConfigError(ValueError):
     """The input cannot work; the message names the field and the remedy."""
+
+
+Subject = TypeVar("Subject")
+
+
+@dataclass(frozen=True)
+class Check(Generic[Subject]):
+    """One thing that is refused at start; docs/refused.md is made of these."""
+
+    name: str
+    """The settings that it looks at."""
+    rule: str
+    """What must hold."""
+    remedy: str
+    """What to do where it does not."""
+    find: Callable[[Subject], Iterable[str]]
+    """The mistakes: a line each, with field, value, rule and remedy."""
 
 
 class Section(BaseModel):

@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
+from megatron_jackpot.config.agreement import new_tokens
 from megatron_jackpot.config.model_folder import HFConfig, read_hf_config
 from megatron_jackpot.config.models import Parallel
 from megatron_jackpot.config.schema import Config
+from megatron_jackpot.config.servers import CONTEXT_MARGIN
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Fields of a mixture of experts in the config.json of Qwen, Mixtral and DeepSeek."""
@@ -30,15 +32,32 @@ class Architecture:
     """Biases on the query, key and value projections."""
     required: Mapping[str, object] = field(default_factory=dict)
     """config.json field -> the only supported value, which a missing field counts as."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """config.json field -> what transformers takes where the field is missing."""
 
 
 ARCHITECTURES = {
-    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias=True, required={"use_sliding_window": False}),
+    "Qwen2ForCausalLM": Architecture(
+        "qwen2",
+        qkv_bias=True,
+        required={"use_sliding_window": False},
+        defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6},
+    ),
     "Qwen3ForCausalLM": Architecture(
-        "qwen3", qk_norm=True, required={"attention_bias": False, "use_sliding_window": False}
+        "qwen3",
+        qk_norm=True,
+        required={"attention_bias": False, "use_sliding_window": False},
+        defaults={
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+        },
     ),
     "LlamaForCausalLM": Architecture(
-        "llama", required={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+        "llama",
+        required={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
     ),
 }
 """Qwen2 and Qwen2.5; Qwen3; Llama 2 and 3 and what is shaped like them (SmolLM2). Dense models only."""
@@ -85,9 +104,10 @@ class ModelShape:
         name = architecture_of(hf_config)
         kind = ARCHITECTURES[name]
         check_supported(hf_config, name)
-        num_heads, hidden_size = _size(hf_config, "num_attention_heads"), _size(hf_config, "hidden_size")
-        # Without the key every query head has its own.
-        num_groups = hf_config.get("num_key_value_heads") or num_heads
+        given = {**kind.defaults, **hf_config}
+        num_heads, hidden_size = _size(given, "num_attention_heads"), _size(given, "hidden_size")
+        # Where it is null, every query head has its own.
+        num_groups = given.get("num_key_value_heads") or num_heads
         if num_heads % num_groups:
             raise ValueError(
                 f"config.json: num_key_value_heads = {num_groups} does not divide "
@@ -95,15 +115,15 @@ class ModelShape:
             )
         return cls(
             hf_config=hf_config,
-            num_layers=_size(hf_config, "num_hidden_layers"),
+            num_layers=_size(given, "num_hidden_layers"),
             hidden_size=hidden_size,
-            ffn_size=_size(hf_config, "intermediate_size"),
+            ffn_size=_size(given, "intermediate_size"),
             num_heads=num_heads,
             num_groups=num_groups,
-            head_dim=hf_config.get("head_dim") or hidden_size // num_heads,
-            vocab_size=_size(hf_config, "vocab_size"),
-            context_length=_size(hf_config, "max_position_embeddings"),
-            norm_eps=_given(hf_config, "rms_norm_eps"),
+            head_dim=given.get("head_dim") or hidden_size // num_heads,
+            vocab_size=_size(given, "vocab_size"),
+            context_length=_size(given, "max_position_embeddings"),
+            norm_eps=given["rms_norm_eps"],
             init_std=hf_config.get("initializer_range", 0.02),
             tied=bool(hf_config.get("tie_word_embeddings", False)),
             qk_norm=kind.qk_norm,
@@ -123,15 +143,53 @@ class ModelShape:
 
 
 def model_shapes(config: Config) -> dict[str, ModelShape]:
-    """Of "policy" and "actor", checked against the layout. Raises ValueError naming the model's field."""
-    shapes = {}
+    """Of "policy" and "actor", checked against the layout and the run's lengths and top-k.
+
+    Raises ValueError naming the model's field, a line for each mistake.
+    """
+    shapes, mistakes = {}, []
     for name, folder in (("policy", config.policy.hf), ("actor", config.actor.hf)):
         try:
             shapes[name] = ModelShape.of(read_hf_config(folder))
             check_layout(shapes[name], config.parallel)
         except ValueError as error:
-            raise ValueError(f"{name}.hf = {folder}: {error}") from error
+            mistakes.append(f"{name}.hf = {folder}: {error}")
+    if not mistakes:
+        mistakes = misfits(config, shapes["policy"], shapes["actor"])
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
     return shapes
+
+
+def misfits(config: Config, policy: "HasSizes", actor: "HasSizes") -> list[str]:
+    """What a run asks of its models that they cannot do: their context against the longest sequences, the
+    actor's as its servers count it, and the vocabulary against top-k."""
+    found = []
+    room = {"policy": policy.context_length, "actor": actor.context_length - CONTEXT_MARGIN}
+    for name, tokens in room.items():
+        margin = f" - {CONTEXT_MARGIN}, which servers keep free," if name == "actor" else ""
+        for section, limit in new_tokens(config).items():
+            longest = config.data.max_prompt_tokens + limit
+            if longest > tokens:
+                found.append(
+                    f"{name}.hf: max_position_embeddings = {tokens + CONTEXT_MARGIN * (name == 'actor')}"
+                    f"{margin} is shorter than data.max_prompt_tokens + {section}.max_new_tokens = "
+                    f"{config.data.max_prompt_tokens} + {limit} = {longest}. Lower one of them."
+                )
+    k, size = config.rollout.top_k_logp, actor.vocab_size
+    if k > size:
+        found.append(f"rollout.top_k_logp = {k} exceeds the actor's vocabulary of {size} ids. Lower it.")
+    return found
+
+
+class HasSizes(Protocol):
+    """A model's shape, or its family."""
+
+    @property
+    def context_length(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
 
 def check_layout(shape: ModelShape, parallel: Parallel) -> None:
@@ -187,7 +245,8 @@ def check_supported(hf_config: HFConfig, architecture: str) -> None:
     """Raises ValueError for a field that changes the mathematics and is not supported."""
     wanted = {"hidden_act": "silu", "quantization_config": None, **ARCHITECTURES[architecture].required}
     for name, value in wanted.items():
-        if hf_config.get(name, value) != value:
+        same = ("silu", "swish") if name == "hidden_act" else (value,)
+        if hf_config.get(name, value) not in same:
             raise ValueError(
                 f"config.json: {name} = {hf_config[name]!r} is not supported for {architecture}, "
                 f"only {value!r}."

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_jackpot.config.model_folder import INDEX, copy_other_files
 
+SINGLE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,13 +46,7 @@ class HFFolder:
         """Raises ValueError for no weights, a shard that the index names and is missing, a truncated one."""
         self.folder = Path(folder)
         self._handles: dict[str, safe_open] = {}
-        paths = sorted(self.folder.glob("*.safetensors"))
-        missing = sorted(self._indexed() - {path.name for path in paths})
-        if missing:
-            raise ValueError(
-                f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names. Download the folder again."
-            )
-        for path in paths:
+        for path in self._files():
             try:
                 handle = safe_open(path, framework="pt")
             except SafetensorError as error:
@@ -62,6 +57,19 @@ class HFFolder:
                 self._handles[name] = handle
         if not self._handles:
             raise ValueError(f"{self.folder} holds no *.safetensors file.")
+
+    def _files(self) -> list[Path]:
+        """What transformers reads: model.safetensors, else what the index names; without either, all."""
+        single = self.folder / SINGLE
+        if single.is_file():
+            return [single]
+        present, indexed = sorted(self.folder.glob("*.safetensors")), self._indexed()
+        missing = sorted(indexed - {path.name for path in present})
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {', '.join(missing)}, which {INDEX} names. Download the folder again."
+            )
+        return [path for path in present if not indexed or path.name in indexed]
 
     def _indexed(self) -> set[str]:
         path = self.folder / INDEX
@@ -168,13 +176,13 @@ def finish_hf_folder(folder: Path, shards: Sequence[Sequence[Spec]], hf_folder: 
 
 def _name_dtype(config: Path, dtype: str) -> None:
     """config.json's dtype must be that of the weights: transformers and SGLang load in the one that it
-    names."""
+    names. Transformers 4 writes one of the two keys, transformers 5 the other, and a folder may have both."""
     if not config.is_file():
         return
     tree = json.loads(config.read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in tree else "dtype"
-    if tree.get(key) != dtype:
-        config.write_text(json.dumps({**tree, key: dtype}, indent=2) + "\n", encoding="utf-8")
+    named = {key: dtype for key in ("torch_dtype", "dtype") if key in tree} or {"dtype": dtype}
+    if tree | named != tree:
+        config.write_text(json.dumps(tree | named, indent=2) + "\n", encoding="utf-8")
 
 
 def buckets(

@@ -2,11 +2,11 @@
 
 import contextlib
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.monitor.console import StepLogger
-from megatron_jackpot.monitor.metrics import JsonLines, MetricsWriter
+from megatron_jackpot.monitor.metrics import JsonLines, MetricsWriter, Row
 from megatron_jackpot.monitor.prometheus import PrometheusEndpoint
 
 PROMPTS_FILE = "prompts.jsonl"
@@ -45,7 +45,7 @@ class Outputs:
         for sink in self._sinks:
             sink(step, metrics)
 
-    def account(self, step: int, account: dict[str, Any]) -> None:
+    def account(self, step: int, account: Row) -> None:
         """What became of a step's prompts, as one line."""
         self._prompts.write({"step": step, **account})
 

@@ -11,7 +11,7 @@ from typing import Literal
 Kind = Literal["checkpoint", "run folder", "metrics"]
 
 FORMATS: dict[Kind, dict[int, str]] = {
-    "checkpoint": {0: "8170530"},
+    "checkpoint": {0: "8170530", 1: "e5a6930"},
     "run folder": {0: "8170530"},
     "metrics": {0: "8170530"},
 }

@@ -317,8 +317,11 @@ def _load(state: TrainState, folder: Path) -> list[str]:
     """What is worth telling of it."""
     saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
+    changed: set[int] = set()
     if state.loader is not None and saved["loader"] is not None:
-        state.loader.load_state_dict(saved["loader"])
+        changed = state.loader.load_state_dict(saved["loader"])
+        if changed and state.mesh.is_main:
+            log.warning(f"data.*: {len(changed)} rows have changed since, {sorted(changed)[:5]} (line - 1)")
     for name, model in state.models.items():
         load_model(model, folder / name)
         load_schedule(model, saved["schedule"][name])
@@ -329,7 +332,7 @@ def _load(state: TrainState, folder: Path) -> list[str]:
         prompts = {prompt.id: prompt for prompt in state.loader.prompts}
         # Every leader takes all: with another dp size, a prompt is another leader's.
         for path in sorted(folder.glob("rollouts-*.npz")):
-            state.finished_groups |= load_groups(path, prompts)
+            state.finished_groups |= load_groups(path, prompts, changed)
     # One without them has nothing to compare.
     before = saved.get("optimizer", {})
     return [line for n, model in state.models.items() for line in changed_settings(model, before.get(n, {}))]

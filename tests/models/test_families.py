@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.config.model_folder import read_hf_config
@@ -46,6 +47,11 @@ ROPES = {
     "llama3 rope": ("llama", dict(rope_parameters=LLAMA3, max_position_embeddings=16384)),
     "linear rope": ("qwen3", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
 }
+OWN_WEIGHTS = (".safetensors", ".safetensors.index.json")
+OTHER_WEIGHTS = (
+    "tf_model.h5", "flax_model.msgpack", "model.gguf", "rust_model.ot", "pytorch_model.bin", "optimizer.pt",
+    "pytorch_model.bin.index.json", "onnx/model.onnx", "onnx/model.onnx_data", "original/consolidated.00.pth",
+)  # fmt: skip
 LAYOUTS = (
     Parallel(),
     Parallel(tp=2),
@@ -234,6 +240,83 @@ def test_bfloat16_goes_through_unchanged_and_the_export_names_its_dtype(tmp_path
     wide = {name: tensor.float() for name, tensor in tensors_of(tmp_path / "hf").items()}
     write_hf_folder(tmp_path / "wide", wide.items(), tmp_path / "hf", bucket_bytes=10**9)
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("first", [["torch_dtype", "dtype"], ["torch_dtype"], ["dtype"]])
+def test_an_export_names_its_dtype_and_takes_along_what_is_not_weights(tmp_path: Path, first: list) -> None:
+    source = write_hf(tmp_path / "hf", "qwen3")
+    tree = json.loads((source / "config.json").read_text())
+    tree = {key: value for key, value in tree.items() if key not in ("torch_dtype", "dtype")}
+    (source / "config.json").write_text(json.dumps(tree | dict.fromkeys(first, "bfloat16")))
+    before = {path.relative_to(source) for path in source.rglob("*") if not path.name.endswith(OWN_WEIGHTS)}
+    for name in OTHER_WEIGHTS:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"old weights")
+    for name in ("additional_chat_templates/tool_use.jinja", ".cache/lock"):
+        (source / name).parent.mkdir()
+        (source / name).write_text("x")
+    tensors = {name: tensor.float() for name, tensor in tensors_of(source).items()}
+    write_hf_folder(tmp_path / "out", tensors.items(), source, bucket_bytes=10**6)
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: out.get(key) for key in ("torch_dtype", "dtype") if key in out} == dict.fromkeys(
+        first, "float32"
+    )
+    kept = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    kept = {path for path in kept if not path.name.endswith(OWN_WEIGHTS)}
+    assert kept == before | {Path("additional_chat_templates/tool_use.jinja")}
+
+
+def _read_as_transformers(rank: int, world: int, folder: str) -> dict[str, float]:
+    """Gaps of folders whose config.json or files are such as transformers reads in a way of its own."""
+    from transformers import AutoModelForCausalLM
+
+    mesh, gaps = init_mesh(Parallel(), 0), {}
+    for name in ("head_dim", "rms_norm_eps", "max_position_embeddings", "swish", "stale index", "strays"):
+        here = Path(folder) / name
+        write_hf(
+            here, "llama" if name == "swish" else "qwen3", **({"head_dim": 128} if name == "head_dim" else {})
+        )
+        config = json.loads((here / "config.json").read_text())
+        if name == "swish":
+            config["hidden_act"] = "swish"
+        (here / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != name}))
+        if name == "stale index":
+            save_file(tensors_of(here), here / "model.safetensors", metadata={"format": "pt"})
+            gone = {"weight_map": {"x": "model-00001-of-00009.safetensors"}}
+            (here / "model.safetensors.index.json").write_text(json.dumps(gone))
+        if name == "strays":
+            save_file({"lora_A.weight": torch.zeros(2, 2)}, here / "adapter_model.safetensors")
+        theirs, read = AutoModelForCausalLM.from_pretrained(
+            here, dtype=torch.float32, output_loading_info=True
+        )
+        assert not read["missing_keys"]
+        tokens = torch.randint(0, 61, (40,), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            want = theirs.eval()(tokens[None]).logits[0]
+        gaps[name] = float((logits(load(here, mesh, Parallel()), tokens) - want).abs().max())
+    return gaps
+
+
+def test_a_folder_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    gaps = run_ranks(_read_as_transformers, 1, 200, str(tmp_path))[0]
+    assert len(gaps) == 6 and {name: gap for name, gap in gaps.items() if not gap <= 1e-4} == {}
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+def test_a_missing_field_counts_as_what_transformers_takes(architecture: str) -> None:
+    whole = tiny_config(architecture, num_attention_heads=32, hidden_size=64).to_dict()
+    missing = (
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+    )
+    tree = {key: value for key, value in whole.items() if key not in missing}
+    theirs, ours = type(tiny_config(architecture))(**tree), family_of(tree)
+    assert ours.norm_eps == theirs.rms_norm_eps and ours.context_length == theirs.max_position_embeddings
+    assert ours.num_groups == theirs.num_key_value_heads and ours.tied == theirs.tie_word_embeddings
+    assert ours.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
 
 
 @pytest.mark.parametrize(
