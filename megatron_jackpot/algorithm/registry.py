@@ -8,7 +8,7 @@ import importlib
 import traceback
 import types
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 M = TypeVar("M")
@@ -26,7 +26,7 @@ class Registry(dict[str, type[M]], Generic[M]):
         self.base = base
 
 
-def build(name: str, settings: Mapping[str, Any], registry: Registry[M], where: str) -> M:
+def build(name: str, settings: Mapping[str, object], registry: Registry[M], where: str) -> M:
     """The method `name` with its settings. `where` is its place in the configuration, for example
     "algorithm.correction".
 
@@ -51,9 +51,9 @@ def find(name: str, registry: Registry[M], where: str) -> type[M]:
     raise ValueError(f"{where}.name = {name!r} is unknown. {remedy}")
 
 
-def make(method: type[M], name: str, settings: Mapping[str, Any], where: str) -> M:
+def make(method: type[M], name: str, settings: Mapping[str, object], where: str) -> M:
     """An instance of `method`, whose fields are the known settings. Raises ValueError as `build` does."""
-    known = [item.name for item in fields(method)]
+    known = [item.name for item in _fields(method)]
     hints = get_type_hints(method)
     checked = {}
     for setting, value in settings.items():
@@ -61,7 +61,7 @@ def make(method: type[M], name: str, settings: Mapping[str, Any], where: str) ->
             remedy = nearest(setting, known) if known else "It has no settings."
             raise ValueError(f"Unknown setting '{where}.{setting}' of '{name}'. {remedy}")
         checked[setting] = _convert(value, hints[setting], f"{where}.{setting}")
-    missing = [item.name for item in fields(method) if item.name not in checked and _required(item)]
+    missing = [item.name for item in _fields(method) if item.name not in checked and _required(item)]
     if missing:
         raise ValueError(f"{where}.{missing[0]} is missing: '{name}' needs it. Set it beside the name.")
     try:
@@ -74,7 +74,7 @@ def make(method: type[M], name: str, settings: Mapping[str, Any], where: str) ->
         raise ValueError(f"{where}.name = '{name}' cannot be made from its settings.\n{shown()}") from error
 
 
-def load(path: str, where: str) -> Any:
+def load(path: str, where: str) -> object:
     """What `package.module:Name` names. Raises ValueError with `where`, the field that holds the path."""
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute.isidentifier():
@@ -100,7 +100,7 @@ def shown() -> str:
     return traceback.format_exc()[-SHOWN:]
 
 
-def _checked(found: Any, name: str, where: str, base: type[M]) -> type[M]:
+def _checked(found: object, name: str, where: str, base: type[M]) -> type[M]:
     """A class from outside that is a frozen dataclass of its seam, with fields that YAML can hold."""
     wanted = f"{base.__module__}.{base.__qualname__}"
     if not isinstance(found, type) or not issubclass(found, base) or found is base:
@@ -115,7 +115,7 @@ def _checked(found: Any, name: str, where: str, base: type[M]) -> type[M]:
         hints = get_type_hints(found)
     except Exception as error:
         raise ValueError(f"{where} = '{name}': its annotations cannot be read.\n{shown()}") from error
-    for item in fields(found):
+    for item in _fields(found):
         if not _is_setting(hints[item.name]):
             raise ValueError(
                 f"{where} = '{name}': its field {item.name} is of type {hints[item.name]}, must be what YAML "
@@ -124,7 +124,11 @@ def _checked(found: Any, name: str, where: str, base: type[M]) -> type[M]:
     return found
 
 
-def _is_setting(hint: Any) -> bool:
+def _fields(method: type) -> tuple[Field, ...]:
+    return fields(method)
+
+
+def _is_setting(hint: object) -> bool:
     if get_origin(hint) in (types.UnionType, Union):
         inner = [arg for arg in get_args(hint) if arg is not type(None)]
         return len(inner) == 1 and _is_setting(inner[0])
@@ -137,7 +141,7 @@ def nearest(word: str, known: list[str]) -> str:
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(known))}."
 
 
-def check_choice(name: str, value: Any, choices: tuple) -> None:
+def check_choice(name: str, value: object, choices: tuple) -> None:
     """Raises ValueError unless value is one of choices."""
     if value not in choices:
         raise ValueError(
@@ -145,7 +149,7 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
         )
 
 
-def _hint(value: Any, choices: tuple) -> str:
+def _hint(value: object, choices: tuple) -> str:
     close = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else f"Use {choices[0]!r}."
 

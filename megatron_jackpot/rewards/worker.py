@@ -51,6 +51,8 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     found = load(path, "data.reward")
     score = found() if isinstance(found, type) else found
     try:
+        if not callable(score):
+            raise TypeError(f"{score!r} is not a callable object")
         inspect.signature(score).bind("response", None)
     except (TypeError, ValueError) as error:
         raise ValueError(

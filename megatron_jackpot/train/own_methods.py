@@ -20,7 +20,7 @@ from megatron_jackpot.algorithm.distill import Distillation, distill_inputs
 from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
 from megatron_jackpot.algorithm.registry import check_choice, shown
 from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
-from megatron_jackpot.parallel.divergence import vocab_parallel_kl
+from megatron_jackpot.parallel.divergence import Direction, vocab_parallel_kl
 from megatron_jackpot.parallel.reduce import make_sum_over
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
@@ -116,7 +116,7 @@ def try_distillation(method: Distillation) -> None:
             ids_TK = torch.cat([ids_TK, scores.candidate_ids_MTK[m]], dim=-1)
         actor_logp_TK = vocab_parallel_logp_at(actor_TV.requires_grad_(), ids_TK, vocab)
 
-        def kl(direction: str, actor_TV: Tensor = actor_TV, policy_TV: Tensor = policy_TV) -> Tensor:
+        def kl(direction: Direction, actor_TV: Tensor = actor_TV, policy_TV: Tensor = policy_TV) -> Tensor:
             if method.needs != "logits":
                 raise Broken(f"calls t.kl, needs = '{method.needs}'. Declare needs = 'logits'.")
             return vocab_parallel_kl(actor_TV, policy_TV, vocab, direction=direction)
