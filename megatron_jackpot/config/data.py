@@ -41,7 +41,7 @@ class Data(Section):
     """Leave the reward workers their network, for a reward that asks a service."""
     reward_timeout_s: float = Field(default=10.0, gt=0)
     """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
-    max_failed_rewards: float = Field(0.05, ge=0, le=1)
+    max_failed_rewards: float = Field(default=0.05, ge=0, le=1)
     """Share of a step's rewards that may time out or crash; above it, and at 20 or more, the run stops."""
 
 

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -155,9 +156,10 @@ def sglang(server_python: Path | None = None) -> Check:
 
     interpreter = str(server_python or sys.executable)
     code = "import sglang, sglang.srt.entrypoints.http_server; print(sglang.__version__)"
-    fine, text = attempt(
-        code, interpreter=interpreter, env=server_environment("cuda" if visible_gpus() else "cpu")
-    )
+    device = "cuda" if visible_gpus() else "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        environment = server_environment(device, Path(folder), "http://127.0.0.1")
+        fine, text = attempt(code, interpreter=interpreter, env=environment)
     if fine:
         return Check("sglang", "ok", text)
     remedy = (

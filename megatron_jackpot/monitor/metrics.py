@@ -109,7 +109,7 @@ class MetricsWriter:
         wandb_project: str | None,
         *,
         resume_step: int | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
     ) -> None:
         """`resume_step` drops what an earlier process wrote for later steps; None keeps all of it. `settings`
         are shown as the configuration of the run in Weights & Biases.
