@@ -78,14 +78,21 @@ class Scorer:
         )
 
     def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
-        """The same scores aimed at the current policy: a fresh policy pass at the sampled token and
-        candidates."""
-        ids_MTC = None if scores is None else scores.candidate_ids_MTK
-        fresh = self.policy.score(mini, partial(self._read_target, mini, ids_MTC))
+        """The same scores aimed at the current policy: a fresh policy pass, whose own top-k are candidates in
+        place of the old policy's (P Alg. 1). Of ids that only it lists, q is known where the scored policy
+        listed them too; the actor that could tell of the others has moved since."""
+        fresh = self.policy.score(mini, partial(self._read_policy, mini))
         if scores is None or fresh is None:
             return None
+        ids_MTC = union_of_candidates(mini.topk_ids_MTK, fresh["topk_ids"])
+        target_MTC = torch.cat([fresh["server_ids_logp"], fresh["topk_logp"]], dim=-1)
         return replace(
-            scores, target_logp_MT=fresh["logp"], candidate_target_logp_MTK=fresh["candidates_logp"]
+            scores,
+            target_logp_MT=fresh["logp"],
+            candidate_ids_MTK=ids_MTC,
+            candidate_shared_MTK=_shared(ids_MTC, fresh["topk_ids"]),
+            candidate_target_logp_MTK=target_MTC.masked_fill(ids_MTC < 0, MINUS_INFINITY),
+            candidate_server_logp_MTK=_known_server_logp(ids_MTC, scores),
         )
 
     def teacher(self, microbatches: slice) -> FrozenHead | None:
@@ -142,12 +149,6 @@ class Scorer:
             )
         return read
 
-    def _read_target(
-        self, mini: Batch, ids_MTC: Tensor | None, logits_TV: Logits, index: int
-    ) -> dict[str, Tensor]:
-        assert ids_MTC is not None, "readers run on the last stage only"
-        return self._logp_and(self.policy, logits_TV, mini.labels_MT[index], candidates_logp=ids_MTC[index])
-
     def _server_logp(self, batch: Batch, actor_logp_MTK: Tensor, actor_version: int) -> Tensor:
         """log q at the candidates. The server does not return q at policy-only ids: the scored actor's
         log-prob stands in, capped by the server's k-th, where that actor produced the token; 0 probability
@@ -167,6 +168,16 @@ def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tenso
     """[M, T, 2K]: the server's ids, then the policy's with those already listed replaced by -1."""
     listed = (policy_ids_MTK[..., :, None] == server_ids_MTK[..., None, :]).any(-1)
     return torch.cat([server_ids_MTK, policy_ids_MTK.masked_fill(listed, -1)], dim=-1)
+
+
+def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
+    """log q at the ids, [M, T, 2K], where `scores` knows it, else -inf: both begin with the server's own."""
+    num_server = scores.batch.topk_ids_MTK.shape[-1]
+    new_MTK, old_MTK = ids_MTC[..., num_server:], scores.candidate_ids_MTK[..., num_server:]
+    same_MTKK = (new_MTK[..., :, None] == old_MTK[..., None, :]) & (new_MTK[..., :, None] >= 0)
+    server_MTC = scores.candidate_server_logp_MTK
+    found_MTK = torch.where(same_MTKK, server_MTC[..., None, num_server:], MINUS_INFINITY).amax(-1)
+    return torch.cat([server_MTC[..., :num_server], found_MTK], -1)
 
 
 def _shared(ids_MTC: Tensor, policy_ids_MTK: Tensor) -> Tensor:
