@@ -130,7 +130,8 @@ class BAPO(Objective):
         ok = 1 <= high <= self.high_end < math.inf
         check_that(ok, "high_start", high, f"lie in [1, high_end = {self.high_end}]", "Use 1.2 to 3.0.")
         for name in ("low_step", "high_step"):
-            check_that(getattr(self, name) >= 1e-3, name, getattr(self, name), "be >= 0.001", "Use 0.05.")
+            step = getattr(self, name)
+            check_that(1e-3 <= step < math.inf, name, step, "be >= 0.001 and finite", "Use 0.05.")
         if self.dual_clip is not None:
             rule = f"be >= high_end = {self.high_end}"
             check_that(self.dual_clip >= self.high_end, "dual_clip", self.dual_clip, rule, "Use null.")
