@@ -2,8 +2,8 @@
 
 python tools/kappa_clamp.py [--vocab 50] [--rows 4000] [--lam 1.0] [--seed 0]      prints a table
 
-Rows are pairs of random distributions, p = softmax(1.5 N(0, 1)), q of p's logits plus 0.4 N(0, 1), whose shapes
-differ from row to row as those of tokens do: logits are scaled by a factor uniform in 0.2 to 3.
+Rows are pairs of random distributions: p's logits are 1.5 s N(0, 1), q's those plus 0.4 N(0, 1). s differs
+from row to row, uniform in 0.2 to 3: some are flat and some peaked, as tokens are.
 """
 
 import argparse
