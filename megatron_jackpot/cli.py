@@ -1,17 +1,20 @@
 """The command megatron-jackpot. Thin: parse, build, run."""
 
 import argparse
+import os
 import shutil
 import signal
 import sys
 import textwrap
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 from megatron_jackpot import __version__
-from megatron_jackpot.config import Config, ConfigError, describe, load_config
+from megatron_jackpot.config import Config, ConfigError, describe, examine_config
 
+EXIT_FAILED = 1
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "launch": {
         "--nproc": dict(type=int, help="training processes; default tp * pp * cp"),
@@ -39,6 +42,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a mistake in the config or the command line."""
+    if argv is None and sys.getfilesystemencoding() != "utf-8":
+        # The names of files, too, follow the locale; only a new interpreter changes that.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.command == "doctor":
         from megatron_jackpot.launch.doctor import doctor
@@ -47,18 +54,34 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "report":
         return _report(args)
     try:
-        config = load_config(args.config, args.overrides)
+        config, mistakes = examine_config(args.config, args.overrides)
     except (ValueError, OSError) as error:
         return refuse(error)
     if args.command == "train":
-        return _train(config)
+        return _train(config, mistakes)
+    if config is not None and args.command in ("launch", "plan"):
+        mistakes += _preflight(config, args)
+    if config is None or mistakes:
+        return refuse(ConfigError("\n".join(mistakes)))
     if args.command == "plan":
         return _plan(config, args)
     if args.command in ("serve", "join"):
         return _node(args.command, config)
-    if args.slurm:
-        return _submit(config, args)
-    return _launch(config, args.nproc)
+    return _submit(config, args) if args.slurm else _launch(config, args.nproc)
+
+
+def _preflight(config: Config, args: argparse.Namespace) -> list[str]:
+    from megatron_jackpot.launch.preflight import Command, Subject, preflight
+
+    command: Command = args.command
+    if command == "launch" and args.slurm:
+        command = "plan" if args.dry_run else "submit"
+    return preflight(Subject(config, command, getattr(args, "nproc", None), _say_rows))
+
+
+def _say_rows(rows: int) -> None:
+    if rows % 10_000 == 0:
+        print(f"megatron-jackpot: {rows} rows checked", file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -123,11 +146,15 @@ def settings() -> str:
 
 
 def refuse(error: Exception) -> int:
-    print(f"megatron-jackpot: {error}", file=sys.stderr)
+    for line in str(error).splitlines():
+        print(f"megatron-jackpot: {line}", file=sys.stderr)
     return 2
 
 
-def _train(config: Config) -> int:
+def _train(config: Config | None, mistakes: list[str]) -> int:
+    if config is None:
+        return refuse(ConfigError("\n".join(mistakes)))
+    from megatron_jackpot.launch.preflight import Subject, preflight
     from megatron_jackpot.monitor.messages import configure
     from megatron_jackpot.run.interrupt import StopRequest, die_with_parent
 
@@ -137,6 +164,10 @@ def _train(config: Config) -> int:
     stop = StopRequest(config.run)
     stop.listen()
     configure()
+    if os.environ.get("RANK", "0") == "0":
+        mistakes += preflight(Subject(config, "train"))
+    if mistakes:
+        return refuse(ConfigError("\n".join(mistakes)))
     _hush()
     from megatron_jackpot.train.run import run
 
@@ -144,14 +175,21 @@ def _train(config: Config) -> int:
         run(config, stop=stop)
     except ConfigError as error:
         return refuse(error)
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        # Not the interpreter's own end: with collectives of other ranks under way it aborts (134), which
+        # looks like a crash of another kind. What was open is closed by now.
+        os._exit(EXIT_FAILED)
     return 0
 
 
 def _launch(config: Config, nproc: int | None) -> int:
-    from megatron_jackpot.launch.local import check, launch
+    from megatron_jackpot.launch.local import launch
+    from megatron_jackpot.launch.lock import refuse_if_held
 
     try:
-        check(config, nproc)
+        refuse_if_held(config.run.folder)
     except ValueError as error:
         return refuse(error)
     return launch(config, nproc)

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    # Only annotations need them: the launcher's checks read prompts without torch.
     import numpy as np
+    from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+Direction = Literal["forward", "reverse"]
+"""Of a KL between policy and actor: forward is KL(policy || actor)."""
+Pair: TypeAlias = "tuple[Tensor, Tensor]"
 """(sum, count) on this rank, float64 scalars; divided once, after both were summed over all ranks."""
 Metrics = dict[str, Pair]
 """Name -> (sum, count)."""
@@ -226,12 +228,11 @@ class DistillInputs:
     """At the candidates, -inf on padding; K = 0 where the method needs none."""
     policy_logp_TK: Tensor
     """The same under the target of the mini-batch."""
-    kl: Callable[[Literal["forward", "reverse"]], Tensor]
-    """The exact divergence over the vocabulary, [T]: forward is KL(policy || actor). Only where the method
-    needs logits."""
+    kl: Callable[[Direction], Tensor]
+    """The exact divergence over the vocabulary, [T]. Only where the method needs logits."""
 
 
 def _rows(record: Batch | Scores, start: int, stop: int) -> dict[str, Any]:
     """The fields of a record that have a first dimension of micro-batches, cut."""
     values = {item.name: getattr(record, item.name) for item in fields(record)}
-    return {name: value[start:stop] for name, value in values.items() if isinstance(value, Tensor | tuple)}
+    return {name: value[start:stop] for name, value in values.items() if hasattr(value, "__getitem__")}

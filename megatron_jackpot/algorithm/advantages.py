@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_jackpot.algorithm.registry import Registry
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 
 
@@ -102,7 +103,7 @@ class ReinforcePP(Advantage):
         return (wide_N / (variance.sqrt() + self.eps)).float()
 
 
-ADVANTAGES = {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO, "reinforce++": ReinforcePP}
+ADVANTAGES = Registry(Advantage, {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO, "reinforce++": ReinforcePP})
 
 
 def _check_eps(eps: float) -> None:

@@ -1,6 +1,7 @@
-"""Two knobs that follow a measurement: lam a wanted acceptance, lambda_distill a wanted KL(policy || actor).
+"""Two settings that follow a measurement: lam a wanted acceptance, lambda_distill a wanted KL(policy ||
+actor).
 
-A controller measures one batch and moves the knob for the next.
+A controller measures one batch and moves the setting for the next.
 """
 
 import math

@@ -5,7 +5,7 @@ Shapes: M micro-batches of T tokens, K candidates. Everything is detached.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class CorrectionMethod:
     `__call__`, which ends with `corrected`.
     """
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
     """`algorithm.correction.preset` -> settings; "paper" where none is named. Empty: the method has no
     presets."""
     seeded: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """Corrections by name: from samples of the server to (keep, weight, count) for the policy's loss.
 
 policy loss = -sum keep * weight * surrogate / N, N the global sum of count. A method is a frozen dataclass:
-its fields are the keys under `algorithm.correction` in YAML.
+its fields are the keys under `algorithm.correction` in YAML. A class of the user's own is named by its path.
 """
 
 from collections.abc import Mapping
@@ -20,21 +20,24 @@ from megatron_jackpot.algorithm.importance import (
     TokenIS,
 )
 from megatron_jackpot.algorithm.jackpot import Jackpot, ZTruncatedIS
-from megatron_jackpot.algorithm.registry import build, check_choice
+from megatron_jackpot.algorithm.registry import Registry, check_choice, find, make
 
-CORRECTIONS: dict[str, type[CorrectionMethod]] = {
-    "none": NoCorrection,
-    "tis": TokenIS,
-    "mis": MaskedIS,
-    "icepop": IcePop,
-    "seq_tis": SequenceTIS,
-    "seq_mis": SequenceMIS,
-    "geo_rs": GeometricFilter,
-    "k_filter": KFilter,
-    "tis_current": CurrentIS,
-    "z_tis": ZTruncatedIS,
-    "jackpot": Jackpot,
-}
+CORRECTIONS = Registry(
+    CorrectionMethod,
+    {
+        "none": NoCorrection,
+        "tis": TokenIS,
+        "mis": MaskedIS,
+        "icepop": IcePop,
+        "seq_tis": SequenceTIS,
+        "seq_mis": SequenceMIS,
+        "geo_rs": GeometricFilter,
+        "k_filter": KFilter,
+        "tis_current": CurrentIS,
+        "z_tis": ZTruncatedIS,
+        "jackpot": Jackpot,
+    },
+)
 
 
 def make_correction(name: str, settings: Mapping[str, Any], seed: int) -> CorrectionMethod:
@@ -43,12 +46,12 @@ def make_correction(name: str, settings: Mapping[str, Any], seed: int) -> Correc
     `preset`, of a method that has some, names settings; those written beside it win. Raises ValueError naming
     the key.
     """
-    settings = dict(settings)
-    method = CORRECTIONS.get(name, CorrectionMethod)
+    where, settings = "algorithm.correction", dict(settings)
+    method = find(name, CORRECTIONS, where)
     if method.presets:
         preset = settings.pop("preset", "paper")
-        check_choice("algorithm.correction.preset", preset, tuple(method.presets))
+        check_choice(f"{where}.preset", preset, tuple(method.presets))
         settings = {**method.presets[preset], **settings}
     if method.seeded:
         settings.setdefault("seed", seed)
-    return build(name, settings, CORRECTIONS, "algorithm.correction")
+    return make(method, name, settings, where)

@@ -5,6 +5,7 @@ minimised; gradient flows into the actor's log-probs only.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +13,23 @@ from torch import Tensor
 
 from megatron_jackpot.algorithm.divergence import candidate_kl, k3
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio
-from megatron_jackpot.records import DistillInputs
+from megatron_jackpot.algorithm.registry import Registry
+from megatron_jackpot.records import Direction, DistillInputs, Scores
+
+
+def distill_inputs(
+    logp_TK: Tensor, scores: Scores, m: int, kl: Callable[[Direction], Tensor]
+) -> DistillInputs:
+    """What a distillation may look at in micro-batch m: `logp_TK` [T, 1 + K] is the live actor's at the
+    sampled token and, of a method that needs them, at the candidates."""
+    num_candidates = logp_TK.shape[1] - 1
+    return DistillInputs(
+        actor_logp_T=logp_TK[:, 0],
+        policy_logp_T=scores.policy_logp_MT[m],
+        actor_logp_TK=logp_TK[:, 1:],
+        policy_logp_TK=scores.candidate_target_logp_MTK[m][:, :num_candidates],
+        kl=kl,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +87,7 @@ class _Full(Distillation):
     """The exact divergence over the vocabulary, at most `limit` per token."""
 
     needs = "logits"
-    direction: ClassVar[Literal["forward", "reverse"]] = "forward"
+    direction: ClassVar[Direction] = "forward"
 
     limit: float | None = None
     """Largest loss of one token, without gradient where it is reached; null has none."""
@@ -96,9 +113,12 @@ class ReverseFull(_Full):
     direction = "reverse"
 
 
-DISTILL: dict[str, type[Distillation]] = {
-    "k3_sample": K3Sample,
-    "forward_topk": ForwardTopK,
-    "forward_full": ForwardFull,
-    "reverse_full": ReverseFull,
-}
+DISTILL = Registry(
+    Distillation,
+    {
+        "k3_sample": K3Sample,
+        "forward_topk": ForwardTopK,
+        "forward_full": ForwardFull,
+        "reverse_full": ReverseFull,
+    },
+)

@@ -7,7 +7,7 @@ Sources: P = arXiv 2602.06107, R = its public verl fork.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -136,7 +136,7 @@ class Normaliser(CorrectionMethod):
 class Jackpot(Normaliser):
     """OBRS acceptance and reweighting (P Alg. 1, Eq. 5); the defaults are the paper's form."""
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "paper": {},
         "reference": dict(candidates="intersection", kappa_over="microbatch", clip_order="before_z"),
         "recommended": dict(mask="expected", z_correction="tail", denominator="all"),

@@ -19,6 +19,7 @@ from megatron_jackpot.algorithm.objectives_base import (
 from megatron_jackpot.algorithm.objectives_masked import BAPO, M2PO, DPPOBinaryKL, DPPOBinaryTV
 from megatron_jackpot.algorithm.objectives_sequence import GSPO, TOPR, MinPRO
 from megatron_jackpot.algorithm.obrs import check_cap, log_ratio
+from megatron_jackpot.algorithm.registry import Registry
 from megatron_jackpot.algorithm.tokens import segment_mean
 from megatron_jackpot.records import ObjectiveInputs
 
@@ -126,17 +127,20 @@ class Reinforce(Objective):
         return t.advantage_T * t.logp_T
 
 
-OBJECTIVES = {
-    "ppo": PPO,
-    "decoupled_ppo": DecoupledPPO,
-    "opsm": OPSM,
-    "cispo": CISPO,
-    "reinforce": Reinforce,
-    "gspo": GSPO,
-    "topr": TOPR,
-    "minpro": MinPRO,
-    "dppo_tv": DPPOBinaryTV,
-    "dppo_kl": DPPOBinaryKL,
-    "bapo": BAPO,
-    "m2po": M2PO,
-}
+OBJECTIVES = Registry(
+    Objective,
+    {
+        "ppo": PPO,
+        "decoupled_ppo": DecoupledPPO,
+        "opsm": OPSM,
+        "cispo": CISPO,
+        "reinforce": Reinforce,
+        "gspo": GSPO,
+        "topr": TOPR,
+        "minpro": MinPRO,
+        "dppo_tv": DPPOBinaryTV,
+        "dppo_kl": DPPOBinaryKL,
+        "bapo": BAPO,
+        "m2po": M2PO,
+    },
+)

@@ -1,29 +1,66 @@
-"""From a method's name and YAML keys to its dataclass, with every mistake named."""
+"""From a method's name and YAML keys to its dataclass, with every mistake named.
+
+A name stands in a registry, or is `package.module:Class`: a class of the user's own, found on PYTHONPATH.
+"""
 
 import difflib
+import importlib
+import traceback
 import types
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+M = TypeVar("M")
+SETTING_TYPES = (bool, int, float, str)
+"""What YAML holds of a method's field, beside a Literal, and null where the annotation says `| None`."""
+SHOWN = 4000
+"""Characters of a traceback that an error carries: the last ones."""
 
 
-def build(name: str, knobs: Mapping[str, Any], registry: Mapping[str, type], where: str) -> Any:
-    """registry[name](**knobs). `where` is the place in the configuration, for example "algorithm.correction".
+class Registry(dict[str, type[M]], Generic[M]):
+    """Name -> class of the methods that may stand in one place; `base` is what a user's own derives from."""
 
-    Raises ValueError naming an unknown method or knob and the nearest known one, a value of the wrong type,
-    or the rule of the method's own check that failed.
+    def __init__(self, base: type[M], methods: Mapping[str, type[M]]) -> None:
+        super().__init__(methods)
+        self.base = base
+
+
+def build(name: str, settings: Mapping[str, Any], registry: Registry[M], where: str) -> M:
+    """The method `name` with its settings. `where` is its place in the configuration, for example
+    "algorithm.correction".
+
+    Raises ValueError naming an unknown method or setting and the nearest known one, a value of the wrong
+    type, or the rule of the method's own check that failed.
     """
-    if name not in registry:
-        raise ValueError(f"{where}.name = {name!r} is unknown. {nearest(name, list(registry))}")
-    method = registry[name]
+    return make(find(name, registry, where), name, settings, where)
+
+
+def is_own(name: str) -> bool:
+    """Whether a method is named by its path, not by its place in a registry."""
+    return ":" in name
+
+
+def find(name: str, registry: Registry[M], where: str) -> type[M]:
+    """The class of a method, checked as far as that is possible without one. Raises ValueError."""
+    if name in registry:
+        return registry[name]
+    if is_own(name):
+        return _checked(load(name, f"{where}.name"), name, f"{where}.name", registry.base)
+    remedy = "Own methods are package.module:Class." if "." in name else nearest(name, list(registry))
+    raise ValueError(f"{where}.name = {name!r} is unknown. {remedy}")
+
+
+def make(method: type[M], name: str, settings: Mapping[str, Any], where: str) -> M:
+    """An instance of `method`, whose fields are the known settings. Raises ValueError as `build` does."""
     known = [item.name for item in fields(method)]
     hints = get_type_hints(method)
     checked = {}
-    for knob, value in knobs.items():
-        if knob not in known:
-            remedy = nearest(knob, known) if known else "It has no knobs."
-            raise ValueError(f"Unknown knob '{where}.{knob}' of '{name}'. {remedy}")
-        checked[knob] = _convert(value, hints[knob], f"{where}.{knob}")
+    for setting, value in settings.items():
+        if setting not in known:
+            remedy = nearest(setting, known) if known else "It has no settings."
+            raise ValueError(f"Unknown setting '{where}.{setting}' of '{name}'. {remedy}")
+        checked[setting] = _convert(value, hints[setting], f"{where}.{setting}")
     missing = [item.name for item in fields(method) if item.name not in checked and _required(item)]
     if missing:
         raise ValueError(f"{where}.{missing[0]} is missing: '{name}' needs it. Set it beside the name.")
@@ -31,6 +68,67 @@ def build(name: str, knobs: Mapping[str, Any], registry: Mapping[str, type], whe
         return method(**checked)
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from error
+    except Exception as error:
+        if not is_own(name):
+            raise
+        raise ValueError(f"{where}.name = '{name}' cannot be made from its settings.\n{shown()}") from error
+
+
+def load(path: str, where: str) -> Any:
+    """What `package.module:Name` names. Raises ValueError with `where`, the field that holds the path."""
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute.isidentifier():
+        raise ValueError(f"{where} = '{path}': must be package.module:Name, with one colon.")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if f"{module_name}.".startswith(f"{error.name}."):
+            raise ValueError(f"{where} = '{path}': {error}. Put its folder on PYTHONPATH.") from error
+        raise ValueError(f"{where} = '{path}' cannot be imported.\n{shown()}") from error
+    except Exception as error:
+        raise ValueError(f"{where} = '{path}' cannot be imported.\n{shown()}") from error
+    if not hasattr(module, attribute):
+        public = [name for name in vars(module) if not name.startswith("_")]
+        raise ValueError(
+            f"{where} = '{path}': module {module_name} has no '{attribute}'. {nearest(attribute, public)}"
+        )
+    return getattr(module, attribute)
+
+
+def shown() -> str:
+    """The end of the traceback of the exception that is being handled."""
+    return traceback.format_exc()[-SHOWN:]
+
+
+def _checked(found: Any, name: str, where: str, base: type[M]) -> type[M]:
+    """A class from outside that is a frozen dataclass of its seam, with fields that YAML can hold."""
+    wanted = f"{base.__module__}.{base.__qualname__}"
+    if not isinstance(found, type) or not issubclass(found, base) or found is base:
+        raise ValueError(f"{where} = '{name}': must be a class derived from {wanted}. Derive it.")
+    # Its own: a subclass without the decorator has its base's, and its fields would be none.
+    parameters = vars(found).get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise ValueError(
+            f"{where} = '{name}': must be a frozen dataclass. Write @dataclass(frozen=True, kw_only=True)."
+        )
+    try:
+        hints = get_type_hints(found)
+    except Exception as error:
+        raise ValueError(f"{where} = '{name}': its annotations cannot be read.\n{shown()}") from error
+    for item in fields(found):
+        if not _is_setting(hints[item.name]):
+            raise ValueError(
+                f"{where} = '{name}': its field {item.name} is of type {hints[item.name]}, must be what YAML "
+                "holds: bool, int, float, str or a Literal, with `| None` or without. Use one of them."
+            )
+    return found
+
+
+def _is_setting(hint: Any) -> bool:
+    if get_origin(hint) in (types.UnionType, Union):
+        inner = [arg for arg in get_args(hint) if arg is not type(None)]
+        return len(inner) == 1 and _is_setting(inner[0])
+    return get_origin(hint) is Literal or hint in SETTING_TYPES
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -1,10 +1,10 @@
 """Every setting, frozen and checked; who runs where. No torch."""
 
 from megatron_jackpot.config.algorithm import Algorithm, Packing
-from megatron_jackpot.config.base import ConfigError, Method
+from megatron_jackpot.config.base import Check, ConfigError, Method
 from megatron_jackpot.config.cluster import Cluster
 from megatron_jackpot.config.data import Data, Evaluation
-from megatron_jackpot.config.load import describe, load_config, parse_config
+from megatron_jackpot.config.load import describe, examine_config, load_config, parse_config
 from megatron_jackpot.config.models import Actor, Optimizer, Parallel, Policy, Precision
 from megatron_jackpot.config.run import Guards, Logging, Run
 from megatron_jackpot.config.schema import Config
@@ -13,6 +13,7 @@ from megatron_jackpot.config.servers import Rollouts, Servers, Sync
 __all__ = [
     "Actor",
     "Algorithm",
+    "Check",
     "Cluster",
     "Config",
     "ConfigError",
@@ -31,6 +32,7 @@ __all__ = [
     "Servers",
     "Sync",
     "describe",
+    "examine_config",
     "load_config",
     "parse_config",
 ]

@@ -9,7 +9,9 @@ from megatron_jackpot.config.base import Method, Section
 
 class Algorithm(Section):
     correction: Method = Method(name="jackpot")
-    """From server samples to the policy's loss: docs/corrections.md; jackpot takes a `preset` too."""
+    """From server samples to the policy's loss: docs/corrections.md; jackpot takes a `preset` too.
+
+    This and every other method may be your own, named package.module:Class: examples/own_methods."""
     objective: Method = Method(name="ppo")
     """Per-token surrogate of the policy: docs/objectives.md."""
     advantage: Method = Method(name="grpo")

@@ -1,12 +1,32 @@
 """What every section of the configuration is made of."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class ConfigError(ValueError):
     """The input cannot work; the message names the field and the remedy."""
+
+
+Subject = TypeVar("Subject")
+
+
+@dataclass(frozen=True)
+class Check(Generic[Subject]):
+    """One thing that is refused at start; docs/refused.md is made of these."""
+
+    name: str
+    """The settings that it looks at."""
+    rule: str
+    """What must hold."""
+    remedy: str
+    """What to do where it does not."""
+    find: Callable[[Subject], Iterable[str]]
+    """The mistakes: a line each, with field, value, rule and remedy."""
 
 
 class Section(BaseModel):
@@ -20,6 +40,15 @@ class Section(BaseModel):
         # A bound of nan or inf would bind nothing; what can be switched off is null.
         allow_inf_nan=False,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _from_home(cls, value: Any) -> Any:
+        """A path's "~" is the home folder, as no shell has seen what stands in YAML or behind key=."""
+        try:
+            return value.expanduser() if isinstance(value, Path) else value
+        except RuntimeError as error:
+            raise ValueError(f"'{value}': {error} Write the path in full.") from error
 
 
 class Method(BaseModel):

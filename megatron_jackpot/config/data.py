@@ -23,10 +23,16 @@ class Data(Section):
     """jsonl: held-out problems for evaluation."""
     template: str | None = None
     """Text around a problem, with {question}; null uses the tokenizer's chat template."""
+    template_args: dict[str, Any] = {}
+    """Variables of the chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts are dropped and counted."""
+    changed_rows: tuple[int, ...] = ()
+    """Rows (line - 1) that were trained on and may differ from the checkpoint's on resume; later rows always
+    may."""
     reward: str = "exact"
-    """exact, reasoning_gym, math_verify, or a dotted path to a function (response_text, label) -> float."""
+    """exact, reasoning_gym, math_verify, or your own package.module:name, called (response_text, label) ->
+    float."""
     reward_workers: int = Field(default=2, ge=1)
     """Worker processes of the reward pool."""
     reward_memory_gb: float = Field(default=4.0, gt=0)

@@ -1,5 +1,6 @@
 """From YAML and overrides to a checked configuration; the list of its settings for --help."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config.base import ConfigError, Section
-from megatron_jackpot.config.schema import Config
+from megatron_jackpot.config.schema import MISTAKES, Config
 from megatron_jackpot.config.yaml_tree import Tree, apply_override, read_tree
 
 RENAMED = {"cluster.time": "cluster.minutes"}
@@ -21,18 +22,61 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
     whole.
     Raises ConfigError naming the field, the value and what to do, FileNotFoundError for a missing file.
     """
+    config, mistakes = examine_config(path, overrides)
+    if config is None or mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return config
+
+
+def examine_config(
+    path: Path, overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[Config | None, list[str]]:
+    """The configuration and its mistakes, a line each.
+
+    Settings that cannot be read count as not given, so that the rest can be looked at; None where too much is
+    missing. Raises ConfigError for a file or an override that is no YAML, FileNotFoundError for none.
+    """
     tree = read_tree(Path(path))
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree)
+    return examine(tree)
 
 
 def parse_config(tree: Tree) -> Config:
     """Check a nested mapping. Raises ConfigError with one line per mistake."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from error
+    config, mistakes = examine(tree)
+    if config is None or mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return config
+
+
+def examine(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """As `examine_config`, of a nested mapping."""
+    mistakes: list[str] = []
+    tree = copy.deepcopy(tree)
+    for _ in range(2):
+        across: list[str] = []
+        try:
+            return Config.model_validate(tree, context={MISTAKES: across}), mistakes + across
+        except ValidationError as error:
+            if mistakes:
+                break  # What is left cannot be mended by leaving it out.
+            mistakes = [_explain(item) for item in error.errors()]
+            for item in error.errors():
+                # A method without a name counts as not given; a folder that is missing has no substitute.
+                _leave_out(tree, item["loc"][: -1 if item["type"] == "missing" else None])
+    return None, mistakes
+
+
+def _leave_out(tree: Any, where: tuple[int | str, ...]) -> None:
+    """Remove the setting that a mistake is about, or the nearest one above it."""
+    for depth, part in enumerate(where):
+        below = tree.get(part) if isinstance(tree, dict) else None
+        if depth == len(where) - 1 or not isinstance(below, dict):
+            if isinstance(tree, dict):
+                tree.pop(part, None)
+            return
+        tree = below
 
 
 def _explain(item: Any) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,16 @@ which would still hold the old numbers."""
 NOT_COPIED = {INDEX, "metadata.json", "model.safetensors", "conversion.json"}
 
 
+def read_json(path: Path, absent: Any = None) -> Any:
+    """What a JSON file holds, `absent` where there is none. Raises ValueError naming the file."""
+    if not path.is_file():
+        return absent
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
 def read_hf_config(folder: Path) -> HFConfig:
     """config.json of a folder in HF's or Megatron's format.
 
@@ -28,10 +38,41 @@ def read_hf_config(folder: Path) -> HFConfig:
         raise ValueError(
             f"{path} is missing: a model folder holds config.json, *.safetensors and a tokenizer."
         )
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return read_json(path)
+
+
+def stop_token_ids(eos: int | None, folders: Sequence[Path]) -> tuple[int, ...]:
+    """What ends a response for trainer, evaluation and servers alike: the tokenizer's end-of-text id, and
+    those of every folder's config.json and generation_config.json, which servers obey by themselves.
+
+    Raises ValueError when there is none, and for one that is no number.
+    """
+    ids = set() if eos is None else {eos}
+    for folder in folders:
+        for name in ("config.json", "generation_config.json"):
+            listed = read_json(Path(folder) / name, {}).get("eos_token_id")
+            found = listed if isinstance(listed, list) else [] if listed is None else [listed]
+            wrong = [id for id in found if not isinstance(id, int) or isinstance(id, bool)]
+            if wrong:
+                raise ValueError(f"{Path(folder) / name}: eos_token_id holds {wrong[0]!r}, which is no id.")
+            ids |= set(found)
+    if not ids:
+        raise ValueError(
+            "Neither the tokenizer nor config.json or generation_config.json names an eos token: responses "
+            "would never end."
+        )
+    return tuple(sorted(ids))
+
+
+def check_stop_ids(stop_ids: Sequence[int], rows: Mapping[str, int]) -> None:
+    """Raises ValueError for an id that a model of `rows` ids, by name, cannot say."""
+    for name, size in rows.items():
+        outside = [id for id in stop_ids if not 0 <= id < size]
+        if outside:
+            raise ValueError(
+                f"{name}.hf has an embedding of {size} rows, but the end-of-text ids of tokenizer, "
+                f"config.json and generation_config.json hold {outside[0]}. Mend eos_token_id there."
+            )
 
 
 def copy_other_files(source: Path, to: Path) -> None:

@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
+from megatron_jackpot.config.agreement import new_tokens
 from megatron_jackpot.config.model_folder import HFConfig, read_hf_config
 from megatron_jackpot.config.models import Parallel
 from megatron_jackpot.config.schema import Config
+from megatron_jackpot.config.servers import CONTEXT_MARGIN
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Fields of a mixture of experts in the config.json of Qwen, Mixtral and DeepSeek."""
@@ -141,15 +143,53 @@ class ModelShape:
 
 
 def model_shapes(config: Config) -> dict[str, ModelShape]:
-    """Of "policy" and "actor", checked against the layout. Raises ValueError naming the model's field."""
-    shapes = {}
+    """Of "policy" and "actor", checked against the layout and the run's lengths and top-k.
+
+    Raises ValueError naming the model's field, a line for each mistake.
+    """
+    shapes, mistakes = {}, []
     for name, folder in (("policy", config.policy.hf), ("actor", config.actor.hf)):
         try:
             shapes[name] = ModelShape.of(read_hf_config(folder))
             check_layout(shapes[name], config.parallel)
         except ValueError as error:
-            raise ValueError(f"{name}.hf = {folder}: {error}") from error
+            mistakes.append(f"{name}.hf = {folder}: {error}")
+    if not mistakes:
+        mistakes = misfits(config, shapes["policy"], shapes["actor"])
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
     return shapes
+
+
+def misfits(config: Config, policy: "HasSizes", actor: "HasSizes") -> list[str]:
+    """What a run asks of its models that they cannot do: their context against the longest sequences, the
+    actor's as its servers count it, and the vocabulary against top-k."""
+    found = []
+    room = {"policy": policy.context_length, "actor": actor.context_length - CONTEXT_MARGIN}
+    for name, tokens in room.items():
+        margin = f" - {CONTEXT_MARGIN}, which servers keep free," if name == "actor" else ""
+        for section, limit in new_tokens(config).items():
+            longest = config.data.max_prompt_tokens + limit
+            if longest > tokens:
+                found.append(
+                    f"{name}.hf: max_position_embeddings = {tokens + CONTEXT_MARGIN * (name == 'actor')}"
+                    f"{margin} is shorter than data.max_prompt_tokens + {section}.max_new_tokens = "
+                    f"{config.data.max_prompt_tokens} + {limit} = {longest}. Lower one of them."
+                )
+    k, size = config.rollout.top_k_logp, actor.vocab_size
+    if k > size:
+        found.append(f"rollout.top_k_logp = {k} exceeds the actor's vocabulary of {size} ids. Lower it.")
+    return found
+
+
+class HasSizes(Protocol):
+    """A model's shape, or its family."""
+
+    @property
+    def context_length(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
 
 def check_layout(shape: ModelShape, parallel: Parallel) -> None:

@@ -7,6 +7,9 @@ from pydantic import Field
 
 from megatron_jackpot.config.base import Section
 
+CONTEXT_MARGIN = 2
+"""SGLang lets prompt + response grow to context_length - 2 and shortens longer requests without an error."""
+
 
 class Servers(Section):
     urls: tuple[str, ...] = ()

@@ -17,7 +17,7 @@ def read_tree(path: Path, above: tuple[Path, ...] = ()) -> Tree:
     if path.resolve() in above:
         raise ConfigError(f"{path}: base files form a circle. Remove one of their `base` keys.")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):

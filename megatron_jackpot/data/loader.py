@@ -1,9 +1,13 @@
 """The order of prompts: one seeded permutation per epoch, shared among the data-parallel leaders."""
 
 import hashlib
+from collections.abc import Collection
 from typing import Any
 
 from megatron_jackpot.records import Prompt
+
+DIGEST_CHARS = 12
+"""Of a prompt's digest in hexadecimal: a checkpoint holds one for each prompt."""
 
 
 class PromptLoader:
@@ -14,8 +18,19 @@ class PromptLoader:
     dp_size divides it. The rest of an epoch that does not fill a step is left out of that epoch.
     """
 
-    def __init__(self, prompts: list[Prompt], per_step: int, dp_rank: int, dp_size: int, seed: int):
-        """Raises ValueError when a step cannot be filled or a leader would get no prompt."""
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        per_step: int,
+        dp_rank: int,
+        dp_size: int,
+        seed: int,
+        may_change: Collection[int] = (),
+    ):
+        """Raises ValueError when a step cannot be filled or a leader would get no prompt.
+
+        `may_change` are ids of prompts that were trained on and may be others on resume.
+        """
         if per_step > len(prompts):
             raise ValueError(
                 f"rollout.prompts_per_step = {per_step} is larger than the {len(prompts)} usable prompts. "
@@ -33,7 +48,10 @@ class PromptLoader:
             dp_size,
             seed,
         )
-        self.fingerprint = prompts_fingerprint(prompts)
+        self.digests = "".join(prompt_digest(prompt) for prompt in prompts)
+        """DIGEST_CHARS for each prompt."""
+        self.ids = [prompt.id for prompt in prompts]
+        self.may_change = frozenset(may_change)
         self._start_epoch(0)
 
     def next(self) -> tuple[int, list[Prompt]]:
@@ -49,25 +67,49 @@ class PromptLoader:
             "epoch": self._epoch,
             "position": self._position,
             "seed": self.seed,
-            "fingerprint": self.fingerprint,
+            "ids": self.ids,
+            "digests": self.digests,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises ValueError when the prompts or the seed are others."""
-        if state["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                "The checkpoint was made with other prompts than data.* gives now. Restore the data."
-            )
+    def load_state_dict(self, state: dict[str, Any]) -> set[int]:
+        """Continue where `state` was taken; the ids of prompts that have changed since.
+
+        Rows that were not trained on may have changed, come or gone; others only where `may_change` names
+        them. Raises ValueError when the seed or the order so far is another, naming rows.
+        """
         if state["seed"] != self.seed:
             raise ValueError(
                 f"run.seed = {self.seed} differs from the checkpoint's {state['seed']}. Set it back."
             )
-        self._start_epoch(state["epoch"])
-        self._position = state["position"]
+        epoch, position = state["epoch"], state["position"]
+        then = dict(zip(state["ids"], split_digests(state["digests"]), strict=True))
+        now = dict(zip(self.ids, split_digests(self.digests), strict=True))
+        ids = list(then)
+        passed = [ids[i] for i in epoch_order(ids, self.seed, epoch)[:position]]
+        self._start_epoch(epoch)
+        if passed != [self.prompts[i].id for i in self._order[:position]]:
+            gone, come = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
+            raise ValueError(
+                f"The checkpoint was made with other prompts than data.* gives now: gone {gone[:5]}, new "
+                f"{come[:5]} (line - 1), which moves the {position} that this epoch has passed. Restore the "
+                "data; a row is mended in its line."
+            )
+        trained = passed if epoch == 0 else ids
+        differ = {id for id in ids if now.get(id) != then[id]}
+        changed = sorted(differ.intersection(trained) - self.may_change)
+        if changed:
+            few = changed[:5]
+            raise ValueError(
+                "The checkpoint was made with other prompts than data.* gives now: of those it was trained "
+                f"on, {len(changed)} differ, rows {few} (line - 1) first. Restore the data, or, if that is "
+                f"meant, set data.changed_rows={changed[:100]}."
+            )
+        self._position = position
+        return differ
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch, self._position = epoch, 0
-        self._order = epoch_order([prompt.id for prompt in self.prompts], self.seed, epoch)
+        self._order = epoch_order(self.ids, self.seed, epoch)
 
 
 def epoch_order(ids: list[int], seed: int, epoch: int) -> list[int]:
@@ -79,9 +121,11 @@ def epoch_order(ids: list[int], seed: int, epoch: int) -> list[int]:
     return sorted(range(len(ids)), key=key)
 
 
-def prompts_fingerprint(prompts: list[Prompt]) -> str:
-    """sha256 over ids, tokens and labels: equal on all ranks, or they would train on different problems."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(repr((prompt.id, prompt.tokens, prompt.label)).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+def prompt_digest(prompt: Prompt) -> str:
+    """Of id, tokens and label: by these a resumed run knows the rows it was trained on."""
+    content = repr((prompt.id, prompt.tokens, prompt.label)).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=DIGEST_CHARS // 2).hexdigest()
+
+
+def split_digests(digests: str) -> list[str]:
+    return [digests[i : i + DIGEST_CHARS] for i in range(0, len(digests), DIGEST_CHARS)]

@@ -70,10 +70,11 @@ def _reasoning_gym_label(task: str, options: dict[str, Any], entry: dict[str, An
     return {"task": task, "options": options, "entry": plain, "answer": entry["answer"]}
 
 
-def jsonl_problems(path: Path) -> list[Problem]:
-    """Every row of the file; blank lines are passed over. Raises ValueError naming file, line and mistake.
+def jsonl_problems(path: Path, mistakes: list[str] | None = None) -> list[Problem]:
+    """Every row of the file; blank lines are passed over.
 
     A bad row stops the run rather than being skipped: a partly broken file is not the file that was meant.
+    Its mistake goes to `mistakes`, naming file and line, or is a ValueError where that is None.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file. Set data.path (data.heldout_path) to a jsonl file.")
@@ -85,7 +86,10 @@ def jsonl_problems(path: Path) -> list[Problem]:
             try:
                 problems.append(_problem(index, line))
             except ValueError as error:
-                raise ValueError(f"{path}, line {index + 1}: {error}") from error
+                mistake = f"{path}, line {index + 1}: {error}"
+                if mistakes is None:
+                    raise ValueError(mistake) from error
+                mistakes.append(mistake)
     return problems
 
 
@@ -95,7 +99,7 @@ def _problem(index: int, line: bytes) -> Problem:
         row = json.loads(text, object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {type(row).__name__}.")
@@ -122,6 +126,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _prompt(prompt: Any) -> str:
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"'prompt' must be a text that is not empty, got {prompt!r}.")
+    _check_text("prompt", prompt)
     return prompt
 
 
@@ -132,13 +137,23 @@ def _messages(messages: Any) -> list[dict[str, str]]:
         fields = [message.get(key) for key in ("role", "content")] if isinstance(message, dict) else [None]
         if not all(isinstance(field, str) for field in fields):
             raise ValueError(f"a message needs the texts 'role' and 'content', got {message!r}.")
+        _check_text("content", message["content"])
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(
+            "'messages' ends with the assistant's own answer, which would stand in the prompt. Leave it out."
+        )
     return messages
+
+
+def _check_text(key: str, text: str) -> None:
+    """Half a surrogate pair is JSON, but no text that a tokenizer takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"'{key}' holds half a surrogate pair: {ascii(text)[:60]}. Write it as UTF-8.")
 
 
 def _answer(answer: Any) -> str:
     """The reference as text. Raises ValueError for anything but a number or a text that can be written."""
     if not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"'answer' must be a number or a text that is not empty, got {answer!r}.")
-    if any("\ud800" <= character <= "\udfff" for character in answer):
-        raise ValueError(f"'answer' holds half of a surrogate pair, which no response can: {answer!r}.")
+    _check_text("answer", answer)
     return answer

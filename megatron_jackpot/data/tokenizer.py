@@ -1,29 +1,107 @@
-"""Tokenizers from HF folders, and the proof that policy and actor speak the same ids."""
+"""Tokenizers from HF folders, and the proof that policy and actor speak the same ids.
+
+`Vocabulary` is all that prompts need; it is read without transformers, which takes seconds to import.
+"""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer
+
+from megatron_jackpot.config.model_folder import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""What a folder's tokenizer is read from."""
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Vocabulary:
+    """Texts to ids, and what a chat template may name."""
+
+    backend: Tokenizer
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
+    """Name in a template, for example eos_token -> its text."""
+
+    @classmethod
+    def read(cls, folder: Path) -> "Vocabulary":
+        """Of an HF folder. Raises FileNotFoundError for none, ValueError for files that cannot be read."""
+        folder = Path(folder)
+        backend = _backend(folder)
+        config = read_json(folder / "tokenizer_config.json", {})
+        named = {**read_json(folder / "special_tokens_map.json", {}), **config}
+        special = {name: _text(named[name]) for name in SPECIAL if named.get(name)}
+        known = backend.get_vocab(with_added_tokens=True)
+        for _, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+            if entry["content"] not in known:
+                # A tokenizer.json that was not written anew after tokens were added.
+                backend.add_tokens([AddedToken(**{k: v for k, v in entry.items() if k != "__type"})])
+        jinja = folder / "chat_template.jinja"
+        template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
+        if isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}
+        return cls(backend, _default_template(template), special)
+
+    @classmethod
+    def of(cls, tokenizer: "Vocabulary | PreTrainedTokenizerFast") -> "Vocabulary":
+        """What a tokenizer of transformers gives prompts."""
+        if isinstance(tokenizer, Vocabulary):
+            return tokenizer
+        special = {name: str(text) for name, text in tokenizer.special_tokens_map.items() if text}
+        return cls(tokenizer.backend_tokenizer, _default_template(tokenizer.chat_template), special)
+
+    @property
+    def eos(self) -> int | None:
+        """The end-of-text id."""
+        text = self.special_tokens.get("eos_token")
+        return None if text is None else self.backend.token_to_id(text)
+
+    @cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids that the tokenizer puts before a text, such as a BOS. What it puts behind one, such as an
+        EOS, has no place in a prompt that is to be continued."""
+        bare, full = self.encode("a"), self.backend.encode("a").ids
+        for start in range(len(full) - len(bare) + 1):
+            if bare and full[start : start + len(bare)] == bare:
+                return tuple(full[:start])
+        return ()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without special tokens around them."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer saved in an HF folder, never downloaded. Raises FileNotFoundError for none."""
+    from transformers import AutoTokenizer
+
     folder = Path(folder)
-    # Without this file transformers builds an empty vocabulary from config.json instead of failing.
-    if not (folder / "tokenizer.json").is_file():
-        problem = "has no tokenizer.json" if folder.is_dir() else "is not a folder"
-        raise FileNotFoundError(f"Tokenizer folder {folder} {problem}. Save one there with save_pretrained.")
+    _check_there(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         # The tokenizers library raises bare Exception for a file that it cannot read.
         raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+    # It would turn "1 , 2" into "1, 2" and "a .5" into "a.5" before an answer is graded.
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
 
 
-def text_of(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+def text_of(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[int]) -> str:
     """A response as its reward reads it: without special tokens."""
     text = tokenizer.decode(list(tokens), skip_special_tokens=True)
     assert isinstance(text, str), "one sequence has one text"
@@ -37,20 +115,58 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def check_same_tokenizer(policy_folder: Path, actor_folder: Path) -> None:
-    """Raises ValueError unless both folders have the same fingerprint."""
-    if tokenizer_fingerprint(policy_folder) == tokenizer_fingerprint(actor_folder):
+    """Raises ValueError unless both folders have the same vocabulary, special ids and end of a text."""
+    for folder in (policy_folder, actor_folder):
+        _check_there(Path(folder))
+    if _bytes(policy_folder) == _bytes(actor_folder):
         return
     policy, actor = _meaning(policy_folder), _meaning(actor_folder)
-    raise ValueError(
-        f"policy.hf = {policy_folder} and actor.hf = {actor_folder} have different tokenizers: "
-        f"{_first_difference(policy, actor)}. Use two models of one family."
-    )
+    if policy != actor:
+        raise ValueError(
+            f"policy.hf = {policy_folder} and actor.hf = {actor_folder} have different tokenizers: "
+            f"{_first_difference(policy, actor)}. Use two models of one family."
+        )
+
+
+def _bytes(folder: Path) -> list[bytes | None]:
+    paths = [Path(folder) / name for name in TOKENIZER_FILES[:3]]
+    return [path.read_bytes() if path.is_file() else None for path in paths]
+
+
+def _check_there(folder: Path) -> None:
+    # Without this file transformers builds an empty vocabulary from config.json instead of failing.
+    if not (folder / "tokenizer.json").is_file():
+        problem = "has no tokenizer.json" if folder.is_dir() else "is not a folder"
+        raise FileNotFoundError(f"Tokenizer folder {folder} {problem}. Save one there with save_pretrained.")
+
+
+def _backend(folder: Path) -> Tokenizer:
+    _check_there(folder)
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:
+        # The library raises bare Exception for a file that it cannot read.
+        raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _default_template(template: Any) -> str | None:
+    """Of several templates, which have names, the one called default."""
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _meaning(folder: Path) -> dict[str, Any]:
-    tokenizer = load_tokenizer(folder)
-    special = sorted(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return {"vocab": tokenizer.get_vocab(), "special": special, "eos": tokenizer.eos_token_id}
+    vocabulary = Vocabulary.read(folder)
+    backend = vocabulary.backend
+    special = sorted(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+    vocab = backend.get_vocab(with_added_tokens=True)
+    return {"vocab": vocab, "special": special, "eos": vocabulary.eos}
 
 
 def _first_difference(policy: dict[str, Any], actor: dict[str, Any]) -> str:

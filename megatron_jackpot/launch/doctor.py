@@ -256,6 +256,8 @@ def attempt(
             [interpreter, "-W", "ignore", "-c", code],
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=IMPORT_LIMIT_S,
             env=env,
         )

@@ -5,42 +5,42 @@ then the servers.
 """
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from megatron_jackpot.config import Config
-from megatron_jackpot.config.model_shape import model_shapes
+from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.launch import children
+from megatron_jackpot.launch.lock import only_launch
+from megatron_jackpot.launch.preflight import TRAIN_LOG, Subject, preflight
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
+    ONE_REQUEST_S,
     SIGNALS,
     STARTED_VARIABLE,
     STOP_FILE,
-    STOPPED_FILE,
     StopRequest,
     forget_stop,
     was_stopped,
     write_stop,
 )
 from megatron_jackpot.run.provenance import (
-    CONFIG_FILE,
-    PROVENANCE_FILE,
-    check_run_folder,
     checkpoints,
     record,
 )
 from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.environment import child_environment
 from megatron_jackpot.servers.gpus import place_servers, visible_gpus
-from megatron_jackpot.servers.process import ServerProcess, port_is_free, start_servers, stop_servers
+from megatron_jackpot.servers.process import ServerProcess, start_servers, stop_servers
 from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.servers.supervisor import Supervisor
 
@@ -50,9 +50,6 @@ SERVER_GRACE_S = 15.0
 STRAY_GRACE_S = 5.0
 EXIT_REFUSED = 2
 """Exit code of a rank whose input cannot work: trying again cannot help."""
-TRAIN_LOG = "train.log"
-OWN_FILES = (STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, TRAIN_LOG, "server-*.log", "actor-fp8")
-"""What a launch writes before training starts: a folder with nothing else may be used again."""
 
 
 ALONE = ("--standalone", "--local-addr", "127.0.0.1")
@@ -72,45 +69,13 @@ class Stopped(KeyboardInterrupt):
 
 
 def check(config: Config, nproc: int | None = None) -> None:
-    """Everything that can be refused before anything is started. Raises ValueError with the remedy."""
-    p = config.parallel
-    model = p.tp * p.pp * p.cp
-    if num_processes(config, nproc) % model:
-        raise ValueError(f"--nproc {nproc} is not a multiple of tp * pp * cp = {model}. Use --nproc {model}.")
-    for name, folder in (("policy.hf", config.policy.hf), ("actor.hf", config.actor.hf)):
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{name} = {folder} holds no config.json. Set it to a Hugging Face model folder."
-            )
-        # safetensors' own writer makes files that only their owner may read: not a container's user, for one.
-        closed = [path.name for path in sorted(folder.iterdir()) if not os.access(path, os.R_OK)]
-        if closed:
-            raise ValueError(
-                f"{name} = {folder}: user {os.geteuid()} may not read {', '.join(closed[:3])}. "
-                f"As their owner: chmod -R a+rX {folder}"
-            )
-    model_shapes(config)
-    if not config.servers.urls and config.servers.port:
-        for port in range(config.servers.port, config.servers.port + config.servers.num):
-            if not port_is_free(config.servers.host, port):
-                raise ValueError(
-                    f"Port {port} on {config.servers.host} is in use: no server can start there. "
-                    "Set servers.port to a free one, or to 0 to have one chosen."
-                )
-    if config.run.resume:
-        check_run_folder(config.run.folder)
-    else:
-        _check_folder(config.run.folder)
-    if config.run.resume is True and not checkpoints(config.run.folder):
-        raise ValueError(
-            f"run.resume = true, but run.folder = {config.run.folder} holds no checkpoint. Set "
-            "run.resume=false."
-        )
+    """Everything that can be refused before anything is started. Raises ValueError, a line each."""
+    mistakes = preflight(Subject(config, "launch", nproc))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
 
 
 def num_processes(config: Config, nproc: int | None) -> int:
-    if nproc is not None and nproc < 1:
-        raise ValueError(f"--nproc {nproc} must be at least 1.")
     return nproc or config.parallel.tp * config.parallel.pp * config.parallel.cp
 
 
@@ -130,17 +95,34 @@ def launch(
     times, then its code is returned; where it was asked to stop meanwhile, the restart is left to whoever
     queues it again. A server that ends or hangs is started again, at most servers.max_restarts times, then 1.
     Must run in the main thread of its process. Every process started here has ended when this returns. Of a
-    job's nodes only the `first` clears what an earlier run was asked: another may start when this one has
-    been asked already.
+    job's nodes only the `first` holds the folder and clears what an earlier run was asked: another may start
+    when this one has been asked already. EXIT_REFUSED where the folder is another launch's, or servers.host
+    not here.
     """
     folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_launch(folder) if first else nullcontext():
+            return _launch(config, num_processes(config, nproc), start, trainer_command, folder / log, first)
+    except ConfigError as error:
+        say(str(error))
+        return EXIT_REFUSED
+
+
+def _launch(
+    config: Config,
+    nproc: int,
+    start: StartServers | None,
+    trainer_command: TrainerCommand | None,
+    log: Path,
+    first: bool,
+) -> int:
+    folder = config.run.folder
     config_file = record(config, folder)
-    nproc = num_processes(config, nproc)
     children.become_subreaper()
     if first:
         forget_stop(folder)
-    with _Job(config, folder / log, first) as job:
+    with _Job(config, log, first) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             api_key.provide(config.servers.host)
@@ -155,7 +137,7 @@ def launch(
                 return 1
             urls = [server.url for server in job.servers]
         say(f"servers: {', '.join(urls)}")
-        job.train((trainer_command or torchrun)(config_file, nproc, urls))
+        job.train((trainer_command or torchrun)(config_file, nproc, urls), urls)
     return job.code
 
 
@@ -181,10 +163,10 @@ def torchrun(
     return [*run, "--nproc-per-node", str(nproc), *train]
 
 
-def trainer_env() -> dict[str, str]:
+def trainer_env(folder: Path, urls: Sequence[str]) -> dict[str, str]:
     """This environment, with the package importable and, on a CPU, one thread for each rank."""
     package_root = str(Path(__file__).resolve().parents[2])
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    env = {**child_environment(os.environ, folder, urls), "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not visible_gpus():
@@ -210,6 +192,7 @@ class _Job:
         self._signals = 0
         self._ending = False
         self._asked: int | None = None
+        self._asked_at = -math.inf
         self._stop = StopRequest(config.run, started=time.monotonic())
         self._handlers: dict[int, Any] = {}
 
@@ -235,7 +218,7 @@ class _Job:
     def look_after(self, servers: Sequence[ServerProcess]) -> None:
         self.servers, self.supervisor = servers, Supervisor(servers, self.config.servers, say)
 
-    def train(self, argv: Sequence[str]) -> None:
+    def train(self, argv: Sequence[str], urls: Sequence[str]) -> None:
         """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
         for attempt in range(self.config.run.max_restarts + 1):
             # Another node may still see what an earlier run was asked, before the first has cleared it.
@@ -243,7 +226,7 @@ class _Job:
                 self.code = self._left_to_the_queue() if attempt else self.nothing_to_save()
                 return
             again = ["run.resume=auto"] if attempt else []
-            env = trainer_env() | {STARTED_VARIABLE: str(self._stop.started)}
+            env = trainer_env(self.folder, urls) | {STARTED_VARIABLE: str(self._stop.started)}
             self.trainer = children.Streamed([*argv, *again], log=self.log, env=env)
             self.code = self._watch()
             saved = checkpoints(self.folder)
@@ -320,22 +303,12 @@ class _Job:
         return self._signals > 1
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if signum in SIGNALS and time.monotonic() - self._asked_at < ONE_REQUEST_S:
+            return
         self._signals += 1
         if signum in SIGNALS and self._asked is None and not self._ending:
-            self._asked = signum
+            self._asked, self._asked_at = signum, time.monotonic()
             return
         if not self._ending:
             self._ending = True
             raise Stopped(signum)
-
-
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.folder = {folder} is a file. Set run.folder to a new folder.")
-    found = sorted(folder.iterdir()) if folder.exists() else []
-    foreign = [path.name for path in found if not any(path.match(pattern) for pattern in OWN_FILES)]
-    if foreign:
-        raise ValueError(
-            f"run.folder = {folder} already holds a run ({', '.join(foreign[:4])}). "
-            "Set run.folder to a new folder, delete this one, or continue it with run.resume=true."
-        )

@@ -26,7 +26,8 @@ from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.launch import children
 from megatron_jackpot.launch.local import launch, say, start_actor_servers, torchrun
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS
-from megatron_jackpot.servers.process import free_port, stop_servers
+from megatron_jackpot.servers.address import free_port
+from megatron_jackpot.servers.process import stop_servers
 from megatron_jackpot.servers.supervisor import Supervisor
 
 SERVER_GRACE_S = 15.0
@@ -239,7 +240,7 @@ def publish(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON that appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    partial.write_text(json.dumps(value) + "\n")
+    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -260,4 +261,4 @@ def read_when_there(path: Path, limit_s: float, what: str, stopped: Callable[[],
         except FileNotFoundError:
             pass
         time.sleep(0.2)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -38,9 +38,11 @@ def submit(config: Config, *, dry_run: bool, chain: int = 1) -> int:
         print(script, end="")
         return 0
     (folder).mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    (folder / CONFIG_FILE).write_text(
+        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
     job = folder / JOB_FILE
-    job.write_text(script)
+    job.write_text(script, encoding="utf-8")
     after: list[str] = []
     for _ in range(chain):
         done = _sbatch([*after, str(job)])
@@ -83,7 +85,7 @@ def script_of(config: Config) -> Path:
 
 def render(config: Config, config_file: Path) -> str:
     """The job script: #SBATCH lines, settings, arguments, then the body of the script in slurm/."""
-    template = script_of(config).read_text().splitlines()
+    template = script_of(config).read_text(encoding="utf-8").splitlines()
     body = [line for line in template[1:] if not line.startswith("#")]
     settings = [f"{name}={shlex.quote(value)}" for name, value in settings_of(config).items()]
     return "\n".join(
@@ -155,7 +157,14 @@ def settings_of(config: Config) -> dict[str, str]:
 def _sbatch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     command = ["sbatch", "--parsable", *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SBATCH_LIMIT_S)
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=SBATCH_LIMIT_S,
+        )
     except FileNotFoundError as error:
         raise ValueError(
             "sbatch is not here: --slurm submits from a login node. --dry-run prints the job."

@@ -230,8 +230,8 @@ def _settings(part: Any) -> list[dict[str, Any]]:
 
 def _to_load(model: MegatronModel) -> dict[str, Any]:
     weights = _weights(model)
-    knobs = {"metadata": RESHARDABLE} if model.ddp_config.use_distributed_optimizer else {}
-    return {**weights, "optimizer": model.optimizer.sharded_state_dict(weights, is_loading=True, **knobs)}
+    more = {"metadata": RESHARDABLE} if model.ddp_config.use_distributed_optimizer else {}
+    return {**weights, "optimizer": model.optimizer.sharded_state_dict(weights, is_loading=True, **more)}
 
 
 def _give_state(optimizer: Any) -> None:

@@ -256,5 +256,7 @@ def _finish(report: Report, family: Family, folder: Path, started: float) -> Non
     wanted = family.hf_shapes().keys()
     if report.tensors.keys() != wanted:
         raise ValueError(f"Missing or unexpected tensors: {sorted(report.tensors.keys() ^ wanted)[:5]}.")
-    (folder / REPORT).write_text(json.dumps({"tensors": report.tensors, "bytes": report.num_bytes}, indent=1))
+    (folder / REPORT).write_text(
+        json.dumps({"tensors": report.tensors, "bytes": report.num_bytes}, indent=1), encoding="utf-8"
+    )
     report.seconds = time.perf_counter() - started

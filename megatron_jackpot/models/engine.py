@@ -128,20 +128,20 @@ class MegatronModel:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def add_optimizer(self, knobs: Optimizer, total_steps: int) -> None:
+    def add_optimizer(self, settings: Optimizer, total_steps: int) -> None:
         """AdamW with Megatron's (distributed) optimizer and its learning-rate schedule over `total_steps`."""
-        self.optimizer_settings = {**knobs.model_dump(), "total_steps": total_steps}
+        self.optimizer_settings = {**settings.model_dump(), "total_steps": total_steps}
         bf16 = self.config.params_dtype == torch.bfloat16
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
-                lr=knobs.lr,
-                min_lr=knobs.min_lr,
-                weight_decay=knobs.weight_decay,
-                adam_beta1=knobs.beta1,
-                adam_beta2=knobs.beta2,
-                adam_eps=knobs.eps,
-                clip_grad=knobs.clip_grad,
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.eps,
+                clip_grad=settings.clip_grad,
                 bf16=bf16,
                 params_dtype=self.config.params_dtype,
                 use_distributed_optimizer=self.ddp_config.use_distributed_optimizer,
@@ -151,14 +151,14 @@ class MegatronModel:
         )
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
-            init_lr=0.0 if knobs.warmup_steps else knobs.lr,
-            max_lr=knobs.lr,
-            min_lr=knobs.min_lr,
-            lr_warmup_steps=knobs.warmup_steps,
-            lr_decay_steps=max(total_steps, knobs.warmup_steps + 1),
-            lr_decay_style=knobs.decay,
-            start_wd=knobs.weight_decay,
-            end_wd=knobs.weight_decay,
+            init_lr=0.0 if settings.warmup_steps else settings.lr,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=max(total_steps, settings.warmup_steps + 1),
+            lr_decay_style=settings.decay,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
         )

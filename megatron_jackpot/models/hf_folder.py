@@ -76,7 +76,7 @@ class HFFolder:
         if not path.is_file():
             return set()
         try:
-            return set(json.loads(path.read_text())["weight_map"].values())
+            return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not an index of safetensors files: {error!r}.") from error
 
@@ -167,7 +167,7 @@ def finish_hf_folder(folder: Path, shards: Sequence[Sequence[Spec]], hf_folder: 
         where |= {spec.name: name for spec in specs}
     total = sum(spec.num_bytes for specs in shards for spec in specs)
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=1))
+    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     copy_other_files(hf_folder, folder)
     dtypes = {spec.dtype for specs in shards for spec in specs}
     if len(dtypes) == 1:
@@ -179,10 +179,10 @@ def _name_dtype(config: Path, dtype: str) -> None:
     names. Transformers 4 writes one of the two keys, transformers 5 the other, and a folder may have both."""
     if not config.is_file():
         return
-    tree = json.loads(config.read_text())
+    tree = json.loads(config.read_text(encoding="utf-8"))
     named = {key: dtype for key in ("torch_dtype", "dtype") if key in tree} or {"dtype": dtype}
     if tree | named != tree:
-        config.write_text(json.dumps(tree | named, indent=2) + "\n")
+        config.write_text(json.dumps(tree | named, indent=2) + "\n", encoding="utf-8")
 
 
 def buckets(

@@ -3,13 +3,17 @@
 import importlib
 import importlib.util
 import json
+import logging
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_jackpot.run import formats
+
+log = logging.getLogger(__name__)
 
 METRICS = {
     "reward/mean": "mean reward of the rollouts",
@@ -67,6 +71,7 @@ METRICS = {
 }
 """The names that tools and dashboards may rely on; a run may write others beside them."""
 
+WANDB_ID_FILE = "wandb-id"
 Row = dict[str, Any]
 
 
@@ -98,9 +103,16 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, folder: Path, tensorboard: bool, wandb_project: str | None, *, resume_step: int | None = None
+        self,
+        folder: Path,
+        tensorboard: bool,
+        wandb_project: str | None,
+        *,
+        resume_step: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """`resume_step` drops what an earlier process wrote for later steps; None keeps all of it.
+        """`resume_step` drops what an earlier process wrote for later steps; None keeps all of it. `settings`
+        are shown as the configuration of the run in Weights & Biases.
 
         Raises ValueError when a sink is asked for whose package is missing.
         """
@@ -120,13 +132,22 @@ class MetricsWriter:
         if wandb_project is not None:
             # Not an import: the package is nobody's requirement.
             self._wandb = importlib.import_module("wandb").init(
-                project=wandb_project, dir=str(folder), name=folder.name
+                project=wandb_project,
+                dir=str(folder),
+                name=folder.name,
+                id=wandb_id(folder),
+                resume="allow",
+                config=dict(settings or {}),
+                # A resumed run may have other settings than it began with.
+                allow_val_change=True,
             )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.num_nonfinite += len(values) - len(finite)
+        if lost := sorted(values.keys() - finite.keys()):
+            self.num_nonfinite += len(lost)
+            log.warning(f"step {step}: not finite, {self.num_nonfinite} so far: {', '.join(lost)}")
         self._rows.write({"step": step, **{name: finite.get(name) for name in values}})
         if self._tensorboard is not None:
             for name, value in finite.items():
@@ -149,6 +170,14 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
+
+
+def wandb_id(folder: Path) -> str:
+    """The id of the folder's run in Weights & Biases, made once: what goes on here goes on there."""
+    path = folder / WANDB_ID_FILE
+    if not path.exists():
+        path.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -1,13 +1,12 @@
 """What the main rank writes of a run: metrics, the account of prompts, progress."""
 
 import contextlib
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from megatron_jackpot.config import Logging
+from megatron_jackpot.config import Config
 from megatron_jackpot.monitor.console import StepLogger
-from megatron_jackpot.monitor.metrics import JsonLines, MetricsWriter
+from megatron_jackpot.monitor.metrics import JsonLines, MetricsWriter, Row
 from megatron_jackpot.monitor.prometheus import PrometheusEndpoint
 
 PROMPTS_FILE = "prompts.jsonl"
@@ -16,23 +15,29 @@ PROMPTS_FILE = "prompts.jsonl"
 class Outputs:
     """Opens every sink that the configuration asks for; as a context, for its end."""
 
-    def __init__(self, config: Logging, folder: Path, num_steps: int, *, resume_step: int | None) -> None:
-        """`num_steps` of the whole run. What was written for steps after `resume_step` is dropped; None keeps
-        all.
+    def __init__(self, config: Config, *, resume_step: int | None) -> None:
+        """What was written for steps after `resume_step` is dropped; None keeps all.
 
         Raises ValueError when a sink is asked for whose package is missing.
         """
+        logging, folder = config.logging, config.run.folder
         with contextlib.ExitStack() as opened:
             enter = opened.enter_context
             writer = enter(
-                MetricsWriter(folder, config.tensorboard, config.wandb_project, resume_step=resume_step)
+                MetricsWriter(
+                    folder,
+                    logging.tensorboard,
+                    logging.wandb_project,
+                    resume_step=resume_step,
+                    settings=config.model_dump(mode="json"),
+                )
             )
             self._prompts = JsonLines(folder / PROMPTS_FILE, resume_step)
             opened.callback(self._prompts.close)
-            progress = enter(StepLogger(num_steps, progress=config.progress))
+            progress = enter(StepLogger(config.run.steps, progress=logging.progress))
             self._sinks = [writer.write, progress.log]
-            if config.prometheus_port is not None:
-                endpoint = PrometheusEndpoint(config.prometheus_host, config.prometheus_port)
+            if logging.prometheus_port is not None:
+                endpoint = PrometheusEndpoint(logging.prometheus_host, logging.prometheus_port)
                 self._sinks.append(enter(endpoint).write)
             self._opened = opened.pop_all()
 
@@ -40,7 +45,7 @@ class Outputs:
         for sink in self._sinks:
             sink(step, metrics)
 
-    def account(self, step: int, account: dict[str, Any]) -> None:
+    def account(self, step: int, account: Row) -> None:
         """What became of a step's prompts, as one line."""
         self._prompts.write({"step": step, **account})
 

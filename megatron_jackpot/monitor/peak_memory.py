@@ -14,8 +14,10 @@ def anonymous_bytes() -> int:
     while todo:
         pid = todo.pop()
         try:
-            status = Path(f"/proc/{pid}/status").read_text()
-            children = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/children")]
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+            children = [
+                task.read_text(encoding="utf-8") for task in Path(f"/proc/{pid}/task").glob("*/children")
+            ]
         except OSError:  # it has just ended
             continue
         todo += map(int, " ".join(children).split())

@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def profiled(run_folder: Path, knobs: Logging, step: int, rank: int) -> Iterator[None]:
-    """Around a step, counted from 1: records it where `knobs` ask for this step and rank, else does nothing.
+def profiled(run_folder: Path, config: Logging, step: int, rank: int) -> Iterator[None]:
+    """Around a step, counted from 1: records it where `config` ask for this step and rank, else does nothing.
 
     What was recorded is written however the step ends. A disk that refuses is reported, not raised.
     """
-    if step not in knobs.profile_steps or rank not in knobs.profile_ranks:
+    if step not in config.profile_steps or rank not in config.profile_ranks:
         yield
         return
     cuda = torch.cuda.is_available()

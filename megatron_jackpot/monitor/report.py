@@ -59,7 +59,11 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
         raise ValueError(
             f"{folder} has no rows in metrics.jsonl: name the folder of a run that has done a step."
         )
-    config = yaml.safe_load((folder / CONFIG_FILE).read_text()) if (folder / CONFIG_FILE).is_file() else {}
+    config = (
+        yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if (folder / CONFIG_FILE).is_file()
+        else {}
+    )
     curves = folder / "curves.png"
     plot_runs([folder], curves)
     kept = records(folder)
@@ -92,7 +96,7 @@ def facts(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield part, json.dumps(algorithm[part])
     path = folder / PROVENANCE_FILE
     if path.is_file():
-        made = json.loads(path.read_text())
+        made = json.loads(path.read_text(encoding="utf-8"))
         commit = str(made["commit"])[:12] + (" and uncommitted changes" if made["dirty"] else "")
         yield "commit", commit
         yield "started", f"{made['time']} on {made['host']}"

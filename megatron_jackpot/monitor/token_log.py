@@ -54,9 +54,9 @@ class TokenRecord:
 class TokenLog:
     """Writes a record every `logging.tokens_every` steps, on the rank that is given `here`."""
 
-    def __init__(self, run_folder: Path, knobs: Logging, *, here: bool) -> None:
+    def __init__(self, run_folder: Path, config: Logging, *, here: bool) -> None:
         self.folder = Path(run_folder) / FOLDER
-        self.every, self.num_rollouts = knobs.tokens_every, knobs.tokens_rollouts
+        self.every, self.num_rollouts = config.tokens_every, config.tokens_rollouts
         self.here = here
         self.last = 0
 

@@ -10,7 +10,7 @@ On CUDA Triton's kernels read both logits (dispatch.py), all tokens at once wher
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,10 @@ from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.linear import Logits, factors, gradients, joined
 from megatron_jackpot.parallel.slices import all_reduce, chunk_tokens, cut, scaled_rows
 from megatron_jackpot.parallel.vocab_spec import Columns, VocabSpec
+from megatron_jackpot.records import Direction
 
 Other = Tensor | Callable[[slice], Tensor]
 """Logits [T, V/TP], or what computes those of a slice of tokens, the same ones at every call."""
-
-Direction = Literal["forward", "reverse"]
 
 FUSED_ELEMENTS = 2**27
 """Logits that a function is asked for at a time where kernels read them: 256 MB in bf16."""

@@ -1,8 +1,9 @@
 r"""Equality of formulas by math-verify, where it can be trusted.
 
 math-verify takes a difference below 1e-15 for nothing, so what it finds equal must also be equal in relative
-terms, at numbers put in for the variables. Time limits count the process's CPU time, not that of a busy machine;
-they are signals: main thread only.
+terms, at numbers put in for the variables. Time limits count CPU time, so that a busy machine does not
+matter.
+They are signals: main thread only.
 """
 
 import functools
@@ -113,13 +114,20 @@ def _equal(gold: Any, answer: Any) -> bool:
     if isinstance(gold, Relational) != isinstance(answer, Relational) and not isinstance(answer, sympy.Set):
         # 2x = 10 is not 10.
         return False
+    if not _limited(lambda: _close(gold, answer)):
+        return False
+    if (
+        isinstance(gold, sympy.Eq)
+        and isinstance(answer, sympy.Eq)
+        and _limited(lambda: _proportional(gold, answer))
+    ):
+        return True
     try:
-        equal = _limited(lambda: verify([gold], [answer], timeout_seconds=None, raise_on_error=True))
+        return _limited(lambda: verify([gold], [answer], timeout_seconds=None, raise_on_error=True))
     except (MemoryError, RecursionError, TimeoutError):
         raise
     except Exception:
         return False
-    return equal and _limited(lambda: _close(gold, answer))
 
 
 class _OutOfTime(BaseException):
@@ -159,6 +167,19 @@ def _close(gold: Any, answer: Any) -> bool:
         if left != 0 and right != 0 and abs(left - right) > TOLERANCE * size:
             return False
     return True
+
+
+def _proportional(gold: sympy.Eq, answer: sympy.Eq) -> bool:
+    """Whether left less right of two equations have one ratio at all points: 2y = 4x + 6 is y = 2x + 3."""
+    symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
+    ratios = []
+    for shift, point in enumerate(POINTS):
+        at = {symbol: sympy.Rational(point) * (i + 1) + shift for i, symbol in enumerate(symbols)}
+        left, right = (_value(side.lhs - side.rhs, at) for side in (gold, answer))
+        if left is None or right is None or right == 0 or left == 0:
+            return False
+        ratios.append(left / right)
+    return all(abs(ratio - ratios[0]) <= TOLERANCE * abs(ratios[0]) for ratio in ratios)
 
 
 def _value(expression: Any, at: dict[Any, Any]) -> Any:

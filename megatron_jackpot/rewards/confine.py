@@ -1,7 +1,7 @@
 """Limits of a reward worker: memory, CPU time of an item, and no network. Standard library only; Linux.
 
-Only soft limits are set, at most at the hard ones: an ordinary user may not raise those, and a login node, PBS
-or Slurm's PropagateResourceLimits sets them.
+Only soft limits are set, at most at the hard ones: a login node, PBS or Slurm's PropagateResourceLimits sets
+those, and an ordinary user may not raise them.
 """
 
 import ctypes
@@ -52,5 +52,5 @@ def _cpu_seconds() -> float:
 
 
 def _address_space() -> int:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[0]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""Rewards that are 0 because the machinery failed: counted, logged in bounded number, and bounded in share."""
+"""Rewards that are 0 because the machinery failed: counted, logged now and then, and bounded in share."""
 
 import logging
 from collections.abc import Mapping

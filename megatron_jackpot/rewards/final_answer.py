@@ -14,7 +14,7 @@ THINK = re.compile(r"<(/?)(?:think|thinking|reasoning)>|\[(/?)THINK\]", re.IGNOR
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 SPOKEN = re.compile(
-    r"\banswers?\b(?:\W{0,4}[:=]|[^.:\n]{0,60}?\b(?:is|are|be|equals)\b\s*:?)[\s*]*([^\n]+)", re.IGNORECASE
+    r"\banswers?\b(?:\W{0,4}[:=]|[^.:\n]{0,60}?\b(?:is|are|be|equals)\b\s*:?)[\s*]*(?=\S)", re.IGNORECASE
 )
 SENTENCE_END = re.compile(r"[.!?](?=\s+[A-Z]|\s*$)|\*\*(?=\s|[.,]|$)")
 NUMBER = r"(?<![\w.])[-+]?\s?(?:\d+(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)(?:[eE][-+]?\d+)?"
@@ -115,7 +115,7 @@ def _innermost(content: str) -> str:
 def _unmarked(text: str) -> str | None:
     text = plain_characters(text)
     if spoken := list(SPOKEN.finditer(text)):
-        said = spoken[-1].group(1).strip()
+        said = text[spoken[-1].end() :].partition("\n")[0].strip()
         end = SENTENCE_END.search(said)
         said = said[: end.start()] if end else said
         if len(said) <= MAX_BARE and (
@@ -132,7 +132,5 @@ def _unmarked(text: str) -> str | None:
 
 
 def _last_span(text: str) -> str | None:
-    found = None
-    for found in SPAN.finditer(text):
-        pass
-    return next(group for group in found.groups() if group) if found else None
+    found = list(SPAN.finditer(text))
+    return next(group for group in found[-1].groups() if group) if found else None

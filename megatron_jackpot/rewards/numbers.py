@@ -1,4 +1,4 @@
-r"""Numbers exactly as written: any size, no rounding. `0.00001`, `1e16`, `3\frac{1}{2}`, `-1/2`, `1.2\times 10^6`."""
+r"""Numbers exactly as written, of any size: `0.00001`, `1e16`, `3\frac{1}{2}`, `-1/2`, `1.2\times 10^6`."""
 
 import re
 from dataclasses import dataclass

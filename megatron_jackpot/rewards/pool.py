@@ -38,8 +38,8 @@ class RewardPool:
     """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
 
     An item beyond `timeout_s` or a TimeoutError in the reward, an item beyond its memory or one that ends its
-    worker, gets reward 0, a line in the log and its place in `failures`. Too many of them raise RewardsFailing.
-    Another exception in the reward, or a result other than a finite float, raises ValueError.
+    worker, gets reward 0 and is counted in `failures`. Too many of them raise RewardsFailing. Another error
+    in the reward, or a result other than a finite float, raises ValueError.
     """
 
     def __init__(

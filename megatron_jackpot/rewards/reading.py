@@ -133,6 +133,8 @@ def _read(text: str) -> Reading | None:
         return None
     if code := _code(text):
         return code
+    if (number := numbers.read_number(text)) is not None:
+        return Quantity(text=text, number=number)
     if len(text) <= MAX_FORMULA and "\\begin" not in text:
         if _nesting(text) > MAX_NESTING:
             return None

@@ -91,8 +91,8 @@ SYMBOLS = {
     "Rs": "rupee",
 }
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min gcd lcm mod det"
-    " dim ker inf sup lim arg deg infinity binom".split()
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min gcd lcm mod"
+    " det dim ker inf sup lim arg deg infinity binom".split()
 )
 """Words that are mathematics; `min` and `sec` behind a number are units."""
 SCALES = {

@@ -9,6 +9,7 @@ pickled (kind, response_text, label) with kind "score", or "check" and a list of
 
 import ctypes
 import importlib
+import inspect
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
+from megatron_jackpot.algorithm.registry import load
 from megatron_jackpot.rewards.confine import confine, cpu_left, limit_cpu
 
 REWARDS = {name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify")}
@@ -31,29 +33,34 @@ Check = Callable[[Any], None]
 
 
 def find_reward(name: str) -> tuple[Score, Check | None]:
-    """(score, check) of a built-in reward or a dotted path to a function. Raises ValueError for neither."""
+    """(score, check) of a built-in reward, or of the user's own: `package.module:name` of a function, or of a
+    class, of which one instance is made. A last dot may stand for the colon.
+
+    Raises ValueError for neither.
+    """
     if name in REWARDS:
         module = importlib.import_module(REWARDS[name])
         if hasattr(module, "warm_up"):
             module.warm_up()
         return module.score, module.check
-    module_name, _, function_name = name.rpartition(".")
-    if not module_name:
+    path = name if ":" in name else ":".join(name.rsplit(".", 1))
+    if ":" not in path:
         raise ValueError(
-            f"data.reward = '{name}' is unknown. Use {', '.join(REWARDS)} or package.module.function."
+            f"data.reward = '{name}' is unknown. Use {', '.join(REWARDS)} or package.module:name."
         )
+    found = load(path, "data.reward")
+    score = found() if isinstance(found, type) else found
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"data.reward = '{name}': {error}. Put its folder on PYTHONPATH.") from error
-    score = getattr(module, function_name, None)
-    if not callable(score):
-        raise ValueError(f"data.reward = '{name}': module {module_name} has no function '{function_name}'.")
+        inspect.signature(score).bind("response", None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"data.reward = '{name}': must be called with (response_text, label): {error}. Write it so."
+        ) from error
     return cast(Score, score), None
 
 
 def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> dict[str, Any]:
-    """{"reward": float}, {"faults": text or None of each label}, {"error": text}, or {"failed": "timed_out" or
+    """{"reward": float}, {"faults": text or None of each label} or {"error": text}; {"failed": "timed_out" or
     "crashed", "why": text} where the item met a limit."""
     kind, response_text, label = request
     try:
@@ -118,7 +125,7 @@ def _end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit("the trainer is gone")
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Shapes: N rollouts, S response tokens of all of them together, K top-k entries per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,11 @@ def save_groups(path: Path, groups: Groups) -> None:
         np.savez(file, allow_pickle=False, **arrays)
 
 
-def load_groups(path: Path, prompts: Mapping[int, Prompt]) -> Groups:
-    """What `save_groups` wrote. Raises ValueError where a prompt is not among `prompts` or the file is not
-    whole."""
+def load_groups(path: Path, prompts: Mapping[int, Prompt], skip: Container[int] = ()) -> Groups:
+    """What `save_groups` wrote, less the prompts in `skip`, which are others now.
+
+    Raises ValueError where a prompt is not among `prompts` or the file is not whole.
+    """
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     missing = {*PER_TOKEN, *PER_ROLLOUT, "prompt_id", "length"} - arrays.keys()
@@ -42,6 +44,8 @@ def load_groups(path: Path, prompts: Mapping[int, Prompt]) -> Groups:
     groups: Groups = {}
     for i, (stop, length) in enumerate(zip(stops, arrays["length"], strict=True)):
         prompt_id = int(arrays["prompt_id"][i])
+        if prompt_id in skip:
+            continue
         if prompt_id not in prompts:
             raise ValueError(
                 f"{path} holds prompt {prompt_id}, which data.* does not give. Restore the data."

@@ -58,7 +58,8 @@ class ServerSource:
         """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the metrics
         of requests and rewards; `samples` of each in place of the usual number.
 
-        Raises RewardsFailing, and Interrupted or ServersLost, with the groups that were finished, when the rollout ended early.
+        Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early,
+        and RewardsFailing.
         """
         sampler = self.sampler if samples is None else replace(self.sampler, samples_per_prompt=samples)
         failures = self.pool.failures

@@ -11,7 +11,7 @@ from typing import Literal
 Kind = Literal["checkpoint", "run folder", "metrics"]
 
 FORMATS: dict[Kind, dict[int, str]] = {
-    "checkpoint": {0: "8170530"},
+    "checkpoint": {0: "8170530", 1: "e5a6930"},
     "run folder": {0: "8170530"},
     "metrics": {0: "8170530"},
 }
@@ -42,7 +42,7 @@ def check_file(kind: Kind, path: Path) -> None:
     if not path.is_file():
         return
     try:
-        held = json.loads(path.read_text())
+        held = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}. Restore it, or delete it.") from error
     check_format(kind, held.get(FIELD, 0) if isinstance(held, dict) else 0, path)

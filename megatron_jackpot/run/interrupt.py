@@ -25,6 +25,8 @@ STARTED_VARIABLE = "JACKPOT_STARTED"
 used a part of run.time_limit_s."""
 TIME_LIMIT = "the time limit is near"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+ONE_REQUEST_S = 0.5
+"""What arrives again this soon is the same request: `timeout` signals its child, and then its group."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -37,7 +39,7 @@ class StopRequest:
     def __init__(self, run: Run, started: float | None = None):
         """`started`, on the monotonic clock: when the time of the run began; None asks the environment."""
         self.file = Path(run.folder) / STOP_FILE
-        self.signum = 0
+        self.signum, self._signalled = 0, -math.inf
         now = time.monotonic()
         self.started = float(os.environ.get(STARTED_VARIABLE, now)) if started is None else started
         # On the monotonic clock, so that a clock that is set anew stops no run.
@@ -78,11 +80,11 @@ class StopRequest:
     def _hear(self, hear: socket.socket, _tell: socket.socket) -> None:
         while received := hear.recv(1):
             signum = received[0]
-            if signum not in SIGNALS:
+            if signum not in SIGNALS or time.monotonic() - self._signalled < ONE_REQUEST_S:
                 continue
             if self.signum:
                 os._exit(128 + signum)
-            self.signum = signum
+            self.signum, self._signalled = signum, time.monotonic()
 
 
 def slurm_time_left() -> float | None:

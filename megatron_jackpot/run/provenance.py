@@ -50,7 +50,7 @@ def _replace(path: Path, text: str) -> None:
     # Whole or not at all: on a cluster every node records the same run, while ranks of others already read
     # it.
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -96,7 +96,9 @@ def _git(folder: Path, *args: str) -> str | None:
     # --no-optional-locks: `status` would otherwise write the index of a checkout someone else may be using.
     command = ["git", "--no-optional-locks", "-C", str(folder), *args]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -66,7 +66,7 @@ class Watchdog:
     def dump(self, why: str) -> None:
         """Append `why` and every thread's stack to the rank's file in the run's folder, and to stderr."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             for target in (file, sys.stderr):
                 print(f"rank {self.rank}: {why}", file=target, flush=True)
                 faulthandler.dump_traceback(target.fileno(), all_threads=True)

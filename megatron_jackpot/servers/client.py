@@ -15,6 +15,7 @@ from typing import Self, TypeVar
 import aiohttp
 import numpy as np
 
+from megatron_jackpot.config.servers import CONTEXT_MARGIN
 from megatron_jackpot.servers import api_key, reply
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import Completion, JsonObject, Sampling, ServerError, StaleWeights
@@ -29,8 +30,6 @@ NO_TRUNCATION = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
-CONTEXT_MARGIN = 2
-"""SGLang lets prompt + response grow to context_length - 2 and shortens longer requests without an error."""
 HEALTH_LIMIT_S = 10.0
 REST_S = 10.0
 """How long a server that failed is avoided while another one is there."""

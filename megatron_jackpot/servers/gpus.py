@@ -38,7 +38,14 @@ def place_servers(servers: Servers, *, see_all: bool = False) -> Placement:
 def visible_gpus() -> list[str]:
     """Ids of the GPUs this process may use, as CUDA_VISIBLE_DEVICES spells them."""
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=LIST_LIMIT_S)
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=LIST_LIMIT_S,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     found = re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)

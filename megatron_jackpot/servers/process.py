@@ -5,7 +5,6 @@ On a machine without CUDA the flags and two import stand-ins (cpu_server/) run t
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from typing import IO
 
 from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.address import free_port, port_is_free, url_of
+from megatron_jackpot.servers.environment import child_environment, own_environment
 from megatron_jackpot.servers.gpus import Device, Placement
 
 DIE_WITH_PARENT = Path(__file__).parent / "die_with_parent.py"
@@ -37,7 +38,8 @@ SILENT_HEALTH = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
 """/health answers at once, and 503 while a server starts or ends; otherwise it samples a token and sleeps a
 second, as /health_generate does."""
 HEALTH, HEALTH_GENERATE = "/health", "/health_generate"
-TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks without a proxy: what the environment names is for the way out, not for servers of ours."""
 
 
 class ServerProcess:
@@ -63,7 +65,7 @@ class ServerProcess:
     @property
     def url(self) -> str:
         """Where to reach it; a server bound to every interface is reached on the loopback one."""
-        return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}"
+        return url_of(self.host, self.port)
 
     @property
     def running(self) -> bool:
@@ -112,7 +114,7 @@ class ServerProcess:
     def answers(self, limit_s: float, path: str = HEALTH) -> bool:
         """Whether it answers `path` within `limit_s`, at most 5 s."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=min(5.0, max(0.1, limit_s))) as answer:
+            with DIRECT.open(self.url + path, timeout=min(5.0, max(0.1, limit_s))) as answer:
                 # A stranger may have taken the port since it was checked; then our process has ended or will.
                 return answer.status == 200 and self.running
         except (urllib.error.URLError, OSError):
@@ -199,12 +201,13 @@ def start_servers(
     try:
         for i in range(servers.num):
             port = servers.port + i if servers.port else free_port(servers.host)
+            url = url_of(servers.host, port)
             place, seen = _placed(gpus and gpus[i * tp : (i + 1) * tp], placement.all_gpus)
             flags = (*place, *saver, *weights)
             command = server_command(
                 servers, model, port=port, dtype=dtype, device=placement.device, flags=flags
             )
-            environment = server_environment(placement.device, tp=tp, gpus=seen)
+            environment = server_environment(placement.device, folder, url, tp=tp, gpus=seen)
             log_path = folder / f"server-{i}.log"
             server = ServerProcess(
                 command, host=servers.host, port=port, log_path=log_path, environment=environment
@@ -213,8 +216,8 @@ def start_servers(
             server.start()
         for server in started:
             server.wait_healthy(max(0.1, deadline - time.monotonic()), stopped)
-    except BaseException:
-        stop_servers(started)
+    except BaseException as error:
+        stop_servers(started, grace_s=1 if isinstance(error, InterruptedError) else 10)
         raise
     return started
 
@@ -253,13 +256,11 @@ def server_command(
     return [*command, *api_key.arguments(), *flags, *servers.extra_args]
 
 
-def server_environment(device: Device, *, tp: int = 1, gpus: Sequence[int] | None = None) -> dict[str, str]:
+def server_environment(
+    device: Device, folder: Path, url: str, *, tp: int = 1, gpus: Sequence[int] | None = None
+) -> dict[str, str]:
     """This process's environment without torchrun's variables, and what the device needs."""
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in TORCHRUN_VARIABLES and not key.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
-    }
+    environment = child_environment(own_environment(), folder, [url])
     environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"} | SILENT_HEALTH
     if device == "cpu":
         cores = os.cpu_count() or 1
@@ -272,24 +273,6 @@ def server_environment(device: Device, *, tp: int = 1, gpus: Sequence[int] | Non
     return environment
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
-
-
-def port_is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        # As servers do: a closed connection that still lingers on the port does not block a new listener.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
-
-
 def _group_runs(group: int) -> bool:
     """Whether any process of the group is alive; one that ended but was not collected yet does not count."""
     try:
@@ -298,7 +281,7 @@ def _group_runs(group: int) -> bool:
         return False
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            state, _, member_of = stat.read_text().rpartition(")")[2].split()[:3]
+            state, _, member_of = stat.read_text(encoding="utf-8").rpartition(")")[2].split()[:3]
             if int(member_of) == group and state != "Z":
                 return True
     return not Path("/proc/self/stat").exists()

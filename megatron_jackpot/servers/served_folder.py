@@ -35,7 +35,7 @@ def served_folder(config: Config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     copy_other_files(config.actor.hf, folder)
     quantised = {**tree, "quantization_config": QUANTIZATION}
-    (folder / "config.json").write_text(json.dumps(quantised, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(quantised, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

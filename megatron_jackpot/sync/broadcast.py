@@ -37,7 +37,7 @@ from megatron_jackpot.sync.proof import (
     same_weights,
     wait,
 )
-from megatron_jackpot.sync.retry import retry, wait_for_healthy
+from megatron_jackpot.sync.retry import Stop, never, retry, wait_for_healthy
 
 T = TypeVar("T")
 Backend = Literal["nccl", "gloo"]
@@ -112,10 +112,11 @@ class BroadcastSync:
         pause: PauseMode = "retract",
         address: str | None = None,
         release_memory: bool = False,
+        stop: Stop = never,
     ) -> None:
         self.admin = ServerAdmin(list(urls), timeout_s=timeout_s)
         self.urls = list(self.admin.urls)
-        self.patience_s = patience_s
+        self.patience_s, self.stop = patience_s, stop
         self.hf_folder = Path(hf_folder)
         self.proof_folder = None if proof_folder is None else Path(proof_folder).absolute()
         self.backend: Backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -134,7 +135,8 @@ class BroadcastSync:
 
         A server that is gone is left out, and joins again in a later push. Raises SyncError or ServerError
         after several attempts; no wait in one exceeds timeout_s, the first answer of any server patience_s.
-        After an error the servers may hold a mixture: push again, or load from disk, before sampling.
+        PushInterrupted when `stop` gives a reason while no server answers. After an error the servers may
+        hold a mixture: push again, or load from disk, before sampling.
         """
         return retry(lambda: self._push(named_tensors, version))
 
@@ -172,7 +174,7 @@ class BroadcastSync:
                 wait(self.admin.destroy_group(name))
 
     def _leave_out_absent(self) -> None:
-        present = wait_for_healthy(self.urls, self.patience_s)
+        present = wait_for_healthy(self.urls, self.patience_s, self.stop)
         if present != self.admin.urls:
             self.close()
             self.admin.urls = present
@@ -286,6 +288,9 @@ def _in_daemon(work: Callable[[], T]) -> Future[T]:
 def address_towards(url: str) -> str:
     """This machine's address as the server at `url` sees it."""
     place = urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((place.hostname or "127.0.0.1", place.port or 80))
+    family, _, _, _, address = socket.getaddrinfo(
+        place.hostname or "127.0.0.1", place.port or 80, type=socket.SOCK_DGRAM
+    )[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
         return probe.getsockname()[0]

@@ -11,7 +11,7 @@ from megatron_jackpot.models.hf_folder import write_hf_folder
 from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
 from megatron_jackpot.sync.memory_saver import MemorySaver
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
-from megatron_jackpot.sync.retry import retry, wait_for_healthy
+from megatron_jackpot.sync.retry import Stop, never, retry, wait_for_healthy
 
 KEPT_VERSIONS = 2
 
@@ -33,10 +33,11 @@ class DiskSync:
         patience_s: float = 300,
         pause: PauseMode = "retract",
         release_memory: bool = False,
+        stop: Stop = never,
     ) -> None:
         self.admin = ServerAdmin(list(urls), timeout_s=timeout_s)
         self.urls = list(self.admin.urls)
-        self.patience_s = patience_s
+        self.patience_s, self.stop = patience_s, stop
         self.folder = Path(folder).absolute()
         self.hf_folder = Path(hf_folder)
         self.bucket_bytes = bucket_bytes
@@ -50,7 +51,7 @@ class DiskSync:
         return retry(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        self.admin.urls = wait_for_healthy(self.urls, self.patience_s)
+        self.admin.urls = wait_for_healthy(self.urls, self.patience_s, self.stop)
         started, sent = time.monotonic(), SentTensors()
         path = self.folder / f"actor-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)

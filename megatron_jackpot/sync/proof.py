@@ -81,7 +81,7 @@ class Proof:
     def __init__(self, admin: ServerAdmin, hf_folder: Path) -> None:
         self.admin = admin
         self.expected = hf_shapes(hf_folder)
-        config = json.loads((Path(hf_folder) / "config.json").read_text())
+        config = json.loads((Path(hf_folder) / "config.json").read_text(encoding="utf-8"))
         self.quantised = "quantization_config" in config
         # A tied output layer is the embedding again: it may be written and sent, or not.
         self.may_differ = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()

@@ -20,15 +20,30 @@ ALIVE_LIMIT_S = 5.0
 POLL_S = 1.0
 
 
-def wait_for_healthy(urls: Sequence[str], patience_s: float) -> list[str]:
+Stop = Callable[[], str | None]
+"""A reason for which the run is to save and end, or None."""
+
+
+class PushInterrupted(Exception):
+    """The run was asked to save and end while no server answered: nothing was sent."""
+
+
+def never() -> None:
+    """The `stop` of a push that nobody interrupts."""
+
+
+def wait_for_healthy(urls: Sequence[str], patience_s: float, stop: Stop = never) -> list[str]:
     """Those of `urls` whose scheduler answers, in their order.
 
-    Raises SyncError when none does within `patience_s`: a server that is being started again needs that long.
+    Raises SyncError when none does within `patience_s`: a server that is being started again needs that long;
+    PushInterrupted when there is a reason to `stop` meanwhile.
     """
     deadline = time.monotonic() + patience_s
     while True:
         if present := wait(answering(urls)):
             return present
+        if (reason := stop()) is not None:
+            raise PushInterrupted(f"No server answered ({', '.join(urls)}) when asked to stop: {reason}.")
         if time.monotonic() > deadline:
             raise SyncError(f"Waited {patience_s:g} s for any server to answer: {', '.join(urls)}.")
         time.sleep(POLL_S)

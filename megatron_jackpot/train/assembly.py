@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TypedDict
 
 from megatron_jackpot.config import Config
-from megatron_jackpot.config.model_folder import read_hf_config
-from megatron_jackpot.config.model_shape import padded_vocab_size
+from megatron_jackpot.config.model_folder import check_stop_ids, read_hf_config, stop_token_ids
+from megatron_jackpot.config.model_shape import misfits, padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
-from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
+from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer, text_of
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.source import ServerSource
+from megatron_jackpot.run.clock import started_at, write_start
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Sampling
 from megatron_jackpot.servers.served_folder import served_folder
@@ -29,7 +30,7 @@ from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.train.evaluation import Evaluator
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
-from megatron_jackpot.train.probe import Prober, check_families
+from megatron_jackpot.train.probe import Prober
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.trainer import Trainer
 
@@ -57,13 +58,15 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     check_same_tokenizer(config.policy.hf, config.actor.hf)
     tokenizer = load_tokenizer(config.policy.hf)
     families = load_families(config)
-    training = training_prompts(config.data, tokenizer)
-    heldout = heldout_prompts(config.data, config.evaluation, tokenizer, exclude=training.texts)
+    limits = prompt_limits(config, mesh, families, tokenizer.eos_token_id)
+    training = training_prompts(config.data, tokenizer, limits=limits)
+    heldout = heldout_prompts(
+        config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits
+    )
     policy, actor = (load_model(name, config, mesh, families) for name in ("policy", "actor"))
-    stop_ids = stop_token_ids(tokenizer.eos_token_id, families["actor"])
     source = None
     if mesh.is_leader:
-        source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
+        source = make_source(config, families, limits.stop_ids, partial(text_of, tokenizer))
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever
             # match.
@@ -80,13 +83,15 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         actor=actor,
         methods=methods,
         guard=Guard(config.guard),
-        loader=PromptLoader(training.prompts, per_step, mesh.dp_rank, mesh.dp, seed),
+        loader=PromptLoader(
+            training.prompts, per_step, mesh.dp_rank, mesh.dp, seed, config.data.changed_rows
+        ),
     )
-    sync = make_sync(config) if mesh.is_main else None
+    sync = make_sync(config, stop) if mesh.is_main else None
     trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
     probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
     evaluate = Evaluator(
-        config, state, source, heldout.prompts, stop_ids=stop_ids, packing_tokens=trainer.packer.tokens
+        config, state, source, heldout.prompts, stop_ids=limits.stop_ids, packing_tokens=trainer.packer.tokens
     )
     return Assembly(trainer, probe, evaluate)
 
@@ -94,7 +99,9 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
 def load_families(config: Config) -> dict[str, Family]:
     """Both models' families, checked against the run's sequence lengths."""
     families = {name: family_of(read_hf_config(getattr(config, name).hf)) for name in ("policy", "actor")}
-    check_families(config, families["policy"], families["actor"])
+    mistakes = misfits(config, families["policy"], families["actor"])
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
     return families
 
 
@@ -114,16 +121,19 @@ def load_model(name: str, config: Config, mesh: Mesh, families: dict[str, Family
     return model
 
 
-def stop_token_ids(eos: object, family: Family) -> tuple[int, ...]:
-    """The tokenizer's end-of-text id and those of config.json. Raises ValueError when there is none."""
-    listed = family.hf_config.get("eos_token_id")
-    named = (eos, *(listed if isinstance(listed, list) else [listed]))
-    ids = {token for token in named if isinstance(token, int)}
-    if not ids:
-        raise ValueError(
-            "Neither the tokenizer nor config.json names an eos token: responses would never end."
-        )
-    return tuple(sorted(ids))
+def prompt_limits(config: Config, mesh: Mesh, families: dict[str, Family], eos: int | None) -> Limits:
+    """What prompts must fit: both embeddings, the ids that end a response, the day the run began.
+
+    The main rank writes the latter into the run's folder. Raises ValueError for a stop id outside a model.
+    """
+    stop_ids = stop_token_ids(eos, [config.policy.hf, config.actor.hf])
+    rows = {name: family.vocab_size for name, family in families.items()}
+    check_stop_ids(stop_ids, rows)
+    now = None
+    if mesh.is_main:
+        now = started_at(config.run.folder, config.run.resume)
+        write_start(config.run.folder, now)
+    return Limits(rows=rows, stop_ids=stop_ids, now=mesh.from_main(now))
 
 
 def make_source(
@@ -175,9 +185,10 @@ class SyncSettings(TypedDict):
     timeout_s: float
     patience_s: float
     release_memory: bool
+    stop: Callable[[], str | None]
 
 
-def make_sync(config: Config) -> DiskSync | BroadcastSync:
+def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> DiskSync | BroadcastSync:
     """The way of the actor's weights to the servers."""
     sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
     shared = SyncSettings(
@@ -186,6 +197,7 @@ def make_sync(config: Config) -> DiskSync | BroadcastSync:
         timeout_s=sync.timeout_s,
         patience_s=servers.start_timeout_s,
         release_memory=servers.release_memory,
+        stop=stop,
     )
     if sync.method == "disk":
         return DiskSync(servers.urls, folder=folder, **shared)

@@ -285,7 +285,7 @@ def damage(folder: Path, mesh: Mesh) -> str | None:
     wanted: Digests | str = ""
     if mesh.is_main:
         try:
-            wanted = json.loads((folder / MANIFEST).read_text())["files"]
+            wanted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             wanted = f"{MANIFEST} cannot be read ({error})"
     wanted = mesh.from_main(wanted)
@@ -315,10 +315,13 @@ def run_state(state: TrainState) -> dict[str, Any]:
 
 def _load(state: TrainState, folder: Path) -> list[str]:
     """What is worth telling of it."""
-    saved = json.loads((folder / STATE).read_text())
+    saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
+    changed: set[int] = set()
     if state.loader is not None and saved["loader"] is not None:
-        state.loader.load_state_dict(saved["loader"])
+        changed = state.loader.load_state_dict(saved["loader"])
+        if changed and state.mesh.is_main:
+            log.warning(f"data.*: {len(changed)} rows have changed since, {sorted(changed)[:5]} (line - 1)")
     for name, model in state.models.items():
         load_model(model, folder / name)
         load_schedule(model, saved["schedule"][name])
@@ -329,7 +332,7 @@ def _load(state: TrainState, folder: Path) -> list[str]:
         prompts = {prompt.id: prompt for prompt in state.loader.prompts}
         # Every leader takes all: with another dp size, a prompt is another leader's.
         for path in sorted(folder.glob("rollouts-*.npz")):
-            state.finished_groups |= load_groups(path, prompts)
+            state.finished_groups |= load_groups(path, prompts, changed)
     # One without them has nothing to compare.
     before = saved.get("optimizer", {})
     return [line for n, model in state.models.items() for line in changed_settings(model, before.get(n, {}))]
@@ -358,7 +361,7 @@ def _digests(folder: Path) -> Digests:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

@@ -41,8 +41,8 @@ class Evaluator:
         self.stop_ids, self.packing_tokens = stop_ids, packing_tokens
 
     def __call__(self) -> dict[str, float]:
-        """eval/policy_accuracy, eval/actor_accuracy and eval/failed_rewards on the main rank, {} elsewhere. Every rank must call
-        it."""
+        """eval/policy_accuracy, eval/actor_accuracy and eval/failed_rewards on the main rank, {} elsewhere.
+        Every rank must call it."""
         mesh, policy = self.state.mesh, self.state.policy
         limit = self.config.evaluation.max_new_tokens
         mine = self.prompts[mesh.dp_rank :: mesh.dp]

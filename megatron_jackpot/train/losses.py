@@ -4,15 +4,16 @@ stage."""
 import torch
 from torch import Tensor
 
+from megatron_jackpot.algorithm.distill import distill_inputs
 from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.head import FrozenHead
-from megatron_jackpot.parallel.divergence import Direction, vocab_parallel_kl
+from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
-from megatron_jackpot.records import Correction, DistillInputs, Scores
+from megatron_jackpot.records import Correction, Direction, Scores
 from megatron_jackpot.train.methods import Methods
 
 TRAINED_GAP = "gap/trained_scored"
@@ -80,13 +81,7 @@ def actor_loss(
             both = (logits_TV, teacher.logits(m))
             return vocab_parallel_kl(*both, teacher.common(vocab), direction=direction)
 
-        inputs = DistillInputs(
-            actor_logp_T=logp_T,
-            policy_logp_T=scores.policy_logp_MT[m],
-            actor_logp_TK=logp_TK[:, 1:],
-            policy_logp_TK=scores.candidate_target_logp_MTK[m][:, : logp_TK.shape[1] - 1],
-            kl=full_kl,
-        )
+        inputs = distill_inputs(logp_TK, scores, m, full_kl)
         kl = torch.where(mask_T, methods.distill(inputs), 0.0).sum() / denominator
         value = rl_weight * rl + distill_weight * kl
         return value, {"actor": value.detach(), "actor_rl": rl.detach(), "distill": kl.detach()}

@@ -1,10 +1,12 @@
 """The methods of a run, built from the configuration once, and the controllers that move two of their
-knobs."""
+settings."""
 
+import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,17 +18,20 @@ from megatron_jackpot.algorithm.distill import DISTILL, Distillation
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
-from megatron_jackpot.algorithm.registry import build
+from megatron_jackpot.algorithm.registry import Registry, build, is_own
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Config, Method
+from megatron_jackpot.config.load import examine
 from megatron_jackpot.records import Metrics, Pair, Rollout, Scores
+from megatron_jackpot.train.own_methods import try_out
 
+M = TypeVar("M")
 Controller = TargetAcceptance | AdaptiveDistill
 
 
 @dataclass
 class Methods:
-    """One of each kind. Raises ValueError from `from_config` for a method or knob that cannot work."""
+    """One of each kind. Raises ValueError from `from_config` for a method or setting that cannot work."""
 
     correction: CorrectionMethod
     objective: Objective
@@ -47,28 +52,18 @@ class Methods:
 
     @classmethod
     def from_config(cls, config: Config) -> "Methods":
-        algorithm, actor = config.algorithm, config.actor
-        chosen = algorithm.correction
-        correction = make_correction(chosen.name, chosen.settings, config.run.seed)
-        exact = correction.needs_exact_overlap
-        if exact:
-            _check_exact(correction, config)
-        objective = _build(algorithm.objective, OBJECTIVES, "algorithm.objective")
-        actor_objective = _build(actor.objective, OBJECTIVES, "actor.objective")
-        _check_corrected_once(correction, objective, actor_objective, config)
+        made, mistakes = _make_methods(config)
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        correction, actor = made["correction"], config.actor
         wanted = correction.target_acceptance
-        kl = actor.distill_target_kl
         return cls(
-            correction=correction,
-            objective=objective,
-            actor_objective=actor_objective,
-            distill=_build(actor.distill, DISTILL, "actor.distill"),
+            **made,
             distill_weight=actor.distill_weight,
             actor_tis_cap=actor.tis_cap,
-            advantage=_build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
-            exact_lam=correction.lam if exact else None,
+            exact_lam=correction.lam if correction.needs_exact_overlap else None,
             acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
-            adaptive=None if kl is None else AdaptiveDistill(kl=kl, weight=actor.distill_weight),
+            adaptive=_steered_distillation(config),
         )
 
     def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
@@ -119,8 +114,64 @@ class Methods:
         return [[replace(rollout, advantage=next(values)) for rollout in group] for group in groups]
 
 
-def _build(method: Method, registry: dict[str, type], where: str) -> Any:
-    return build(method.name, method.settings, registry, where)
+def _build(chosen: Method, registry: Registry[M], where: str) -> M:
+    return _tried(build(chosen.name, chosen.settings, registry, where), chosen, where)
+
+
+def _tried(method: M, chosen: Method, where: str) -> M:
+    """The method, tried out where it is one of the user's own."""
+    if is_own(chosen.name):
+        try_out(method, chosen.name, where)
+    return method
+
+
+def method_mistakes(config: Config) -> list[str]:
+    """Everything that is wrong with the methods' settings and with methods that do not go together."""
+    return _make_methods(config)[1]
+
+
+def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
+    """Field of Methods -> method, without those that could not be made; and why, a line for each mistake."""
+    algorithm, actor = config.algorithm, config.actor
+    chosen = algorithm.correction
+    makers: dict[str, Callable[[], Any]] = {
+        "correction": lambda: _tried(
+            make_correction(chosen.name, chosen.settings, config.run.seed), chosen, "algorithm.correction"
+        ),
+        "objective": lambda: _build(algorithm.objective, OBJECTIVES, "algorithm.objective"),
+        "actor_objective": lambda: _build(actor.objective, OBJECTIVES, "actor.objective"),
+        "distill": lambda: _build(actor.distill, DISTILL, "actor.distill"),
+        "advantage": lambda: _build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
+    }
+    made: dict[str, Any] = {}
+    mistakes: list[str] = []
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except ValueError as error:
+            mistakes.append(str(error))
+    together: list[Callable[[], object]] = [lambda: _steered_distillation(config)]
+    if "correction" in made and made["correction"].needs_exact_overlap:
+        together.append(lambda: _check_exact(made["correction"], config))
+    if {"correction", "objective", "actor_objective"} <= made.keys():
+        three = (made["correction"], made["objective"], made["actor_objective"])
+        together.append(lambda: _check_corrected_once(*three, config))
+    for check in together:
+        try:
+            check()
+        except ValueError as error:
+            mistakes.append(str(error))
+    return made, mistakes
+
+
+def _steered_distillation(config: Config) -> AdaptiveDistill | None:
+    actor = config.actor
+    if actor.distill_target_kl is None:
+        return None
+    try:
+        return AdaptiveDistill(kl=actor.distill_target_kl, weight=actor.distill_weight)
+    except ValueError as error:
+        raise ValueError(f"actor.distill_target_kl with actor.distill_weight: {error}") from error
 
 
 def _check_exact(correction: CorrectionMethod, config: Config) -> None:
@@ -149,3 +200,8 @@ def _check_corrected_once(
             "actor's "
             "loss is weighted by actor.tis_cap's already. Use ppo, gspo, cispo, opsm or reinforce."
         )
+
+
+if __name__ == "__main__":  # The launcher's checks, in a child: the launcher itself loads no torch.
+    examined, _ = examine(json.load(sys.stdin))  # What sections ask of each other is told already.
+    print(json.dumps([] if examined is None else method_mistakes(examined)))

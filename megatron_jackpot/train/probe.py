@@ -8,24 +8,12 @@ from torch import Tensor
 
 from megatron_jackpot.config import Config, Sync
 from megatron_jackpot.data.packing import Packer
-from megatron_jackpot.models.families import Family
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_gather_logp
 from megatron_jackpot.records import Batch, Prompt, Rollout
 from megatron_jackpot.rollout.collector import Source
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
-
-
-def check_families(config: Config, policy: Family, actor: Family) -> None:
-    """Raises ValueError when a model's context is shorter than the longest sequence of the run."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    for name, family in (("policy", policy), ("actor", actor)):
-        if family.context_length < longest:
-            raise ValueError(
-                f"{name}.hf: max_position_embeddings = {family.context_length} is shorter than "
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}. Lower one of them."
-            )
 
 
 class Prober:

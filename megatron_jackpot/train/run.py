@@ -66,7 +66,7 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         print_report(config.run.folder)
     if mesh.is_main and not finished:
         stop.done()
-        log.info(f"saved after step {state.num_steps} and ended as asked")
+        log.info(f"ended as asked after step {state.num_steps}")
     return finished
 
 
@@ -98,7 +98,7 @@ def _attempt(assembly: Assembly, saver: Saver, resumed: bool) -> bool | None:
         resume_step = -1  # What an attempt without a checkpoint left is done again.
     outputs: Outputs | None = None
     if trainer.mesh.is_main:
-        outputs = Outputs(config.logging, config.run.folder, config.run.steps, resume_step=resume_step)
+        outputs = Outputs(config, resume_step=resume_step)
     with outputs or contextlib.nullcontext():
         try:
             return _train(assembly, saver, outputs, resumed)
@@ -109,18 +109,19 @@ def _attempt(assembly: Assembly, saver: Saver, resumed: bool) -> bool | None:
 
 def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: bool) -> bool:
     """The loop over steps. False when it ended early because it was asked to stop. Raises RollBack."""
-    trainer, config = assembly.trainer, assembly.trainer.config
-    trainer.push()
-    metrics = assembly.probe()
-    if not resumed:
-        metrics |= assembly.evaluate()
-        if outputs is not None:
-            outputs.report(0, metrics)
+    trainer, config, state = assembly.trainer, assembly.trainer.config, assembly.trainer.state
+    began = state.num_steps, set(state.finished_groups)
     try:
+        _begin(assembly, outputs, resumed)
         while trainer.state.num_steps < config.run.steps:
             trainer.refuse_stop()
             _one_step(assembly, saver, outputs)
     except StopRun:
+        # Of another leader there may be groups that this one has none of.
+        if not trainer.mesh.largest(int(began != (state.num_steps, set(state.finished_groups)))):
+            if trainer.mesh.is_main:
+                log.info("nothing was trained since the start: there is nothing to save")
+            return False
         with trainer.watchdog.phase("save"):
             trainer.make_room()
             saver.save(background=False)
@@ -130,6 +131,19 @@ def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: b
     if config.run.save_hf_at_end:
         _export(trainer)
     return True
+
+
+def _begin(assembly: Assembly, outputs: Outputs | None, resumed: bool) -> None:
+    """Weights to the servers, a probe and, in a new run, the first evaluation. Raises StopRun."""
+    trainer = assembly.trainer
+    trainer.refuse_stop()
+    trainer.push()
+    trainer.refuse_stop()
+    metrics = assembly.probe()
+    if not resumed:
+        metrics |= assembly.evaluate()
+        if outputs is not None:
+            outputs.report(0, metrics)
 
 
 def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None:

@@ -4,12 +4,11 @@ Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
+from megatron_jackpot.algorithm.candidates import make_scores, retargeted, union_of_candidates
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.head import FrozenHead, record_head
 from megatron_jackpot.parallel.divergence import vocab_parallel_overlap
@@ -20,8 +19,6 @@ from megatron_jackpot.parallel.vocab import (
 )
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Batch, Scores
-
-MINUS_INFINITY = float("-inf")
 
 
 class Scorer:
@@ -61,39 +58,14 @@ class Scorer:
         self.head = head if self.keep_head else None
         if policy is None or actor is None or ids_MTC is None:
             return None
-        target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
-        server_MTC = self._server_logp(batch, actor["topk_logp"], actor_version)
-        padding = ids_MTC < 0
-        return Scores(
-            batch=batch,
-            policy_logp_MT=policy["logp"],
-            target_logp_MT=policy["logp"],
-            actor_logp_MT=actor["logp"],
-            candidate_ids_MTK=ids_MTC,
-            candidate_shared_MTK=_shared(ids_MTC, policy["topk_ids"]),
-            candidate_target_logp_MTK=target_MTC.masked_fill(padding, MINUS_INFINITY),
-            candidate_server_logp_MTK=server_MTC.masked_fill(padding, MINUS_INFINITY),
-            exact_overlap_MT=None if exact_lam is None else actor["exact_overlap"],
-            step=step,
-        )
+        return make_scores(batch, ids_MTC, policy, actor, actor_version=actor_version, step=step)
 
     def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
-        """The same scores aimed at the current policy: a fresh policy pass, whose own top-k are candidates in
-        place of the old policy's (P Alg. 1). Of ids that only it lists, q is known where the scored policy
-        listed them too; the actor that could tell of the others has moved since."""
+        """The same scores aimed at the current policy, by a fresh pass of it."""
         fresh = self.policy.score(mini, partial(self._read_policy, mini))
         if scores is None or fresh is None:
             return None
-        ids_MTC = union_of_candidates(mini.topk_ids_MTK, fresh["topk_ids"])
-        target_MTC = torch.cat([fresh["server_ids_logp"], fresh["topk_logp"]], dim=-1)
-        return replace(
-            scores,
-            target_logp_MT=fresh["logp"],
-            candidate_ids_MTK=ids_MTC,
-            candidate_shared_MTK=_shared(ids_MTC, fresh["topk_ids"]),
-            candidate_target_logp_MTK=target_MTC.masked_fill(ids_MTC < 0, MINUS_INFINITY),
-            candidate_server_logp_MTK=_known_server_logp(ids_MTC, scores),
-        )
+        return retargeted(scores, fresh)
 
     def teacher(self, microbatches: slice) -> FrozenHead | None:
         """The policy's logits on these micro-batches of the last pass; None unless `keep_head`."""
@@ -149,40 +121,7 @@ class Scorer:
             )
         return read
 
-    def _server_logp(self, batch: Batch, actor_logp_MTK: Tensor, actor_version: int) -> Tensor:
-        """log q at the candidates. The server does not return q at policy-only ids: the scored actor's
-        log-prob stands in, capped by the server's k-th, where that actor produced the token; 0 probability
-        elsewhere."""
-        kth_MT1 = batch.topk_logp_MTK.masked_fill(batch.topk_ids_MTK < 0, float("inf")).amin(-1, keepdim=True)
-        known_MT1 = (batch.weight_version_MT == actor_version)[..., None]
-        policy_only = torch.minimum(actor_logp_MTK, kth_MT1).masked_fill(~known_MT1, MINUS_INFINITY)
-        return torch.cat([batch.topk_logp_MTK, policy_only], dim=-1)
-
 
 def _asked(tensor: Tensor | None) -> Tensor:
     assert tensor is not None, "a read yields what it was asked for"
     return tensor
-
-
-def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tensor:
-    """[M, T, 2K]: the server's ids, then the policy's with those already listed replaced by -1."""
-    listed = (policy_ids_MTK[..., :, None] == server_ids_MTK[..., None, :]).any(-1)
-    return torch.cat([server_ids_MTK, policy_ids_MTK.masked_fill(listed, -1)], dim=-1)
-
-
-def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
-    """log q at the ids, [M, T, 2K], where `scores` knows it, else -inf: both begin with the server's own."""
-    num_server = scores.batch.topk_ids_MTK.shape[-1]
-    new_MTK, old_MTK = ids_MTC[..., num_server:], scores.candidate_ids_MTK[..., num_server:]
-    same_MTKK = (new_MTK[..., :, None] == old_MTK[..., None, :]) & (new_MTK[..., :, None] >= 0)
-    server_MTC = scores.candidate_server_logp_MTK
-    found_MTK = torch.where(same_MTKK, server_MTC[..., None, num_server:], MINUS_INFINITY).amax(-1)
-    return torch.cat([server_MTC[..., :num_server], found_MTK], -1)
-
-
-def _shared(ids_MTC: Tensor, policy_ids_MTK: Tensor) -> Tensor:
-    """[M, T, 2K] bool: the server's ids that the policy's top-k holds too."""
-    num_server = ids_MTC.shape[-1] - policy_ids_MTK.shape[-1]
-    server_ids = ids_MTC[..., :num_server]
-    both = (server_ids[..., :, None] == policy_ids_MTK[..., None, :]).any(-1) & (server_ids >= 0)
-    return torch.cat([both, torch.zeros_like(policy_ids_MTK, dtype=torch.bool)], -1)

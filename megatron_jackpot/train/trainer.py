@@ -1,5 +1,6 @@
 """step(): the paper, in order."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +22,15 @@ from megatron_jackpot.records import Batch, Correction, Rollout, Scores
 from megatron_jackpot.rollout.collector import Collected, Collector, Source, StopRun, account
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.sync.proof import SyncReport
+from megatron_jackpot.sync.retry import PushInterrupted
 from megatron_jackpot.sync.stream import WeightStream
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import StepMetrics, StepResult, staleness
+
+log = logging.getLogger(__name__)
 
 
 class Push(Protocol):
@@ -299,7 +303,7 @@ class Trainer:
 
     def push(self) -> dict[str, float]:
         """The actor's weights to the servers, stamped with the number of finished steps; metrics on the main
-        rank."""
+        rank, none where the run was asked to stop and no server answered."""
         self.num_pushes += 1
         sync, servers, version = self.config.sync, self.config.servers, self.state.num_steps
         limit_s = servers.start_timeout_s + sync.timeout_s * 12
@@ -317,13 +321,17 @@ class Trainer:
         if not self.mesh.is_main:
             weights.take_part()
         elif self.sync is not None:
-            report = self.sync.push(weights, version=version)
-            metrics = {
-                "sync/version": float(version),
-                "sync/server_version": float(report.version),
-                "sync/seconds": report.seconds,
-                "sync/bytes": float(report.num_bytes),
-            }
+            try:
+                report = self.sync.push(weights, version=version)
+                metrics = {
+                    "sync/version": float(version),
+                    "sync/server_version": float(report.version),
+                    "sync/seconds": report.seconds,
+                    "sync/bytes": float(report.num_bytes),
+                }
+            except PushInterrupted as error:
+                # The step is done; whoever goes on from its checkpoint pushes first.
+                log.warning(error)
         if self.mesh.is_main:
             weights.finish()
         self.mesh.wait_for_leaders(f"sync-{version}-{self.num_pushes}", limit_s)

@@ -16,7 +16,9 @@ PAIRS = {"qwen2.5_1.5b_to_3b": 2, "qwen3_1.7b_to_4b": 8, "qwen3_1.7b_to_8b": 8}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_example_loads_and_its_methods_exist(path: Path) -> None:
+def test_every_example_loads_and_its_methods_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where an example has methods of its own, its README has its folder on PYTHONPATH.
+    monkeypatch.syspath_prepend(str(path.parent))
     Methods.from_config(load_config(path))
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_jackpot.data.loader import PromptLoader, epoch_order, prompts_fingerprint
+from megatron_jackpot.data.loader import PromptLoader, epoch_order, prompt_digest
 from megatron_jackpot.records import Prompt
 
 PROMPTS = [Prompt(id=10 + i, tokens=(1, i), label={"answer": str(i)}) for i in range(23)]
@@ -68,23 +68,58 @@ def test_a_resumed_loader_continues_exactly_also_on_another_dp_size(steps_before
         assert sorted(id for half in halves for id in ids(half.next())[1]) == sorted(want[1])
 
 
-def test_resuming_with_other_prompts_or_another_seed_is_refused():
-    state = loader().state_dict()
-    changed = [*PROMPTS[:-1], Prompt(id=32, tokens=(1, 22), label={"answer": "23"})]
-    with pytest.raises(ValueError, match="other prompts"):
-        loader(prompts=changed).load_state_dict(state)
+def mended(prompts: list[Prompt], *ids: int) -> list[Prompt]:
+    return [Prompt(p.id, (9, 9), p.label) if p.id in ids else p for p in prompts]
+
+
+def after(steps: int) -> tuple[dict, set[int]]:
+    """A loader's state after so many steps of its first epoch, and the ids it has given."""
+    one = loader()
+    seen = {id for _ in range(steps) for id in ids(one.next())[1]}
+    return one.state_dict(), seen
+
+
+def test_a_row_that_was_not_trained_on_may_be_mended_or_left_out_before_a_resume():
+    state, seen = after(2)
+    later = [prompt.id for prompt in PROMPTS if prompt.id not in seen]
+    resumed = loader(prompts=mended(PROMPTS, later[0]))
+    assert resumed.load_state_dict(state) == {later[0]}
+    assert not {id for id in ids(resumed.next())[1]} & seen
+    fewer = loader(prompts=[prompt for prompt in PROMPTS if prompt.id != later[1]])
+    assert fewer.load_state_dict(state) == {later[1]}
+
+
+def test_a_row_that_was_trained_on_is_named_and_may_change_where_data_changed_rows_has_it():
+    state, seen = after(2)
+    row = min(seen)
+    with pytest.raises(ValueError, match=rf"other prompts.*1 differ, rows \[{row}\].*changed_rows=\[{row}\]"):
+        loader(prompts=mended(PROMPTS, row)).load_state_dict(state)
+    allowed = PromptLoader(mended(PROMPTS, row), 6, 0, 1, 5, may_change=[row])
+    assert allowed.load_state_dict(state) == {row}
+
+
+def test_in_a_later_epoch_every_row_was_trained_on():
+    state, _ = after(4)
+    with pytest.raises(ValueError, match="1 differ"):
+        loader(prompts=mended(PROMPTS, 15)).load_state_dict(state)
+
+
+def test_rows_that_move_what_was_passed_and_another_seed_are_refused():
+    state, seen = after(2)
+    with pytest.raises(ValueError, match=rf"gone \[{min(seen)}\], new \[\]"):
+        loader(prompts=[p for p in PROMPTS if p.id != min(seen)]).load_state_dict(state)
     with pytest.raises(ValueError, match=r"run\.seed = 6 differs from the checkpoint's 5"):
         loader(seed=6).load_state_dict(state)
 
 
-def test_the_fingerprint_sees_ids_tokens_and_labels():
+def test_the_digest_sees_ids_tokens_and_labels():
     base = Prompt(1, (2, 3), {"answer": "4"})
     others = [
         Prompt(0, (2, 3), base.label),
         Prompt(1, (2, 4), base.label),
         Prompt(1, (2, 3), {"answer": "5"}),
     ]
-    assert len({prompts_fingerprint([prompt]) for prompt in (base, *others)}) == 4
+    assert len({prompt_digest(prompt) for prompt in (base, *others)}) == 4
 
 
 def test_a_step_that_cannot_be_filled_is_refused():

@@ -106,16 +106,32 @@ def test_a_missing_package_is_refused_at_start_with_the_remedy(tmp_path, monkeyp
         writer(tmp_path, tensorboard=True)
 
 
-def test_wandb_receives_finite_values_when_configured(tmp_path, monkeypatch):
-    logged = []
+@pytest.fixture
+def wandb(monkeypatch):
+    """A package that only notes what it is told: (arguments of `init`, [(step, values)])."""
+    starts, logged = [], []
     run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
     fake = types.ModuleType("wandb")
-    fake.init = lambda **_: run
+    fake.init = lambda **given: (starts.append(given), run)[1]
     fake.__spec__ = types.SimpleNamespace(name="wandb")
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    return starts, logged
+
+
+def test_wandb_receives_finite_values_when_configured(tmp_path, wandb):
     with writer(tmp_path, wandb="jackpot") as out:
         out.write(7, {"reward/mean": 0.5, "loss/policy": float("nan")})
-    assert logged == [(7, {"reward/mean": 0.5})]
+    assert wandb[1] == [(7, {"reward/mean": 0.5})]
+
+
+def test_whatever_goes_on_in_a_folder_goes_on_in_one_wandb_run_with_its_configuration(tmp_path, wandb):
+    for folder, resume_step, lr in (("a", None, 1), ("a", 3, 2), ("a", -1, 2), ("b", None, 1)):
+        writer(tmp_path / folder, wandb="p", resume_step=resume_step, settings={"lr": lr}).close()
+    starts, _ = wandb
+    assert [start["config"]["lr"] for start in starts] == [1, 2, 2, 1]
+    assert {start["resume"] for start in starts} == {"allow"}
+    first, second, third, other = (start["id"] for start in starts)
+    assert first == second == third != other and len(first) >= 8
 
 
 def test_the_tools_use_only_stable_metric_names():

@@ -1,11 +1,13 @@
+import datetime
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from megatron_jackpot.config import Data, Evaluation
 from megatron_jackpot.data.problems import Problem, jsonl_problems
-from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
-from megatron_jackpot.data.tokenizer import load_tokenizer
+from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
+from megatron_jackpot.data.tokenizer import Vocabulary, load_tokenizer
 
 TASKS = {"chain_sum": {"max_digits": 2}, "gcd": {}, "leg_counting": {}}
 SMALL = {"chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}}
@@ -181,3 +183,109 @@ def test_evaluation_without_heldout_data_is_refused_unless_it_is_off(tokenizer, 
     with pytest.raises(ValueError, match=r"needs data\.heldout_path"):
         heldout_prompts(data, Evaluation(), tokenizer, exclude=())
     assert heldout_prompts(data, Evaluation(size=0), tokenizer, exclude=()).prompts == []
+
+
+def with_template(folder, to, template):
+    """A copy of a tokenizer's folder with another chat template."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(to)
+    return load_tokenizer(to), Vocabulary.read(to)
+
+
+def one_row(tmp_path, **row):
+    return write(tmp_path / "one.jsonl", [{"prompt": "1+1", "answer": "2", **row}])
+
+
+def test_a_prompt_neither_ends_with_the_eos_that_a_tokenizer_appends_nor_begins_with_two_bos(
+    tmp_path, make_tokenizer
+):
+    folder = make_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(folder)
+    bos, eos = ("<pad>", 0), ("<eos>", 1)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[bos, eos]
+    )
+    tokenizer.save_pretrained(folder)
+    for read in (load_tokenizer(folder), Vocabulary.read(folder)):
+        for template in ("{question}", "<pad>{question}"):
+            data = jsonl(one_row(tmp_path), template=template)
+            (prompt,) = training_prompts(data, read).prompts
+            assert prompt.tokens == (0, *(ord(c) - 32 + 4 for c in "1+1"))
+
+
+def test_a_prompt_that_a_template_ends_with_eos_is_refused_by_line(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"one.jsonl, line 1: the prompt ends with the end-of-text id 1"):
+        training_prompts(jsonl(one_row(tmp_path), template="{question}<eos>"), tokenizer)
+
+
+def test_an_answer_that_stands_in_the_prompt_is_refused_by_line(tmp_path, chat_tokenizer_folder):
+    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+    path = write(tmp_path / "sft.jsonl", [{"messages": chat, "answer": "2"}])
+    with pytest.raises(
+        ValueError, match=r"sft.jsonl, line 1: 'messages' ends with the assistant's own answer"
+    ):
+        jsonl_problems(path)
+
+
+def test_what_a_template_refuses_and_half_a_surrogate_pair_name_file_and_line(tmp_path, tokenizer_folder):
+    raises = (
+        "{{ raise_exception('no system role') if messages[0].role == 'system' }}{{ messages[0].content }}"
+    )
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    path = write(tmp_path / "a.jsonl", [{"prompt": "1", "answer": "2"}, {"messages": chat, "answer": "2"}])
+    for read in with_template(tokenizer_folder, tmp_path / "raises", raises):
+        with pytest.raises(
+            ValueError, match=r"a.jsonl, line 2: the chat template refuses it: no system role"
+        ):
+            training_prompts(jsonl(path, template=None), read)
+    with pytest.raises(ValueError, match=r"one.jsonl, line 1: 'prompt' holds half a surrogate"):
+        jsonl_problems(one_row(tmp_path, prompt="1\ud800"))
+
+
+def test_template_args_reach_the_chat_template(tmp_path, tokenizer_folder):
+    thinking = (
+        "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}!{% endif %}"
+    )
+    for read in with_template(tokenizer_folder, tmp_path / "thinking", thinking):
+        texts = []
+        for arguments in ({}, {"enable_thinking": False}):
+            data = jsonl(one_row(tmp_path), template=None, template_args=arguments)
+            texts.append(len(training_prompts(data, read).prompts[0].tokens))
+        assert texts == [3, 4]
+
+
+def test_a_template_with_the_date_shows_the_day_on_which_the_run_began(tmp_path, tokenizer_folder):
+    dated = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    for read in with_template(tokenizer_folder, tmp_path / "dated", dated):
+        limits = Limits(now=datetime.datetime(2024, 2, 29))
+        (prompt,) = training_prompts(jsonl(one_row(tmp_path), template=None), read, limits=limits).prompts
+        assert prompt.tokens == tuple(ord(c) - 32 + 4 for c in "29 Feb 2024 1+1")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_chat_templates_read_as_transformers_reads_them(first, tmp_path, tokenizer_folder):
+    template = (
+        "{%- for m in messages %}\n  {% if loop.first and m.role == 'system' %}[{{ m.content | trim }}]"
+        "{% continue %}{% endif %}\n{% generation %}{{ m.content }}{% endgeneration %}{{ m | tojson }}"
+        "{% endfor %}\n{% if tools is none %}{{ eos_token }}{% endif %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    chat = [{"role": "system", "content": " be <brief> "}, {"role": "user", "content": "1+1"}][not first :]
+    path = write(tmp_path / "a.jsonl", [{"messages": chat, "answer": "2"}])
+    tokenizer, vocabulary = with_template(tokenizer_folder, tmp_path / "rich", template)
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    want = tuple(tokenizer.encode(text, add_special_tokens=False))
+    for read in (tokenizer, vocabulary):
+        assert training_prompts(jsonl(path, template=None), read).prompts[0].tokens == want
+
+
+def test_nothing_is_cleaned_up_in_an_answer_before_it_is_graded(tmp_path, tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.save_pretrained(tmp_path / "cleaning")
+    assert json.loads((tmp_path / "cleaning" / "tokenizer_config.json").read_text())[
+        "clean_up_tokenization_spaces"
+    ]
+    read = load_tokenizer(tmp_path / "cleaning")
+    assert read.clean_up_tokenization_spaces is False

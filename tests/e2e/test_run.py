@@ -2,6 +2,7 @@
 server."""
 
 import asyncio
+import gzip
 import json
 import subprocess
 import sys
@@ -57,8 +58,9 @@ def check_rows(rows: list[dict], steps: int) -> None:
 def test_launch_trains_two_steps_on_two_ranks(folder: Path) -> None:
     out = folder / "launched"
     command = [sys.executable, "-m", "megatron_jackpot.cli", "launch", str(folder / "run.yaml")]
+    profile = ("logging.profile_steps=[2]", "logging.profile_ranks=[1]")
     done = subprocess.run(
-        [*command, f"run.folder={out}", "--nproc", "2"], capture_output=True, text=True, timeout=300
+        [*command, f"run.folder={out}", *profile, "--nproc", "2"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = read_metrics(out)
@@ -70,6 +72,16 @@ def test_launch_trains_two_steps_on_two_ranks(folder: Path) -> None:
     assert {"config.yaml", "provenance.json", "train.log", "metrics.jsonl"} <= {p.name for p in out.iterdir()}
     assert json.loads((out / "provenance.json").read_text())
     check_report(out)
+    check_profile(out)
+
+
+def check_profile(out: Path) -> None:
+    """Of the chosen step on the chosen rank alone, with the phases of the step in it."""
+    (folder,) = (out / "profile").iterdir()
+    assert folder.name == "step-000002-rank-1"
+    with gzip.open(folder / "trace.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"step 2", "rollout", "score", "correct", "update_actor", "update_policy", "sync"} <= names
 
 
 def check_report(out: Path) -> None:

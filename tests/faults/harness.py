@@ -64,24 +64,40 @@ class FaultRun:
     """One launch; `with` ends it and whatever it left."""
 
     def __init__(self, yaml_file: Path, *overrides: str, ranks: int = 1) -> None:
+        self.yaml_file, self.ranks_wanted = yaml_file, ranks
         self.folder = Path(yaml.safe_load(yaml_file.read_text())["run"]["folder"])
-        self.out = yaml_file.parent / f"launch-{time.monotonic_ns()}.txt"
-        command = [sys.executable, "-m", "megatron_jackpot.cli", "launch", str(yaml_file), *overrides]
-        self.popen = subprocess.Popen(
-            [*command, "--nproc", str(ranks)], stdout=self.out.open("wb"), stderr=subprocess.STDOUT
-        )
         self.seen: list[psutil.Process] = []
+        self.start(*overrides)
+
+    def start(self, *overrides: str, env: dict[str, str] | None = None) -> None:
+        """Launch, also again after the end of the one before; `env` besides this process's own."""
+        self.out = self.yaml_file.parent / f"launch-{time.monotonic_ns()}.txt"
+        with self.out.open("wb") as out:
+            self.popen = subprocess.Popen(
+                self.command(*overrides),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+            )
+
+    def command(self, *overrides: str) -> list[str]:
+        command = [sys.executable, "-m", "megatron_jackpot.cli", "launch", str(self.yaml_file), *overrides]
+        return [*command, "--nproc", str(self.ranks_wanted)]
 
     def __enter__(self) -> "FaultRun":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill the launch and everything that was seen of it."""
         self.note_children()
         if self.popen.poll() is None:
             self.popen.kill()
             self.popen.wait()
         for child in self.seen:
-            if child.is_running():
+            with suppress(psutil.NoSuchProcess):
                 child.kill()
 
     def text(self) -> str:
@@ -118,6 +134,8 @@ class FaultRun:
     def find(self, words: str) -> list[psutil.Process]:
         """Running descendants whose command line holds `words`."""
         found = []
+        if self.popen.poll() is not None:
+            return found
         for child in psutil.Process(self.popen.pid).children(recursive=True):
             try:
                 if words in " ".join(child.cmdline()) and child.status() != psutil.STATUS_ZOMBIE:
@@ -132,9 +150,22 @@ class FaultRun:
     def ranks(self) -> list[psutil.Process]:
         return [p for p in self.find("megatron_jackpot.cli train") if "agent" not in " ".join(p.cmdline())]
 
-    def hit(self, victim: psutil.Process, signum: int) -> None:
+    def one(self, find: Callable[[], list[psutil.Process]]) -> psutil.Process:
+        """The first that `find` finds, now or, while it is being replaced, soon."""
+        deadline = time.monotonic() + STEP_LIMIT_S
+        while not (found := find()):
+            assert time.monotonic() < deadline, f"none in {STEP_LIMIT_S} s\n{self.text()[-4000:]}"
+            time.sleep(0.2)
+        return found[0]
+
+    def hit(self, victim: psutil.Process, signum: int) -> bool:
+        """Whether it was still there, and not another one under its number."""
         self.note_children()
-        os.kill(victim.pid, signum)
+        try:
+            victim.send_signal(signum)
+        except psutil.NoSuchProcess:
+            return False
+        return True
 
     def kill_server_in_an_update(self, limit_s: float) -> str:
         """kill -9 of the first server when it has been paused for new weights and not yet been told to go

@@ -9,6 +9,7 @@ again), and at the end an account in which every prompt came exactly once.
 import argparse
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,31 +18,51 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
-from megatron_jackpot.run.interrupt import EXIT_REQUEUE
-from tests.faults.harness import FaultRun, check_account, make_models
+from megatron_jackpot.run.interrupt import EXIT_REQUEUE, STOP_FILE
+from tests.faults.harness import STEP_LIMIT_S, FaultRun, check_account, make_models
 
 Fault = Callable[[FaultRun, random.Random], None]
 
 
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """It and everything below it; itself alone where it ends meanwhile."""
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return [process]
+
+
+def surely(run: FaultRun, find: Callable[[], list[psutil.Process]], signum: int) -> None:
+    """Signal the first that `find` finds; one that is replaced between finding and signalling is looked for
+    again."""
+    while not run.hit(run.one(find), signum):
+        pass
+
+
 def kill_server(run: FaultRun, draw: random.Random) -> None:
-    run.hit(run.servers()[0], signal.SIGKILL)
+    surely(run, run.servers, signal.SIGKILL)
 
 
 def kill_scheduler(run: FaultRun, draw: random.Random) -> None:
-    run.hit(draw.choice(run.servers()[0].children(recursive=True)), signal.SIGKILL)
+    def children() -> list[psutil.Process]:
+        found = family(run.one(run.servers))[1:]
+        return draw.sample(found, len(found))
+
+    surely(run, children, signal.SIGKILL)
 
 
 def hang_server(run: FaultRun, draw: random.Random) -> None:
-    for process in (run.servers()[0], *run.servers()[0].children(recursive=True)):
+    for process in family(run.one(run.servers)):
         run.hit(process, signal.SIGSTOP)
 
 
 def pause_server(run: FaultRun, draw: random.Random) -> None:
-    """Stopped for less than servers.hang_s."""
-    tree = [run.servers()[0], *run.servers()[0].children(recursive=True)]
+    """Stopped for less than servers.hang_s; on a slow machine the launcher may still have replaced it."""
+    tree = family(run.one(run.servers))
     for process in tree:
         run.hit(process, signal.SIGSTOP)
     time.sleep(draw.uniform(1, 5))
@@ -49,12 +70,20 @@ def pause_server(run: FaultRun, draw: random.Random) -> None:
         run.hit(process, signal.SIGCONT)
 
 
+def any_rank(run: FaultRun, draw: random.Random) -> Callable[[], list[psutil.Process]]:
+    def ranks() -> list[psutil.Process]:
+        found = run.ranks()
+        return draw.sample(found, len(found))
+
+    return ranks
+
+
 def kill_rank(run: FaultRun, draw: random.Random) -> None:
-    run.hit(draw.choice(run.ranks()), signal.SIGKILL)
+    surely(run, any_rank(run, draw), signal.SIGKILL)
 
 
 def kill_torchrun(run: FaultRun, draw: random.Random) -> None:
-    run.hit(run.find("megatron_jackpot.launch.agent")[0], signal.SIGKILL)
+    surely(run, lambda: run.find("megatron_jackpot.launch.agent"), signal.SIGKILL)
 
 
 def kill_launcher(run: FaultRun, draw: random.Random) -> None:
@@ -73,9 +102,54 @@ def damage_newest(run: FaultRun, draw: random.Random) -> None:
     kill_rank(run, draw)
 
 
-def ask_to_stop(run: FaultRun, draw: random.Random) -> None:
-    code = run.stop(draw.choice([signal.SIGTERM, signal.SIGUSR1]))
-    assert code == EXIT_REQUEUE, f"exit code {code}"
+def ends_as_asked(run: FaultRun, limit_s: float = STEP_LIMIT_S) -> None:
+    code = run.popen.wait(timeout=limit_s)
+    assert code == EXIT_REQUEUE, f"exit code {code}\n{run.text()[-2000:]}"
+    assert run.text().count("told to stop") + run.text().count("saved and ended") == 1, run.text()[-2000:]
+
+
+def signal_launcher(run: FaultRun, draw: random.Random) -> None:
+    run.note_children()
+    run.popen.send_signal(draw.choice([signal.SIGTERM, signal.SIGUSR1]))
+    ends_as_asked(run)
+
+
+def signal_rank(run: FaultRun, draw: random.Random) -> None:
+    surely(run, any_rank(run, draw), draw.choice([signal.SIGTERM, signal.SIGUSR1]))
+    ends_as_asked(run)
+
+
+def stop_file(run: FaultRun, draw: random.Random) -> None:
+    (run.folder / STOP_FILE).write_text("please stop\n")
+    ends_as_asked(run)
+
+
+def time_limit(run: FaultRun, draw: random.Random) -> None:
+    """Of the run, or of the Slurm job that it believes to be in."""
+    signal_launcher(run, draw)
+    limit_s = draw.uniform(60, 120)
+    if draw.random() < 0.5:
+        run.start(f"run.time_limit_s={limit_s}", "run.stop_margin_s=20")
+    else:
+        run.start("run.stop_margin_s=20", env={"SLURM_JOB_END_TIME": str(time.time() + limit_s)})
+    ends_as_asked(run, limit_s + STEP_LIMIT_S)
+
+
+def behind_a_proxy(run: FaultRun, draw: random.Random) -> None:
+    signal_launcher(run, draw)
+    names = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    run.start(env=dict.fromkeys(names, "http://127.0.0.1:9"))
+
+
+def without_home(run: FaultRun, draw: random.Random) -> None:
+    signal_launcher(run, draw)
+    run.start(env={"HOME": "/proc/nohome"})
+
+
+def second_launch(run: FaultRun, draw: random.Random) -> None:
+    second = subprocess.run(run.command(), capture_output=True, text=True, timeout=STEP_LIMIT_S)
+    assert second.returncode == 2, f"exit code {second.returncode}: {second.stdout}{second.stderr}"
+    assert f"in use by pid {run.popen.pid}" in second.stdout + second.stderr, second.stderr
 
 
 FAULTS: dict[str, Fault] = {
@@ -87,7 +161,13 @@ FAULTS: dict[str, Fault] = {
     "kill -9 of torchrun": kill_torchrun,
     "kill -9 of the launcher": kill_launcher,
     "bit flip in the newest checkpoint, kill -9 of a rank": damage_newest,
-    "SIGTERM or SIGUSR1 to the launcher": ask_to_stop,
+    "SIGTERM or SIGUSR1 to the launcher": signal_launcher,
+    "SIGTERM or SIGUSR1 to a rank": signal_rank,
+    "RUN/stop": stop_file,
+    "time limit, its own or Slurm's": time_limit,
+    "proxy in the environment": behind_a_proxy,
+    "HOME that cannot be written": without_home,
+    "second launch in the folder": second_launch,
 }
 
 
@@ -110,10 +190,10 @@ def soak(folder: Path, minutes: float, seed: int, ranks: int, console: Console) 
             try:
                 FAULTS[name](run, draw)
                 if run.popen.poll() is not None:
-                    run.__exit__()
-                    run = FaultRun(yaml_file, ranks=ranks)
+                    run.end()
+                    run.start()
                 run.wait_steps(2, limit_s=300)
-            except (AssertionError, IndexError, OSError) as error:
+            except (AssertionError, IndexError, OSError, psutil.Error, subprocess.TimeoutExpired) as error:
                 console.print(f"[red]{name} was not survived[/red]: {error}", highlight=False)
                 return report(counts, run, console)
             counts[name][1] += 1
@@ -122,7 +202,7 @@ def soak(folder: Path, minutes: float, seed: int, ranks: int, console: Console) 
         run.stop()
         return report(counts, run, console)
     finally:
-        run.__exit__()
+        run.end()
 
 
 def report(counts: dict[str, list], run: FaultRun, console: Console) -> bool:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatron_jackpot.config import parse_config
 from megatron_jackpot.launch.local import launch, torchrun
-from megatron_jackpot.servers.process import ServerProcess, free_port
+from megatron_jackpot.servers.address import free_port
+from megatron_jackpot.servers.process import ServerProcess
 
 COMMON = """
 import os, pathlib, signal, subprocess, sys, time

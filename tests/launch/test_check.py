@@ -14,18 +14,21 @@ from megatron_jackpot.config import Servers, parse_config
 from megatron_jackpot.launch.local import check, children, num_processes, torchrun
 from megatron_jackpot.run.formats import FORMATS
 from megatron_jackpot.servers.gpus import Placement, place_servers, visible_gpus
-from tests.tiny import hf_config
+from tests.tiny import hf_config, write_tokenizer
 
 
 @pytest.fixture
 def tree(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(hf_config()))
+    (tmp_path / "model" / "model.safetensors").touch()
+    write_tokenizer(tmp_path / "model")
     return {
         "run": {"folder": str(tmp_path / "run")},
         "policy": {"hf": str(tmp_path / "model")},
         "actor": {"hf": str(tmp_path / "model")},
-        "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64},
+        "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 100, "size": 64},
+        "evaluation": {"size": 4},
         "rollout": {"max_new_tokens": 64},
     }
 
@@ -164,6 +167,7 @@ def test_output_reaches_the_terminal_as_it_is_and_the_log_as_it_ends_up(tmp_path
 
 def test_a_rank_that_cannot_work_says_why_without_a_traceback(tree, tmp_path):
     tree["servers"] = {"urls": ["http://127.0.0.1:1"]}
+    (tmp_path / "model" / "tokenizer.json").unlink()
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     command = [sys.executable, "-m", "megatron_jackpot.cli", "train", str(tmp_path / "run.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

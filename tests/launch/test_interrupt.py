@@ -79,6 +79,9 @@ def test_a_signal_asks_every_rank_and_a_second_one_ends_this_one(tmp_path: Path,
         assert process.stdout.readline() == f"{name}\n"
         # Other ranks hear of it by the file.
         assert StopRequest(Run(folder=tmp_path)).reason() == name
+        os.kill(process.pid, signum)  # the same request, as `timeout` sends it
+        time.sleep(interrupt.ONE_REQUEST_S)
+        assert process.poll() is None
         os.kill(process.pid, signum)
         assert process.wait(timeout=10) == 128 + signum
 
@@ -105,3 +108,30 @@ def test_only_the_first_node_of_a_job_clears_what_was_asked(tmp_path: Path, node
     write_stop(tmp_path, "the time limit is near")
     subprocess.run([sys.executable, "-c", NODE, str(tmp_path), node], check=True, timeout=60)
     assert f"asked to stop: {asked}" in (tmp_path / "train.log").read_text()
+
+
+FAILS = """
+import atexit, os, sys
+from pathlib import Path
+from megatron_jackpot import cli
+from megatron_jackpot.config import parse_config
+from megatron_jackpot.train import run
+def fails(config, stop):
+    # As collectives under way do when the interpreter ends around them.
+    atexit.register(os.abort)
+    raise RuntimeError("the peer is gone")
+run.run = fails
+folder = Path(sys.argv[1])
+tree = {
+    "run": {"folder": folder}, "policy": {"hf": folder}, "actor": {"hf": folder},
+    "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 64},
+}
+sys.exit(cli._train(parse_config(tree)))
+"""
+
+
+def test_a_rank_that_fails_ends_with_a_plain_code_and_its_traceback(tmp_path: Path):
+    command = [sys.executable, "-c", FAILS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert "RuntimeError: the peer is gone" in done.stderr

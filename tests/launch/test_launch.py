@@ -106,7 +106,9 @@ def test_a_signal_ends_every_child_and_nothing_else(start, signum):
 def test_asked_to_stop_it_lets_training_save_and_says_that_the_job_is_to_be_queued_again(start, signum):
     launch = start("steady", "saves")
     launch.wait_for("worker")
-    launch.popen.send_signal(signum)
+    for _ in range(2):  # as `timeout` does: to its child, then to the child's group
+        launch.popen.send_signal(signum)
+        time.sleep(0.05)
     assert launch.code(limit_s=20) == EXIT_REQUEUE, launch.text()
     assert f"saved and ended ({signal.Signals(signum).name})" in launch.text()
     assert launch.alive() == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import ACTOR, POLICY, hf_config
+from tests.tiny import ACTOR, POLICY, hf_config, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "megatron", "transformer_engine", "transformers", "safetensors", "sglang", "triton")
@@ -23,16 +23,19 @@ print("loaded", sorted(name for name in sys.modules if name.startswith("megatron
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
-    """A run on one node of CPUs, of models that are a config.json each, served in fp8."""
+    """A run on one node of CPUs, of models without weights, served in fp8."""
     wide = dict(hidden_size=128, intermediate_size=256, num_key_value_heads=4, head_dim=32)
     for name, shape in (("policy", POLICY), ("actor", {**ACTOR, **wide, "num_attention_heads": 4})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(hf_config(**shape)))
+        (tmp_path / name / "model.safetensors").touch()
+        write_tokenizer(tmp_path / name)
     tree = dict(
         run=dict(folder=str(tmp_path / "run")),
         policy=dict(hf=str(tmp_path / "policy")),
         actor=dict(hf=str(tmp_path / "actor")),
-        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=24),
+        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=100, size=64),
+        evaluation=dict(size=4),
         rollout=dict(max_new_tokens=100),
         servers=dict(quantization="fp8"),
         cluster=dict(gpus_per_node=0, trainer_procs=1),
@@ -60,7 +63,7 @@ def test_a_command_that_only_reckons_loads_no_engine(command: list[str], run_fil
     assert "megatron_jackpot.plan.formulas" in loaded
 
 
-def test_launching_and_serving_load_no_engine_and_no_records(run_file: Path) -> None:
+def test_launching_checking_and_serving_load_no_engine(run_file: Path) -> None:
     body = f"""
 from pathlib import Path
 from megatron_jackpot.config import load_config
@@ -73,4 +76,4 @@ assert local.served_folder(config).name == "actor-fp8"
 place_servers(config.servers)
 """
     loaded = modules_after(body)
-    assert "megatron_jackpot.launch.node" in loaded and "records" not in loaded
+    assert "megatron_jackpot.launch.node" in loaded and "megatron_jackpot.train" not in loaded

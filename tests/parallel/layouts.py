@@ -36,6 +36,7 @@ class Layout:
     overlap: bool = False
     sharded_optimizer: bool = True
     correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
+    objective: str = "ppo"
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
@@ -74,6 +75,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
                 correction=dict(layout.correction),
+                objective=dict(name=layout.objective),
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
             ),

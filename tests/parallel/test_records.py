@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.rollout.fake_server import flat_topk
 from torch import Tensor
 
 from megatron_jackpot import records
@@ -26,6 +25,7 @@ from megatron_jackpot.servers.protocol import Completion, Sampling
 from megatron_jackpot.servers.reply import parse_group
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
+from tests.servers.fake_server import flat_topk
 from tests.tiny import rollout, rollout_arrays
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_jackpot"

@@ -52,6 +52,9 @@ def greedy(response_text, label):
             return 0.5
     return 1.0
 
+def of_one(response_text):
+    return 1.0
+
 not_a_function = 3
 '''
 

@@ -70,7 +70,7 @@ def test_a_result_that_is_not_a_finite_float_is_an_error(functions, text):
 
 
 def test_an_exception_in_the_reward_is_an_error_with_its_traceback(functions):
-    with RewardPool(f"{functions}.odd", 1, 10.0) as pool:
+    with RewardPool(f"{functions}:odd", 1, 10.0) as pool:
         with pytest.raises(ValueError, match="(?s)raised an exception:.*KeyError: 'other'"):
             score_all(pool, ("other", ""))
 
@@ -80,8 +80,14 @@ def test_an_exception_in_the_reward_is_an_error_with_its_traceback(functions):
     [
         ("exakt", "'exakt' is unknown. Use exact, reasoning_gym, math_verify or package"),
         ("no_such_package.reward", "No module named 'no_such_package'"),
-        ("jackpot_test_rewards.missing", "has no function 'missing'"),
-        ("jackpot_test_rewards.not_a_function", "has no function 'not_a_function'"),
+        ("jackpot_test_rewards.missing", "module jackpot_test_rewards has no 'missing'"),
+        ("jackpot_test_rewards:missing", "module jackpot_test_rewards has no 'missing'"),
+        ("jackpot_test_rewards:", "must be package.module:Name"),
+        (
+            "jackpot_test_rewards.not_a_function",
+            "must be called with .response_text, label.: .* not a callable",
+        ),
+        ("jackpot_test_rewards:of_one", "must be called with .response_text, label.: too many positional"),
     ],
 )
 def test_a_reward_that_is_not_there_is_refused_at_start(functions, reward, message):

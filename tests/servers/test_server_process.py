@@ -10,10 +10,10 @@ import pytest
 
 from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import process as server_module
+from megatron_jackpot.servers.address import free_port
 from megatron_jackpot.servers.gpus import Placement
 from megatron_jackpot.servers.process import (
     ServerProcess,
-    free_port,
     server_command,
     server_environment,
     start_servers,
@@ -119,11 +119,15 @@ def test_when_one_of_several_servers_fails_the_others_are_stopped(tmp_path, monk
     assert len(made) == 2 and not any(server.running for server in made)
 
 
-def test_the_environment_drops_torchrun_and_puts_the_stand_ins_first_only_without_cuda(monkeypatch):
+def test_the_environment_drops_torchrun_and_puts_the_stand_ins_first_only_without_cuda(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("PYTHONPATH", "mine")
-    cpu, cuda = server_environment("cpu", tp=2), server_environment("cuda", tp=2, gpus=(4, 5))
+    where = (tmp_path, "http://10.0.0.1:1")
+    cpu, cuda = (
+        server_environment("cpu", *where, tp=2),
+        server_environment("cuda", *where, tp=2, gpus=(4, 5)),
+    )
     assert "RANK" not in cpu and "TORCHELASTIC_RUN_ID" not in cuda
     assert cpu["PYTHONPATH"].split(os.pathsep) == [str(server_module.CPU_SHIMS), "mine"]
     assert cuda["PYTHONPATH"] == "mine" and cuda["CUDA_VISIBLE_DEVICES"] == "4,5"

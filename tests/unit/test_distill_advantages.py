@@ -307,9 +307,14 @@ def test_a_reward_that_is_not_finite_is_an_error(advantage):
         (ADVANTAGES, "rlo", {}, "here.name = 'rlo' is unknown. Did you mean 'rloo'?"),
         (DISTILL, "k3_sample", {"limit": 0}, "here.limit = 0.0: must lie in (0, 20.0]. Use 10."),
         (ADVANTAGES, "reinforce++", {"eps": -1}, "here.eps = -1.0: must be a finite number > 0. Use 1e-6."),
-        (ADVANTAGES, "dr_grpo", {"std": True}, "Unknown knob 'here.std' of 'dr_grpo'. It has no knobs."),
+        (
+            ADVANTAGES,
+            "dr_grpo",
+            {"std": True},
+            "Unknown setting 'here.std' of 'dr_grpo'. It has no settings.",
+        ),
         (DISTILL, "k3", {}, "here.name = 'k3' is unknown."),
-        (DISTILL, "forward_topk", {"needs": "logits"}, "Unknown knob 'here.needs' of 'forward_topk'."),
+        (DISTILL, "forward_topk", {"needs": "logits"}, "Unknown setting 'here.needs' of 'forward_topk'."),
         (DISTILL, "reverse_full", {"limit": 0}, "here.limit = 0.0: must be > 0 or null. Use null."),
     ],
 )

@@ -19,7 +19,7 @@ OURS: dict[str, set[str]] = {
     "algorithm": {"records"},
     "config": {"algorithm.registry"},
     "parallel": {"algorithm", "records"},
-    "rewards": {"records"},
+    "rewards": {"records", "algorithm.registry"},
     "run": {"config"},
     "servers": {"config"},
     "data": {"records", "config", "parallel", "algorithm.registry"},
@@ -42,7 +42,7 @@ OURS: dict[str, set[str]] = {
         "rollout",
         "sync",
     },
-    "launch": {"config", "run", "servers", "plan"},
+    "launch": {"config", "run", "servers", "plan", "data.prompts", "data.tokenizer"},
     "cli": {"config", "run", "launch", "plan", "monitor", "train"},
     "__init__": set(),
 }

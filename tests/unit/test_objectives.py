@@ -308,7 +308,7 @@ def test_bad_knobs_are_named_with_their_rule(name, knobs, message):
 
 
 def test_an_unknown_knob_is_named_with_the_nearest():
-    message = "Unknown knob 'algorithm.objective.clip' of 'ppo'. Did you mean 'clip_low'?"
+    message = "Unknown setting 'algorithm.objective.clip' of 'ppo'. Did you mean 'clip_low'?"
     with pytest.raises(ValueError) as caught:
         build("ppo", {"clip": 0.2}, OBJECTIVES, "algorithm.objective")
     assert str(caught.value) == message

@@ -60,11 +60,11 @@ def test_a_key_that_is_no_knob_is_told_the_nearest_or_that_there_is_none(method)
     knobs = [item.name for item in fields(kind)]
     if not knobs:
         assert refusal(where, name, {"cap": 1}) == (
-            f"Unknown knob '{where}.cap' of '{name}'. It has no knobs."
+            f"Unknown setting '{where}.cap' of '{name}'. It has no settings."
         )
     for knob in knobs:
         message = refusal(where, name, {f"{knob}z": 1})
-        assert message == f"Unknown knob '{where}.{knob}z' of '{name}'. Did you mean '{knob}'?"
+        assert message == f"Unknown setting '{where}.{knob}z' of '{name}'. Did you mean '{knob}'?"
 
 
 def test_a_value_of_another_type_is_refused_by_the_knob_s_name(method):

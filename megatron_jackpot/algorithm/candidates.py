@@ -1,0 +1,97 @@
+"""Candidates: the server's top-k union the policy's, and the Scores of what both models say about them.
+
+Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2K candidates.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_jackpot.records import Batch, Scores
+
+
+def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tensor:
+    """[M, T, 2K]: the server's ids, then the policy's with those already listed replaced by -1."""
+    listed = (policy_ids_MTK[..., :, None] == server_ids_MTK[..., None, :]).any(-1)
+    return torch.cat([server_ids_MTK, policy_ids_MTK.masked_fill(listed, -1)], dim=-1)
+
+
+def make_scores(
+    batch: Batch,
+    ids_MTC: Tensor,
+    policy: Mapping[str, Tensor],
+    actor: Mapping[str, Tensor],
+    *,
+    actor_version: int,
+    step: int,
+) -> Scores:
+    """The Scores of what the two passes over a batch read; `ids_MTC` is the union of candidates.
+
+    policy: logp [M, T], server_ids_logp [M, T, K], topk_logp and topk_ids [M, T, K]. actor: logp [M, T],
+    topk_logp [M, T, K] at the policy's part of the candidates, exact_overlap [M, T] where it was asked for.
+    `actor_version` is that of the scored actor's weights.
+    """
+    target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
+    server_MTC = _server_logp(batch, actor["topk_logp"], actor_version)
+    padding = ids_MTC < 0
+    return Scores(
+        batch=batch,
+        policy_logp_MT=policy["logp"],
+        target_logp_MT=policy["logp"],
+        actor_logp_MT=actor["logp"],
+        candidate_ids_MTK=ids_MTC,
+        candidate_shared_MTK=_shared(ids_MTC, policy["topk_ids"]),
+        candidate_target_logp_MTK=target_MTC.masked_fill(padding, -math.inf),
+        candidate_server_logp_MTK=server_MTC.masked_fill(padding, -math.inf),
+        exact_overlap_MT=actor.get("exact_overlap"),
+        step=step,
+    )
+
+
+def retargeted(scores: Scores, policy: Mapping[str, Tensor]) -> Scores:
+    """The same scores aimed at the policy as `policy`, a later pass over the same batch, reads it: logp,
+    server_ids_logp, topk_logp and topk_ids as in `make_scores`.
+
+    Its own top-k are candidates in place of the old policy's (P Alg. 1). Of ids that only it lists, q is
+    known where the scored policy listed them too: the actor that could tell of the others has moved since.
+    """
+    ids_MTC = union_of_candidates(scores.batch.topk_ids_MTK, policy["topk_ids"])
+    target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
+    return replace(
+        scores,
+        target_logp_MT=policy["logp"],
+        candidate_ids_MTK=ids_MTC,
+        candidate_shared_MTK=_shared(ids_MTC, policy["topk_ids"]),
+        candidate_target_logp_MTK=target_MTC.masked_fill(ids_MTC < 0, -math.inf),
+        candidate_server_logp_MTK=_known_server_logp(ids_MTC, scores),
+    )
+
+
+def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
+    """log q at the ids, [M, T, 2K], where `scores` knows it, else -inf: both begin with the server's own."""
+    num_server = scores.batch.topk_ids_MTK.shape[-1]
+    new_MTK, old_MTK = ids_MTC[..., num_server:], scores.candidate_ids_MTK[..., num_server:]
+    same_MTKK = (new_MTK[..., :, None] == old_MTK[..., None, :]) & (new_MTK[..., :, None] >= 0)
+    server_MTC = scores.candidate_server_logp_MTK
+    found_MTK = torch.where(same_MTKK, server_MTC[..., None, num_server:], -math.inf).amax(-1)
+    return torch.cat([server_MTC[..., :num_server], found_MTK], -1)
+
+
+def _server_logp(batch: Batch, actor_logp_MTK: Tensor, actor_version: int) -> Tensor:
+    """log q at the candidates. The server does not return q at policy-only ids: the scored actor's log-prob
+    stands in, capped by the server's k-th, where that actor produced the token; 0 probability elsewhere."""
+    kth_MT1 = batch.topk_logp_MTK.masked_fill(batch.topk_ids_MTK < 0, math.inf).amin(-1, keepdim=True)
+    known_MT1 = (batch.weight_version_MT == actor_version)[..., None]
+    policy_only = torch.minimum(actor_logp_MTK, kth_MT1).masked_fill(~known_MT1, -math.inf)
+    return torch.cat([batch.topk_logp_MTK, policy_only], dim=-1)
+
+
+def _shared(ids_MTC: Tensor, policy_ids_MTK: Tensor) -> Tensor:
+    """[M, T, 2K] bool: the server's ids that the policy's top-k holds too."""
+    num_server = ids_MTC.shape[-1] - policy_ids_MTK.shape[-1]
+    server_ids = ids_MTC[..., :num_server]
+    both = (server_ids[..., :, None] == policy_ids_MTK[..., None, :]).any(-1) & (server_ids >= 0)
+    return torch.cat([both, torch.zeros_like(policy_ids_MTK, dtype=torch.bool)], -1)

@@ -1,0 +1,164 @@
+"""What the sections of the configuration ask of each other, check by check."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from megatron_jackpot.config.base import Check
+
+if TYPE_CHECKING:
+    from megatron_jackpot.config.schema import Config
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _cp(c: "Config") -> Iterator[str]:
+    if c.parallel.cp != 1:
+        yield f"parallel.cp = {c.parallel.cp}: packed context parallelism is missing. Set parallel.cp=1."
+
+
+def _vpp(c: "Config") -> Iterator[str]:
+    if c.parallel.vpp is not None and c.parallel.pp == 1:
+        yield f"parallel.vpp = {c.parallel.vpp} needs parallel.pp > 1, got 1. Set parallel.vpp=null."
+
+
+def _sequence_parallel(c: "Config") -> Iterator[str]:
+    if c.parallel.sequence_parallel and c.parallel.tp == 1:
+        yield "parallel.sequence_parallel = true needs parallel.tp > 1, got 1. Set it to false."
+
+
+def _distributed_optimizer(c: "Config") -> Iterator[str]:
+    if c.parallel.distributed_optimizer:
+        return
+    if c.parallel.overlap_param_gather:
+        yield "parallel.overlap_param_gather = true needs parallel.distributed_optimizer=true."
+    if c.precision.fp8_param:
+        yield (
+            "precision.fp8_param = true needs parallel.distributed_optimizer=true: Megatron's other "
+            "optimizer does not know fp8 parameters."
+        )
+
+
+def _fp8_recipe(c: "Config") -> Iterator[str]:
+    if c.precision.first_last_layers_bf16 and c.precision.fp8_recipe == "delayed":
+        yield (
+            "precision.first_last_layers_bf16 = true does not go with precision.fp8_recipe = 'delayed'. "
+            "Use 'tensorwise' or 'blockwise'."
+        )
+
+
+def _quantization(c: "Config") -> Iterator[str]:
+    if c.servers.quantization is not None and c.server_dtype != "bfloat16":
+        yield (
+            f"servers.quantization = '{c.servers.quantization}' needs servers.dtype='bfloat16' for what is "
+            f"not quantised, got '{c.server_dtype}'. Set servers.dtype=bfloat16."
+        )
+
+
+def _offload(c: "Config") -> Iterator[str]:
+    if c.parallel.offload_optimizer and c.precision.dtype != "bfloat16":
+        yield (
+            "parallel.offload_optimizer = true needs precision.dtype='bfloat16', got 'float32': there the "
+            "optimizer's parameters are the model's own. Set it to false."
+        )
+
+
+def _ipc(c: "Config") -> Iterator[str]:
+    if c.sync.method != "ipc":
+        return
+    strangers = [url for url in c.servers.urls if urlsplit(url).hostname not in LOOPBACK]
+    if strangers:
+        yield (
+            "sync.method = 'ipc' needs servers on this node at a loopback address, but servers.urls has "
+            f"{strangers[0]}. Set sync.method=broadcast."
+        )
+    if c.cluster.nodes > 1:
+        yield (
+            f"sync.method = 'ipc' reaches servers of one node, but cluster.nodes = {c.cluster.nodes}. "
+            "Set sync.method=broadcast."
+        )
+
+
+def _packing(c: "Config") -> Iterator[str]:
+    for section, limit in new_tokens(c).items():
+        longest = c.data.max_prompt_tokens + limit
+        if longest > c.packing.tokens:
+            yield (
+                f"packing.tokens = {c.packing.tokens} is smaller than data.max_prompt_tokens + "
+                f"{section}.max_new_tokens = {longest}: a sequence must fit one micro-batch. Raise "
+                "packing.tokens."
+            )
+
+
+def _minibatches(c: "Config") -> Iterator[str]:
+    n = c.algorithm.num_minibatches
+    if c.rollout.prompts_per_step % n:
+        yield (
+            f"algorithm.num_minibatches = {n} does not divide rollout.prompts_per_step = "
+            f"{c.rollout.prompts_per_step}. Change one of them."
+        )
+
+
+def _source(c: "Config") -> Iterator[str]:
+    data = c.data
+    if data.source == "jsonl" and data.path is None:
+        yield "data.source = 'jsonl' needs data.path. Set data.path=FILE."
+    if data.source == "reasoning_gym" and not data.tasks:
+        yield "data.source = 'reasoning_gym' needs data.tasks, for example {chain_sum: {}}."
+    if data.source == "jsonl" and c.evaluation.size and data.heldout_path is None:
+        yield (
+            f"evaluation.size = {c.evaluation.size} with data.source = 'jsonl' needs data.heldout_path. "
+            "Set it, or evaluation.size=0."
+        )
+    if data.template is not None and "{question}" not in data.template:
+        yield f"data.template = {data.template!r} does not contain {{question}}. Put it where the text goes."
+    if data.template is not None and data.template_args:
+        yield (
+            f"data.template_args = {data.template_args} are the chat template's, but data.template is set. "
+            "Remove one of them."
+        )
+
+
+def new_tokens(config: "Config") -> dict[str, int]:
+    """Section -> the longest response that it asks for."""
+    limits = {"rollout": config.rollout.max_new_tokens}
+    if config.evaluation.size:
+        limits["evaluation"] = config.evaluation.max_new_tokens
+    return limits
+
+
+AGREEMENT: tuple[Check["Config"], ...] = (
+    Check("parallel.cp", "is 1: packed context parallelism is not supported", "set it to 1", _cp),
+    Check("parallel.vpp", "goes with parallel.pp > 1", "set it to null", _vpp),
+    Check("parallel.sequence_parallel", "goes with parallel.tp > 1", "set it to false", _sequence_parallel),
+    Check(
+        "parallel.overlap_param_gather, precision.fp8_param",
+        "go with the distributed optimizer",
+        "set parallel.distributed_optimizer=true",
+        _distributed_optimizer,
+    ),
+    Check(
+        "precision.first_last_layers_bf16",
+        "does not go with the delayed recipe",
+        "take another recipe",
+        _fp8_recipe,
+    ),
+    Check("servers.quantization", "goes with bfloat16 servers", "set servers.dtype=bfloat16", _quantization),
+    Check("parallel.offload_optimizer", "goes with bfloat16 training", "set it to false", _offload),
+    Check("sync.method", "ipc reaches servers of this node alone", "set sync.method=broadcast", _ipc),
+    Check(
+        "packing.tokens",
+        "holds the longest prompt with the longest response, of rollouts and of evaluation",
+        "raise it, or lower data.max_prompt_tokens or max_new_tokens",
+        _packing,
+    ),
+    Check(
+        "algorithm.num_minibatches", "divides rollout.prompts_per_step", "change one of them", _minibatches
+    ),
+    Check(
+        "data.source, data.template",
+        "have what they need: data.path and data.heldout_path, or data.tasks; {question}",
+        "set it",
+        _source,
+    ),
+)

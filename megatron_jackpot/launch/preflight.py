@@ -1,0 +1,340 @@
+"""All mistakes of a configuration at once, before a server or torchrun starts. No torch, no Megatron.
+
+Ranks check the same again: the machine that launches need not be the one that trains. Methods check their
+own settings, in a child that may load torch and whose verdict is kept by content, so that no rule is written
+twice; rows are kept by content too.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_jackpot.config import Check, Config
+from megatron_jackpot.config.model_folder import WEIGHTS, check_stop_ids, stop_token_ids
+from megatron_jackpot.config.model_shape import ModelShape, model_shapes
+from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
+from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_same_tokenizer
+from megatron_jackpot.launch.cached import cached, content
+from megatron_jackpot.launch.lock import LOCK_FILE
+from megatron_jackpot.run.clock import STARTED_FILE, started_at
+from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
+from megatron_jackpot.run.provenance import (
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    check_run_folder,
+    checkpoints,
+    versions,
+)
+from megatron_jackpot.servers.address import port_is_free
+
+Command = Literal["launch", "submit", "plan", "train"]
+METHODS_LIMIT_S = 120
+REWARDS = ("exact", "reasoning_gym", "math_verify")
+
+TRAIN_LOG = "train.log"
+OWN_FILES = (
+    *(STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, STARTED_FILE, TRAIN_LOG),
+    *(LOCK_FILE, "server-*.log", "actor-fp8", "cache"),
+)
+"""What a launch writes before training starts: a folder with nothing else may be used again."""
+
+NOT_CHECKED = (
+    "weights: that they are whole, and that models and servers fit the GPUs' memory",
+    "fp8 and Transformer Engine on this GPU",
+    "SGLang: its version, and that servers start and speak the trainer's log-probs",
+    "labels against data.reward: each rank's reward workers check them before the first step",
+)
+"""What needs a GPU, a server or the reward itself; docs/refused.md names it."""
+
+
+@dataclass
+class Subject:
+    """What is checked, and what several checks read."""
+
+    config: Config
+    command: Command = "launch"
+    nproc: int | None = None
+    progress: Callable[[int], None] = field(default=lambda rows: None)
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        return {"policy": self.config.policy.hf, "actor": self.config.actor.hf}
+
+    @cached_property
+    def shapes(self) -> dict[str, ModelShape] | None:
+        try:
+            return model_shapes(self.config)
+        except (ValueError, OSError):
+            return None
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The policy's; None where it cannot be read, which another check says."""
+        try:
+            return Vocabulary.read(self.config.policy.hf)
+        except (ValueError, OSError):
+            return None
+
+    @property
+    def models_are_here(self) -> bool:
+        """`plan` needs no more than config.json."""
+        there = all((folder / "tokenizer.json").is_file() for folder in self.folders.values())
+        return self.command != "plan" or there
+
+
+def preflight(subject: Subject) -> list[str]:
+    """Every mistake that can be found here, a line each; the configuration has passed its own checks."""
+    found: list[str] = []
+    for check in CHECKS:
+        for mistake in check.find(subject):
+            found += [line for line in mistake.splitlines() if line not in found]
+    return found
+
+
+def _processes(s: Subject) -> Iterator[str]:
+    p = s.config.parallel
+    model = p.tp * p.pp * p.cp
+    if s.nproc is not None and s.nproc < 1:
+        yield f"--nproc {s.nproc} must be at least 1."
+    elif s.nproc is not None and s.nproc % model:
+        yield f"--nproc {s.nproc} is not a multiple of tp * pp * cp = {model}. Use --nproc {model}."
+    elif s.nproc is not None and s.config.rollout.prompts_per_step < s.nproc // model:
+        yield (
+            f"rollout.prompts_per_step = {s.config.rollout.prompts_per_step} leaves some of the "
+            f"{s.nproc // model} data-parallel ranks without a prompt. Raise it."
+        )
+
+
+def _folders(s: Subject) -> Iterator[str]:
+    for name, folder in s.folders.items():
+        if not (folder / "config.json").is_file():
+            yield f"{name}.hf = {folder} holds no config.json. Set it to a Hugging Face model folder."
+            continue
+        # safetensors' own writer makes files that only their owner may read: not a container's user, for one.
+        closed = [path.name for path in sorted(folder.iterdir()) if not os.access(path, os.R_OK)]
+        if closed:
+            yield (
+                f"{name}.hf = {folder}: user {os.geteuid()} may not read {', '.join(closed[:3])}. "
+                f"As their owner: chmod -R a+rX {folder}"
+            )
+        if s.command == "launch" and not any(path.name.endswith(WEIGHTS) for path in folder.iterdir()):
+            yield f"{name}.hf = {folder} holds no weights (*.safetensors). Download the whole model."
+
+
+def _shapes(s: Subject) -> Iterator[str]:
+    if all((folder / "config.json").is_file() for folder in s.folders.values()):
+        try:
+            model_shapes(s.config)
+        except (ValueError, OSError) as error:
+            yield str(error)
+
+
+def _tokenizers(s: Subject) -> Iterator[str]:
+    if s.models_are_here and all(folder.is_dir() for folder in s.folders.values()):
+        try:
+            check_same_tokenizer(*s.folders.values())
+        except (ValueError, OSError) as error:
+            yield str(error)
+
+
+def _stop_ids(s: Subject) -> Iterator[str]:
+    if s.vocabulary is not None and s.shapes is not None:
+        try:
+            check_stop_ids(_ends(s), _rows(s))
+        except ValueError as error:
+            yield str(error)
+
+
+def _methods(s: Subject) -> Iterator[str]:
+    if s.command == "train":
+        return  # The rank makes them at once.
+    config = s.config
+    key = content(
+        config.algorithm, config.actor, config.run.seed, sources=("algorithm/*.py", "train/methods.py")
+    )
+    yield from cached("methods", key, lambda: _ask_methods(config))
+
+
+def _ask_methods(config: Config) -> list[str]:
+    package_root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "megatron_jackpot.train.methods"],
+        input=json.dumps(config.model_dump(mode="json")),
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=METHODS_LIMIT_S,
+    )
+    if done.returncode:
+        raise RuntimeError(f"The check of the methods ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _prompts(s: Subject) -> Iterator[str]:
+    config, data = s.config, s.config.data
+    if not s.models_are_here or s.vocabulary is None:
+        return
+    try:
+        ends = _ends(s)
+    except ValueError:
+        ends = ()  # _stop_ids says it.
+    try:
+        now = started_at(config.run.folder, config.run.resume)
+    except ValueError as error:
+        yield str(error)
+        return
+    limits = Limits(rows=_rows(s), stop_ids=ends, now=now, progress=s.progress)
+    files = [path for path in (data.path, data.heldout_path) if path and data.source == "jsonl"]
+    files += [config.policy.hf / name for name in TOKENIZER_FILES]
+    key = content(
+        data.model_dump(exclude={"reward_workers", "changed_rows"}), config.evaluation.size,
+        config.evaluation.seed, limits.rows, limits.stop_ids, versions()["reasoning-gym"],
+        files=files, sources=("data/*.py",),
+    )  # fmt: skip
+    verdict = cached("rows", key, lambda: _read_rows(config, s.vocabulary, limits))
+    yield from verdict["mistakes"]
+    if not verdict["mistakes"] and config.rollout.prompts_per_step > verdict["usable"]:
+        yield (
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is larger than the "
+            f"{verdict['usable']} usable prompts. Lower it or add data."
+        )
+
+
+def _read_rows(config: Config, vocabulary: Any, limits: Limits) -> dict[str, Any]:
+    mistakes, usable, texts = [], 0, frozenset()
+    try:
+        training = training_prompts(config.data, vocabulary, limits=limits)
+        usable, texts = len(training.prompts), training.texts
+    except (ValueError, OSError) as error:
+        mistakes.append(str(error))
+    if config.data.source == "jsonl" or not mistakes:
+        try:
+            heldout_prompts(config.data, config.evaluation, vocabulary, exclude=texts, limits=limits)
+        except (ValueError, OSError) as error:
+            mistakes.append(str(error))
+    return {"mistakes": mistakes, "usable": usable}
+
+
+def _reward(s: Subject) -> Iterator[str]:
+    name = s.config.data.reward
+    if name in REWARDS:
+        return
+    package, dot, _ = name.partition(".")
+    if not dot:
+        yield f"data.reward = '{name}': must be one of {', '.join(REWARDS)}, or a dotted path. Set one."
+    elif not package.isidentifier() or importlib.util.find_spec(package) is None:
+        yield f"data.reward = '{name}': there is no package {package}. Put its folder on PYTHONPATH."
+
+
+def _servers(s: Subject) -> Iterator[str]:
+    servers = s.config.servers
+    if s.command != "launch" or servers.urls:
+        return
+    if servers.python is not None and not os.access(servers.python, os.X_OK):
+        yield f"servers.python = {servers.python} is no program. Set it to the interpreter that has SGLang."
+    for port in range(servers.port, servers.port + servers.num) if servers.port else ():
+        if not port_is_free(servers.host, port):
+            yield (
+                f"Port {port} on {servers.host} is in use: no server can start there. "
+                "Set servers.port to a free one, or to 0 to have one chosen."
+            )
+
+
+def _run_folder(s: Subject) -> Iterator[str]:
+    run = s.config.run
+    if s.command not in ("launch", "submit"):
+        return
+    if run.folder.exists() and not run.folder.is_dir():
+        yield f"run.folder = {run.folder} is a file. Set run.folder to a new folder."
+        return
+    parent = next((path for path in (run.folder, *run.folder.absolute().parents) if path.exists()), None)
+    if parent is not None and not os.access(parent, os.W_OK):
+        yield f"run.folder = {run.folder}: user {os.geteuid()} may not write to {parent}. Set another one."
+    try:
+        if run.resume:
+            check_run_folder(run.folder)
+        elif s.command == "launch":
+            _check_unused(run.folder)
+    except ValueError as error:
+        yield str(error)
+    if run.resume is True and not checkpoints(run.folder):
+        yield f"run.resume = true, but run.folder = {run.folder} holds no checkpoint. Set run.resume=false."
+
+
+def _check_unused(folder: Path) -> None:
+    """Raises ValueError for a folder that holds more than a launch writes before training starts."""
+    found = sorted(folder.iterdir()) if folder.exists() else []
+    foreign = [path.name for path in found if not any(path.match(pattern) for pattern in OWN_FILES)]
+    if foreign:
+        raise ValueError(
+            f"run.folder = {folder} already holds a run ({', '.join(foreign[:4])}). "
+            "Set run.folder to a new folder, delete this one, or continue it with run.resume=true."
+        )
+
+
+def _rows(s: Subject) -> dict[str, int]:
+    return {name: shape.vocab_size for name, shape in (s.shapes or {}).items()}
+
+
+def _ends(s: Subject) -> tuple[int, ...]:
+    """Raises ValueError where no folder names one."""
+    return stop_token_ids(s.vocabulary.eos if s.vocabulary else None, list(s.folders.values()))
+
+
+CHECKS: tuple[Check[Subject], ...] = (
+    Check("--nproc", "is a multiple of tp * pp * cp, with a prompt for each rank", "change it", _processes),
+    Check(
+        "policy.hf, actor.hf",
+        "are folders with config.json and weights that this user may read",
+        "set the folder, or chmod",
+        _folders,
+    ),
+    Check(
+        "config.json against parallel, data, rollout, evaluation",
+        "is a known dense architecture that tp and pp divide, long enough for prompt and response (servers "
+        "keep 2 tokens free), with at least rollout.top_k_logp ids",
+        "change the layout or the lengths",
+        _shapes,
+    ),
+    Check(
+        "tokenizer.json of policy.hf and actor.hf",
+        "is there, and both give ids, special ids and the end of a text the same meaning",
+        "use two models of one family",
+        _tokenizers,
+    ),
+    Check(
+        "eos_token_id of tokenizer, config.json, generation_config.json",
+        "is given, and lies inside both embeddings",
+        "mend it in the file",
+        _stop_ids,
+    ),
+    Check(
+        "algorithm, actor.objective, actor.distill",
+        "name methods and settings that exist, within their bounds, that go together",
+        "as the method says",
+        _methods,
+    ),
+    Check(
+        "data.path, data.heldout_path, data.tasks, data.template",
+        "give enough rows that are whole, with a label, that the template takes, whose ids lie inside both "
+        "embeddings, that do not end with an end-of-text id or the answer",
+        "mend the row that is named, by file and line",
+        _prompts,
+    ),
+    Check("data.reward", "is known or a dotted path into a package that is there", "set it", _reward),
+    Check("servers.python, servers.port", "can be run, and are free", "set another", _servers),
+    Check(
+        "run.folder, run.resume",
+        "can be written, hold no other run, or a checkpoint of a format that is read",
+        "set run.folder or run.resume",
+        _run_folder,
+    ),
+)

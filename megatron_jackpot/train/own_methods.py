@@ -1,0 +1,241 @@
+"""What a method of the user's own must do before it trains anything: a call on random scores, on the CPU.
+
+Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, V the vocabulary of the trial. The
+scores are those of three random models over one small vocabulary; what a run hands over detached carries
+gradient here, so that a weight or a teacher through which gradient would flow is found.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_jackpot.algorithm.advantages import Advantage
+from megatron_jackpot.algorithm.candidates import make_scores, union_of_candidates
+from megatron_jackpot.algorithm.correction_base import CorrectionMethod
+from megatron_jackpot.algorithm.distill import Distillation, distill_inputs
+from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
+from megatron_jackpot.algorithm.registry import check_choice, shown
+from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
+from megatron_jackpot.parallel.divergence import vocab_parallel_kl
+from megatron_jackpot.parallel.reduce import make_sum_over
+from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
+from megatron_jackpot.parallel.vocab_spec import VocabSpec
+from megatron_jackpot.records import Correction, Metrics, Prompt, Rollout, Scores
+
+V, T, K = 40, 64, 4
+REWARDS = ([1.0, 0.0, 0.5, -1.0, 1.0], [1.0, 1.0, 1.0], [0.3])
+"""Of groups that differ, that do not, and of one completion."""
+WIDE = (torch.float32, torch.float64)
+
+sum_over_batch = make_sum_over(None)
+
+
+class Broken(Exception):
+    """A rule that the method does not keep; the message goes on after the method's name."""
+
+
+def try_out(method: Any, name: str, where: str) -> None:
+    """Raises ValueError naming `where`, the method, and the rule that its trial found broken or its error."""
+    try:
+        TRIALS[where](method)
+    except Broken as error:
+        raise ValueError(f"{where}.name = '{name}': {error}") from error
+    except Exception as error:
+        raise ValueError(f"{where}.name = '{name}' fails on random scores.\n{shown()}") from error
+
+
+def try_correction(method: CorrectionMethod) -> None:
+    """keep, weight and count of two calls: shapes, dtypes, finite, constant, and the same both times."""
+    if method.target_acceptance is not None and "lam" not in {item.name for item in fields(method)}:
+        raise Broken("with target_acceptance it must have a field lam, which is steered. Add it.")
+    scores = random_scores(exact=method.needs_exact_overlap)
+    found, again = (method(scores, sum_over_batch) for _ in range(2))
+    if not isinstance(found, Correction):
+        raise Broken(f"must return a Correction, got {type(found).__name__}. End it with `corrected(...)`.")
+    shape, mask_MT = scores.batch.mask_MT.shape, scores.batch.mask_MT
+    _check("keep_MT", found.keep_MT, shape, (torch.bool,))
+    _check("weight_MT", found.weight_MT, shape, (torch.float32,))
+    _check("count", found.count, (), (torch.float64,))
+    if found.weight_MT.requires_grad or found.count.requires_grad:
+        raise Broken("its weight_MT carries gradient, must be a constant. Put @torch.no_grad() on __call__.")
+    if (found.keep_MT & ~mask_MT).any():
+        raise Broken("keeps tokens outside batch.mask_MT, which no model scored. And keep_MT with the mask.")
+    if found.count < 0:
+        raise Broken(f"count = {found.count.item():g}: must be >= 0, the number of tokens that N counts.")
+    _check_metrics({"acceptance": found.acceptance, "kl": found.kl, **found.metrics})
+    if not (torch.equal(found.keep_MT, again.keep_MT) and torch.equal(found.weight_MT, again.weight_MT)):
+        raise Broken(
+            "gives another result when it is called again: tensor-parallel ranks would disagree. Draw with "
+            "megatron_jackpot.algorithm.obrs.counter_uniform."
+        )
+
+
+def try_objective(method: Objective) -> None:
+    """Surrogate, removed tokens and metrics of every micro-batch, and gradient into the live log-probs."""
+    scores = random_scores()
+    prepared = method.prepare(scores, sum_over_batch)
+    if not isinstance(prepared, Objective):
+        raise Broken(f"prepare must return an Objective, got {type(prepared).__name__}. Return self.")
+    old_MT = scores.policy_logp_MT.detach()
+    for m in range(len(old_MT)):
+        live_T = (old_MT[m] + 0.3 * _randn(T, seed=10 + m)).clamp(max=-1e-3).requires_grad_()
+        inputs = objective_inputs(live_T, old_MT[m], scores.batch, m)
+        surrogate_T = prepared.surrogate(inputs)
+        _check("surrogate", surrogate_T, (T,), WIDE)
+        if (surrogate_T.detach()[~inputs.valid_T] != 0).any():
+            raise Broken(
+                "its surrogate is not 0 outside t.valid_T. Multiply with what is 0 there, t.advantage_T."
+            )
+        _check_gradient(surrogate_T, live_T, "t.logp_T")
+        _check("removed", prepared.removed(inputs), (T,), (torch.bool,))
+        _check_metrics(prepared.metrics(inputs))
+
+
+def try_advantage(method: Advantage) -> None:
+    """Advantages of groups that differ, that do not, and of one completion; then over the batch."""
+    of_groups = []
+    for rewards in REWARDS:
+        of_groups.append(method(rewards))
+        _check(f"advantages of rewards {rewards}", of_groups[-1], (len(rewards),), (torch.float32,))
+    together_N = torch.cat(of_groups)
+    _check("over_batch", method.over_batch(together_N, sum_over_batch), together_N.shape, (torch.float32,))
+
+
+def try_distillation(method: Distillation) -> None:
+    """Loss per token, and gradient into the actor's log-probs alone."""
+    check_choice("needs", method.needs, ("sampled", "candidates", "logits"))
+    scores, vocab = random_scores(), VocabSpec(V, None)
+    for m, labels_T in enumerate(scores.batch.labels_MT):
+        actor_TV, policy_TV = (_randn(T, V, seed=seed + m) for seed in (20, 30))
+        ids_TK = labels_T[:, None]
+        if method.needs == "candidates":
+            ids_TK = torch.cat([ids_TK, scores.candidate_ids_MTK[m]], dim=-1)
+        actor_logp_TK = vocab_parallel_logp_at(actor_TV.requires_grad_(), ids_TK, vocab)
+
+        def kl(direction: str, actor_TV: Tensor = actor_TV, policy_TV: Tensor = policy_TV) -> Tensor:
+            if method.needs != "logits":
+                raise Broken(f"calls t.kl, needs = '{method.needs}'. Declare needs = 'logits'.")
+            return vocab_parallel_kl(actor_TV, policy_TV, vocab, direction=direction)
+
+        loss_T = method(distill_inputs(actor_logp_TK, scores, m, kl))
+        _check_form("its loss", loss_T, (T,), WIDE)
+        counted_T = torch.where(scores.batch.mask_MT[m], loss_T, 0.0)
+        _check_finite("its loss", counted_T)
+        _check_gradient(counted_T, actor_TV, "the actor's log-probs")
+        teacher = (scores.policy_logp_MT, scores.candidate_target_logp_MTK)
+        reached = torch.autograd.grad(counted_T.sum(), teacher, retain_graph=True, allow_unused=True)
+        if any(grad is not None and (grad != 0).any() for grad in reached):
+            raise Broken(
+                "sends gradient into the policy's log-probs, must be the actor's alone. Detach them."
+            )
+
+
+TRIALS: dict[str, Callable[[Any], None]] = {
+    "algorithm.correction": try_correction,
+    "algorithm.objective": try_objective,
+    "algorithm.advantage": try_advantage,
+    "actor.objective": try_objective,
+    "actor.distill": try_distillation,
+}
+"""Place in the configuration -> the trial of what is chosen there."""
+
+
+def random_scores(*, exact: bool = False) -> Scores:
+    """Two micro-batches of random rollouts under three random models; the policy's log-probs carry gradient.
+
+    `exact` adds Z over the whole vocabulary at lam 1.
+    """
+    random = np.random.default_rng(0)
+    rollouts = [_random_rollout(prompt, sample, random) for prompt in range(3) for sample in range(2)]
+    rows = [pack_row(rollouts[i : i + 3], T, K, first_segment=i) for i in (0, 3)]
+    batch = make_batch(stack_rows(rows))
+    policy_MTV, actor_MTV = (_randn(len(rows), T, V, seed=seed).log_softmax(-1) for seed in (1, 2))
+    labels_MT1, server_ids_MTK = batch.labels_MT[..., None], batch.topk_ids_MTK
+    topk_logp_MTK, topk_ids_MTK = policy_MTV.topk(K)
+    policy = dict(
+        logp=policy_MTV.gather(-1, labels_MT1)[..., 0].requires_grad_(),
+        server_ids_logp=policy_MTV.gather(-1, server_ids_MTK.clamp(min=0)).requires_grad_(),
+        topk_logp=topk_logp_MTK.requires_grad_(),
+        topk_ids=topk_ids_MTK,
+    )
+    ids_MTC = union_of_candidates(server_ids_MTK, topk_ids_MTK)
+    actor = dict(
+        logp=actor_MTV.gather(-1, labels_MT1)[..., 0],
+        topk_logp=actor_MTV.gather(-1, ids_MTC[..., K:].clamp(min=0)),
+    )
+    if exact:
+        actor["exact_overlap"] = torch.minimum(policy_MTV, actor_MTV).exp().sum(-1)
+    return make_scores(batch, ids_MTC, policy, actor, actor_version=0, step=0)
+
+
+def _random_rollout(prompt: int, sample: int, random: np.random.Generator) -> Rollout:
+    """5 to 12 tokens of one random distribution each; the second one of some could not be scored."""
+    length = int(random.integers(5, 13))
+    logits_RV = random.normal(size=(length, V)).astype(np.float32)
+    logp_RV = logits_RV - np.log(np.exp(logits_RV).sum(-1, keepdims=True))
+    # The largest of log p plus Gumbel noise is a draw from p.
+    tokens = (logp_RV + random.gumbel(size=logp_RV.shape)).argmax(-1)
+    topk_ids = np.argsort(-logp_RV, axis=-1)[:, :K]
+    valid = np.ones(length, np.bool_)
+    valid[1] = sample == 0
+    return Rollout(
+        prompt=Prompt(prompt, (1, 2, 3), None),
+        epoch=0,
+        sample=sample,
+        tokens=tokens.astype(np.int32),
+        server_logp=np.take_along_axis(logp_RV, tokens[:, None], -1)[:, 0],
+        topk_ids=topk_ids.astype(np.int32),
+        topk_logp=np.take_along_axis(logp_RV, topk_ids, -1),
+        valid=valid,
+        weight_version=np.zeros(length, np.int32),
+        finish="stop",
+        reward=float(sample),
+        correct=sample == 1,
+        advantage=[0.7, -0.7][sample],
+    )
+
+
+def _randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _check(what: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    _check_form(what, value, shape, dtypes)
+    _check_finite(what, value)
+
+
+def _check_form(what: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape) or value.dtype not in dtypes:
+        found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise Broken(f"{what} is {found}, must be a tensor {wanted} {list(shape)}. Return one.")
+
+
+def _check_finite(what: str, value: Tensor) -> None:
+    if not value.isfinite().all():
+        raise Broken(f"{what} holds NaN or infinity, must be finite. Clamp log-ratios (obrs.log_ratio does).")
+
+
+def _check_metrics(metrics: Metrics) -> None:
+    for name, pair in metrics.items():
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise Broken(f"metric '{name}' must be a pair (sum, count). Use diagnostics.mean_over.")
+        for part in pair:
+            _check(f"metric '{name}'", part, (), WIDE)
+
+
+def _check_gradient(value_T: Tensor, leaf: Tensor, into: str) -> None:
+    """Of the sum of what counts, as in the loss: finite everywhere and not 0 everywhere."""
+    if not value_T.requires_grad:
+        raise Broken(f"has no gradient into {into}: it would train nothing. Build it from them undetached.")
+    (grad,) = torch.autograd.grad(value_T.sum(), leaf, retain_graph=True, allow_unused=True)
+    if grad is None or not (grad != 0).any():
+        raise Broken(f"has no gradient into {into}: it would train nothing. Build it from them undetached.")
+    if not grad.isfinite().all():
+        raise Broken(
+            f"has a gradient into {into} that is not finite. Replace what is infinite before you multiply."
+        )

@@ -1,0 +1,178 @@
+"""All mistakes of a configuration at once, before anything starts."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_jackpot import cli
+from megatron_jackpot.config import load_config
+from megatron_jackpot.config.model_folder import stop_token_ids
+from megatron_jackpot.launch import preflight as module
+from megatron_jackpot.launch.cached import cached, content
+from megatron_jackpot.launch.preflight import Subject, preflight
+from tests.tiny import hf_config, write_tokenizer
+from tools.refused import PAGE, page
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for all of them: each verdict on methods that it lacks costs an import of torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JACKPOT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A run over 40 rows of a file, of two models of 61 ids without weights."""
+    for name in ("policy", "actor"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(hf_config()))
+        (tmp_path / name / "model.safetensors").touch()
+        write_tokenizer(tmp_path / name)
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)])
+    tree = dict(
+        run=dict(folder=str(tmp_path / "run")),
+        policy=dict(hf=str(tmp_path / "policy")),
+        actor=dict(hf=str(tmp_path / "actor")),
+        data=dict(source="jsonl", path=str(tmp_path / "rows.jsonl"), max_prompt_tokens=100),
+        rollout=dict(max_new_tokens=100, prompts_per_step=4),
+        packing=dict(tokens=256),
+        evaluation=dict(size=0),
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "run.yaml"
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def add_tokens(folder: Path, upto: int) -> None:
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    for id in range(len(tree["model"]["vocab"]), upto):
+        tree["added_tokens"].append(
+            dict(id=id, content=f"<x{id}>", single_word=False, lstrip=False, rstrip=False, normalized=False,
+                 special=True)
+        )  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+
+
+def mistakes(run_file: Path, *overrides: str, command: module.Command = "launch") -> list[str]:
+    return preflight(Subject(load_config(run_file, overrides), command))
+
+
+def test_a_run_that_can_start_has_no_mistake(run_file: Path) -> None:
+    assert mistakes(run_file) == []
+
+
+def test_mistakes_of_every_kind_are_told_together_and_nothing_is_left_behind(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_file.parent
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+1="}, "no row"]
+    write_rows(folder / "rows.jsonl", rows)
+    (folder / "actor" / "model.safetensors").unlink()
+    overrides = [
+        "rollout.topk=3", "parallel.tp=3", "packing.tokens=150", "algorithm.correction.name=tiss",
+        "algorithm.objective={name: ppo, clip_lo: 1}", "data.reward=foo", "evaluation.size=3",
+    ]  # fmt: skip
+    assert cli.main(["launch", str(run_file), *overrides]) == 2
+    said = capsys.readouterr().err.splitlines()
+    for part in (
+        "'rollout.topk'. Did you mean 'rollout.top_k_logp'", "packing.tokens = 150", "data.heldout_path",
+        "parallel.tp = 3", "'tiss'", "'algorithm.objective.clip_lo'", "data.reward = 'foo'",
+        "actor.hf = ", "rows.jsonl, line 2: 'answer'", "rows.jsonl, line 3: a row must be an object",
+    ):  # fmt: skip
+        assert sum(part in line for line in said) >= 1, (part, said)
+    assert all(line.startswith("megatron-jackpot: ") for line in said)
+    assert not (folder / "run").exists()
+
+
+def test_a_token_outside_either_embedding_is_named_with_its_row(run_file: Path) -> None:
+    folder = run_file.parent
+    for name in ("policy", "actor"):
+        add_tokens(folder / name, 64)
+    rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(40)]
+    rows[33]["prompt"] = "1+<x63>="
+    write_rows(folder / "rows.jsonl", rows)
+    for small in ("policy", "actor"):
+        for name in ("policy", "actor"):
+            config = hf_config(vocab_size=61 if name == small else 64)
+            (folder / name / "config.json").write_text(json.dumps(config))
+        (found,) = mistakes(run_file)
+        assert f"rows.jsonl, line 34: token 63 is outside {small}.hf, whose embedding has 61 rows" in found
+
+
+def test_the_servers_margin_counts_and_so_does_evaluation(run_file: Path) -> None:
+    longest = ["data.max_prompt_tokens=256", "packing.tokens=1024"]
+    assert mistakes(run_file, *longest, "rollout.max_new_tokens=254") == []
+    (found,) = mistakes(run_file, *longest, "rollout.max_new_tokens=255")
+    assert "actor.hf: max_position_embeddings = 512 - 2" in found and "256 + 255 = 511" in found
+    heldout = f"data.heldout_path={run_file.parent / 'rows.jsonl'}"
+    with pytest.raises(ValueError, match=r"packing.tokens = 256 .* evaluation.max_new_tokens = 400"):
+        load_config(run_file, [heldout, "evaluation.size=4", "evaluation.max_new_tokens=300"])
+    assert load_config(run_file, ["evaluation.max_new_tokens=300"]).evaluation.size == 0
+
+
+def test_more_candidates_than_ids_and_more_prompts_than_rows_are_refused(run_file: Path) -> None:
+    (found,) = mistakes(run_file, "rollout.top_k_logp=62")
+    assert "rollout.top_k_logp = 62 exceeds the actor's vocabulary of 61" in found
+    (found,) = mistakes(run_file, "rollout.prompts_per_step=41")
+    assert "rollout.prompts_per_step = 41 is larger than the 40 usable prompts" in found
+
+
+def test_stop_ids_are_those_of_both_folders_and_of_generation_config_and_lie_inside(run_file: Path) -> None:
+    folders = [run_file.parent / "policy", run_file.parent / "actor"]
+    assert stop_token_ids(2, folders) == (2,)
+    (folders[0] / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    (folders[1] / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert stop_token_ids(2, folders) == (2, 7, 9)
+    assert mistakes(run_file) == []
+    (folders[0] / "generation_config.json").write_text('{"eos_token_id": [2, 61]}')
+    (found, *_) = mistakes(run_file)
+    assert "policy.hf has an embedding of 61 rows" in found and "61. Mend eos_token_id" in found
+
+
+def test_rows_are_read_again_only_when_something_changed(run_file: Path, monkeypatch) -> None:
+    seen = []
+    read = module.training_prompts
+    monkeypatch.setattr(module, "training_prompts", lambda *a, **k: seen.append(1) or read(*a, **k))
+    mistakes(run_file)
+    mistakes(run_file)
+    assert len(seen) == 1
+    with (run_file.parent / "rows.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert len(mistakes(run_file)) == len(seen) - 1 == 1
+    mistakes(run_file, "data.max_prompt_tokens=99")
+    assert len(seen) == 3
+
+
+def test_a_cache_that_cannot_be_written_or_read_keeps_nothing(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JACKPOT_HOME", str(tmp_path / "file" / "below"))
+    assert [cached("x", "k", lambda n=n: n) for n in (1, 2)] == [1, 2]
+    assert content(1, files=[tmp_path / "none"]) != content(1, files=[tmp_path / "file"])
+
+
+def test_rows_are_checked_at_5000_a_second_of_processor_time(run_file: Path) -> None:
+    rows = [
+        {"prompt": f"{i} + {i} = what, when all is said and done?", "answer": str(i)} for i in range(5000)
+    ]
+    write_rows(run_file.parent / "rows.jsonl", rows)
+    mistakes(run_file)  # The methods, in a child.
+    write_rows(run_file.parent / "rows.jsonl", rows[1:])
+    told: list[int] = []
+    start = time.process_time()
+    assert preflight(Subject(load_config(run_file), progress=told.append)) == []
+    assert time.process_time() - start < 1
+    assert told == [1000, 2000, 3000, 4000]
+
+
+def test_the_table_of_what_is_refused_is_that_of_the_checks() -> None:
+    assert PAGE.read_text() == page(), "python tools/refused.py writes it"
