@@ -4,6 +4,7 @@ Shapes: N completions, of one group in a call and of this rank's batch in `over_
 returned in fp32.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,15 @@ class Advantage:
     """A formula over one group, and for some a second step over the whole batch."""
 
     def __call__(self, reward_N: Tensor | Sequence[float]) -> Tensor:
-        """Advantages [N], fp32; 0 for equal rewards or a single one. ValueError if one is not finite."""
+        """Advantages [N], fp32; 0 for equal rewards or a single one. ValueError if one is not finite, a
+        reward or what comes of it."""
         reward_N = _rewards(reward_N)
         if _all_equal(reward_N):
             return torch.zeros_like(reward_N, dtype=torch.float32)
-        return self.of_group(reward_N).float()
+        advantage_N = self.of_group(reward_N).float()
+        if not torch.isfinite(advantage_N).all():
+            raise ValueError(f"rewards = {reward_N.tolist()}: too large for fp32. Scale the reward function.")
+        return advantage_N
 
     def of_group(self, reward_N: Tensor) -> Tensor:
         """Advantages [N] of finite fp64 rewards that are not all equal."""
@@ -102,8 +107,8 @@ ADVANTAGES = Registry(Advantage, {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO,
 
 
 def _check_eps(eps: float) -> None:
-    if not eps > 0:
-        raise ValueError(f"eps = {eps}: must be > 0. Use 1e-6.")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps = {eps}: must be a finite number > 0. Use 1e-6.")
 
 
 def _rewards(reward_N: Tensor | Sequence[float]) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,6 +49,35 @@ def make_scores(
         exact_overlap_MT=actor.get("exact_overlap"),
         step=step,
     )
+
+
+def retargeted(scores: Scores, policy: Mapping[str, Tensor]) -> Scores:
+    """The same scores aimed at the policy as `policy`, a later pass over the same batch, reads it: logp,
+    server_ids_logp, topk_logp and topk_ids as in `make_scores`.
+
+    Its own top-k are candidates in place of the old policy's (P Alg. 1). Of ids that only it lists, q is
+    known where the scored policy listed them too: the actor that could tell of the others has moved since.
+    """
+    ids_MTC = union_of_candidates(scores.batch.topk_ids_MTK, policy["topk_ids"])
+    target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
+    return replace(
+        scores,
+        target_logp_MT=policy["logp"],
+        candidate_ids_MTK=ids_MTC,
+        candidate_shared_MTK=_shared(ids_MTC, policy["topk_ids"]),
+        candidate_target_logp_MTK=target_MTC.masked_fill(ids_MTC < 0, -math.inf),
+        candidate_server_logp_MTK=_known_server_logp(ids_MTC, scores),
+    )
+
+
+def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
+    """log q at the ids, [M, T, 2K], where `scores` knows it, else -inf: both begin with the server's own."""
+    num_server = scores.batch.topk_ids_MTK.shape[-1]
+    new_MTK, old_MTK = ids_MTC[..., num_server:], scores.candidate_ids_MTK[..., num_server:]
+    same_MTKK = (new_MTK[..., :, None] == old_MTK[..., None, :]) & (new_MTK[..., :, None] >= 0)
+    server_MTC = scores.candidate_server_logp_MTK
+    found_MTK = torch.where(same_MTKK, server_MTC[..., None, num_server:], -math.inf).amax(-1)
+    return torch.cat([server_MTC[..., :num_server], found_MTK], -1)
 
 
 def _server_logp(batch: Batch, actor_logp_MTK: Tensor, actor_version: int) -> Tensor:

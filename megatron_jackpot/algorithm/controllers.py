@@ -136,4 +136,9 @@ def _loaded(state: Mapping[str, float], keys: list[str], owner: str) -> list[flo
         raise ValueError(
             f"state of {owner} has keys {sorted(state)}: must be {sorted(keys)}. Resume with its version."
         )
+    wrong = [key for key in keys if not math.isfinite(state[key])]
+    if wrong:
+        raise ValueError(
+            f"state of {owner}: {wrong[0]} = {state[wrong[0]]} must be finite. Resume an earlier one."
+        )
     return [float(state[key]) for key in keys]

@@ -57,6 +57,9 @@ class Normaliser(CorrectionMethod):
     kappa_over: Literal["minibatch", "microbatch"] = "minibatch"
     """Tokens behind one kappa: the global mini-batch (paper), or a micro-batch (R; depends on packing)."""
 
+    z_clamp: Literal["limit", "none"] = "limit"
+    """kappa Z_k is at most min(1, 1 / lam), which no Z can exceed, or is left as it comes out (P)."""
+
     def __post_init__(self) -> None:
         check_lam(self.lam)
         check_cap("cap", self.cap)
@@ -97,7 +100,9 @@ class Normaliser(CorrectionMethod):
             kappa_ = kappa(used_MT, z_k_MT, mask_MT, sum_over_batch)
         else:
             kappa_ = _kappa_of_microbatches(used_MT, z_k_MT, mask_MT)
-        z_MT = (kappa_ * z_k_MT).to(z_k_MT).clamp(max=overlap_limit(self.lam))
+        z_MT = (kappa_ * z_k_MT).to(z_k_MT)
+        if self.z_clamp == "limit":
+            z_MT = z_MT.clamp(max=overlap_limit(self.lam))
         return z_MT, z_k_MT, {"jackpot/kappa": mean_over(kappa_.expand_as(z_k_MT), mask_MT)}
 
     def _topk(self, scores: Scores) -> Tensor:

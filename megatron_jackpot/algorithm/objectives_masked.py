@@ -95,19 +95,25 @@ class DPPOBinaryKL(DPPO):
 
 @dataclass(frozen=True, kw_only=True)
 class BAPO(Objective):
-    """min(r A, clip(r, low, high) A), the bounds moved for each mini-batch (arXiv 2510.18927 and its code).
+    """min(r A, clip(r, low, high) A), the bounds moved for each mini-batch (arXiv 2510.18927, Alg. 1).
 
-    With P = sum over A >= 0 of min(r, high) A and N = sum over A < 0 of max(r, low) |A|, low and then high
-    grow step by step until P / (P + N) >= positive_share. Only with correction "none": r corrects for q.
+    With P = sum over A >= 0 of w min(r, high) A and N = sum over A < 0 of w max(r, low) |A|, w = q or 1, low
+    and high grow step by step until P / (P + N) >= positive_share. Only with correction "none": r corrects
+    for q.
     """
 
-    positive_share: float = 0.5
+    positive_share: float = 0.4
     """Wanted share of positive contributions."""
+    order: Literal["alternate", "low_first", "high_first"] = "alternate"
+    """Which bound moves: both at once until low is at its end (paper), or one to its end and then the
+    other (the published code: low_first)."""
+    weighted: bool = True
+    """Contributions are weighted by q (paper) or count alike (the published code)."""
     low_start: float = 0.6
     """First lower bound of r."""
     low_end: float = 0.9
     """Last lower bound of r."""
-    low_step: float = 0.05
+    low_step: float = 0.02
     high_start: float = 1.2
     """First upper bound of r."""
     high_end: float = 3.0
@@ -124,7 +130,8 @@ class BAPO(Objective):
         ok = 1 <= high <= self.high_end < math.inf
         check_that(ok, "high_start", high, f"lie in [1, high_end = {self.high_end}]", "Use 1.2 to 3.0.")
         for name in ("low_step", "high_step"):
-            check_that(getattr(self, name) >= 1e-3, name, getattr(self, name), "be >= 0.001", "Use 0.05.")
+            step = getattr(self, name)
+            check_that(1e-3 <= step < math.inf, name, step, "be >= 0.001 and finite", "Use 0.05.")
         if self.dual_clip is not None:
             rule = f"be >= high_end = {self.high_end}"
             check_that(self.dual_clip >= self.high_end, "dual_clip", self.dual_clip, rule, "Use null.")
@@ -141,18 +148,33 @@ class BAPO(Objective):
         log_ratio_MT, mask_MT = masked_log_ratio(scores)
         ratio_MT = log_ratio_MT.double().exp()
         advantage_MT = torch.where(mask_MT, scores.batch.advantage_MT, 0.0).double()
+        if self.weighted:
+            advantage_MT = (
+                advantage_MT * torch.where(mask_MT, scores.batch.server_logp_MT, 0.0).double().exp()
+            )
         gain_MT, pain_MT = advantage_MT.clamp(min=0), (-advantage_MT).clamp(min=0)
         sums = [(ratio_MT.clamp(max=high) * gain_MT).sum() for high in highs]
         sums += [(ratio_MT.clamp(min=low) * pain_MT).sum() for low in lows]
         totals = sum_over_batch(torch.stack(sums)).tolist()
         gains, pains = totals[: len(highs)], totals[len(highs) :]
 
-        def met(gain: float, pain: float) -> bool:
+        def met(place: tuple[int, int]) -> bool:
+            gain, pain = gains[place[1]], pains[place[0]]
             return gain >= self.positive_share * (gain + pain)
 
-        at = next((i for i, pain in enumerate(pains) if met(gains[0], pain)), len(lows) - 1)
-        to = next((i for i, gain in enumerate(gains) if met(gain, pains[at])), len(highs) - 1)
+        places = self._places(len(lows), len(highs))
+        # Without one advantage above 0 no bound could help.
+        at, to = next(filter(met, places), places[-1]) if gains[0] > 0 else (0, 0)
         return PreparedBAPO(**_knobs(self, BAPO), low=lows[at], high=highs[to])
+
+    def _places(self, num_low: int, num_high: int) -> list[tuple[int, int]]:
+        """The bounds to be tried in turn, as steps of (low, high)."""
+        if self.order == "alternate":
+            return [(i, min(i, num_high - 1)) for i in range(num_low)]
+        lows, highs = range(num_low), range(num_high)
+        if self.order == "low_first":
+            return [(i, 0) for i in lows] + [(num_low - 1, j) for j in highs]
+        return [(0, j) for j in highs] + [(i, num_high - 1) for i in lows]
 
     def surrogate(self, t: ObjectiveInputs) -> Tensor:
         raise unprepared("bapo")

@@ -33,7 +33,12 @@ class Section(BaseModel):
     """A frozen block of settings; unknown keys are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        # A bound of nan or inf would bind nothing; what can be switched off is null.
+        allow_inf_nan=False,
     )
 
     @field_validator("*")

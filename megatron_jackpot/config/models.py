@@ -40,7 +40,7 @@ class Actor(Section):
     hf: Path
     """Folder of the actor, of either format, with the policy's tokenizer."""
     optimizer: Optimizer = Optimizer()
-    tis_cap: float = Field(default=2.0, ge=1)
+    tis_cap: float = Field(default=2.0, ge=1, allow_inf_nan=True)
     """Cap of the truncated importance weight p_actor_old/q on the actor's own PPO loss (Eq. 6)."""
     rl_weight: float = Field(default=1.0, ge=0)
     """Weight of the actor's PPO loss; 0 trains the actor by distillation alone."""

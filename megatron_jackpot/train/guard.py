@@ -24,15 +24,17 @@ class Guard:
         self.skipped_in_a_row = {"policy": 0, "actor": 0}
 
     def watch(self, acceptance: float, kl: float) -> None:
-        """Decide from the mean acceptance and KL(target || server) of a mini-batch; NaN counts as out of
-        bounds."""
+        """Decide from the mean acceptance and KL(target || server) of a mini-batch; what is not finite counts
+        as out of bounds."""
         bounds = self.config
         slack = bounds.hysteresis if self.paused else 0.0
         # A floor near 1 must stay reachable.
-        low = bounds.acceptance_floor is not None and not acceptance >= min(
-            bounds.acceptance_floor * (1 + slack), (1 + bounds.acceptance_floor) / 2
+        low = bounds.acceptance_floor is not None and not (
+            min(bounds.acceptance_floor * (1 + slack), (1 + bounds.acceptance_floor) / 2)
+            <= acceptance
+            < math.inf
         )
-        high = bounds.kl_ceiling is not None and not kl <= bounds.kl_ceiling * (1 - slack)
+        high = bounds.kl_ceiling is not None and not (-math.inf < kl <= bounds.kl_ceiling * (1 - slack))
         self.paused = low or high
 
     @property

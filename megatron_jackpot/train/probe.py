@@ -79,7 +79,7 @@ class Prober:
 
 def refuse_gap(report: dict[str, float], dtype: str, bounds: Sync) -> None:
     """Raises RuntimeError when a probe's report lies outside the bounds for `dtype`; NaN counts as
-    outside."""
+    outside, and so does what no gap can be."""
     if dtype == "float32":
         checks = [("max", report["probe/max"], bounds.max_logp_gap, "sync.max_logp_gap")]
     else:
@@ -88,7 +88,7 @@ def refuse_gap(report: dict[str, float], dtype: str, bounds: Sync) -> None:
             ("99% quantile", report["probe/quantile99"], bounds.quantile_logp_gap, "sync.quantile_logp_gap"),
         ]
     for what, value, bound, field in checks:
-        if not value <= bound:
+        if not 0 <= value <= bound:
             raise RuntimeError(
                 f"Server and trainer disagree about the actor: {what} of |server logp - trainer logp| is "
                 f"{value:.3g}, "

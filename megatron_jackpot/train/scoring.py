@@ -4,12 +4,11 @@ Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
 
-from megatron_jackpot.algorithm.candidates import make_scores, union_of_candidates
+from megatron_jackpot.algorithm.candidates import make_scores, retargeted, union_of_candidates
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.head import FrozenHead, record_head
 from megatron_jackpot.parallel.divergence import vocab_parallel_overlap
@@ -62,15 +61,11 @@ class Scorer:
         return make_scores(batch, ids_MTC, policy, actor, actor_version=actor_version, step=step)
 
     def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
-        """The same scores aimed at the current policy: a fresh policy pass at the sampled token and
-        candidates."""
-        ids_MTC = None if scores is None else scores.candidate_ids_MTK
-        fresh = self.policy.score(mini, partial(self._read_target, mini, ids_MTC))
+        """The same scores aimed at the current policy, by a fresh pass of it."""
+        fresh = self.policy.score(mini, partial(self._read_policy, mini))
         if scores is None or fresh is None:
             return None
-        return replace(
-            scores, target_logp_MT=fresh["logp"], candidate_target_logp_MTK=fresh["candidates_logp"]
-        )
+        return retargeted(scores, fresh)
 
     def teacher(self, microbatches: slice) -> FrozenHead | None:
         """The policy's logits on these micro-batches of the last pass; None unless `keep_head`."""
@@ -125,12 +120,6 @@ class Scorer:
                 head.logits(index), logits_TV, head.common(self.vocab(self.actor)), lam=lam
             )
         return read
-
-    def _read_target(
-        self, mini: Batch, ids_MTC: Tensor | None, logits_TV: Logits, index: int
-    ) -> dict[str, Tensor]:
-        assert ids_MTC is not None, "readers run on the last stage only"
-        return self._logp_and(self.policy, logits_TV, mini.labels_MT[index], candidates_logp=ids_MTC[index])
 
 
 def _asked(tensor: Tensor | None) -> Tensor:

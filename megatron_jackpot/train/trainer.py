@@ -274,7 +274,7 @@ class Trainer:
         precision.max_trained_gap, and for NaN.
         """
         mean, largest = float(gap[0] / gap[1].clamp(min=1)), self.config.precision.max_trained_gap
-        if not mean <= largest:
+        if not 0 <= mean <= largest:
             raise RuntimeError(
                 f"step {self.state.num_steps}: {TRAINED_GAP} = {mean:.4g} in the first mini-batch, above "
                 f"precision.max_trained_gap = {largest}. Use another precision.fp8_recipe ('tensorwise', "

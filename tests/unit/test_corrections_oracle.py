@@ -42,6 +42,7 @@ CASES = [
     ("jackpot", {"candidates": "intersection", "mask": "expected", "lam": 1.4}),
     ("jackpot", {"candidates": "intersection", "z_correction": "tail", "mask": "expected"}),
     ("jackpot", {"kappa_over": "microbatch", "mask": "expected"}),
+    ("jackpot", {"z_clamp": "none", "mask": "expected"}),
     ("jackpot", {"preset": "recommended"}),
     ("jackpot", {"z": "exact", "mask": "expected"}),
 ]
@@ -90,7 +91,7 @@ def z_oracle(a, k, expected_only):
     for g in np.unique(groups):
         inside = mask & (groups == g)
         kappa[groups == g] = accept[inside].sum() / z_k[inside].sum()
-    return accept, np.minimum(kappa * z_k, limit)
+    return accept, kappa * z_k if k.get("z_clamp") == "none" else np.minimum(kappa * z_k, limit)
 
 
 def oracle(name, k, s):

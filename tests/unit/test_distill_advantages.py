@@ -302,11 +302,11 @@ def test_a_reward_that_is_not_finite_is_an_error(advantage):
 @pytest.mark.parametrize(
     ("registry", "name", "knobs", "message"),
     [
-        (ADVANTAGES, "grpo", {"eps": 0}, "here.eps = 0.0: must be > 0. Use 1e-6."),
+        (ADVANTAGES, "grpo", {"eps": 0}, "here.eps = 0.0: must be a finite number > 0. Use 1e-6."),
         (ADVANTAGES, "grpo", {"std": 1}, "here.std = 1: must be of type bool, got int."),
         (ADVANTAGES, "rlo", {}, "here.name = 'rlo' is unknown. Did you mean 'rloo'?"),
         (DISTILL, "k3_sample", {"limit": 0}, "here.limit = 0.0: must lie in (0, 20.0]. Use 10."),
-        (ADVANTAGES, "reinforce++", {"eps": -1}, "here.eps = -1.0: must be > 0. Use 1e-6."),
+        (ADVANTAGES, "reinforce++", {"eps": -1}, "here.eps = -1.0: must be a finite number > 0. Use 1e-6."),
         (
             ADVANTAGES,
             "dr_grpo",

@@ -295,7 +295,7 @@ def test_an_objective_that_was_not_prepared_says_so(name):
         ("bapo", {"positive_share": 1}, "positive_share = 1.0: must lie in (0, 1)."),
         ("bapo", {"low_end": 0.5}, "low_end = 0.5: must lie in [low_start = 0.6, 1]."),
         ("bapo", {"high_start": 4}, "high_start = 4.0: must lie in [1, high_end = 3.0]."),
-        ("bapo", {"low_step": 0}, "low_step = 0.0: must be >= 0.001."),
+        ("bapo", {"low_step": 0}, "low_step = 0.0: must be >= 0.001 and finite."),
         ("bapo", {"dual_clip": 2}, "dual_clip = 2.0: must be >= high_end = 3.0."),
         ("m2po", {"budget": 0}, "budget = 0.0: must be a finite number > 0."),
         ("m2po", {"scope": "every"}, "scope = 'every': must be one of"),

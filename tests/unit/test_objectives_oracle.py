@@ -94,8 +94,19 @@ def dppo_kl(live, frozen, d, low=0.05, high=0.05, cap=20.0, anchor="q"):
     return keep * np.minimum(p / q, cap) * d["a"] * live
 
 
-def bapo(live, frozen, d, share=0.5, lows=(0.6, 0.9, 0.05), highs=(1.2, 3.0, 0.05), dual=1e300):
+def bapo(
+    live,
+    frozen,
+    d,
+    share=0.4,
+    lows=(0.6, 0.9, 0.02),
+    highs=(1.2, 3.0, 0.05),
+    dual=1e300,
+    order="both",
+    q=True,
+):
     r, a = np.exp(frozen - d["q"])[d["mask"]], d["a"][d["mask"]]
+    a = a * np.exp(d["q"][d["mask"]]) if q else a
 
     def enough(low, high):
         gain = sum(min(x, high) * y for x, y in zip(r, a, strict=True) if y >= 0)
@@ -103,10 +114,13 @@ def bapo(live, frozen, d, share=0.5, lows=(0.6, 0.9, 0.05), highs=(1.2, 3.0, 0.0
         return gain / (gain + pain) >= share
 
     low, high = lows[0], highs[0]
-    while not enough(low, high) and low < lows[1] - 1e-9:
-        low = min(low + lows[2], lows[1])
-    while not enough(low, high) and high < highs[1] - 1e-9:
-        high = min(high + highs[2], highs[1])
+    while order == "both" and not enough(low, high) and low < lows[1] - 1e-9:
+        low, high = min(low + lows[2], lows[1]), min(high + highs[2], highs[1])
+    for turn in dict(low="lh", high="hl").get(order, ""):
+        while turn == "l" and not enough(low, high) and low < lows[1] - 1e-9:
+            low = min(low + lows[2], lows[1])
+        while turn == "h" and not enough(low, high) and high < highs[1] - 1e-9:
+            high = min(high + highs[2], highs[1])
     return clip(np.exp(live - d["q"]), d["a"], low, high, dual)
 
 
@@ -159,12 +173,19 @@ CASES = [
     ),
     ("bapo", {}, bapo, {}),
     ("bapo", {"positive_share": 0.57}, bapo, {"share": 0.57}),
+    (
+        "bapo",
+        {"positive_share": 0.57, "order": "low_first", "weighted": False},
+        bapo,
+        {"share": 0.57, "order": "low", "q": False},
+    ),
+    ("bapo", {"positive_share": 0.55, "order": "high_first"}, bapo, {"share": 0.55, "order": "high"}),
     ("bapo", {"positive_share": 0.99, "dual_clip": 3.5}, bapo, {"share": 0.99, "dual": 3.5}),
     (
         "bapo",
         {"positive_share": 0.21, "low_start": 0.1, "low_end": 1.0, "high_start": 1.0, "high_step": 0.01},
         bapo,
-        {"share": 0.21, "lows": (0.1, 1.0, 0.05), "highs": (1.0, 3.0, 0.01)},
+        {"share": 0.21, "lows": (0.1, 1.0, 0.02), "highs": (1.0, 3.0, 0.01)},
     ),
     ("m2po", {}, m2po, {}),
     ("m2po", {"scope": "all", "budget": 0.1}, m2po, {"scope": "all", "budget": 0.1}),
@@ -265,4 +286,13 @@ def test_bapo_moves_its_bounds_only_when_negatives_dominate():
     logp_T, tokens = make_tokens(seed=1)
     easy = prepared(build("bapo", {"positive_share": 0.01}, OBJECTIVES, "objective"), logp_T, tokens)
     hard = prepared(build("bapo", {"positive_share": 0.99}, OBJECTIVES, "objective"), logp_T, tokens)
-    assert (easy.low, easy.high) == (0.6, 1.2) and (hard.low, hard.high) == (0.9, 3.0)
+    assert (easy.low, easy.high) == (0.6, 1.2)
+    assert hard.low == 0.9 and hard.high == pytest.approx(1.2 + 15 * 0.05)  # Where low is at its end.
+
+
+def test_bapo_leaves_its_bounds_where_no_advantage_is_above_0():
+    logp_T, tokens = make_tokens(seed=1)
+    tokens = part(tokens, (tokens.advantage_T < 0).nonzero()[:, 0])
+    index = (make_tokens(seed=1)[1].advantage_T < 0).nonzero()[:, 0]
+    made = prepared(build("bapo", {"positive_share": 0.99}, OBJECTIVES, "objective"), logp_T[index], tokens)
+    assert (made.low, made.high) == (0.6, 1.2)
