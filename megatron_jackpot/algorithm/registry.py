@@ -8,11 +8,7 @@ import importlib
 import traceback
 import types
 from collections.abc import Mapping
-<<<<<<< HEAD
 from dataclasses import Field, fields, is_dataclass
-=======
-from dataclasses import Field, fields
->>>>>>> habits
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 M = TypeVar("M")
@@ -57,12 +53,8 @@ def find(name: str, registry: Registry[M], where: str) -> type[M]:
 
 def make(method: type[M], name: str, settings: Mapping[str, object], where: str) -> M:
     """An instance of `method`, whose fields are the known settings. Raises ValueError as `build` does."""
-<<<<<<< HEAD
     items = fields_of(method)
     known = [item.name for item in items]
-=======
-    known = [item.name for item in _fields(method)]
->>>>>>> habits
     hints = get_type_hints(method)
     checked = {}
     for setting, value in settings.items():
@@ -70,11 +62,7 @@ def make(method: type[M], name: str, settings: Mapping[str, object], where: str)
             remedy = nearest(setting, known) if known else "It has no settings."
             raise ValueError(f"Unknown setting '{where}.{setting}' of '{name}'. {remedy}")
         checked[setting] = _convert(value, hints[setting], f"{where}.{setting}")
-<<<<<<< HEAD
     missing = [item.name for item in items if item.name not in checked and _required(item)]
-=======
-    missing = [item.name for item in _fields(method) if item.name not in checked and _required(item)]
->>>>>>> habits
     if missing:
         raise ValueError(f"{where}.{missing[0]} is missing: '{name}' needs it. Set it beside the name.")
     try:
@@ -133,11 +121,7 @@ def _checked(found: object, name: str, where: str, base: type[M]) -> type[M]:
         hints = get_type_hints(found)
     except Exception as error:
         raise ValueError(f"{where} = '{name}': its annotations cannot be read.\n{shown()}") from error
-<<<<<<< HEAD
     for item in fields_of(found):
-=======
-    for item in _fields(found):
->>>>>>> habits
         if not _is_setting(hints[item.name]):
             raise ValueError(
                 f"{where} = '{name}': its field {item.name} is of type {hints[item.name]}, must be what YAML "
@@ -146,13 +130,6 @@ def _checked(found: object, name: str, where: str, base: type[M]) -> type[M]:
     return found
 
 
-<<<<<<< HEAD
-=======
-def _fields(method: type) -> tuple[Field, ...]:
-    return fields(method)
-
-
->>>>>>> habits
 def _is_setting(hint: object) -> bool:
     if get_origin(hint) in (types.UnionType, Union):
         inner = [arg for arg in get_args(hint) if arg is not type(None)]

@@ -51,13 +51,9 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     found = load(path, "data.reward")
     score = found() if isinstance(found, type) else found
     try:
-<<<<<<< HEAD
-        inspect.signature(cast(Score, score)).bind("response", None)
-=======
         if not callable(score):
             raise TypeError(f"{score!r} is not a callable object")
         inspect.signature(score).bind("response", None)
->>>>>>> habits
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"data.reward = '{name}': must be called with (response_text, label): {error}. Write it so."
