@@ -25,8 +25,7 @@ def without_encoding(path: Path) -> list[str]:
         text_file = name in ("read_text", "write_text") or (
             name == "open" and owner != "os" and not any(mode in BINARY for mode in modes)
         )
-        child = name in ("run", "Popen", "check_output", "check_call")
-        pipe = child and ("text" in given or "universal_newlines" in given)
+        pipe = owner == "subprocess" and bool(given & {"text", "universal_newlines"})
         asks = name == "open" and owner == "DIRECT"  # an HTTP opener
         if (text_file or pipe) and not asks and "encoding" not in given:
             found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
