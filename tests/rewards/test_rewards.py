@@ -94,12 +94,6 @@ def test_math_verify_refuses_other_answers_also_those_a_bare_reference_would_par
     assert math_verify.score(response, {"answer": gold}) == 0.0
 
 
-@pytest.mark.parametrize("gold", ["", "  ", "\\boxed{}", "no number here", "$$"])
-def test_a_reference_that_is_not_mathematics_is_refused(gold):
-    with pytest.raises(ValueError, match="parses to nothing|is prose"):
-        math_verify.check({"answer": gold})
-
-
 def test_the_names_in_the_configuration_are_the_rewards_there_are():
     from megatron_jackpot.rewards.worker import REWARDS, find_reward
 
