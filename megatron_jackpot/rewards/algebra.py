@@ -1,8 +1,7 @@
 r"""Equality of formulas by math-verify, where it can be trusted.
 
 math-verify takes a difference below 1e-15 for nothing, so what it finds equal must also be equal in relative
-terms, at numbers put in for the variables. Time limits count CPU time, so that a busy machine does not
-matter.
+terms, at numbers put in for the variables. Time limits count CPU time, so a busy machine does not matter.
 They are signals: main thread only.
 """
 

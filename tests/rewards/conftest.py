@@ -55,8 +55,19 @@ def greedy(response_text, label):
 def of_one(response_text):
     return 1.0
 
+
+def late(response_text, label):
+    """Asks a service that does not answer."""
+    raise TimeoutError("the judge did not answer")
+
 not_a_function = 3
 '''
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    """Checked labels are remembered there, and not in the user's."""
+    monkeypatch.setenv("JACKPOT_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

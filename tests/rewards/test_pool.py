@@ -1,5 +1,7 @@
 import asyncio
+import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_jackpot.config import describe
+from megatron_jackpot.monitor.metrics import METRICS
 from megatron_jackpot.records import Prompt
+from megatron_jackpot.rewards import failures
+from megatron_jackpot.rewards.failures import KINDS, RewardsFailing
 from megatron_jackpot.rewards.pool import RewardPool
 
 pytestmark = pytest.mark.timeout(60)
@@ -109,6 +115,51 @@ def test_labels_that_cannot_be_scored_are_named_by_prompt():
         asyncio.run(pool.check_labels(prompts[::2]))
         with pytest.raises(ValueError, match=r"(?s)2 of 4 labels.*prompt 1: .*parses to nothing.*prompt 3: "):
             asyncio.run(pool.check_labels(prompts))
+        with pytest.raises(ValueError, match=r"data/a\.jsonl, line 2: the answer '' parses to nothing"):
+            asyncio.run(pool.check_labels(prompts, Path("data/a.jsonl")))
+
+
+def test_labels_found_right_are_not_checked_again_and_wrong_or_new_ones_are(monkeypatch):
+    asked = []
+    ask = RewardPool._ask
+
+    async def counting(pool, kind, text, label):
+        asked.extend(label)
+        return await ask(pool, kind, text, label)
+
+    monkeypatch.setattr(RewardPool, "_ask", counting)
+    prompts = [Prompt(i, (1,), {"answer": answer}) for i, answer in enumerate(["2", "7", ""])]
+    with RewardPool("exact", 1, 20.0) as pool:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="1 of 3 labels"):
+                asyncio.run(pool.check_labels(prompts))
+        assert [label["answer"] for label in asked] == ["2", "7", "", ""]
+        asked.clear()
+        asyncio.run(pool.check_labels([Prompt(5, (1,), {"answer": "8"}), *prompts[:2]]))
+        assert asked == [{"answer": "8"}]
+        asked.clear()
+        monkeypatch.setenv("JACKPOT_HOME", "/proc/nowhere")
+        for _ in range(2):
+            asyncio.run(pool.check_labels(prompts[:1]))
+        assert asked == [{"answer": "2"}] * 2
+
+
+def test_a_label_whose_check_takes_too_long_is_found_among_the_others():
+    with RewardPool("exact", 1, 20.0) as pool:
+        ask = pool._ask
+
+        async def slow(kind, text, labels):
+            if {"answer": "hang"} in labels:
+                return {"failed": "timed_out", "why": "no reply within 1 s"}
+            return await ask(kind, text, labels)
+
+        pool._ask = slow
+        prompts = [Prompt(i, (1,), {"answer": answer}) for i, answer in enumerate(["1", "2", "hang", "3"])]
+        with pytest.raises(
+            ValueError, match=r"(?s)1 of 4 labels.*prompt 2: its check failed: no reply within"
+        ):
+            asyncio.run(pool.check_labels(prompts))
+    assert pool.counters == {"scored": 0, "timed_out": 0, "crashed": 0}
 
 
 def test_labels_of_a_custom_reward_are_not_judged(functions):
@@ -202,6 +253,91 @@ def test_an_item_that_takes_all_memory_or_depth_costs_itself_alone(functions):
         results = score_all(pool, ("memory", ""), ("depth", ""), ("fine", ""))
         assert [reward for reward, _ in results] == [0.0, 0.0, 1.0]
         assert pool.counters == {"scored": 1, "timed_out": 0, "crashed": 2}
+
+
+def test_a_time_out_inside_a_reward_is_counted_as_one(functions):
+    with RewardPool(f"{functions}.late", 1, 10.0) as pool:
+        assert score_all(pool, ("x", "")) == [(0.0, False)]
+        assert pool.counters == {"scored": 0, "timed_out": 1, "crashed": 0}
+
+
+def test_the_log_of_many_failures_is_short(functions, caplog):
+    with RewardPool(f"{functions}.late", 1, 10.0) as pool, caplog.at_level(logging.WARNING):
+        score_all(pool, *[("x" * 10_000, "gold" * 1000)] * 200)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 8 and sum(map(len, lines)) < 8 * 600
+    assert "the judge did not answer" in lines[0] and "(10000 characters)" in lines[0]
+    assert "the 128. of this kind" in lines[-1]
+
+
+def test_too_large_a_share_of_failures_ends_the_call_with_what_to_look_at(functions):
+    with RewardPool(f"{functions}.greedy", 1, 10.0, memory_bytes=2**28, max_failed=0.25) as pool:
+        score_all(pool, *[("fine", "")] * 100)
+        before = pool.failures.begin()
+        score_all(pool, *[("memory", "")] * (failures.MIN_FAILED - 1))
+        message = (
+            r"20 of 20 rewards failed \(0 timed out, 20 crashed\), more than data.max_failed_rewards = 0.25"
+        )
+        with pytest.raises(RewardsFailing, match=message):
+            score_all(pool, ("memory", ""))
+        assert pool.failures.sums(before) == {"reward/timed_out": (0.0, 20.0), "reward/crashed": (20.0, 20.0)}
+        pool.failures.begin()
+        score_all(pool, *[("fine", "")] * 100)
+        score_all(pool, *[("memory", "")] * (failures.MIN_FAILED + 5))
+
+
+def test_every_count_that_the_configuration_promises_is_shown():
+    """A setting whose text says "counted" names here where the count is seen."""
+    shown = {
+        "data.reward_timeout_s": "reward/timed_out",
+        "data.reward_memory_gb": "reward/crashed",
+        "data.max_prompt_tokens": "a line of the log: tests/data/test_prompts.py",
+    }
+    promised = {key for key, _, text in describe() if re.search(r"(?:is|are|and) counted", str(text))}
+    assert promised == shown.keys()
+    documented = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name in [*(f"reward/{kind}" for kind in KINDS), "eval/failed_rewards"]:
+        assert name in METRICS and f"`{name}`" in documented
+    with RewardPool("exact", 1, 10.0) as pool:
+        counted = {f"reward/{name}" for name in pool.counters if name != "scored"}
+        assert pool.failures.sums(pool.failures.begin()).keys() == counted <= METRICS.keys()
+
+
+HARD_LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (40 * 2**30, 40 * 2**30))
+resource.setrlimit(resource.RLIMIT_CPU, (900, 900))
+from megatron_jackpot.rewards.confine import confine, cpu_left, limit_cpu
+confine(2**50, True)
+limit_cpu(10.0)
+assert resource.getrlimit(resource.RLIMIT_AS) == (40 * 2**30, 40 * 2**30)
+soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+assert 10 <= soft <= 20 and hard == 900, (soft, hard)
+limit_cpu(1e6)
+assert resource.getrlimit(resource.RLIMIT_CPU) == (900, 900)
+assert 800 < cpu_left() <= 900
+"""
+
+NEAR_THE_END = """
+import asyncio, resource
+from megatron_jackpot.rewards.pool import RewardPool
+resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+async def main():
+    with RewardPool("REWARD", 1, 10.0) as pool:
+        pids = [(await pool("", None))[0] for _ in range(3)]
+        assert len(set(pids)) == 3 and pool.counters == {"scored": 3, "timed_out": 0, "crashed": 0}, pids
+asyncio.run(main())
+"""
+
+
+def test_limits_stay_below_the_hard_limits_which_are_never_touched():
+    subprocess.run([sys.executable, "-c", HARD_LIMITED], check=True, timeout=60)
+
+
+def test_a_worker_near_its_hard_limit_of_cpu_time_is_replaced_between_items(functions):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, os.getcwd()])}
+    program = NEAR_THE_END.replace("REWARD", f"{functions}.pid")
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=environment)
 
 
 def test_cpu_time_is_limited_by_item_and_not_by_the_worker_s_life(functions):
