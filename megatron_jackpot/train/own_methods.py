@@ -20,7 +20,7 @@ from megatron_jackpot.algorithm.distill import Distillation, distill_inputs
 from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
 from megatron_jackpot.algorithm.registry import check_choice, shown
 from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
-from megatron_jackpot.parallel.divergence import Direction, vocab_parallel_kl
+from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.reduce import make_sum_over
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
