@@ -23,7 +23,7 @@ def read_json(path: Path, absent: Any = None) -> Any:
     if not path.is_file():
         return absent
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 

@@ -51,7 +51,7 @@ class Vocabulary:
                 # A tokenizer.json that was not written anew after tokens were added.
                 backend.add_tokens([AddedToken(**{k: v for k, v in entry.items() if k != "__type"})])
         jinja = folder / "chat_template.jinja"
-        template = jinja.read_text("utf-8") if jinja.is_file() else config.get("chat_template")
+        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}
         return cls(backend, _default_template(template), special)

@@ -27,11 +27,11 @@ def cached(kind: str, key: str, compute: Callable[[], Any]) -> Any:
     home = Path(os.environ.get("JACKPOT_HOME") or "~/.cache/megatron-jackpot").expanduser()
     path = home / "checked" / f"{kind}-{key[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     result = compute()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(result))
+        partial.write_text(json.dumps(result), encoding="utf-8")
         partial.replace(path)
     return result

@@ -170,7 +170,7 @@ def _ask_methods(config: Config) -> list[str]:
         input=json.dumps(config.model_dump(mode="json")),
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=METHODS_LIMIT_S,
     )
     if done.returncode:

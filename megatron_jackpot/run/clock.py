@@ -13,7 +13,7 @@ def started_at(folder: Path, resume: bool | Literal["auto"]) -> datetime.datetim
     path = Path(folder) / STARTED_FILE
     if resume and path.is_file():
         try:
-            return datetime.datetime.fromisoformat(json.loads(path.read_text())["time"])
+            return datetime.datetime.fromisoformat(json.loads(path.read_text(encoding="utf-8"))["time"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold a time: {error}. Restore it, or delete it.") from error
     return datetime.datetime.now().astimezone()
@@ -24,5 +24,5 @@ def write_start(folder: Path, time: datetime.datetime) -> None:
     path = Path(folder) / STARTED_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps({"time": time.isoformat()}) + "\n")
+    partial.write_text(json.dumps({"time": time.isoformat()}) + "\n", encoding="utf-8")
     partial.replace(path)

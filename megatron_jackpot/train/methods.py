@@ -204,4 +204,4 @@ def _check_corrected_once(
 
 if __name__ == "__main__":  # The launcher's checks, in a child: the launcher itself loads no torch.
     examined, _ = examine(json.load(sys.stdin))  # What sections ask of each other is told already.
-    print(json.dumps([] if examined is None else method_mistakes(examined)))
+    json.dump([] if examined is None else method_mistakes(examined), sys.stdout)
