@@ -126,12 +126,14 @@ tree = {
     "run": {"folder": folder}, "policy": {"hf": folder}, "actor": {"hf": folder},
     "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 64},
 }
-sys.exit(cli._train(parse_config(tree)))
+sys.exit(cli._train(parse_config(tree), []))
 """
 
 
 def test_a_rank_that_fails_ends_with_a_plain_code_and_its_traceback(tmp_path: Path):
     command = [sys.executable, "-c", FAILS, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    # The main rank would be refused: there is no model.
+    env = {**os.environ, "RANK": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
     assert "RuntimeError: the peer is gone" in done.stderr
