@@ -1,8 +1,8 @@
 import datetime
 import json
-import shutil
 
 import pytest
+from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 
 from megatron_jackpot.config import Data, Evaluation
@@ -281,10 +281,13 @@ def test_chat_templates_read_as_transformers_reads_them(first, tmp_path, tokeniz
         assert training_prompts(jsonl(path, template=None), read).prompts[0].tokens == want
 
 
-def test_nothing_is_cleaned_up_in_an_answer_before_it_is_graded(tmp_path, tokenizer_folder):
-    shutil.copytree(tokenizer_folder, tmp_path / "cleaning")
-    settings = tmp_path / "cleaning" / "tokenizer_config.json"
-    asked = {**json.loads(settings.read_text()), "clean_up_tokenization_spaces": True}
-    settings.write_text(json.dumps(asked))
-    read = load_tokenizer(tmp_path / "cleaning")
-    assert read.clean_up_tokenization_spaces is False
+@pytest.mark.parametrize("answer", ["1 , 2 , 3", "a .5"])
+def test_nothing_is_cleaned_up_in_an_answer_before_it_is_graded(answer, tmp_path, make_tokenizer):
+    folder = make_tokenizer(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**config, "clean_up_tokenization_spaces": True, "chat_template": None})
+    )
+    tokenizer = load_tokenizer(folder)
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    assert tokenizer.decode(tokenizer.encode(answer, add_special_tokens=False)) == answer

@@ -27,7 +27,7 @@ def tree(tmp_path):
         "run": {"folder": str(tmp_path / "run")},
         "policy": {"hf": str(tmp_path / "model")},
         "actor": {"hf": str(tmp_path / "model")},
-        "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 100, "size": 128},
+        "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 100, "size": 200},
         "evaluation": {"size": 4},
         "rollout": {"max_new_tokens": 64},
     }

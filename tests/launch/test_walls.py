@@ -34,7 +34,7 @@ def run_file(tmp_path: Path) -> Path:
         run=dict(folder=str(tmp_path / "run")),
         policy=dict(hf=str(tmp_path / "policy")),
         actor=dict(hf=str(tmp_path / "actor")),
-        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=100, size=128),
+        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=100, size=200),
         evaluation=dict(size=4),
         rollout=dict(max_new_tokens=100),
         servers=dict(quantization="fp8"),
