@@ -209,10 +209,13 @@ class ObjectiveInputs:
     """The rollout's advantage on each of its tokens; 0 outside `valid_T`."""
     segment_T: Tensor
     """int64, which rollout of this rank a token belongs to; -1 outside `counted_T`."""
-    counted_T: Tensor
-    """bool, the rollouts' tokens: what looks at a whole rollout looks at these."""
     valid_T: Tensor
     """bool, tokens that can be trained on."""
+
+    @property
+    def counted_T(self) -> Tensor:
+        """bool, the rollouts' tokens: what looks at a whole rollout looks at these."""
+        return self.segment_T >= 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,6 @@ def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -
         server_logp_T=only(batch.server_logp_MT[m].detach()),
         advantage_T=torch.where(valid_T, precise(batch.advantage_MT[m].detach()), 0.0),
         segment_T=torch.where(counted_T, batch.segment_MT[m], -1),
-        counted_T=counted_T,
         valid_T=valid_T,
     )
 

@@ -150,6 +150,7 @@ class Source:
             sampling=Sampling(temperature=1.0, max_new_tokens=16, top_k_logp=TOP_K),
             samples_per_prompt=4,
             reward=self.reward,
+            num_ids=61,
             max_failed_groups=0.0,
         )
 

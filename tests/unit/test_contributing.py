@@ -35,7 +35,6 @@ def inputs(logp: list[float], old_logp: list[float], advantage: list[float]) -> 
         server_logp_T=torch.tensor(old_logp),
         advantage_T=torch.tensor(advantage),
         segment_T=torch.zeros(length, dtype=torch.int64),
-        counted_T=torch.ones(length, dtype=torch.bool),
         valid_T=torch.ones(length, dtype=torch.bool),
     )
 
