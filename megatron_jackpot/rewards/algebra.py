@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable
 from fractions import Fraction
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
@@ -87,7 +87,7 @@ def parse_latex(latex: str) -> Any:
                 boxed,
                 extraction_config=[READER],
                 fallback_mode="no_fallback",
-                parsing_timeout=None,
+                parsing_timeout=cast(int, None),  # no limit of its own, which its annotation leaves out
                 raise_on_error=True,
             )
         )
@@ -174,7 +174,8 @@ def _proportional(gold: sympy.Eq, answer: sympy.Eq) -> bool:
     ratios = []
     for shift, point in enumerate(POINTS):
         at = {symbol: sympy.Rational(point) * (i + 1) + shift for i, symbol in enumerate(symbols)}
-        left, right = (_value(side.lhs - side.rhs, at) for side in (gold, answer))
+        sides = ((cast(sympy.Expr, side.lhs), cast(sympy.Expr, side.rhs)) for side in (gold, answer))
+        left, right = (_value(lhs - rhs, at) for lhs, rhs in sides)
         if left is None or right is None or right == 0 or left == 0:
             return False
         ratios.append(left / right)

@@ -125,10 +125,11 @@ def equal(gold: Number, answer: Number) -> bool:
     significant digits."""
     if gold.value == answer.value:
         return True
-    if not isinstance(gold.value, Fraction) or not isinstance(answer.value, Fraction):
-        return False
     return any(
-        exact.places is None and exact.value.denominator > 1 and rounds_to(exact.value, decimal)
+        isinstance(exact.value, Fraction)
+        and exact.places is None
+        and exact.value.denominator > 1
+        and rounds_to(exact.value, decimal)
         for exact, decimal in ((gold, answer), (answer, gold))
     )
 
