@@ -44,6 +44,6 @@ setup(
     extras_require={
         "server": ["sglang>=0.5.23"],
         "gpu": ["megatron-core==0.19.2", "transformer-engine[pytorch]==2.20.2"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "ruff", "basedpyright"],
     },
 )
