@@ -58,7 +58,8 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     check_same_tokenizer(config.policy.hf, config.actor.hf)
     tokenizer = load_tokenizer(config.policy.hf)
     families = load_families(config)
-    limits = prompt_limits(config, mesh, families, tokenizer.eos_token_id)
+    eos = tokenizer.eos_token_id
+    limits = prompt_limits(config, mesh, families, eos if isinstance(eos, int) else None)
     training = training_prompts(config.data, tokenizer, limits=limits)
     heldout = heldout_prompts(
         config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits
