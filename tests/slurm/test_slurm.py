@@ -25,7 +25,7 @@ from megatron_jackpot.launch.node import (
     publish,
     wait_for_servers,
 )
-from tests.tiny import ACTOR, POLICY, hf_config
+from tests.tiny import ACTOR, POLICY, hf_config, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GPUS = dict(gpus_per_node=8, nodes=2)
@@ -39,7 +39,8 @@ def tree(folder: Path, **sections: dict) -> dict:
         run=dict(folder=str(folder / "run")),
         policy=dict(hf=str(folder / "policy")),
         actor=dict(hf=str(folder / "actor")),
-        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=24),
+        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=100, size=200),
+        evaluation=dict(size=4),
         rollout=dict(max_new_tokens=100),
         precision=dict(dtype="float32"),
     )
@@ -65,6 +66,8 @@ def sbatch(tmp_path, monkeypatch):
 def launch_slurm(folder: Path, *arguments: str, **sections: dict) -> int:
     path = folder / "run.yaml"
     path.write_text(json.dumps(tree(folder, **sections)))  # JSON is YAML
+    for name in ("policy", "actor"):
+        write_tokenizer(folder / name)
     return main(["launch", str(path), "--slurm", *arguments])
 
 
@@ -120,8 +123,8 @@ def test_a_chain_of_jobs_keeps_script_and_configuration(tmp_path, capsys, sbatch
     ("sections", "message"),
     [
         (
-            dict(cluster=GPUS, parallel=dict(tp=4)),
-            r"2 training nodes x 7 processes = 14. 14 training .* = 4 \* 1 \* 1",
+            dict(cluster=GPUS, parallel=dict(pp=4)),
+            r"2 training nodes x 7 processes = 14. 14 training .* = 1 \* 4 \* 1",
         ),
         (dict(cluster=GPUS, servers=dict(num=2, tp=4)), r"2 \* 4 = 8 GPUs .* one must be left for training"),
         (
