@@ -198,9 +198,8 @@ def pair_kernel(
             ratio = (first - first_base) - (second - second_base)
             # Without mass the ratio may be infinite, or NaN where both have none: 0 times that is NaN.
             terms = tl.sum(tl.where(prob == 0.0, 0.0, prob * ratio), axis=0)
-            # The old terms were taken against the old peaks: every ratio moves by the same `shift`, then
-            # every p' by the same factor. With the masses and peaks of before, which is why those are updated
-            # last.
+            # The old terms were taken against the old peaks: each ratio moves by the same `shift`, each p' by
+            # the same factor, with the masses and peaks of before: those are updated last.
             shift = (_finite(first_peak) - first_base) - (_finite(second_peak) - second_base)
             moved = tl.where(first_mass == 0.0, 0.0, excess + first_mass * shift)
             # An infinite excess under a probability that has vanished since counts for nothing.

@@ -58,7 +58,8 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     check_same_tokenizer(config.policy.hf, config.actor.hf)
     tokenizer = load_tokenizer(config.policy.hf)
     families = load_families(config)
-    stop_ids = checked_stop_ids(config, families, tokenizer.eos_token_id)
+    eos = tokenizer.eos_token_id
+    stop_ids = checked_stop_ids(config, families, eos if isinstance(eos, int) else None)
     limits = prompt_limits(config, mesh, families)
     training = training_prompts(config.data, tokenizer, limits=limits)
     heldout = heldout_prompts(
@@ -123,7 +124,10 @@ def load_model(name: str, config: Config, mesh: Mesh, families: dict[str, Family
 
 
 def checked_stop_ids(config: Config, families: dict[str, Family], eos: int | None) -> tuple[int, ...]:
-    """What ends a response for trainer, evaluation and servers. Raises ValueError for an id outside a model."""
+    """What ends a response for trainer, evaluation and servers.
+
+    Raises ValueError for one outside a model.
+    """
     stop_ids = stop_token_ids(eos, [config.policy.hf, config.actor.hf])
     check_stop_ids(stop_ids, _rows(families))
     return stop_ids

@@ -101,11 +101,15 @@ def test_an_unusable_task_is_named(tokenizer, tasks, message):
         training_prompts(gym(tasks, size=3), tokenizer)
 
 
-def test_prompts_beyond_the_limit_are_dropped_and_counted_and_the_others_keep_their_ids(tokenizer, tmp_path):
+def test_prompts_beyond_the_limit_are_dropped_and_told_and_the_others_keep_their_ids(
+    tokenizer, tmp_path, caplog
+):
+    caplog.set_level("INFO")
     rows = [{"prompt": "x" * length, "answer": "1"} for length in (5, 11, 10, 12, 7)]
     chosen = training_prompts(jsonl(write(tmp_path / "a.jsonl", rows), max_prompt_tokens=10), tokenizer)
     assert [(prompt.id, len(prompt.tokens)) for prompt in chosen.prompts] == [(0, 5), (2, 10), (4, 7)]
     assert chosen.counts == {"read": 5, "too_long": 2, "repeated": 0, "excluded": 0}
+    assert "training prompts: 3 of 5; 2 longer than data.max_prompt_tokens, 0 repeated" in caplog.text
 
 
 def test_no_prompt_left_is_an_error(tokenizer, tmp_path):
@@ -127,6 +131,9 @@ def test_no_prompt_left_is_an_error(tokenizer, tmp_path):
         ('{"prompt": "a", "answer": true}', "'answer' must be a number or a text"),
         ('{"messages": [{"role": "user"}], "answer": "1"}', "'role' and 'content'"),
         ('{"messages": "hello", "answer": "1"}', "'messages' must be a list"),
+        ('{"prompt": "a", "answer": "1", "answer": "2"}', "the key 'answer' stands twice"),
+        ('{"prompt": "a", "answer": "\\ud800"}', "half a surrogate pair"),
+        ('{"prompt": "a", "answer": -Infinity}', "'answer' must be a number or a text"),
     ],
 )
 def test_a_malformed_row_is_an_error_with_file_line_and_reason(tmp_path, row, problem):
@@ -141,6 +148,15 @@ def test_bytes_that_are_not_utf8_and_a_missing_file_are_named(tmp_path):
         jsonl_problems(tmp_path / "latin.jsonl")
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
         jsonl_problems(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "number", ["0.00001", "1e16", "18.0", "1E-400", "12345678901234567890123", "0.1", "-0"]
+)
+def test_a_number_as_answer_stays_as_it_is_written(tmp_path, number):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a", "answer": {number}, "weight": 0.00001}}\n')
+    (problem,) = jsonl_problems(tmp_path / "a.jsonl")
+    assert problem.label == {"answer": number, "weight": 0.00001}
 
 
 def test_numbers_are_answers_and_other_keys_reach_the_label(tmp_path):
