@@ -30,7 +30,6 @@ class Limits:
 
     rows: dict[str, int] = field(default_factory=dict)
     """Model -> rows of its embedding. Example: {"policy": 61, "actor": 64}."""
-    stop_ids: tuple[int, ...] = ()
     now: datetime.datetime | None = None
     """What a template takes for the present, so that a run's prompts stay what they were; None is now."""
     progress: Callable[[int], None] = lambda rows: None
@@ -190,7 +189,6 @@ class _Renderer:
         if template is not None and "{question}" not in template:
             raise ValueError(f"data.template = {template!r} does not contain {{question}}.")
         self.vocabulary, self.template, self.limits = vocabulary, template, limits
-        self.ends = {*limits.stop_ids, vocabulary.eos}
         self.chat: ChatTemplate | None = None
         if template is None and vocabulary.chat_template is not None:
             now = limits.now or datetime.datetime.now()
@@ -223,7 +221,7 @@ class _Renderer:
     def _check(self, tokens: tuple[int, ...], problem: Problem) -> None:
         if not tokens:
             raise ValueError(f"no tokens are left after the template: {problem.question!r}.")
-        if tokens[-1] in self.ends and len(tokens) > len(self.vocabulary.prefix):
+        if tokens[-1] == self.vocabulary.eos and len(tokens) > len(self.vocabulary.prefix):
             raise ValueError(
                 f"the prompt ends with the end-of-text id {tokens[-1]}, after which nothing follows. Change "
                 "the template or the row."

@@ -183,20 +183,16 @@ def _prompts(s: Subject) -> Iterator[str]:
     if not s.models_are_here or s.vocabulary is None:
         return
     try:
-        ends = _ends(s)
-    except ValueError:
-        ends = ()  # _stop_ids says it.
-    try:
         now = started_at(config.run.folder, config.run.resume)
     except ValueError as error:
         yield str(error)
         return
-    limits = Limits(rows=_rows(s), stop_ids=ends, now=now, progress=s.progress)
+    limits = Limits(rows=_rows(s), now=now, progress=s.progress)
     files = [path for path in (data.path, data.heldout_path) if path and data.source == "jsonl"]
     files += [config.policy.hf / name for name in TOKENIZER_FILES]
     key = content(
         data.model_dump(exclude={"reward_workers", "changed_rows"}), config.evaluation.size,
-        config.evaluation.seed, limits.rows, limits.stop_ids, versions()["reasoning-gym"],
+        config.evaluation.seed, limits.rows, versions()["reasoning-gym"],
         files=files, sources=("data/*.py",),
     )  # fmt: skip
     verdict = cached("rows", key, lambda: _read_rows(config, s.vocabulary, limits))

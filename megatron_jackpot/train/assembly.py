@@ -59,7 +59,8 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     tokenizer = load_tokenizer(config.policy.hf)
     families = load_families(config)
     eos = tokenizer.eos_token_id
-    limits = prompt_limits(config, mesh, families, eos if isinstance(eos, int) else None)
+    stop_ids = checked_stop_ids(config, families, eos if isinstance(eos, int) else None)
+    limits = prompt_limits(config, mesh, families)
     training = training_prompts(config.data, tokenizer, limits=limits)
     heldout = heldout_prompts(
         config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits
@@ -67,7 +68,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     policy, actor = (load_model(name, config, mesh, families) for name in ("policy", "actor"))
     source = None
     if mesh.is_leader:
-        source = make_source(config, families, limits.stop_ids, partial(text_of, tokenizer))
+        source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
         if config.data.source == "jsonl":
             # Generated problems are right by construction; a file may hold answers no response could ever
             # match.
@@ -92,7 +93,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
     probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
     evaluate = Evaluator(
-        config, state, source, heldout.prompts, stop_ids=limits.stop_ids, packing_tokens=trainer.packer.tokens
+        config, state, source, heldout.prompts, stop_ids=stop_ids, packing_tokens=trainer.packer.tokens
     )
     return Assembly(trainer, probe, evaluate)
 
@@ -122,19 +123,27 @@ def load_model(name: str, config: Config, mesh: Mesh, families: dict[str, Family
     return model
 
 
-def prompt_limits(config: Config, mesh: Mesh, families: dict[str, Family], eos: int | None) -> Limits:
-    """What prompts must fit: both embeddings, the ids that end a response, the day the run began.
+def checked_stop_ids(config: Config, families: dict[str, Family], eos: int | None) -> tuple[int, ...]:
+    """What ends a response for trainer, evaluation and servers.
 
-    The main rank writes the latter into the run's folder. Raises ValueError for a stop id outside a model.
+    Raises ValueError for one outside a model.
     """
     stop_ids = stop_token_ids(eos, [config.policy.hf, config.actor.hf])
-    rows = {name: family.vocab_size for name, family in families.items()}
-    check_stop_ids(stop_ids, rows)
+    check_stop_ids(stop_ids, _rows(families))
+    return stop_ids
+
+
+def prompt_limits(config: Config, mesh: Mesh, families: dict[str, Family]) -> Limits:
+    """What prompts must fit: both embeddings; and the day the run began, which the main rank writes down."""
     now = None
     if mesh.is_main:
         now = started_at(config.run.folder, config.run.resume)
         write_start(config.run.folder, now)
-    return Limits(rows=rows, stop_ids=stop_ids, now=mesh.from_main(now))
+    return Limits(rows=_rows(families), now=mesh.from_main(now))
+
+
+def _rows(families: dict[str, Family]) -> dict[str, int]:
+    return {name: family.vocab_size for name, family in families.items()}
 
 
 def make_source(

@@ -133,6 +133,8 @@ def test_stop_ids_are_those_of_both_folders_and_of_generation_config_and_lie_ins
     (folders[0] / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     (folders[1] / "generation_config.json").write_text('{"eos_token_id": 9}')
     assert stop_token_ids(2, folders) == (2, 7, 9)
+    # "=" ends every prompt here: what may end a response may well stand before one.
+    (folders[1] / "generation_config.json").write_text('{"eos_token_id": 17}')
     assert mistakes(run_file) == []
     (folders[0] / "generation_config.json").write_text('{"eos_token_id": [2, 61]}')
     (found, *_) = mistakes(run_file)
