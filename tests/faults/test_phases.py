@@ -3,18 +3,20 @@ the last bit."""
 
 import dataclasses
 import json
-import sys
+import math
 import tempfile
 import time
 from pathlib import Path
 
 from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.rollout.collector import Collected
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.train import assembly
 from megatron_jackpot.train.evaluation import Evaluator
 from megatron_jackpot.train.probe import Prober
 from megatron_jackpot.train.run import run as run_training
+from megatron_jackpot.train.trainer import Trainer
 from tests.faults.harness import PHASES, check_account, kill_in_phase, make_models
 from tests.parallel.spawn import run_ranks, start_ranks
 from tests.tiny import groups
@@ -36,10 +38,6 @@ class Scripted:
         time.sleep(0.01)
         self.num_asked += 1
         made = [groups(range(p.id, p.id + 1), samples=3)[0] for p in prompts]
-        if self.num_asked in self.bad:
-            # Finite, as a reward must be, but their sum is not: every advantage is NaN.
-            largest = dict(reward=sys.float_info.max)
-            made = [[*(dataclasses.replace(r, **largest) for r in group[:2]), *group[2:]] for group in made]
         return [[dataclasses.replace(r, epoch=epoch) for r in group] for group in made], {}
 
     def require_version(self, oldest: int) -> None: ...
@@ -55,6 +53,16 @@ def _train(
     assembly.make_source = lambda *_: source
     assembly.make_sync = lambda *_: None
     Prober.__call__ = Evaluator.__call__ = lambda _: {}
+    with_advantages = Trainer.with_advantages
+
+    def spoiled(trainer: Trainer, collected: Collected | None) -> list | None:
+        made = with_advantages(trainer, collected)
+        if made is None or source.num_asked not in source.bad:
+            return made
+        # As from broken numerics further on: rewards and advantages that are none are refused.
+        return [[dataclasses.replace(r, advantage=math.nan) for r in group] for group in made]
+
+    Trainer.with_advantages = spoiled
     overrides = [
         f"run.folder={run}",
         f"run.steps={steps}",

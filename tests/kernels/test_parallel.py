@@ -50,7 +50,12 @@ def test_two_ranks_give_what_one_gives_and_send_what_the_torch_form_sends():
                 torch.testing.assert_close(results[key], serial[key], rtol=1e-5, atol=1e-5)
             assert torch.equal(results["topk"]["topk_ids_TK"], serial["topk"]["topk_ids_TK"])
             assert torch.equal(results["argmax"], serial["argmax"])
-            assert calls["scores"] == 3 and calls["logp"] == 2 and calls["backward alone"] == 0
+            # Of no token there is no top-k to gather.
+            assert (
+                calls["scores"] == (3 if results["argmax"].numel() else 2)
+                and calls["logp"] == 2
+                and calls["backward alone"] == 0
+            )
         for key in ("backward", "entropy backward", "forward backward", "reverse backward"):
             whole = torch.cat([rank[name][0][key] for rank in ranks], -1)
             torch.testing.assert_close(whole, serial[key], **tolerance)
