@@ -151,7 +151,8 @@ def report(arms: dict[str, Steps]) -> None:
         s - r for s, r in zip(arms["TRL"]["seconds"], arms["TRL"]["rollout"], strict=True)
     )
     print(
-        f"update of the policy: {update:.3f} s, TRL's step without rollout {theirs:.3f} s, ratio {update / theirs:.2f}"
+        f"update of the policy: {update:.3f} s, TRL's step without rollout {theirs:.3f} s, "
+        f"ratio {update / theirs:.2f}"
     )
 
 
