@@ -3,8 +3,8 @@
     python benchmarks/peers_trl.py POLICY_FOLDER WORK.json
 
 WORK.json: prompts and answers, samples per prompt, lengths, learning rate, clips, threads, steps. Generation
-is TRL's own by transformers, in the training process: what a user without a server would run. The last line of
-the output is one JSON object of lists with a number per step: seconds, rollout (those of generation and
+is TRL's own by transformers, in the training process: what a user without a server would run. The last line
+of the output is one JSON object of lists with a number per step: seconds, rollout (those of generation and
 rewards), tokens (prompt and response, without padding) and the mean reward.
 """
 
