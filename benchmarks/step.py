@@ -18,7 +18,7 @@ from rich.table import Table
 
 from megatron_jackpot.algorithm.corrections import make_correction
 from megatron_jackpot.config import load_config
-from megatron_jackpot.launch.local import start_actor_servers
+from megatron_jackpot.launch.local import start_model_servers
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.servers.process import stop_servers
 from megatron_jackpot.train.assembly import assemble
@@ -94,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"run.folder={folder}", f"policy.hf={args.models}/policy", f"actor.hf={args.models}/actor"]
         config = load_config(RUN, [*paths, *args.overrides])
-        servers = start_actor_servers(config)
+        servers = start_model_servers(config)
         try:
             urls = [server.url for server in servers]
             config = config.model_copy(

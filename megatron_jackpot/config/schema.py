@@ -3,6 +3,7 @@
 The text under a field is its documentation: `megatron-jackpot train --help` prints it.
 """
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationInfo, model_validator
@@ -36,6 +37,21 @@ class Config(Section):
     guard: Guards = Guards()
     logging: Logging = Logging()
     cluster: Cluster = Cluster()
+
+    @property
+    def models(self) -> dict[str, Policy | Actor]:
+        """Name -> the section of each model that the trainer holds, the policy first."""
+        return {"policy": self.policy, "actor": self.actor}
+
+    @property
+    def served(self) -> Literal["policy", "actor"]:
+        """The model that servers hold and whose weights are pushed to them."""
+        return "actor"
+
+    @property
+    def served_hf(self) -> Path:
+        """Its folder."""
+        return self.models[self.served].hf
 
     @property
     def server_dtype(self) -> Literal["float32", "bfloat16"]:

@@ -41,7 +41,7 @@ REWARDS = ("exact", "reasoning_gym", "math_verify")
 TRAIN_LOG = "train.log"
 OWN_FILES = (
     *(STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, STARTED_FILE, TRAIN_LOG),
-    *(LOCK_FILE, "server-*.log", "actor-fp8", "cache"),
+    *(LOCK_FILE, "server-*.log", "served-fp8", "cache"),
 )
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
@@ -65,7 +65,7 @@ class Subject:
 
     @property
     def folders(self) -> dict[str, Path]:
-        return {"policy": self.config.policy.hf, "actor": self.config.actor.hf}
+        return {name: section.hf for name, section in self.config.models.items()}
 
     @cached_property
     def shapes(self) -> dict[str, ModelShape] | None:
@@ -139,7 +139,7 @@ def _shapes(s: Subject) -> Iterator[str]:
 def _tokenizers(s: Subject) -> Iterator[str]:
     if s.models_are_here and all(folder.is_dir() for folder in s.folders.values()):
         try:
-            check_same_tokenizer(*s.folders.values())
+            check_same_tokenizer(s.folders)
         except (ValueError, OSError) as error:
             yield str(error)
 

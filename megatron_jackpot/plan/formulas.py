@@ -118,7 +118,7 @@ class Plan:
     microbatches: int
     """Per optimizer step and data-parallel rank."""
     server_weights: float
-    """Bytes of the actor on one GPU of a server."""
+    """Bytes of the served model on one GPU of a server."""
     server_kv_token: float
     num_servers: int
     rollout_flops: float
@@ -175,20 +175,20 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
         microbatches = math.ceil(microbatches / p.pp) * p.pp
     padded = padded_vocab_size([shape.vocab_size for shape in shapes.values()], p.tp)
     load = _Load(config, dp, padded, mean, tokens, microbatches)
-    actor, width = shapes["actor"], BYTES[config.server_dtype]
+    served, width = shapes[config.served], BYTES[config.server_dtype]
     return Plan(
         config=config,
         gpus=gpus,
         dp=dp,
         policy=load.plan("policy", shapes["policy"]),
-        actor=load.plan("actor", actor),
+        actor=load.plan("actor", shapes["actor"]),
         mean_tokens=mean,
         microbatches=microbatches,
-        server_weights=num_params(actor) * width / config.servers.tp,
-        server_kv_token=kv_bytes(actor, config.servers.tp, width),
+        server_weights=num_params(served) * width / config.servers.tp,
+        server_kv_token=kv_bytes(served, config.servers.tp, width),
         num_servers=config.servers.num * config.cluster.num_server_nodes,
-        rollout_flops=tokens * forward_flops(actor, mean),
-        synced=num_params(actor) * BYTES[config.precision.dtype],
+        rollout_flops=tokens * forward_flops(served, mean),
+        synced=num_params(served) * BYTES[config.precision.dtype],
     )
 
 

@@ -22,7 +22,7 @@ class TrainState:
     loader: PromptLoader | None = None
     """The order of prompts; None where no rollouts are asked for."""
     num_steps: int = 0
-    """Finished steps; also the version of the actor's weights."""
+    """Finished steps; also the version of the weights that servers hold."""
     num_probes: int = 0
     finished_groups: Groups = field(default_factory=dict)
     """Groups of an unfinished step, on the DP leader that asked for them."""
@@ -30,3 +30,8 @@ class TrainState:
     @property
     def models(self) -> dict[str, MegatronModel]:
         return {"policy": self.policy, "actor": self.actor}
+
+    @property
+    def served(self) -> MegatronModel:
+        """The model that servers hold and whose weights are pushed to them."""
+        return self.actor

@@ -290,7 +290,7 @@ class Trainer:
             if self.sync is not None:
                 self.sync.release()
             self.mesh.barrier()
-        for model in (self.policy, self.actor):
+        for model in self.state.models.values():
             model.reload()
 
     @contextmanager
@@ -302,16 +302,16 @@ class Trainer:
             self.push()
 
     def push(self) -> dict[str, float]:
-        """The actor's weights to the servers, stamped with the number of finished steps; metrics on the main
-        rank, none where the run was asked to stop and no server answered."""
+        """The served model's weights to the servers, stamped with the number of finished steps; metrics on
+        the main rank, none where the run was asked to stop and no server answered."""
         self.num_pushes += 1
         sync, servers, version = self.config.sync, self.config.servers, self.state.num_steps
         limit_s = servers.start_timeout_s + sync.timeout_s * 12
         if self.config.parallel.offload_optimizer:
-            for model in (self.policy, self.actor):
+            for model in self.state.models.values():
                 model.offload()
         weights = WeightStream(
-            self.actor,
+            self.state.served,
             f"export-{self.num_pushes}",
             dtype=servers.dtype and DTYPES[servers.dtype],
             fp8=servers.quantization is not None,
