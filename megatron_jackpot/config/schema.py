@@ -24,7 +24,7 @@ MISTAKES = "mistakes"
 class Config(Section):
     run: Run
     policy: Policy
-    actor: Actor
+    actor: Actor | None
     data: Data = Data()
     rollout: Rollouts = Rollouts()
     servers: Servers = Servers()
@@ -41,12 +41,13 @@ class Config(Section):
     @property
     def models(self) -> dict[str, Policy | Actor]:
         """Name -> the section of each model that the trainer holds, the policy first."""
-        return {"policy": self.policy, "actor": self.actor}
+        return {"policy": self.policy, **({} if self.actor is None else {"actor": self.actor})}
 
     @property
     def served(self) -> Literal["policy", "actor"]:
-        """The model that servers hold and whose weights are pushed to them."""
-        return "actor"
+        """The model that servers hold and whose weights are pushed to them: `rollout.model`, where it is
+        one of this configuration."""
+        return "policy" if self.actor is None else "actor"
 
     @property
     def served_hf(self) -> Path:

@@ -28,6 +28,7 @@ from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
 from megatron_jackpot.run.provenance import (
     CONFIG_FILE,
     PROVENANCE_FILE,
+    check_models,
     check_run_folder,
     checkpoints,
     versions,
@@ -257,6 +258,8 @@ def _run_folder(s: Subject) -> Iterator[str]:
     try:
         if run.resume:
             check_run_folder(run.folder)
+            for checkpoint in checkpoints(run.folder)[-1:]:
+                check_models(checkpoint, s.config.models)
         elif s.command == "launch":
             _check_unused(run.folder)
     except ValueError as error:
@@ -329,7 +332,7 @@ CHECKS: tuple[Check[Subject], ...] = (
     Check("servers.python, servers.port", "can be run, and are free", "set another", _servers),
     Check(
         "run.folder, run.resume",
-        "can be written, hold no other run, or a checkpoint of a format that is read",
+        "can be written, hold no other run, or a checkpoint of a format that is read, of the same models",
         "set run.folder or run.resume",
         _run_folder,
     ),

@@ -112,7 +112,7 @@ class Plan:
     gpus: int
     dp: int
     policy: ModelPlan
-    actor: ModelPlan
+    actor: ModelPlan | None
     mean_tokens: float
     """Prompt and response tokens of a sequence, on average."""
     microbatches: int
@@ -126,8 +126,8 @@ class Plan:
     """Bytes of one weight update, received by every rank of every server."""
 
     @property
-    def models(self) -> tuple[ModelPlan, ModelPlan]:
-        return self.policy, self.actor
+    def models(self) -> tuple[ModelPlan, ...]:
+        return (self.policy,) if self.actor is None else (self.policy, self.actor)
 
     @property
     def sequences(self) -> int:
@@ -139,7 +139,7 @@ class Plan:
 
     @property
     def trainer_bytes(self) -> float:
-        """On the fullest GPU: both models stay, their activations take turns."""
+        """On the fullest GPU: every model stays, their activations take turns."""
         return sum(m.resident for m in self.models) + max(m.transient for m in self.models)
 
     @property
@@ -181,7 +181,7 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
         gpus=gpus,
         dp=dp,
         policy=load.plan("policy", shapes["policy"]),
-        actor=load.plan("actor", shapes["actor"]),
+        actor=load.plan("actor", shapes["actor"]) if "actor" in shapes else None,
         mean_tokens=mean,
         microbatches=microbatches,
         server_weights=num_params(served) * width / config.servers.tp,
@@ -194,7 +194,7 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
 
 @dataclass(frozen=True)
 class _Load:
-    """What both models' plans share."""
+    """What the models' plans share."""
 
     config: Config
     dp: int

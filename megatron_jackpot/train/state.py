@@ -12,11 +12,12 @@ from megatron_jackpot.train.methods import Methods
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Both models with their optimizers, the methods with their controllers, and where the run stands."""
+    """The models with their optimizers, the methods with their controllers, and where the run stands."""
 
     mesh: Mesh
     policy: MegatronModel
-    actor: MegatronModel
+    actor: MegatronModel | None
+    """None where servers hold the policy."""
     methods: Methods
     guard: Guard
     loader: PromptLoader | None = None
@@ -29,9 +30,9 @@ class TrainState:
 
     @property
     def models(self) -> dict[str, MegatronModel]:
-        return {"policy": self.policy, "actor": self.actor}
+        return {"policy": self.policy, **({} if self.actor is None else {"actor": self.actor})}
 
     @property
     def served(self) -> MegatronModel:
         """The model that servers hold and whose weights are pushed to them."""
-        return self.actor
+        return self.policy if self.actor is None else self.actor
