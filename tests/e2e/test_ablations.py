@@ -41,8 +41,9 @@ def _run_all(rank: int, world: int, folder: str, server: str) -> dict[str, list[
             "run.save_hf_at_end=false",
         ]
         if one_model:
-            # The server was started for models of the actor's shape.
+            # The server was started for models of the actor's shape. Nothing but rewards moves the policy.
             overrides += [f"policy.hf={folder}/actor", "sync.method=broadcast"]
+            overrides += ["data.reward=tests.e2e.digits:score"]
         started = time.perf_counter()
         try:
             run(load_config(file, [*overrides, "sync.probe_every=1000", "rollout.prompts_per_step=4"]), mesh)
@@ -86,5 +87,6 @@ def check_one_model(rows: list[dict]) -> None:
     assert not [name for row in rows for name in row if "actor" in name or "distill" in name]
     for row in rows[1:]:
         assert row["sync/server_version"] == row["step"] and row["staleness/mean"] == 0
-        # fp32 on both sides: what the policy learned in the step before, the server sampled from.
+        assert row["rollout/equal_rewards"] < 1 and row["lr/policy"] > 0
+        # fp32 on both sides: the server sampled from what the policy had learned in the step before.
         assert row["gap/policy_server"] < 1e-4 and row["jackpot/acceptance"] > 0.99
