@@ -61,7 +61,7 @@ def make_batch(trainer: Trainer, lengths: list[int], vocab: int) -> Batch:
 
 def correct(trainer: Trainer, batch: Batch) -> tuple[MiniBatch, Correction, float]:
     """The batch as one scored mini-batch, its correction, and the denominator of the policy's loss."""
-    scores = trainer.scorer(batch, step=0, actor_version=0)
+    scores = trainer.scorer(batch, step=0, served_version=0)
     correction = trainer.correct(scores)
     agreed = trainer.agree(scores, correction)
     mini = MiniBatch(batch, slice(0, batch.num_microbatches), scores)

@@ -67,7 +67,7 @@ class Rollout:
     """[R] bool, False where the server's sampled log-prob was not finite, and from the first id on that one
     of the models has no row for: counted, masked, never trained on."""
     weight_version: np.ndarray
-    """[R] int32, version of the actor's weights that produced each token."""
+    """[R] int32, version of the served weights that produced each token."""
     finish: str
     """"stop", "length" or "abort"."""
     reward: float = 0.0
@@ -114,7 +114,7 @@ class Batch:
     topk_logp_MTK: Tensor
     """float32, their log-probs; -inf is padding."""
     weight_version_MT: Tensor
-    """int64, version of the actor's weights behind each label; -1 outside the response."""
+    """int64, version of the served weights behind each label; -1 outside the response."""
     advantage_MT: Tensor
     """float32, the rollout's advantage on each of its response tokens."""
     correct_MT: Tensor
@@ -143,7 +143,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What the no-grad pass of both models says about a batch; it exists on the last pipeline stage. All
+    """What the no-grad pass of the models says about a batch; it exists on the last pipeline stage. All
     detached.
 
     What the rollouts brought (server_logp, mask, advantage, ...) stays in `batch`.
@@ -155,19 +155,21 @@ class Scores:
     """log p_old of the sampled token: policy_old, the policy at the start of the step."""
     target_logp_MT: Tensor
     """log p_target of the sampled token: equal to policy_logp_MT when the target is "old"."""
-    actor_logp_MT: Tensor
-    """log-prob of the sampled token under the trainer's copy of the actor, before its update."""
+    actor_logp_MT: Tensor | None
+    """log-prob of the sampled token under the trainer's copy of the actor, before its update; None where the
+    policy samples: its own is policy_logp_MT."""
     candidate_ids_MTK: Tensor
     """int64, server top-k union policy top-k; -1 is padding. The sampled token is never added."""
     candidate_target_logp_MTK: Tensor
     """log p_target at the candidates, -inf on padding."""
     candidate_server_logp_MTK: Tensor
-    """log q at the candidates: the server's top-k, the actor's capped log-prob at policy-only ids; -inf
-    otherwise."""
+    """log q at the candidates: the server's top-k, the served model's capped log-prob at policy-only ids;
+    -inf otherwise."""
     candidate_shared_MTK: Tensor
     """bool, ids in both the server's and the policy's top-k."""
     exact_overlap_MT: Tensor | None = None
-    """Z over the whole vocabulary, q being the actor's log-probs; only where a correction asks for it."""
+    """Z over the whole vocabulary, q being the served model's log-probs; only where a correction asks for
+    it."""
     step: int
     """Number of the optimizer step's batch: key of the random draws."""
 

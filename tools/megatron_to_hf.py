@@ -10,7 +10,8 @@ from pathlib import Path
 
 from conversion import convert, refusing
 
-from megatron_jackpot.models.convert import MODELS, find_model, megatron_to_hf
+from megatron_jackpot.models.convert import find_model, megatron_to_hf
+from megatron_jackpot.run.provenance import MODELS
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ for override in "$@"; do
 done
 
 models=$(python examples/quickstart/prepare.py | tail -n 1)
-megatron-jackpot launch "$config" \
-  "policy.hf=$models/policy" "actor.hf=$models/actor" "run.folder=$folder" "$@"
+folders=("policy.hf=$models/policy" "actor.hf=$models/actor")
+if grep -q '^actor: null' "$config"; then unset 'folders[1]'; fi    # one model: there is no actor
+megatron-jackpot launch "$config" "${folders[@]}" "run.folder=$folder" "$@"
 megatron-jackpot report "$folder"

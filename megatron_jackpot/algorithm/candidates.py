@@ -1,4 +1,4 @@
-"""Candidates: the server's top-k union the policy's, and the Scores of what both models say about them.
+"""Candidates: the server's top-k union the policy's, and the Scores of what the models say about them.
 
 Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2K candidates.
 """
@@ -23,30 +23,30 @@ def make_scores(
     batch: Batch,
     ids_MTC: Tensor,
     policy: Mapping[str, Tensor],
-    actor: Mapping[str, Tensor],
+    served: Mapping[str, Tensor],
     *,
-    actor_version: int,
+    served_version: int,
     step: int,
 ) -> Scores:
-    """The Scores of what the two passes over a batch read; `ids_MTC` is the union of candidates.
+    """The Scores of what the passes over a batch read; `ids_MTC` is the union of candidates.
 
-    policy: logp [M, T], server_ids_logp [M, T, K], topk_logp and topk_ids [M, T, K]. actor: logp [M, T],
-    topk_logp [M, T, K] at the policy's part of the candidates, exact_overlap [M, T] where it was asked for.
-    `actor_version` is that of the scored actor's weights.
+    policy: logp [M, T], server_ids_logp [M, T, K], topk_logp and topk_ids [M, T, K]. served, of the model
+    that servers hold: topk_logp [M, T, K] at the policy's part of the candidates, logp [M, T] of an actor,
+    exact_overlap [M, T] where it was asked for. `served_version` is that of its scored weights.
     """
     target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
-    server_MTC = _server_logp(batch, actor["topk_logp"], actor_version)
+    server_MTC = _server_logp(batch, served["topk_logp"], served_version)
     padding = ids_MTC < 0
     return Scores(
         batch=batch,
         policy_logp_MT=policy["logp"],
         target_logp_MT=policy["logp"],
-        actor_logp_MT=actor["logp"],
+        actor_logp_MT=served.get("logp"),
         candidate_ids_MTK=ids_MTC,
         candidate_shared_MTK=_shared(ids_MTC, policy["topk_ids"]),
         candidate_target_logp_MTK=target_MTC.masked_fill(padding, -math.inf),
         candidate_server_logp_MTK=server_MTC.masked_fill(padding, -math.inf),
-        exact_overlap_MT=actor.get("exact_overlap"),
+        exact_overlap_MT=served.get("exact_overlap"),
         step=step,
     )
 
@@ -56,7 +56,7 @@ def retargeted(scores: Scores, policy: Mapping[str, Tensor]) -> Scores:
     server_ids_logp, topk_logp and topk_ids as in `make_scores`.
 
     Its own top-k are candidates in place of the old policy's (P Alg. 1). Of ids that only it lists, q is
-    known where the scored policy listed them too: the actor that could tell of the others has moved since.
+    known where the scored policy listed them too: the model that could tell of the others has moved since.
     """
     ids_MTC = union_of_candidates(scores.batch.topk_ids_MTK, policy["topk_ids"])
     target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
@@ -80,12 +80,13 @@ def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
     return torch.cat([server_MTC[..., :num_server], found_MTK], -1)
 
 
-def _server_logp(batch: Batch, actor_logp_MTK: Tensor, actor_version: int) -> Tensor:
-    """log q at the candidates. The server does not return q at policy-only ids: the scored actor's log-prob
-    stands in, capped by the server's k-th, where that actor produced the token; 0 probability elsewhere."""
+def _server_logp(batch: Batch, served_logp_MTK: Tensor, served_version: int) -> Tensor:
+    """log q at the candidates. The server does not return q at policy-only ids: the scored log-prob of its
+    model stands in, capped by the server's k-th, where those weights produced the token; 0 probability
+    elsewhere."""
     kth_MT1 = batch.topk_logp_MTK.masked_fill(batch.topk_ids_MTK < 0, math.inf).amin(-1, keepdim=True)
-    known_MT1 = (batch.weight_version_MT == actor_version)[..., None]
-    policy_only = torch.minimum(actor_logp_MTK, kth_MT1).masked_fill(~known_MT1, -math.inf)
+    known_MT1 = (batch.weight_version_MT == served_version)[..., None]
+    policy_only = torch.minimum(served_logp_MTK, kth_MT1).masked_fill(~known_MT1, -math.inf)
     return torch.cat([batch.topk_logp_MTK, policy_only], dim=-1)
 
 

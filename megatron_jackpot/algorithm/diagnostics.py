@@ -1,10 +1,11 @@
-"""What a mini-batch says about the gap between server, actor and policy: sums and counts.
+"""What a mini-batch says about the gap between policy, actor (where there is one) and server: sums, counts.
 
 Shapes: M micro-batches of T tokens. Every value is (sum, count), float64 scalars of
 this rank; the mean is sum / count after both were summed over all ranks.
 log rho = log p - log q with the server's q.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,10 +27,13 @@ def diagnostics(scores: Scores, correction: Correction) -> Metrics:
     the share of tokens with such an advantage or verdict that keep removes.
     """
     s, batch, mask_MT = scores, scores.batch, scores.batch.mask_MT
-    known_MT = trainable(mask_MT, s.policy_logp_MT, s.actor_logp_MT)
-    logp = {"policy": s.policy_logp_MT, "actor": s.actor_logp_MT, "server": batch.server_logp_MT}
+    models = {"policy": s.policy_logp_MT}
+    if s.actor_logp_MT is not None:
+        models["actor"] = s.actor_logp_MT
+    known_MT = trainable(mask_MT, *models.values())
+    logp = {**models, "server": batch.server_logp_MT}
     metrics: Metrics = {}
-    for model in ("policy", "actor"):
+    for model in models:
         log_rho_MT = log_ratio(logp[model], logp["server"])
         metrics[f"kl/server_{model}_k1"] = mean_over(-log_rho_MT, known_MT)
         metrics[f"kl/server_{model}_k3"] = mean_over(k3(log_rho_MT), known_MT)
@@ -37,7 +41,7 @@ def diagnostics(scores: Scores, correction: Correction) -> Metrics:
     metrics["policy/chi2"] = mean_over(rho_MT.square() - 1, known_MT)
     for model, value in logp.items():
         metrics[f"{model}/log_ppl"] = mean_over(-value, known_MT)
-    for a, b in (("policy", "actor"), ("policy", "server"), ("actor", "server")):
+    for a, b in itertools.combinations(logp, 2):
         metrics[f"gap/{a}_{b}"] = mean_over((logp[a] - logp[b]).abs(), known_MT)
     used_MT = torch.where(correction.keep_MT, correction.weight_MT, 0.0).double()
     metrics["weight/mean"] = mean_over(used_MT, mask_MT)

@@ -46,7 +46,7 @@ class Normaliser(CorrectionMethod):
     """c1, the cap on p_target / q'."""
     z: Literal["topk", "exact"] = "topk"
     """Normaliser from the candidates (paper), or over the whole vocabulary from the logits of policy and
-    actor."""
+    actor; where the policy samples both are one, and exact Z is min(1, 1 / lam)."""
     candidates: Literal["union", "intersection"] = "union"
     """Ids behind Z_k: in the server's or the policy's top-k (paper), or in both (R)."""
     z_correction: Literal["none", "kappa", "tail"] = "kappa"

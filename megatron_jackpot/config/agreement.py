@@ -119,6 +119,30 @@ def _source(c: "Config") -> Iterator[str]:
         )
 
 
+def _one_model(c: "Config") -> Iterator[str]:
+    if c.rollout.model == "policy" and c.actor is not None:
+        yield (
+            f"rollout.model = 'policy' leaves nothing to do for the actor of actor.hf = {c.actor.hf}. Set "
+            "actor=null, or rollout.model=actor."
+        )
+    if c.actor is not None:
+        return
+    if c.rollout.model == "actor":
+        yield (
+            "rollout.model = 'actor' needs an actor, but actor is null. Set actor.hf=FOLDER, or "
+            "rollout.model=policy."
+        )
+    if not c.algorithm.train_actor:
+        yield "algorithm.train_actor = false freezes an actor, but actor is null. Set it to true."
+    bounds = {"acceptance_floor": c.guard.acceptance_floor, "kl_ceiling": c.guard.kl_ceiling}
+    for name, bound in bounds.items():
+        if bound is not None:
+            yield (
+                f"guard.{name} = {bound} pauses the policy until the actor has followed it, but actor is "
+                f"null: the pause would not end. Set guard.{name}=null."
+            )
+
+
 def new_tokens(config: "Config") -> dict[str, int]:
     """Section -> the longest response that it asks for."""
     limits = {"rollout": config.rollout.max_new_tokens}
@@ -146,6 +170,14 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     Check("servers.quantization", "goes with bfloat16 servers", "set servers.dtype=bfloat16", _quantization),
     Check("parallel.offload_optimizer", "goes with bfloat16 training", "set it to false", _offload),
     Check("sync.method", "ipc reaches servers of this node alone", "set sync.method=broadcast", _ipc),
+    Check(
+        "rollout.model, actor",
+        "are actor and a section, or policy and null; without an actor there is none to freeze, and no pause "
+        "of the policy, which the actor's distillation would end",
+        "set actor=null, rollout.model, algorithm.train_actor=true, guard.acceptance_floor=null, "
+        "guard.kl_ceiling=null",
+        _one_model,
+    ),
     Check(
         "packing.tokens",
         "holds the longest prompt with the longest response, of rollouts and of evaluation",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -49,6 +49,14 @@ class Section(BaseModel):
             return value.expanduser() if isinstance(value, Path) else value
         except RuntimeError as error:
             raise ValueError(f"'{value}': {error} Write the path in full.") from error
+
+
+def section_of(annotation: object) -> type[Section] | None:
+    """The section that a field holds, also where it may be null; None for a setting."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
 
 
 class Method(BaseModel):

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_jackpot.algorithm.registry import nearest
-from megatron_jackpot.config.base import ConfigError, Section
+from megatron_jackpot.config.base import ConfigError, section_of
 from megatron_jackpot.config.schema import MISTAKES, Config
 from megatron_jackpot.config.yaml_tree import Tree, apply_override, read_tree
 
@@ -85,7 +85,7 @@ def _explain(item: Any) -> str:
         section: Any = Config
         prefix = item["loc"][:-1]
         for part in prefix:
-            section = section.model_fields[part].annotation
+            section = section_of(section.model_fields[part].annotation)
         if where in RENAMED:
             return f"Unknown config key '{where}'. It is '{RENAMED[where]}' now: docs/changelog.md."
         full = [".".join([*map(str, prefix), name]) for name in section.model_fields]
@@ -102,8 +102,8 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[
     rows = []
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            rows += describe(field.annotation, f"{key}.")
+        if (below := section_of(field.annotation)) is not None:
+            rows += describe(below, f"{key}.")
         else:
             default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
             rows.append((key, default, field.description or ""))

@@ -143,42 +143,44 @@ class ModelShape:
 
 
 def model_shapes(config: Config) -> dict[str, ModelShape]:
-    """Of "policy" and "actor", checked against the layout and the run's lengths and top-k.
+    """Of every model by name, checked against the layout and the run's lengths and top-k.
 
     Raises ValueError naming the model's field, a line for each mistake.
     """
     shapes, mistakes = {}, []
-    for name, folder in (("policy", config.policy.hf), ("actor", config.actor.hf)):
+    for name, section in config.models.items():
         try:
-            shapes[name] = ModelShape.of(read_hf_config(folder))
+            shapes[name] = ModelShape.of(read_hf_config(section.hf))
             check_layout(shapes[name], config.parallel)
         except ValueError as error:
-            mistakes.append(f"{name}.hf = {folder}: {error}")
+            mistakes.append(f"{name}.hf = {section.hf}: {error}")
     if not mistakes:
-        mistakes = misfits(config, shapes["policy"], shapes["actor"])
+        mistakes = misfits(config, shapes)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return shapes
 
 
-def misfits(config: Config, policy: "HasSizes", actor: "HasSizes") -> list[str]:
+def misfits(config: Config, models: "Mapping[str, HasSizes]") -> list[str]:
     """What a run asks of its models that they cannot do: their context against the longest sequences, the
-    actor's as its servers count it, and the vocabulary against top-k."""
+    served one's as its servers count it, and that one's vocabulary against top-k."""
     found = []
-    room = {"policy": policy.context_length, "actor": actor.context_length - CONTEXT_MARGIN}
-    for name, tokens in room.items():
-        margin = f" - {CONTEXT_MARGIN}, which servers keep free," if name == "actor" else ""
+    for name, model in models.items():
+        kept = CONTEXT_MARGIN if name == config.served else 0
+        margin = f" - {kept}, which servers keep free," if kept else ""
         for section, limit in new_tokens(config).items():
             longest = config.data.max_prompt_tokens + limit
-            if longest > tokens:
+            if longest > model.context_length - kept:
                 found.append(
-                    f"{name}.hf: max_position_embeddings = {tokens + CONTEXT_MARGIN * (name == 'actor')}"
+                    f"{name}.hf: max_position_embeddings = {model.context_length}"
                     f"{margin} is shorter than data.max_prompt_tokens + {section}.max_new_tokens = "
                     f"{config.data.max_prompt_tokens} + {limit} = {longest}. Lower one of them."
                 )
-    k, size = config.rollout.top_k_logp, actor.vocab_size
+    k, size = config.rollout.top_k_logp, models[config.served].vocab_size
     if k > size:
-        found.append(f"rollout.top_k_logp = {k} exceeds the actor's vocabulary of {size} ids. Lower it.")
+        found.append(
+            f"rollout.top_k_logp = {k} exceeds the {config.served}'s vocabulary of {size} ids. Lower it."
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Both models: folders and optimizers, their layout over the ranks, in what numbers they compute."""
+"""The models: folders and optimizers, their layout over the ranks, in what numbers they compute."""
 
 from pathlib import Path
 from typing import Literal
@@ -38,7 +38,8 @@ class Policy(Section):
 
 class Actor(Section):
     hf: Path
-    """Folder of the actor, of either format, with the policy's tokenizer."""
+    """Folder of the actor, of either format, with the policy's tokenizer; actor=null is a run without one
+    (rollout.model)."""
     optimizer: Optimizer = Optimizer()
     tis_cap: float = Field(default=2.0, ge=1, allow_inf_nan=True)
     """Cap of the truncated importance weight p_actor_old/q on the actor's own PPO loss (Eq. 6)."""

@@ -3,6 +3,7 @@
 The text under a field is its documentation: `megatron-jackpot train --help` prints it.
 """
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationInfo, model_validator
@@ -23,7 +24,7 @@ MISTAKES = "mistakes"
 class Config(Section):
     run: Run
     policy: Policy
-    actor: Actor
+    actor: Actor | None
     data: Data = Data()
     rollout: Rollouts = Rollouts()
     servers: Servers = Servers()
@@ -36,6 +37,22 @@ class Config(Section):
     guard: Guards = Guards()
     logging: Logging = Logging()
     cluster: Cluster = Cluster()
+
+    @property
+    def models(self) -> dict[str, Policy | Actor]:
+        """Name -> the section of each model that the trainer holds, the policy first."""
+        return {"policy": self.policy, **({} if self.actor is None else {"actor": self.actor})}
+
+    @property
+    def served(self) -> Literal["policy", "actor"]:
+        """The model that servers hold and whose weights are pushed to them: `rollout.model`, where it is
+        one of this configuration."""
+        return "policy" if self.actor is None else "actor"
+
+    @property
+    def served_hf(self) -> Path:
+        """Its folder."""
+        return self.models[self.served].hf
 
     @property
     def server_dtype(self) -> Literal["float32", "bfloat16"]:

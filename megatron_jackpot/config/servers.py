@@ -1,4 +1,4 @@
-"""How actor samples are had: the servers, what they are asked, how weights reach them."""
+"""How samples are had: the servers, what they are asked, how weights reach them."""
 
 from pathlib import Path
 from typing import Literal
@@ -46,6 +46,8 @@ class Servers(Section):
 
 
 class Rollouts(Section):
+    model: Literal["actor", "policy"] = "actor"
+    """Which model samples: the servers hold it and get its weights. policy goes with actor=null."""
     prompts_per_step: int = Field(default=64, ge=1)
     """Prompts per step over all data-parallel ranks."""
     samples_per_prompt: int = Field(default=8, ge=1)
@@ -70,8 +72,8 @@ class Rollouts(Section):
 
 class Sync(Section):
     method: Literal["disk", "broadcast", "ipc"] = "broadcast"
-    """How the actor's weights reach the servers: safetensors on a shared disk, a collective group, or, on one
-    node, CUDA IPC."""
+    """How the sampling model's weights reach the servers: safetensors on a shared disk, a collective group,
+    or, on one node, CUDA IPC."""
     backend: Literal["nccl", "gloo"] | None = None
     """Backend of the broadcast group; null is nccl with CUDA and gloo without."""
     bucket_bytes: int = Field(default=512 * 2**20, ge=1)

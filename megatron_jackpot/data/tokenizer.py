@@ -1,4 +1,4 @@
-"""Tokenizers from HF folders, and the proof that policy and actor speak the same ids.
+"""Tokenizers from HF folders, and the proof that all models speak the same ids.
 
 `Vocabulary` is all that prompts need; it is read without transformers, which takes seconds to import.
 """
@@ -114,18 +114,21 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return hashlib.sha256(meaning.encode()).hexdigest()
 
 
-def check_same_tokenizer(policy_folder: Path, actor_folder: Path) -> None:
-    """Raises ValueError unless both folders have the same vocabulary, special ids and end of a text."""
-    for folder in (policy_folder, actor_folder):
+def check_same_tokenizer(folders: Mapping[str, Path]) -> None:
+    """`folders` is model -> folder. Raises FileNotFoundError for one without a tokenizer, ValueError unless
+    all have the same vocabulary, special ids and end of a text."""
+    for folder in folders.values():
         _check_there(Path(folder))
-    if _bytes(policy_folder) == _bytes(actor_folder):
-        return
-    policy, actor = _meaning(policy_folder), _meaning(actor_folder)
-    if policy != actor:
-        raise ValueError(
-            f"policy.hf = {policy_folder} and actor.hf = {actor_folder} have different tokenizers: "
-            f"{_first_difference(policy, actor)}. Use two models of one family."
-        )
+    (first, first_folder), *others = folders.items()
+    for name, folder in others:
+        if _bytes(first_folder) == _bytes(folder):
+            continue
+        first_meaning, meaning = _meaning(first_folder), _meaning(folder)
+        if first_meaning != meaning:
+            raise ValueError(
+                f"{first}.hf = {first_folder} and {name}.hf = {folder} have different tokenizers: "
+                f"{_first_difference(first_meaning, meaning)}. Use two models of one family."
+            )
 
 
 def _bytes(folder: Path) -> list[bytes | None]:

@@ -128,7 +128,7 @@ def _launch(
             api_key.provide(config.servers.host)
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
             try:
-                job.look_after((start or start_actor_servers)(config, job.stopping))
+                job.look_after((start or start_model_servers)(config, job.stopping))
             except InterruptedError:
                 job.code = job.nothing_to_save()
                 return job.code
@@ -141,8 +141,8 @@ def _launch(
     return job.code
 
 
-def start_actor_servers(config: Config, stopped: Callable[[], bool] = lambda: False) -> list[ServerProcess]:
-    """Servers of the actor's initial weights. Raises InterruptedError once `stopped()`."""
+def start_model_servers(config: Config, stopped: Callable[[], bool] = lambda: False) -> list[ServerProcess]:
+    """Servers of the served model's initial weights. Raises InterruptedError once `stopped()`."""
     placement = place_servers(config.servers, see_all=config.sync.method == "ipc")
     model, folder = served_folder(config), config.run.folder
     return start_servers(config.servers, model, placement, folder, dtype=config.server_dtype, stopped=stopped)

@@ -24,7 +24,7 @@ import psutil
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.local import launch, say, start_actor_servers, torchrun
+from megatron_jackpot.launch.local import launch, say, start_model_servers, torchrun
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS
 from megatron_jackpot.servers.address import free_port
 from megatron_jackpot.servers.process import stop_servers
@@ -71,7 +71,7 @@ def serve(config: Config) -> int:
     # The trainer saves on it and needs its servers until then.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        servers = start_actor_servers(
+        servers = start_model_servers(
             config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})}), ended.is_set
         )
     except InterruptedError:

@@ -28,6 +28,7 @@ from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
 from megatron_jackpot.run.provenance import (
     CONFIG_FILE,
     PROVENANCE_FILE,
+    check_models,
     check_run_folder,
     checkpoints,
     versions,
@@ -41,7 +42,7 @@ REWARDS = ("exact", "reasoning_gym", "math_verify")
 TRAIN_LOG = "train.log"
 OWN_FILES = (
     *(STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, STARTED_FILE, TRAIN_LOG),
-    *(LOCK_FILE, "server-*.log", "actor-fp8", "cache"),
+    *(LOCK_FILE, "server-*.log", "served-fp8", "cache"),
 )
 """What a launch writes before training starts: a folder with nothing else may be used again."""
 
@@ -65,7 +66,7 @@ class Subject:
 
     @property
     def folders(self) -> dict[str, Path]:
-        return {"policy": self.config.policy.hf, "actor": self.config.actor.hf}
+        return {name: section.hf for name, section in self.config.models.items()}
 
     @cached_property
     def shapes(self) -> dict[str, ModelShape] | None:
@@ -139,7 +140,7 @@ def _shapes(s: Subject) -> Iterator[str]:
 def _tokenizers(s: Subject) -> Iterator[str]:
     if s.models_are_here and all(folder.is_dir() for folder in s.folders.values()):
         try:
-            check_same_tokenizer(*s.folders.values())
+            check_same_tokenizer(s.folders)
         except (ValueError, OSError) as error:
             yield str(error)
 
@@ -257,6 +258,8 @@ def _run_folder(s: Subject) -> Iterator[str]:
     try:
         if run.resume:
             check_run_folder(run.folder)
+            for checkpoint in checkpoints(run.folder)[-1:]:
+                check_models(checkpoint, s.config.models)
         elif s.command == "launch":
             _check_unused(run.folder)
     except ValueError as error:
@@ -329,7 +332,7 @@ CHECKS: tuple[Check[Subject], ...] = (
     Check("servers.python, servers.port", "can be run, and are free", "set another", _servers),
     Check(
         "run.folder, run.resume",
-        "can be written, hold no other run, or a checkpoint of a format that is read",
+        "can be written, hold no other run, or a checkpoint of a format that is read, of the same models",
         "set run.folder or run.resume",
         _run_folder,
     ),

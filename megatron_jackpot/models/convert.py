@@ -30,10 +30,9 @@ from megatron_jackpot.models.hf_folder import (
     write_safetensors,
 )
 from megatron_jackpot.models.weights import check_names
-from megatron_jackpot.run.provenance import checkpoints
+from megatron_jackpot.run.provenance import MODELS, checkpoints
 
 REPORT = "conversion.json"
-MODELS = ("policy", "actor")
 SPARE_BYTES = 64 * 2**20
 """Room on the disk beyond the weights: tokenizer, index, metadata."""
 
@@ -110,7 +109,8 @@ def open_model(folder: Path) -> tuple[Family, HFFolder | MegatronTensors]:
 def find_model(folder: Path, model: str | None) -> Path:
     """The model folder in `folder`: itself, or policy/actor of a run or of one of its checkpoints.
 
-    Raises ValueError when there is none, or `model` is needed and not given.
+    A run of one model needs no `model`. Raises ValueError when there is none, or `model` is needed and not
+    given.
     """
     folder = Path(folder)
     if (folder / "config.json").is_file():
@@ -121,6 +121,8 @@ def find_model(folder: Path, model: str | None) -> Path:
         raise ValueError(
             f"{folder} is neither a model (no config.json) nor a run nor one of its checkpoints."
         )
+    if model is None and len(found) == 1:
+        return step / found[0]
     if model not in found:
         raise ValueError(f"{step} holds {' and '.join(found)}. Choose one with --model {'|'.join(found)}.")
     return step / model

@@ -46,7 +46,7 @@ LEGEND = (
     '<p class="rollout"><span class="p">prompt</span> <span class="k" style="--w:.45">accepted</span> '
     '<span class="k" style="--w:.12">accepted, small weight</span> <span class="r">rejected</span> '
     '<span class="u">not scored</span><br><small>Point at a token for its probabilities under policy, server '
-    "and trainer's actor, the ratio that decides, and its weight.</small></p>"
+    "and trainer's actor where there is one, the ratio that decides, and its weight.</small></p>"
 )
 
 
@@ -88,7 +88,7 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
 def facts(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What was run: models, methods, commit, versions, time."""
     for role in ("policy", "actor"):
-        if role in config:
+        if config.get(role):
             yield role, str(config[role]["hf"])
     algorithm = config.get("algorithm", {})
     for part in ("correction", "objective", "advantage"):
@@ -192,15 +192,11 @@ def token_span(record: TokenRecord, place: int, decode: Decode) -> str:
         return f'<span class="p">{text}</span>'
     if not record.trained_N[place]:
         return f'<span class="u" title="the server gave no finite log-prob">{text}</span>'
-    policy, actor, server = (
-        float(np.exp(values[place]))
-        for values in (record.target_logp_N, record.actor_logp_N, record.server_logp_N)
-    )
-    ratio = ratio_at(record, place)
+    logp = {"policy": record.target_logp_N, "server": record.server_logp_N, "actor": record.actor_logp_N}
+    shown = {name: float(np.exp(values[place])) for name, values in logp.items() if values is not None}
     weight = float(record.weight_N[place])
-    title = (
-        f"policy {policy:.3g}, server {server:.3g}, actor {actor:.3g}, ratio {ratio:.3g}, weight {weight:.3g}"
-    )
+    shown |= {"ratio": ratio_at(record, place), "weight": weight}
+    title = ", ".join(f"{name} {value:.3g}" for name, value in shown.items())
     if not record.keep_N[place]:
         return f'<span class="r" title="{title}">{text}</span>'
     shade = 0.12 + 0.33 * min(1.0, max(0.0, weight))

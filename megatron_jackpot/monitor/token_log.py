@@ -45,10 +45,10 @@ class TokenRecord:
     """float32, the factor of its loss."""
     target_logp_N: np.ndarray
     """float32, under what the correction aligns to: the policy."""
-    actor_logp_N: np.ndarray
-    """float32, under the trainer's actor."""
     server_logp_N: np.ndarray
     """float32, under the server: the proposal."""
+    actor_logp_N: np.ndarray | None = None
+    """float32, under the trainer's actor; None where the policy samples."""
 
 
 class TokenLog:
@@ -94,6 +94,10 @@ def record_of(step: int, scores: Scores, correction: Correction, num_rollouts: i
         return np.where(first_N, 0, np.roll(taken(tensor_MT), 1)).astype(taken(tensor_MT).dtype)
 
     trained_N = moved(batch.mask_MT)
+
+    def logp(tensor_MT: Tensor) -> np.ndarray:
+        return np.where(trained_N, moved(tensor_MT.float()), 0)
+
     starts = np.flatnonzero(first_N)
     return TokenRecord(
         step=step,
@@ -108,9 +112,9 @@ def record_of(step: int, scores: Scores, correction: Correction, num_rollouts: i
         trained_N=trained_N,
         keep_N=moved(correction.keep_MT) & trained_N,
         weight_N=np.where(trained_N, moved(correction.weight_MT.float()), 0),
-        target_logp_N=np.where(trained_N, moved(scores.target_logp_MT.float()), 0),
-        actor_logp_N=np.where(trained_N, moved(scores.actor_logp_MT.float()), 0),
-        server_logp_N=np.where(trained_N, moved(batch.server_logp_MT.float()), 0),
+        target_logp_N=logp(scores.target_logp_MT),
+        server_logp_N=logp(batch.server_logp_MT),
+        actor_logp_N=None if scores.actor_logp_MT is None else logp(scores.actor_logp_MT),
     )
 
 
@@ -125,7 +129,7 @@ def save(path: Path, record: TokenRecord) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        np.savez_compressed(file, **vars(record))
+        np.savez_compressed(file, **{name: v for name, v in vars(record).items() if v is not None})
     partial.replace(path)
 
 

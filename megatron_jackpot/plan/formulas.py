@@ -112,13 +112,13 @@ class Plan:
     gpus: int
     dp: int
     policy: ModelPlan
-    actor: ModelPlan
+    actor: ModelPlan | None
     mean_tokens: float
     """Prompt and response tokens of a sequence, on average."""
     microbatches: int
     """Per optimizer step and data-parallel rank."""
     server_weights: float
-    """Bytes of the actor on one GPU of a server."""
+    """Bytes of the served model on one GPU of a server."""
     server_kv_token: float
     num_servers: int
     rollout_flops: float
@@ -126,8 +126,8 @@ class Plan:
     """Bytes of one weight update, received by every rank of every server."""
 
     @property
-    def models(self) -> tuple[ModelPlan, ModelPlan]:
-        return self.policy, self.actor
+    def models(self) -> tuple[ModelPlan, ...]:
+        return (self.policy,) if self.actor is None else (self.policy, self.actor)
 
     @property
     def sequences(self) -> int:
@@ -139,7 +139,7 @@ class Plan:
 
     @property
     def trainer_bytes(self) -> float:
-        """On the fullest GPU: both models stay, their activations take turns."""
+        """On the fullest GPU: every model stays, their activations take turns."""
         return sum(m.resident for m in self.models) + max(m.transient for m in self.models)
 
     @property
@@ -175,26 +175,26 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
         microbatches = math.ceil(microbatches / p.pp) * p.pp
     padded = padded_vocab_size([shape.vocab_size for shape in shapes.values()], p.tp)
     load = _Load(config, dp, padded, mean, tokens, microbatches)
-    actor, width = shapes["actor"], BYTES[config.server_dtype]
+    served, width = shapes[config.served], BYTES[config.server_dtype]
     return Plan(
         config=config,
         gpus=gpus,
         dp=dp,
         policy=load.plan("policy", shapes["policy"]),
-        actor=load.plan("actor", actor),
+        actor=load.plan("actor", shapes["actor"]) if "actor" in shapes else None,
         mean_tokens=mean,
         microbatches=microbatches,
-        server_weights=num_params(actor) * width / config.servers.tp,
-        server_kv_token=kv_bytes(actor, config.servers.tp, width),
+        server_weights=num_params(served) * width / config.servers.tp,
+        server_kv_token=kv_bytes(served, config.servers.tp, width),
         num_servers=config.servers.num * config.cluster.num_server_nodes,
-        rollout_flops=tokens * forward_flops(actor, mean),
-        synced=num_params(actor) * BYTES[config.precision.dtype],
+        rollout_flops=tokens * forward_flops(served, mean),
+        synced=num_params(served) * BYTES[config.precision.dtype],
     )
 
 
 @dataclass(frozen=True)
 class _Load:
-    """What both models' plans share."""
+    """What the models' plans share."""
 
     config: Config
     dp: int

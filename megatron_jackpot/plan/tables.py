@@ -73,20 +73,24 @@ def memory_troubles(plan: Plan) -> list[str]:
 def memory_table(plan: Plan) -> Table:
     p = plan.config.parallel
     table = Table(title=f"GiB on one of {plan.gpus} training GPUs: tp {p.tp} x pp {p.pp} x dp {plan.dp}")
-    for column in ("", "policy", "actor", "together"):
+    for column in ("", *(m.name for m in plan.models), "together"):
         table.add_column(column, justify="left" if not column else "right")
-    policy, actor = plan.models
-    table.add_row("parameters, whole model", f"{policy.params:,}", f"{actor.params:,}", "")
-    table.add_row("parameters on this GPU", f"{policy.params_per_gpu:,}", f"{actor.params_per_gpu:,}", "")
+    table.add_row("parameters, whole model", *(f"{m.params:,}" for m in plan.models), "")
+    table.add_row("parameters on this GPU", *(f"{m.params_per_gpu:,}" for m in plan.models), "")
     for kind in ("weights", "gradients", "optimizer"):
         values = [getattr(m, kind) for m in plan.models]
         table.add_row(kind, *(f"{v / GIB:.3f}" for v in (*values, sum(values))))
     for kind in ("activations", "logits"):
         values = [getattr(m, kind) for m in plan.models]
         table.add_row(kind, *(f"{v / GIB:.3f}" for v in values), "in turns")
-    table.add_row("all", "", "", f"{plan.trainer_bytes / GIB:.3f}")
-    table.add_row("server GPU: weights", "", f"{plan.server_weights / GIB:.3f}", "")
-    table.add_row("server GPU: KV of the longest", "", f"{plan.longest * plan.server_kv_token / GIB:.3f}", "")
+    table.add_row("all", *("" for _ in plan.models), f"{plan.trainer_bytes / GIB:.3f}")
+    served = {
+        "server GPU: weights": plan.server_weights,
+        "server GPU: KV of the longest": plan.longest * plan.server_kv_token,
+    }
+    for what, size in served.items():
+        cells = (f"{size / GIB:.3f}" if m.name == plan.config.served else "" for m in plan.models)
+        table.add_row(what, *cells, "")
     return table
 
 
@@ -100,8 +104,7 @@ def step_table(plan: Plan, assumed: Assumptions) -> Table:
         "sequences": f"{plan.sequences:,}",
         f"tokens, {plan.mean_tokens:g} a sequence": f"{plan.tokens:,.0f}",
         "micro-batches per optimizer step and rank": f"{plan.microbatches}",
-        "FLOPs of the policy": f"{plan.policy.flops:.3e}",
-        "FLOPs of the actor, training": f"{plan.actor.flops:.3e}",
+        **{f"FLOPs of the {m.name}, training": f"{m.flops:.3e}" for m in plan.models},
         "FLOPs of rollout": f"{plan.rollout_flops:.3e}",
         "bytes of a weight update": f"{plan.synced:,.0f}",
         "bytes received by all server ranks": f"{received:,.0f}",
@@ -119,11 +122,10 @@ def step_table(plan: Plan, assumed: Assumptions) -> Table:
 
 
 def sharing_table(plan: Plan, assumed: Assumptions) -> Table:
-    """What the policy's mesh costs the actor, against one of pure data parallelism on the same GPUs."""
-    table = Table(title="What sharing one mesh costs")
-    for column in ("", "policy", "actor"):
+    """What the policy's mesh costs each model, against one of pure data parallelism on the same GPUs."""
+    table, models = Table(title="What sharing one mesh costs"), plan.models
+    for column in ("", *(m.name for m in models)):
         table.add_column(column, justify="left" if not column else "right")
-    models = plan.models
     table.add_row("training FLOPs, share of a step", *(f"{_share(plan, m):.1%}" for m in models))
     table.add_row("idle in the pipeline", *(f"{plan.bubble:.1%}" for _ in models))
     table.add_row("bytes to tensor-parallel peers", *(f"{m.tp_bytes:,.0f}" for m in models))

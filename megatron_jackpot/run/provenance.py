@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from megatron_jackpot.run import formats
 
 LATEST = "latest"
 """Link to the newest of them."""
+MODELS = ("policy", "actor")
+"""Folders in a checkpoint, one for each model of its run."""
 CHECKPOINTS = "checkpoints"
 """Folder of the published checkpoints in a run's folder."""
 LIBRARIES = (
@@ -112,3 +115,14 @@ def check_run_folder(folder: Path) -> None:
 def checkpoints(run_folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     return sorted((Path(run_folder) / CHECKPOINTS).glob("step-*"))
+
+
+def check_models(checkpoint: Path, names: Iterable[str]) -> None:
+    """Raises ValueError unless a checkpoint holds the models `names` and no other."""
+    held, wanted = {name for name in MODELS if (checkpoint / name).is_dir()}, set(names)
+    if held != wanted:
+        raise ValueError(
+            f"run.resume: {checkpoint} holds {' and '.join(sorted(held))}, this run has "
+            f"{' and '.join(sorted(wanted))}. Set rollout.model and actor as config.yaml there has them, or "
+            "another run.folder."
+        )

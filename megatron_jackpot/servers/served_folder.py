@@ -1,4 +1,4 @@
-"""The folder that servers start from: the actor's own, or one whose config.json asks for fp8. No torch.
+"""The folder that servers start from: the served model's, or one whose config.json asks for fp8. No torch.
 
 The format is that of Qwen3-FP8 and DeepSeek checkpoints; sync/fp8.py makes its numbers.
 """
@@ -22,18 +22,18 @@ QUANTIZATION = {
 
 
 def served_folder(config: Config) -> Path:
-    """The actor's folder, or where servers hold fp8 RUN/actor-fp8.
+    """The served model's folder, or where servers hold fp8 RUN/served-fp8.
 
-    The latter is written here: config.json with the quantisation and the actor's tokenizer; the first push
+    The latter is written here: config.json with the quantisation and the model's tokenizer; the first push
     brings the weights. Raises ValueError for sizes that the servers cannot cut at blocks.
     """
     if config.servers.quantization is None:
-        return config.actor.hf
-    tree = read_hf_config(config.actor.hf)
+        return config.served_hf
+    tree = read_hf_config(config.served_hf)
     _check_sizes(ModelShape.of(tree), config.servers.tp)
-    folder = config.run.folder / "actor-fp8"
+    folder = config.run.folder / "served-fp8"
     folder.mkdir(parents=True, exist_ok=True)
-    copy_other_files(config.actor.hf, folder)
+    copy_other_files(config.served_hf, folder)
     quantised = {**tree, "quantization_config": QUANTIZATION}
     (folder / "config.json").write_text(json.dumps(quantised, indent=2) + "\n", encoding="utf-8")
     return folder

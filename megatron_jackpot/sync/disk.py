@@ -17,7 +17,7 @@ KEPT_VERSIONS = 2
 
 
 class DiskSync:
-    """push() writes folder/actor-v{version} as an HF folder and has every server load it.
+    """push() writes folder/weights-v{version} as an HF folder and has every server load it.
 
     `folder` must be visible to the servers under the same path. Call it on one rank.
     """
@@ -53,7 +53,7 @@ class DiskSync:
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         self.admin.urls = wait_for_healthy(self.urls, self.patience_s, self.stop)
         started, sent = time.monotonic(), SentTensors()
-        path = self.folder / f"actor-v{version}"
+        path = self.folder / f"weights-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)
         with paused(self.admin, self.pause):
             self.memory_saver.resume_weights()
@@ -72,6 +72,6 @@ class DiskSync:
 
     def _drop_old(self) -> None:
         # By time of writing, not by number: after a resume from an older step the numbers start again lower.
-        folders = sorted(self.folder.glob("actor-v*"), key=lambda path: path.stat().st_mtime_ns)
+        folders = sorted(self.folder.glob("weights-v*"), key=lambda path: path.stat().st_mtime_ns)
         for old in folders[:-KEPT_VERSIONS]:
             shutil.rmtree(old)

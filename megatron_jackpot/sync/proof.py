@@ -1,7 +1,7 @@
 """What a push of weights reports, and the proof that every server holds what was sent.
 
 SGLang hashes its own fused, sharded tensors, so hashes of HF-named tensors cannot be compared with it. Proof
-instead: names and shapes equal those of the actor's HF folder; all servers hash alike, rank by rank; the
+instead: names and shapes equal those of the served model's folder; all servers hash alike, rank by rank; the
 hashes moved when the sent values did; every server reports the version; and the first broadcast hashes like
 a load of the same tensors from disk (`same_weights`, called by BroadcastSync).
 """
@@ -155,11 +155,13 @@ def check_names(
         name = min(names)
         where = "sent but not in" if name in sent else "not sent but in"
         raise SyncError(
-            f"{len(names)} tensor names differ from the actor's HF folder: {name} was {where} it."
+            f"{len(names)} tensor names differ from the served model's folder: {name} was {where} it."
         )
     for name in sent.keys() & expected.keys():
         if sent[name] != expected[name]:
-            raise SyncError(f"{name} was sent as {sent[name]}, the actor's HF folder has {expected[name]}.")
+            raise SyncError(
+                f"{name} was sent as {sent[name]}, the served model's folder has {expected[name]}."
+            )
 
 
 def hf_shapes(folder: Path) -> dict[str, list[int]]:

@@ -55,7 +55,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming
     the field for anything that cannot work."""
     methods = Methods.from_config(config)
-    check_same_tokenizer(config.policy.hf, config.actor.hf)
+    check_same_tokenizer({name: section.hf for name, section in config.models.items()})
     tokenizer = load_tokenizer(config.policy.hf)
     families = load_families(config)
     eos = tokenizer.eos_token_id
@@ -65,7 +65,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     heldout = heldout_prompts(
         config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits
     )
-    policy, actor = (load_model(name, config, mesh, families) for name in ("policy", "actor"))
+    models = {name: load_model(name, config, mesh, families) for name in families}
     source = None
     if mesh.is_leader:
         source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
@@ -81,8 +81,8 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     per_step, seed = config.rollout.prompts_per_step, config.run.seed
     state = TrainState(
         mesh=mesh,
-        policy=policy,
-        actor=actor,
+        policy=models["policy"],
+        actor=models.get("actor"),
         methods=methods,
         guard=Guard(config.guard),
         loader=PromptLoader(
@@ -99,17 +99,17 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
 
 
 def load_families(config: Config) -> dict[str, Family]:
-    """Both models' families, checked against the run's sequence lengths."""
-    families = {name: family_of(read_hf_config(getattr(config, name).hf)) for name in ("policy", "actor")}
-    mistakes = misfits(config, families["policy"], families["actor"])
+    """The models' families by name, checked against the run's sequence lengths."""
+    families = {name: family_of(read_hf_config(section.hf)) for name, section in config.models.items()}
+    mistakes = misfits(config, families)
     if mistakes:
         raise ValueError("\n".join(mistakes))
     return families
 
 
 def load_model(name: str, config: Config, mesh: Mesh, families: dict[str, Family]) -> MegatronModel:
-    """Policy or actor from its HF folder, with its optimizer."""
-    section = getattr(config, name)
+    """One model from its HF folder, with its optimizer."""
+    section = config.models[name]
     model = MegatronModel.load(
         name,
         families[name],
@@ -128,7 +128,7 @@ def checked_stop_ids(config: Config, families: dict[str, Family], eos: int | Non
 
     Raises ValueError for one outside a model.
     """
-    stop_ids = stop_token_ids(eos, [config.policy.hf, config.actor.hf])
+    stop_ids = stop_token_ids(eos, [section.hf for section in config.models.values()])
     check_stop_ids(stop_ids, _rows(families))
     return stop_ids
 
@@ -153,11 +153,11 @@ def make_source(
     decode: Callable[[Sequence[int]], str],
 ) -> ServerSource:
     """Client, reward pool and sampling of one DP leader."""
-    rollout, actor = config.rollout, families["actor"]
+    rollout, served = config.rollout, families[config.served]
     client = SGLangClient(
         config.servers.urls,
-        vocab_size=actor.vocab_size,
-        context_length=actor.context_length,
+        vocab_size=served.vocab_size,
+        context_length=served.context_length,
         concurrency=rollout.concurrency,
         request_timeout_s=rollout.request_timeout_s,
         retries=rollout.retries,
@@ -199,7 +199,7 @@ class SyncSettings(TypedDict):
 
 
 def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> DiskSync | BroadcastSync:
-    """The way of the actor's weights to the servers."""
+    """The way of the served model's weights to the servers."""
     sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
     shared = SyncSettings(
         hf_folder=served_folder(config),

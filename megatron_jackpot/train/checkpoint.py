@@ -35,7 +35,7 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
 from megatron_jackpot.run import formats
-from megatron_jackpot.run.provenance import CHECKPOINTS, LATEST, checkpoints
+from megatron_jackpot.run.provenance import CHECKPOINTS, LATEST, check_models, checkpoints
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.state import TrainState
 
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-MODELS = ("policy", "actor")
 
 Digests = dict[str, list]
 """File, relative to the checkpoint -> [bytes, sha256]."""
@@ -131,7 +130,7 @@ class Saver:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left)
-            for name in MODELS:
+            for name in self.state.models:
                 (unfinished / name).mkdir(parents=True)
             newest = checkpoints(self.folder.parent)[-1:]
             need = sum(path.stat().st_size for folder in newest for path in _files(folder))
@@ -156,7 +155,7 @@ class Saver:
     def _write_files(self, writing: "_Writing") -> Digests:
         """Size and hash of what every rank has written."""
         unfinished, group, rank = writing.unfinished, self._group, dist.get_rank()
-        for name in MODELS:
+        for name in self.state.models:
             self._snapshots[name].write(unfinished / name, group)
         parts: list[Any] = [None] * dist.get_world_size()
         with raise_on_all_ranks(group):
@@ -227,7 +226,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def expected_bytes(state: TrainState) -> int:
-    """About how large a checkpoint gets: weights, fp32 copy and two moments of both models; every rank calls
+    """About how large a checkpoint gets: weights, fp32 copy and two moments of every model; every rank calls
     it."""
     local = sum(
         parameter.numel() * (parameter.element_size() + 12)
@@ -263,7 +262,7 @@ def resume(state: TrainState, run_folder: Path, newest: str | None = None) -> li
     Those after `newest` (a name like step-000040) are left aside.
 
     Raises ValueError when there is none, when it is of another format, or when prompts or seed are others
-    than those it was made with.
+    than those it was made with, or the models are.
     """
     mesh = state.mesh
     troubles = []
@@ -317,6 +316,7 @@ def _load(state: TrainState, folder: Path) -> list[str]:
     """What is worth telling of it."""
     saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
+    check_models(folder, state.models)
     changed: set[int] = set()
     if state.loader is not None and saved["loader"] is not None:
         changed = state.loader.load_state_dict(saved["loader"])

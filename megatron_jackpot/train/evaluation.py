@@ -1,4 +1,4 @@
-"""Held-out accuracy of both models: the actor through the servers, the policy through Megatron."""
+"""Held-out accuracy of the models: the served one through the servers, another through Megatron."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,7 +25,7 @@ class Judge(Protocol):
 
 
 class Evaluator:
-    """Greedy accuracy of policy and actor on `prompts`."""
+    """Greedy accuracy of every model on `prompts`."""
 
     def __init__(
         self,
@@ -41,23 +41,28 @@ class Evaluator:
         self.stop_ids, self.packing_tokens = stop_ids, packing_tokens
 
     def __call__(self) -> dict[str, float]:
-        """eval/policy_accuracy, eval/actor_accuracy and eval/failed_rewards on the main rank, {} elsewhere.
-        Every rank must call it."""
-        mesh, policy = self.state.mesh, self.state.policy
+        """eval/NAME_accuracy of every model and eval/failed_rewards on the main rank, {} elsewhere. Every
+        rank must call it."""
+        mesh, served = self.state.mesh, self.state.served
         limit = self.config.evaluation.max_new_tokens
         mine = self.prompts[mesh.dp_rank :: mesh.dp]
-        answers = greedy(
-            policy,
-            [prompt.tokens for prompt in mine],
-            partial(vocab_parallel_argmax, vocab=policy.vocab()),
-            max_new_tokens=limit,
-            stop_ids=self.stop_ids,
-            packing_tokens=self.packing_tokens,
-        )
+        answers = {
+            name: greedy(
+                model,
+                [prompt.tokens for prompt in mine],
+                partial(vocab_parallel_argmax, vocab=model.vocab()),
+                max_new_tokens=limit,
+                stop_ids=self.stop_ids,
+                packing_tokens=self.packing_tokens,
+            )
+            for name, model in self.state.models.items()
+            if model is not served
+        }
         pairs = {}
         failed = judged = 0.0
         if self.judge is not None:
-            for name, texts in (("policy", answers), ("actor", self.judge.greedy(mine, limit))):
+            answers[served.name] = self.judge.greedy(mine, limit)
+            for name, texts in answers.items():
                 correct, count, lost = self.judge.accuracy(texts, mine)
                 failed, judged = failed + lost, judged + count
                 pairs[f"eval/{name}_accuracy"] = (torch.tensor(correct), torch.tensor(count))

@@ -2,6 +2,7 @@
 drift."""
 
 import math
+from collections import Counter
 from typing import Any
 
 from megatron_jackpot.config.run import Guards
@@ -21,7 +22,8 @@ class Guard:
     def __init__(self, config: Guards):
         self.config = config
         self.paused = False
-        self.skipped_in_a_row = {"policy": 0, "actor": 0}
+        self.skipped_in_a_row: Counter[str] = Counter()
+        """Model -> optimizer steps since the last that was applied."""
 
     def watch(self, acceptance: float, kl: float) -> None:
         """Decide from the mean acceptance and KL(target || server) of a mini-batch; what is not finite counts
@@ -62,4 +64,4 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.paused = bool(state["paused"])
-        self.skipped_in_a_row = {"policy": 0, "actor": 0}
+        self.skipped_in_a_row.clear()

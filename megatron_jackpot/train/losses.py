@@ -14,7 +14,7 @@ from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Correction, Direction, Scores
-from megatron_jackpot.train.methods import Methods
+from megatron_jackpot.train.methods import ActorMethods
 
 TRAINED_GAP = "gap/trained_scored"
 """Mean |log s|, s = trained / scored probability: not 0 before the first update only where the numerics
@@ -49,7 +49,7 @@ def policy_loss(
 
 def actor_loss(
     scores: Scores,
-    methods: Methods,
+    methods: ActorMethods,
     denominator: float,
     vocab: VocabSpec,
     teacher: FrozenHead | None,
@@ -63,7 +63,8 @@ def actor_loss(
     logits of this mini-batch, for a distillation over the whole vocabulary.
     """
     batch, old_MT = scores.batch, scores.actor_logp_MT
-    weight_MT = log_ratio(old_MT, batch.server_logp_MT).exp().clamp(max=methods.actor_tis_cap)
+    assert old_MT is not None, "whoever trains an actor has scored it"
+    weight_MT = log_ratio(old_MT, batch.server_logp_MT).exp().clamp(max=methods.tis_cap)
     distill_weight, at_candidates = methods.distill_weight, methods.distill.needs == "candidates"
 
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,7 +74,7 @@ def actor_loss(
             ids_TK = torch.cat([ids_TK, scores.candidate_ids_MTK[m]], dim=-1)
         logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, vocab)
         mask_T, logp_T = batch.mask_MT[m], logp_TK[:, 0]
-        surrogate_T = methods.actor_objective.surrogate(objective_inputs(logp_T, old_MT[m], batch, m))
+        surrogate_T = methods.objective.surrogate(objective_inputs(logp_T, old_MT[m], batch, m))
         rl = -torch.where(mask_T, weight_MT[m] * surrogate_T, 0.0).sum() / denominator
 
         def full_kl(direction: Direction) -> Tensor:

@@ -20,7 +20,7 @@ from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import Registry, build, is_own
 from megatron_jackpot.algorithm.tokens import SumOverBatch
-from megatron_jackpot.config import Config, Method
+from megatron_jackpot.config import Actor, Config, Method
 from megatron_jackpot.config.load import examine
 from megatron_jackpot.records import Metrics, Pair, Rollout, Scores
 from megatron_jackpot.train.own_methods import try_out
@@ -30,63 +30,89 @@ Controller = TargetAcceptance | AdaptiveDistill
 
 
 @dataclass
+class ActorMethods:
+    """How the actor learns, of a run that has one."""
+
+    objective: Objective
+    rl_weight: float
+    tis_cap: float
+    """Cap of the importance weight on the actor's own loss (Eq. 6)."""
+    distill: Distillation
+    distill_weight: float
+    """lambda_distill of the next mini-batch."""
+    adaptive: AdaptiveDistill | None = None
+    """Steers distill_weight, on the last pipeline stage."""
+
+    def steer(self, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
+        """As `Methods.steer`, of the distillation weight."""
+        if self.adaptive is None:
+            return {}
+        total, count = sum_over_batch(torch.stack(kl)).tolist()
+        self.distill_weight = self.adaptive.update(total / count if count else math.nan)
+        one = torch.ones_like(kl[1])
+        return {"actor/distill_weight": (one * self.distill_weight, one)}
+
+
+@dataclass
 class Methods:
     """One of each kind. Raises ValueError from `from_config` for a method or setting that cannot work."""
 
     correction: CorrectionMethod
     objective: Objective
-    actor_objective: Objective
-    distill: Distillation
-    distill_weight: float
-    """lambda_distill of the next mini-batch."""
-    actor_tis_cap: float
-    """Cap of the importance weight on the actor's own loss (Eq. 6)."""
     advantage: Advantage
+    actor: ActorMethods | None = None
+    """None where the policy samples."""
     exact_lam: float | None = None
     """lam of a correction that needs Z over the whole vocabulary; None on every rank alike where none
     does."""
     acceptance: TargetAcceptance | None = None
     """Steers the correction's lam, on the last pipeline stage."""
-    adaptive: AdaptiveDistill | None = None
-    """Steers distill_weight, on the last pipeline stage."""
 
     @classmethod
     def from_config(cls, config: Config) -> "Methods":
         made, mistakes = _make_methods(config)
         if mistakes:
             raise ValueError("\n".join(mistakes))
-        correction, actor = made["correction"], config.actor
+        correction, actor = made["correction"], None
+        if config.actor is not None:
+            actor = ActorMethods(
+                objective=made["actor_objective"],
+                rl_weight=config.actor.rl_weight,
+                tis_cap=config.actor.tis_cap,
+                distill=made["distill"],
+                distill_weight=config.actor.distill_weight,
+                adaptive=_steered_distillation(config.actor),
+            )
         wanted = correction.target_acceptance
         return cls(
-            **made,
-            distill_weight=actor.distill_weight,
-            actor_tis_cap=actor.tis_cap,
+            correction=correction,
+            objective=made["objective"],
+            advantage=made["advantage"],
+            actor=actor,
             exact_lam=correction.lam if correction.needs_exact_overlap else None,
             acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
-            adaptive=_steered_distillation(config),
         )
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether a distillation over the whole vocabulary asks for the policy's last hidden states."""
+        return self.actor is not None and self.actor.distill.needs == "logits"
 
     def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
         """Move lam and the distillation weight for the next mini-batch; what they are then, as metrics.
 
         `kl` is (sum, count) of KL(policy || server) on this rank. Sums over the batch once per controller.
         """
-        one = torch.ones_like(kl[1])
-        metrics = {}
         if self.acceptance is not None:
             mask_MT, both = scores.batch.mask_MT, (scores.target_logp_MT, scores.batch.server_logp_MT)
             log_ratio_MT = log_ratio(*(torch.where(mask_MT, logp_MT, 0.0) for logp_MT in both))
             lam = self.acceptance.update(log_ratio_MT, mask_MT, sum_over_batch)
             self._use_lam(lam)
-        if self.adaptive is not None:
-            total, count = sum_over_batch(torch.stack(kl)).tolist()
-            self.distill_weight = self.adaptive.update(total / count if count else math.nan)
-            metrics["actor/distill_weight"] = (one * self.distill_weight, one)
-        return metrics
+        return {} if self.actor is None else self.actor.steer(kl, sum_over_batch)
 
     def controllers(self) -> dict[str, Controller]:
         """name -> controller, those that the configuration asks for."""
-        both = {"acceptance": self.acceptance, "adaptive": self.adaptive}
+        both = {"acceptance": self.acceptance, "adaptive": self.actor and self.actor.adaptive}
         return {name: controller for name, controller in both.items() if controller is not None}
 
     def load_controllers(self, states: Mapping[str, Mapping[str, float]]) -> None:
@@ -96,8 +122,8 @@ class Methods:
                 controller.load_state_dict(states[name])
         if self.acceptance is not None:
             self._use_lam(self.acceptance.lam)
-        if self.adaptive is not None:
-            self.distill_weight = self.adaptive.weight
+        if self.actor is not None and self.actor.adaptive is not None:
+            self.actor.distill_weight = self.actor.adaptive.weight
 
     def _use_lam(self, lam: float) -> None:
         self.correction = replace(self.correction, lam=lam)
@@ -139,10 +165,15 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
             make_correction(chosen.name, chosen.settings, config.run.seed), chosen, "algorithm.correction"
         ),
         "objective": lambda: _build(algorithm.objective, OBJECTIVES, "algorithm.objective"),
-        "actor_objective": lambda: _build(actor.objective, OBJECTIVES, "actor.objective"),
-        "distill": lambda: _build(actor.distill, DISTILL, "actor.distill"),
         "advantage": lambda: _build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
     }
+    together: list[Callable[[], object]] = []
+    if actor is not None:
+        makers |= {
+            "actor_objective": lambda: _build(actor.objective, OBJECTIVES, "actor.objective"),
+            "distill": lambda: _build(actor.distill, DISTILL, "actor.distill"),
+        }
+        together.append(lambda: _steered_distillation(actor))
     made: dict[str, Any] = {}
     mistakes: list[str] = []
     for name, make in makers.items():
@@ -150,12 +181,12 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
             made[name] = make()
         except ValueError as error:
             mistakes.append(str(error))
-    together: list[Callable[[], object]] = [lambda: _steered_distillation(config)]
     if "correction" in made and made["correction"].needs_exact_overlap:
         together.append(lambda: _check_exact(made["correction"], config))
-    if {"correction", "objective", "actor_objective"} <= made.keys():
-        three = (made["correction"], made["objective"], made["actor_objective"])
-        together.append(lambda: _check_corrected_once(*three, config))
+    if {"correction", "objective"} <= made.keys():
+        together.append(lambda: _check_corrected_once(made["correction"], made["objective"], config))
+    if actor is not None and "actor_objective" in made:
+        together.append(lambda: _check_actor_objective(made["actor_objective"], actor))
     for check in together:
         try:
             check()
@@ -164,8 +195,7 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
     return made, mistakes
 
 
-def _steered_distillation(config: Config) -> AdaptiveDistill | None:
-    actor = config.actor
+def _steered_distillation(actor: Actor) -> AdaptiveDistill | None:
     if actor.distill_target_kl is None:
         return None
     try:
@@ -184,17 +214,18 @@ def _check_exact(correction: CorrectionMethod, config: Config) -> None:
         )
 
 
-def _check_corrected_once(
-    correction: CorrectionMethod, objective: Objective, actor_objective: Objective, config: Config
-) -> None:
-    algorithm, actor = config.algorithm, config.actor
+def _check_corrected_once(correction: CorrectionMethod, objective: Objective, config: Config) -> None:
+    algorithm = config.algorithm
     if objective.corrects and correction.corrects:
         raise ValueError(
             f"algorithm.objective.name = '{algorithm.objective.name}' carries its own ratio to the server, "
             f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction "
             "none" + (", or objective anchor old." if hasattr(objective, "anchor") else ".")
         )
-    if actor_objective.corrects:
+
+
+def _check_actor_objective(objective: Objective, actor: Actor) -> None:
+    if objective.corrects:
         raise ValueError(
             f"actor.objective.name = '{actor.objective.name}' carries its own ratio to the server, and the "
             "actor's "

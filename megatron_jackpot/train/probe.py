@@ -17,7 +17,8 @@ from megatron_jackpot.train.state import TrainState
 
 
 class Prober:
-    """|server logp - trainer logp| of the actor on fresh completions, sampled and top-k tokens together."""
+    """|server logp - trainer logp| of the served model on fresh completions: sampled and top-k tokens
+    together."""
 
     def __init__(
         self,
@@ -59,17 +60,17 @@ class Prober:
             summary = torch.tensor(numbers, dtype=torch.float64, device=mesh.device)
         largest, mean, quantile = mesh.from_last_stage(summary).tolist()
         report = {"probe/max": largest, "probe/mean": mean, "probe/quantile99": quantile}
-        refuse_gap(report, config.precision.dtype, config.sync)
+        refuse_gap(report, self.state.served.name, config.precision.dtype, config.sync)
         return report
 
     def _gaps(self, batch: Batch) -> Tensor | None:
-        vocab = self.scorer.vocab(self.state.actor)
+        vocab = self.scorer.vocab(self.state.served)
 
         def read(logits_TV: Logits, m: int) -> dict[str, Tensor]:
             ids_TK = torch.cat([batch.labels_MT[m][:, None], batch.topk_ids_MTK[m]], dim=-1)
             return {"logp": vocab_parallel_gather_logp(logits_TV, ids_TK, vocab)}
 
-        scored = self.state.actor.score(batch, read)
+        scored = self.state.served.score(batch, read)
         if scored is None:
             return None
         server_MTK = torch.cat([batch.server_logp_MT[..., None], batch.topk_logp_MTK], dim=-1)
@@ -77,8 +78,8 @@ class Prober:
         return (scored["logp"] - server_MTK)[known].abs()
 
 
-def refuse_gap(report: dict[str, float], dtype: str, bounds: Sync) -> None:
-    """Raises RuntimeError when a probe's report lies outside the bounds for `dtype`; NaN counts as
+def refuse_gap(report: dict[str, float], model: str, dtype: str, bounds: Sync) -> None:
+    """Raises RuntimeError when a probe's report on `model` lies outside the bounds for `dtype`; NaN counts as
     outside, and so does what no gap can be."""
     if dtype == "float32":
         checks = [("max", report["probe/max"], bounds.max_logp_gap, "sync.max_logp_gap")]
@@ -90,11 +91,10 @@ def refuse_gap(report: dict[str, float], dtype: str, bounds: Sync) -> None:
     for what, value, bound, field in checks:
         if not 0 <= value <= bound:
             raise RuntimeError(
-                f"Server and trainer disagree about the actor: {what} of |server logp - trainer logp| is "
+                f"Server and trainer disagree about the {model}: {what} of |server logp - trainer logp| is "
                 f"{value:.3g}, "
-                f"{field} allows {bound:g} in {dtype}. Check that the servers hold the actor's weights, use "
-                "the "
-                f"trainer's dtype, and sample with top_p = 1 and top_k = -1 at rollout.temperature."
+                f"{field} allows {bound:g} in {dtype}. Check that the servers hold the {model}'s weights, "
+                f"use the trainer's dtype, and sample with top_p = 1 and top_k = -1 at rollout.temperature."
             )
 
 

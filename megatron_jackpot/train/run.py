@@ -175,7 +175,7 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
 
 
 def _export(trainer: Trainer) -> None:
-    """Both models as HF folders. Raises OSError, on every rank, when they cannot be written."""
+    """Every model as an HF folder. Raises OSError, on every rank, when they cannot be written."""
     step = trainer.state.num_steps
     folder = trainer.config.run.folder / "hf" / f"step-{step:06d}"
     try:

@@ -1,14 +1,19 @@
-"""The no-grad pass of both models over a batch: everything a correction may look at, as `Scores`.
+"""The no-grad pass of the models over a batch: everything a correction may look at, as `Scores`.
+
+Where servers hold the policy, its one pass is read in both roles: p_old, and what stands in for q.
 
 Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2K candidates.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.candidates import make_scores, retargeted, union_of_candidates
+from megatron_jackpot.algorithm.obrs import overlap_limit
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.head import FrozenHead, record_head
 from megatron_jackpot.parallel.divergence import vocab_parallel_overlap
@@ -22,12 +27,13 @@ from megatron_jackpot.records import Batch, Scores
 
 
 class Scorer:
-    """Scores batches with policy and actor; results exist on the last pipeline stage only."""
+    """Scores batches with the policy and, where there is one, the actor; results exist on the last pipeline
+    stage only."""
 
     def __init__(
         self,
         policy: MegatronModel,
-        actor: MegatronModel,
+        actor: MegatronModel | None,
         *,
         temperature: float,
         top_k: int,
@@ -43,22 +49,26 @@ class Scorer:
         self.head: FrozenHead | None = None
 
     def __call__(
-        self, batch: Batch, *, step: int, actor_version: int, exact_lam: float | None = None
+        self, batch: Batch, *, step: int, served_version: int, exact_lam: float | None = None
     ) -> Scores | None:
-        """Both models on the whole batch; once, before any update.
+        """Every model on the whole batch; once, before any update.
 
         `exact_lam` asks for Z over the whole vocabulary at that lam.
         """
-        keep = self.keep_head or exact_lam is not None
+        keep = self.keep_head or (exact_lam is not None and self.actor is not None)
         with record_head(self.policy) if keep else nullcontext() as head:
             policy = self.policy.score(batch, partial(self._read_policy, batch))
-        ids_MTC = None if policy is None else union_of_candidates(batch.topk_ids_MTK, policy["topk_ids"])
-        exact = None if head is None or exact_lam is None else (head, exact_lam)
-        actor = self.actor.score(batch, partial(self._read_actor, batch, ids_MTC, exact))
         self.head = head if self.keep_head else None
-        if policy is None or actor is None or ids_MTC is None:
+        ids_MTC = None if policy is None else union_of_candidates(batch.topk_ids_MTK, policy["topk_ids"])
+        if self.actor is None:
+            served = None if policy is None else _own_proposal(policy, exact_lam)
+        else:
+            exact = None if head is None or exact_lam is None else (head, exact_lam)
+            reader = partial(self._read_actor, self.vocab(self.actor), batch, ids_MTC, exact)
+            served = self.actor.score(batch, reader)
+        if policy is None or served is None or ids_MTC is None:
             return None
-        return make_scores(batch, ids_MTC, policy, actor, actor_version=actor_version, step=step)
+        return make_scores(batch, ids_MTC, policy, served, served_version=served_version, step=step)
 
     def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
         """The same scores aimed at the current policy, by a fresh pass of it."""
@@ -79,14 +89,6 @@ class Scorer:
     def _logp(self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor) -> Tensor:
         return vocab_parallel_logp(logits_TV, labels_T, self.vocab(model))
 
-    def _logp_and(
-        self, model: MegatronModel, logits_TV: Logits, labels_T: Tensor, **ids_TK: Tensor
-    ) -> dict[str, Tensor]:
-        """logp [T] of the labels and, from the same read, a name's log-probs at its ids [T, K]."""
-        ((name, at_TK),) = ids_TK.items()
-        read = vocab_parallel_scores(logits_TV, labels_T, self.vocab(model), ids_TK=at_TK)
-        return {"logp": read.logp_T, name: _asked(read.at_ids_TK)}
-
     def vocab(self, model: MegatronModel) -> VocabSpec:
         """A model's vocabulary at the temperature of the rollouts."""
         return model.vocab(self.temperature)
@@ -105,6 +107,7 @@ class Scorer:
 
     def _read_actor(
         self,
+        vocab: VocabSpec,
         batch: Batch,
         ids_MTC: Tensor | None,
         exact: tuple[FrozenHead, float] | None,
@@ -113,13 +116,23 @@ class Scorer:
     ) -> dict[str, Tensor]:
         assert ids_MTC is not None, "readers run on the last stage only"
         policy_only_TK = ids_MTC[index, :, batch.topk_ids_MTK.shape[-1] :]
-        read = self._logp_and(self.actor, logits_TV, batch.labels_MT[index], topk_logp=policy_only_TK)
+        scores = vocab_parallel_scores(logits_TV, batch.labels_MT[index], vocab, ids_TK=policy_only_TK)
+        read = {"logp": scores.logp_T, "topk_logp": _asked(scores.at_ids_TK)}
         if exact is not None:
             head, lam = exact
             read["exact_overlap"] = vocab_parallel_overlap(
-                head.logits(index), logits_TV, head.common(self.vocab(self.actor)), lam=lam
+                head.logits(index), logits_TV, head.common(vocab), lam=lam
             )
         return read
+
+
+def _own_proposal(policy: Mapping[str, Tensor], exact_lam: float | None) -> dict[str, Tensor]:
+    """What the policy's pass says in the place of an actor's; sum min(q, p / lam) with q = p is min(1, 1 /
+    lam)."""
+    read = {"topk_logp": policy["topk_logp"]}
+    if exact_lam is not None:
+        read["exact_overlap"] = torch.full_like(policy["logp"], overlap_limit(exact_lam))
+    return read
 
 
 def _asked(tensor: Tensor | None) -> Tensor:

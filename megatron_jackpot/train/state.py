@@ -12,21 +12,27 @@ from megatron_jackpot.train.methods import Methods
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Both models with their optimizers, the methods with their controllers, and where the run stands."""
+    """The models with their optimizers, the methods with their controllers, and where the run stands."""
 
     mesh: Mesh
     policy: MegatronModel
-    actor: MegatronModel
+    actor: MegatronModel | None
+    """None where servers hold the policy."""
     methods: Methods
     guard: Guard
     loader: PromptLoader | None = None
     """The order of prompts; None where no rollouts are asked for."""
     num_steps: int = 0
-    """Finished steps; also the version of the actor's weights."""
+    """Finished steps; also the version of the weights that servers hold."""
     num_probes: int = 0
     finished_groups: Groups = field(default_factory=dict)
     """Groups of an unfinished step, on the DP leader that asked for them."""
 
     @property
     def models(self) -> dict[str, MegatronModel]:
-        return {"policy": self.policy, "actor": self.actor}
+        return {"policy": self.policy, **({} if self.actor is None else {"actor": self.actor})}
+
+    @property
+    def served(self) -> MegatronModel:
+        """The model that servers hold and whose weights are pushed to them."""
+        return self.policy if self.actor is None else self.actor

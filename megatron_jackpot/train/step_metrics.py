@@ -103,7 +103,7 @@ class StepMetrics:
 
 
 def staleness(batch: Batch, version: int) -> Metrics:
-    """Weight versions between the actor that was synced last and the one that wrote each token."""
+    """Versions between the weights that were synced last and those that wrote each token."""
     behind = (version - batch.weight_version_MT)[batch.mask_MT]
     return {"staleness/mean": (behind.sum().double(), batch.mask_MT.sum().double())}
 

@@ -58,8 +58,8 @@ class Agreed(NamedTuple):
 
     num_policy: float
     """N of the policy's loss."""
-    num_actor: float
-    """N of the actor's: all valid tokens."""
+    num_valid: float
+    """All valid tokens: N of the actor's."""
     acceptance: float
     """Mean expected acceptance; NaN where no token is valid."""
     kl: float
@@ -67,7 +67,7 @@ class Agreed(NamedTuple):
 
 
 class Trainer:
-    """Policy, actor and everything a step needs. `source` exists on DP leaders, `sync` on the main rank."""
+    """The models and everything a step needs. `source` exists on DP leaders, `sync` on the main rank."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Trainer:
             state.actor,
             temperature=config.rollout.temperature,
             top_k=config.rollout.top_k_logp,
-            keep_head=state.methods.distill.needs == "logits",
+            keep_head=state.methods.keeps_logits,
         )
         self.packer = Packer(
             mesh,
@@ -109,7 +109,7 @@ class Trainer:
         self.num_pushes = 0
 
     def step(self) -> StepResult:
-        """One rollout batch: collect, score, correct, update both models, sync."""
+        """One rollout batch: collect, score, correct, update every model, sync."""
         measured = self.measurements()
         with measured.timer("step"):
             with measured.timer("rollout"):
@@ -135,7 +135,7 @@ class Trainer:
             old = self.scorer(
                 batch,
                 step=self.state.num_steps,
-                actor_version=self.state.num_steps,
+                served_version=self.state.num_steps,
                 exact_lam=self.methods.exact_lam,
             )
         policy_moved = False
@@ -145,12 +145,13 @@ class Trainer:
                 self.measure(mini.scores, correction, measured)
                 agreed = self.agree(mini.scores, correction)
                 self.watch(agreed, measured)
-            if agreed.num_actor == 0:
+            if agreed.num_valid == 0:
                 measured.count("batch/skipped")
                 continue
-            with measured.timer("update_actor"):
-                # Before the policy moves: the teacher is what was scored.
-                self.update_actor(mini, agreed.num_actor, measured)
+            if self.actor is not None:
+                with measured.timer("update_actor"):
+                    # Before the policy moves: the teacher is what was scored.
+                    self.update_actor(mini, agreed.num_valid, measured)
             if agreed.num_policy > 0 and not self.guard.paused:
                 with measured.timer("update_policy"):
                     self.update_policy(mini, correction, agreed.num_policy, measured, first=not policy_moved)
@@ -208,11 +209,11 @@ class Trainer:
         if scores is not None and correction is not None:
             mine = (correction.count, scores.batch.mask_MT.sum(), *correction.acceptance, *correction.kl)
             counts = self.sum_over_batch(torch.stack([number.double() for number in mine]))
-        num_policy, num_actor, *pairs = self.mesh.from_last_stage(counts).tolist()
+        num_policy, num_valid, *pairs = self.mesh.from_last_stage(counts).tolist()
         accepted, of, kl, kl_count = pairs
         return Agreed(
             num_policy=num_policy,
-            num_actor=num_actor,
+            num_valid=num_valid,
             acceptance=accepted / of if of else math.nan,
             kl=kl / kl_count if kl_count else math.nan,
         )
@@ -220,29 +221,31 @@ class Trainer:
     def watch(self, agreed: Agreed, measured: StepMetrics) -> None:
         """Whether the policy may move. Raises RollBack, on every rank, for denominators that are not
         finite."""
-        if not (math.isfinite(agreed.num_policy) and math.isfinite(agreed.num_actor)):
+        if not (math.isfinite(agreed.num_policy) and math.isfinite(agreed.num_valid)):
             raise RollBack(
                 f"step {self.state.num_steps}: denominators are not finite: {agreed.num_policy}, "
-                f"{agreed.num_actor}."
+                f"{agreed.num_valid}."
             )
-        if agreed.num_actor:
+        if agreed.num_valid:
             self.guard.watch(agreed.acceptance, agreed.kl)
             measured.values["guard/paused"] = float(self.guard.paused)
 
     def update_actor(self, mini: MiniBatch, denominator: float, measured: StepMetrics) -> None:
         if not self.config.algorithm.train_actor:
             return
+        actor, methods = self.actor, self.methods.actor
+        assert actor is not None and methods is not None, "only where there is an actor"
         loss: Loss | None = None
         if mini.scores is not None:
             loss = actor_loss(
                 mini.scores,
-                self.methods,
+                methods,
                 denominator,
-                self.scorer.vocab(self.actor),
+                self.scorer.vocab(actor),
                 self.scorer.teacher(mini.microbatches),
-                rl_weight=0.0 if self.guard.paused else self.config.actor.rl_weight,
+                rl_weight=0.0 if self.guard.paused else methods.rl_weight,
             )
-        report = self.actor.update(mini.batch, loss, partial(self.guard.may_step, "actor"))
+        report = actor.update(mini.batch, loss, partial(self.guard.may_step, "actor"))
         measured.note_update("actor", report, self.mesh)
 
     def update_policy(
@@ -290,7 +293,7 @@ class Trainer:
             if self.sync is not None:
                 self.sync.release()
             self.mesh.barrier()
-        for model in (self.policy, self.actor):
+        for model in self.state.models.values():
             model.reload()
 
     @contextmanager
@@ -302,16 +305,16 @@ class Trainer:
             self.push()
 
     def push(self) -> dict[str, float]:
-        """The actor's weights to the servers, stamped with the number of finished steps; metrics on the main
-        rank, none where the run was asked to stop and no server answered."""
+        """The served model's weights to the servers, stamped with the number of finished steps; metrics on
+        the main rank, none where the run was asked to stop and no server answered."""
         self.num_pushes += 1
         sync, servers, version = self.config.sync, self.config.servers, self.state.num_steps
         limit_s = servers.start_timeout_s + sync.timeout_s * 12
         if self.config.parallel.offload_optimizer:
-            for model in (self.policy, self.actor):
+            for model in self.state.models.values():
                 model.offload()
         weights = WeightStream(
-            self.actor,
+            self.state.served,
             f"export-{self.num_pushes}",
             dtype=servers.dtype and DTYPES[servers.dtype],
             fp8=servers.quantization is not None,

@@ -28,7 +28,7 @@ def test_a_loaded_tokenizer_gives_the_ids_of_its_vocabulary(tokenizer_folder):
 def test_two_copies_of_a_tokenizer_have_one_fingerprint(tmp_path, make_tokenizer, tokenizer_folder):
     copy = make_tokenizer(tmp_path, chat=True)
     assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(tokenizer_folder)
-    check_same_tokenizer(copy, tokenizer_folder)
+    check_same_tokenizer({"policy": copy, "actor": tokenizer_folder})
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_two_copies_of_a_tokenizer_have_one_fingerprint(tmp_path, make_tokenizer
 def test_another_vocabulary_or_end_of_text_is_refused(tmp_path, make_tokenizer, actor, difference):
     policy = make_tokenizer(tmp_path / "policy", letters="abc")
     with pytest.raises(ValueError, match=difference):
-        check_same_tokenizer(policy, make_tokenizer(tmp_path / "actor", **actor))
+        check_same_tokenizer({"policy": policy, "actor": make_tokenizer(tmp_path / "actor", **actor)})

@@ -156,7 +156,7 @@ def test_disk_sync_moves_the_weights_stamps_the_version_and_keeps_two_folders(ri
         assert (completion.weight_version == rig.version).all()
     assert reports[0].checksum == reports[2].checksum != reports[1].checksum
     kept = sorted(path.name for path in (rig.folder / "weights").iterdir())
-    assert kept == [f"actor-v{rig.version - 1}", f"actor-v{rig.version}"]
+    assert kept == [f"weights-v{rig.version - 1}", f"weights-v{rig.version}"]
 
 
 def test_broadcast_moves_the_weights_and_its_first_push_equals_a_load_from_disk(rig):

@@ -1,6 +1,7 @@
 """All mistakes of a configuration at once, before anything starts."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,16 @@ def mistakes(run_file: Path, *overrides: str, command: module.Command = "launch"
 
 def test_a_run_that_can_start_has_no_mistake(run_file: Path) -> None:
     assert mistakes(run_file) == []
+
+
+def test_so_has_one_without_an_actor_of_which_no_folder_is_looked_at(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(tmp_path / "actor")
+    asked: list[object] = []
+    monkeypatch.setattr(module, "_ask_methods", lambda config: asked.append(config.actor) or [])
+    monkeypatch.setenv("JACKPOT_HOME", str(tmp_path / "home"))
+    assert mistakes(run_file, "actor=null", "rollout.model=policy") == [] and asked == [None]
 
 
 def test_mistakes_of_every_kind_are_told_together_and_nothing_is_left_behind(

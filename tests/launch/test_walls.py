@@ -72,7 +72,7 @@ from megatron_jackpot.servers import admin, client, process, supervisor
 from megatron_jackpot.servers.gpus import place_servers
 config = load_config(Path({str(run_file)!r}))
 local.check(config)
-assert local.served_folder(config).name == "actor-fp8"
+assert local.served_folder(config).name == "served-fp8"
 place_servers(config.servers)
 """
     loaded = modules_after(body)

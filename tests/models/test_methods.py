@@ -56,7 +56,7 @@ def test_methods_that_go_together_are_built() -> None:
     )
     made = Methods.from_config(exact)
     assert made.exact_lam == 2.0 and made.acceptance is not None
-    assert Methods.from_config(config(actor_distill_target_kl=0.1)).adaptive is not None
+    assert Methods.from_config(config(actor_distill_target_kl=0.1)).actor.adaptive is not None
 
 
 def test_advantages_are_those_of_each_whole_group_in_its_order() -> None:

@@ -101,9 +101,9 @@ def test_a_probe_refuses_what_is_not_finite(bound, value) -> None:
     key = {"max": "probe/max", "mean": "probe/mean", "quantile": "probe/quantile99"}[bound.split("_")[0]]
     report = {"probe/max": 0.0, "probe/mean": 0.0, "probe/quantile99": 0.0}
     dtype = "float32" if key == "probe/max" else "bfloat16"
-    refuse_gap(report, dtype, Sync())
+    refuse_gap(report, "actor", dtype, Sync())
     with pytest.raises(RuntimeError, match=f"sync.{bound}"):
-        refuse_gap({**report, key: value}, dtype, Sync())
+        refuse_gap({**report, key: value}, "actor", dtype, Sync())
 
 
 @pytest.mark.parametrize("value", WILD)

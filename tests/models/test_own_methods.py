@@ -96,7 +96,7 @@ def test_the_example_has_one_for_every_seam_and_their_settings_arrive(
     monkeypatch.syspath_prepend(str(EXAMPLE))
     chosen = load_config(EXAMPLE / "run.yaml")
     made = Methods.from_config(chosen)
-    methods = (made.correction, made.objective, made.advantage, made.distill)
+    methods = (made.correction, made.objective, made.advantage, made.actor.distill)
     assert {type(method).__module__ for method in methods} == {"own_methods"}
     assert (made.correction.floor, made.correction.cap, made.objective.negative) == (0.02, 2.0, 0.3)
     scores = random_scores()

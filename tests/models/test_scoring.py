@@ -43,7 +43,7 @@ def test_a_target_that_moved_brings_its_own_top_k():
     old, new, actor = Fixed(0), Fixed(1), Fixed(2)
     new.logits_TV = old.logits_TV + 0.7 * new.logits_TV
     scorer = Scorer(old, actor, temperature=1.0, top_k=K)
-    scored = scorer(batch, step=0, actor_version=0)
+    scored = scorer(batch, step=0, served_version=0)
     scorer.policy = new
     aimed = scorer.retarget(scored, batch)
     policy = new.logits_TV.log_softmax(-1)

@@ -40,6 +40,8 @@ class Layout:
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
+    one_model: bool = False
+    """No actor: servers hold the policy."""
 
     @property
     def world(self) -> int:
@@ -58,19 +60,20 @@ def make_config(layout: Layout, folder: Path) -> Config:
         **overlap,
     )
     optimizer = dict(lr=1e-3, clip_grad=1e6)
+    distill = dict(distill_weight=0.5, distill=dict(name=layout.distill))
+    actor = dict(hf=str(folder / "actor"), optimizer=optimizer, **distill)
     return parse_config(
         dict(
             run=dict(folder=str(folder / "run"), seed=5),
             policy=dict(hf=str(folder / "policy"), optimizer=optimizer),
-            actor=dict(
-                hf=str(folder / "actor"),
-                optimizer=optimizer,
-                distill_weight=0.5,
-                distill=dict(name=layout.distill),
-            ),
+            actor=None if layout.one_model else actor,
             data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=16),
             rollout=dict(
-                prompts_per_step=NUM_PROMPTS, samples_per_prompt=4, max_new_tokens=16, top_k_logp=TOP_K
+                model="policy" if layout.one_model else "actor",
+                prompts_per_step=NUM_PROMPTS,
+                samples_per_prompt=4,
+                max_new_tokens=16,
+                top_k_logp=TOP_K,
             ),
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
@@ -88,8 +91,9 @@ def make_config(layout: Layout, folder: Path) -> Config:
 def load_trainer(config: Config, total_steps: int = 10) -> Trainer:
     """`total_steps` optimizer steps are what a decay of the learning rate is over."""
     mesh = init_mesh(config.parallel, config.run.seed)
-    families = {n: family_of(read_hf_config(getattr(config, n).hf)) for n in ("policy", "actor")}
-    models = load_models(config, mesh, {n: getattr(config, n).hf for n in families}, families, total_steps)
+    folders = {name: section.hf for name, section in config.models.items()}
+    families = {name: family_of(read_hf_config(folder)) for name, folder in folders.items()}
+    models = {"actor": None, **load_models(config, mesh, folders, families, total_steps)}
     state = TrainState(mesh=mesh, **models, methods=Methods.from_config(config), guard=Guard(config.guard))
     return Trainer(config, state)
 

@@ -295,8 +295,24 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(saved, folder,
     same(got, whole, exact=True, steps=1)
 
 
-def _resume_error(rank: int, world: int, folder: str, run: str) -> str:
-    state = load_trainer(make_config(Layout(), Path(folder))).state
+ONE_MODEL = Layout(one_model=True, correction=STEERED.correction)
+
+
+def test_a_run_of_one_model_resumes_bit_for_bit_and_not_as_one_of_two_nor_the_other_way_round(
+    saved, folder, tmp_path
+) -> None:
+    run = tmp_path / "run"
+    whole = train(folder, run, ONE_MODEL, 3, save="background", save_at=[2])
+    same(train(folder, run, ONE_MODEL, 3, resume=True), whole, exact=True, steps=1)
+    assert whole[1].keys() == {"policy"} and not (run / "checkpoints" / "latest" / "actor").exists()
+    message = run_ranks(_resume_error, 1, 100, str(folder), str(run))[0]
+    assert "step-000002 holds policy, this run has actor and policy. Set rollout.model" in message
+    message = run_ranks(_resume_error, 1, 100, str(folder), str(saved[0]), ONE_MODEL)[0]
+    assert "step-000003 holds actor and policy, this run has policy. Set rollout.model" in message
+
+
+def _resume_error(rank: int, world: int, folder: str, run: str, layout: Layout = STEERED) -> str:
+    state = load_trainer(make_config(layout, Path(folder))).state
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS)]
     state.loader = PromptLoader(prompts, NUM_PROMPTS, 0, 1, 5)
     with pytest.raises(ValueError) as error:

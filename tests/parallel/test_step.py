@@ -121,7 +121,7 @@ def _scored_and_trained_log_probs(trainer) -> dict:
 
 def _teacher_is_what_was_scored(trainer) -> bool:
     batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
-    scores = trainer.scorer(batch, step=0, actor_version=0)
+    scores = trainer.scorer(batch, step=0, served_version=0)
     rows = batch.minibatches()[0]
     first = scores.rows(rows.start, rows.stop)
     trainer.update_actor(MiniBatch(first.batch, rows, first), 10.0, trainer.measurements())
@@ -141,7 +141,7 @@ def _plain_grpo(trainer) -> dict:
     ids = torch.arange(vocab).expand(*batch.tokens_MT.shape, vocab)
     sampled = logp.gather(-1, batch.labels_MT[..., None])[..., 0]
     batch = replace(batch, server_logp_MT=sampled, topk_ids_MTK=ids, topk_logp_MTK=logp, num_minibatches=1)
-    scores = trainer.scorer(batch, step=0, actor_version=0)
+    scores = trainer.scorer(batch, step=0, served_version=0)
     jackpot = trainer.methods.correction(scores, trainer.sum_over_batch)
     none = CORRECTIONS["none"]()(scores, trainer.sum_over_batch)
     results = {}
@@ -178,7 +178,7 @@ def _loss_of_one_micro_batch_against_four(trainer) -> dict:
     for enabled in (True, False):
         trainer.packer.enabled, trainer.packer.num_minibatches = enabled, 1
         batch = trainer.packer.pack(four, TOP_K)
-        scores = trainer.scorer(batch, step=0, actor_version=0)
+        scores = trainer.scorer(batch, step=0, served_version=0)
         correction = trainer.methods.correction(scores, trainer.sum_over_batch)
         loss, gradients = _loss_and_gradients(trainer, batch, _policy_loss(trainer, scores, correction))
         out[batch.num_microbatches] = (loss, float(sum(g.double().pow(2).sum() for g in gradients.values())))
