@@ -1,9 +1,9 @@
 """The only place that adapts Megatron-core to a machine without CUDA; `install` does nothing where CUDA
 exists.
 
-Three kinds of adaptation, each forced by stock megatron-core 0.16: functions of torch.cuda that raise without
-a driver, the literals "cuda" inside Megatron's own functions, and layers of the local spec that refuse packed
-sequences (attention) or sequence parallelism (norm).
+Four kinds of adaptation to stock megatron-core 0.16: functions of torch.cuda that raise without a driver, the
+literals "cuda" inside Megatron's own functions, layers of the local spec that refuse packed sequences
+(attention) or sequence parallelism (norm), and what Megatron hands to torch.compile as it is imported.
 """
 
 import importlib
@@ -44,11 +44,23 @@ def install() -> bool:
     if torch.cuda.is_available():
         return False
     if not _installed:
+        _import_uncompiled()
         _replace_cuda_functions()
         for name in RETARGETED_MODULES:
             _retarget(importlib.import_module(name))
         _installed = True
     return True
+
+
+def _import_uncompiled() -> None:
+    """Megatron's jit_fuser is torch.compile, for fusions that are for GPUs; as a decorator it imports the whole
+    compiler, half of what a rank's imports take."""
+    compiled = torch.compile
+    torch.compile = lambda function: function
+    try:
+        importlib.import_module("megatron.core.jit")
+    finally:
+        torch.compile = compiled
 
 
 class _NullStream:
