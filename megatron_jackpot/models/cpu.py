@@ -53,8 +53,8 @@ def install() -> bool:
 
 
 def _import_uncompiled() -> None:
-    """Megatron's jit_fuser is torch.compile, for fusions that are for GPUs; as a decorator it imports the whole
-    compiler, half of what a rank's imports take."""
+    """Megatron's jit_fuser is torch.compile, for fusions that are for GPUs; as a decorator it would import all
+    of the compiler, for seconds of every rank's start."""
     compiled = torch.compile
     torch.compile = lambda function: function
     try:
