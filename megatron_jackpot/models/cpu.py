@@ -53,8 +53,8 @@ def install() -> bool:
 
 
 def _import_uncompiled() -> None:
-    """Megatron's jit_fuser is torch.compile, for fusions that are for GPUs; as a decorator it would import all
-    of the compiler, for seconds of every rank's start."""
+    """Megatron's jit_fuser is torch.compile, for fusions that are for GPUs; as a decorator it would import the
+    whole compiler, which takes seconds of every rank's start."""
     compiled = torch.compile
     torch.compile = lambda function: function
     try:
