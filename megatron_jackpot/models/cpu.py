@@ -11,6 +11,7 @@ import inspect
 import math
 import types
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +54,10 @@ def install() -> bool:
 
 
 def _import_uncompiled() -> None:
-    """Megatron's jit_fuser is torch.compile, for fusions that are for GPUs; as a decorator it would import the
+    """Megatron hands its fusions, which are for GPUs, to torch.compile; as a decorator that would import the
     whole compiler, which takes seconds of every rank's start."""
-    compiled = torch.compile
-    torch.compile = lambda function: function
-    try:
+    with mock.patch.object(torch, "compile", lambda function: function):
         importlib.import_module("megatron.core.jit")
-    finally:
-        torch.compile = compiled
 
 
 class _NullStream:
