@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# All tests, stage by stage, in the project's own environment.
+# All tests, stage by stage, in the project's own environment: two stages at a time where there are two cores.
 #
-#   bash tests/run.sh                 what every change must pass: at most 20 minutes on 2 cores
-#   bash tests/run.sh --full          the tests marked `full` too, at most 3 hours (or JACKPOT_TEST_LIMIT_S)
+#   bash tests/run.sh                 what every change must pass: at most 15 minutes on 2 idle cores, limit 20
+#   bash tests/run.sh --full          the tests marked `full` too, at most 3 hours
 #   bash tests/run.sh unit parallel   only these stages
+#
+#   JACKPOT_TEST_LIMIT_S   another limit for all of it
+#   JACKPOT_TEST_JOBS      stages at a time; with 1 their output comes as they run, not as they end
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/env.sh
 
-full=()
+full=""
 stages=()
 for word in "$@"; do
   case "$word" in
-    --full) full=(--full) ;;
+    --full) full=--full ;;
     *)
       [[ -d tests/$word ]] || { echo "tests/run.sh: there is no tests/$word" >&2; exit 2; }
       stages+=("$word")
@@ -20,7 +23,8 @@ for word in "$@"; do
   esac
 done
 if (( ${#stages[@]} == 0 )); then
-  stages=(config unit laws launch data rewards servers rollout sync parallel e2e)
+  # The longest first, so that at the end nothing waits for it alone; beside it the quickest.
+  stages=(e2e config unit laws launch data rewards servers rollout sync parallel faults)
   for path in tests/*/; do
     name=$(basename "$path")
     [[ $name == __* || " ${stages[*]} " == *" $name "* ]] || stages+=("$name")
@@ -28,34 +32,55 @@ if (( ${#stages[@]} == 0 )); then
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
-limit="${JACKPOT_TEST_LIMIT_S:-$(( ${#full[@]} ? 10800 : 1200 ))}"
-begin=$SECONDS
-passed=0 failed=0 skipped=0
-report=""
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+limit="${JACKPOT_TEST_LIMIT_S:-$([[ $full ]] && echo 10800 || echo 1200)}"
+jobs="${JACKPOT_TEST_JOBS:-$(( $(nproc) > 1 && ${#stages[@]} > 1 ? 2 : 1 ))}"
+begin=$(date +%s)
+logs=$(mktemp -d)
+trap 'rm -rf "$logs"' EXIT
 
-count() {  # WORD: the number before it in pytest's closing line
-  tail -n 1 "$log" | grep -oE "[0-9]+ $1" | grep -oE '[0-9]+' || echo 0
+run_stage() {  # STAGE: its output into STAGE.log, "STATUS SECONDS" into STAGE.end; neither where no time is left
+  local stage=$1 log="$logs/$1.log" start status left
+  start=$(date +%s)
+  left=$((begin + limit - start))
+  if (( left <= 0 )); then return; fi
+  # SIGINT at the limit, so that pytest still ends the processes its tests started.
+  local command=(timeout --foreground --signal=INT --kill-after=60 "$left" python -m pytest "tests/$stage" $full)
+  if (( jobs > 1 )); then
+    "${command[@]}" >"$log" 2>&1
+    status=$?
+    { flock 9; echo "== tests/$stage"; cat "$log"; } 9>"$logs/lock"  # One stage's output after another's.
+  else
+    echo "== tests/$stage"
+    "${command[@]}" 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]}
+  fi
+  echo "$status $(($(date +%s) - start))" >"$logs/$stage.end"
+}
+export -f run_stage
+export logs begin limit jobs full
+
+chosen=()
+for stage in "${stages[@]}"; do
+  [[ -z $(find "tests/$stage" -name 'test_*.py' -print -quit 2>/dev/null) ]] || chosen+=("$stage")
+done
+printf '%s\n' "${chosen[@]}" | xargs -P "$jobs" -I '{}' bash -c 'run_stage {}' || true
+
+count() {  # STAGE WORD: the number before it in pytest's closing line
+  tail -n 1 "$logs/$1.log" | grep -oE "[0-9]+ $2" | grep -oE '[0-9]+' || echo 0
 }
 
-for stage in "${stages[@]}"; do
-  [[ -n $(find "tests/$stage" -name 'test_*.py' -print -quit 2>/dev/null) ]] || continue
-  left=$((limit - (SECONDS - begin)))
-  if (( left <= 0 )); then
-    report+="  $stage: not run, the limit of $limit s is used up"$'\n'
-    failed=$((failed + 1))
+passed=0 failed=0 skipped=0 missed=0
+echo "== stages, $(($(date +%s) - begin)) s in all"
+for stage in "${chosen[@]}"; do
+  if [[ ! -f $logs/$stage.end ]]; then
+    echo "  $stage: not run, the limit of $limit s is used up"
+    missed=$((missed + 1))
     continue
   fi
-  echo "== tests/$stage"
-  start=$SECONDS
-  status=0
-  # SIGINT at the limit, so that pytest still ends the processes its tests started.
-  timeout --foreground --signal=INT --kill-after=60 "$left" \
-    python -m pytest "tests/$stage" "${full[@]}" 2>&1 | tee "$log" || status=${PIPESTATUS[0]}
-  passed=$((passed + $(count passed)))
-  skipped=$((skipped + $(count skipped)))
-  bad=$(( $(count failed) + $(count errors?) ))
+  read -r status seconds <"$logs/$stage.end"
+  passed=$((passed + $(count "$stage" passed)))
+  skipped=$((skipped + $(count "$stage" skipped)))
+  bad=$(( $(count "$stage" failed) + $(count "$stage" errors?) ))
   note=""
   case $status in
     0 | 5) ;;  # 5: everything in this stage was left out
@@ -63,10 +88,7 @@ for stage in "${stages[@]}"; do
     *) bad=$(( bad > 0 ? bad : 1 )) ;;
   esac
   failed=$((failed + bad))
-  report+="  $stage: $((SECONDS - start)) s$note"$'\n'
+  echo "  $stage: $seconds s$note"
 done
-
-echo "== stages, $((SECONDS - begin)) s in all"
-printf '%s' "$report"
-echo "$passed passed, $failed failed, $skipped skipped"
-(( failed == 0 && passed > 0 ))
+echo "$passed passed, $failed failed, $skipped skipped, $missed stages not run"
+(( failed == 0 && missed == 0 && passed > 0 ))

@@ -7,6 +7,8 @@ from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from megatron_jackpot.algorithm.registry import is_own
+
 
 class ConfigError(ValueError):
     """The input cannot work; the message names the field and the remedy."""
@@ -68,3 +70,8 @@ class Method(BaseModel):
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a class of the user's own, named by its path."""
+        return is_own(self.name)

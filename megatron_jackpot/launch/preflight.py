@@ -2,7 +2,7 @@
 
 Ranks check the same again: the machine that launches need not be the one that trains. Methods check their
 own settings, in a child that may load torch and whose verdict is kept by content, so that no rule is written
-twice; rows are kept by content too.
+twice; rows are kept by content too. A verdict on methods of the user's own is not kept.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_jackpot.config import Check, Config
+from megatron_jackpot.config import Check, Config, Method
 from megatron_jackpot.config.model_folder import WEIGHTS, check_stop_ids, stop_token_ids
 from megatron_jackpot.config.model_shape import ModelShape, model_shapes
 from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
@@ -157,9 +157,13 @@ def _methods(s: Subject) -> Iterator[str]:
     if s.command == "train":
         return  # The rank makes them at once.
     config = s.config
-    key = content(
-        config.algorithm, config.actor, config.run.seed, sources=("algorithm/*.py", "train/methods.py")
-    )
+    chosen = [value for _, value in (*config.algorithm, *config.actor) if isinstance(value, Method)]
+    if any(method.is_own for method in chosen):
+        yield from _ask_methods(config)
+        return
+    # No method looks at the actor's folder or optimizer: runs of other models share a verdict.
+    actor = config.actor.model_dump(exclude={"hf", "optimizer"})
+    key = content(config.algorithm, actor, config.run.seed, sources=("algorithm/*.py", "train/methods.py"))
     yield from cached("methods", key, lambda: _ask_methods(config))
 
 

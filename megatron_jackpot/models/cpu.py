@@ -1,9 +1,9 @@
 """The only place that adapts Megatron-core to a machine without CUDA; `install` does nothing where CUDA
 exists.
 
-Three kinds of adaptation, each forced by stock megatron-core 0.16: functions of torch.cuda that raise without
-a driver, the literals "cuda" inside Megatron's own functions, and layers of the local spec that refuse packed
-sequences (attention) or sequence parallelism (norm).
+Four kinds of adaptation to stock megatron-core 0.16: functions of torch.cuda that raise without a driver, the
+literals "cuda" inside Megatron's own functions, layers of the local spec that refuse packed sequences
+(attention) or sequence parallelism (norm), and what Megatron hands to torch.compile as it is imported.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import inspect
 import math
 import types
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,19 @@ def install() -> bool:
     if torch.cuda.is_available():
         return False
     if not _installed:
+        _import_uncompiled()
         _replace_cuda_functions()
         for name in RETARGETED_MODULES:
             _retarget(importlib.import_module(name))
         _installed = True
     return True
+
+
+def _import_uncompiled() -> None:
+    """Megatron hands its fusions, which are for GPUs, to torch.compile; as a decorator that would import the
+    whole compiler, which takes seconds of every rank's start."""
+    with mock.patch.object(torch, "compile", lambda function: function):
+        importlib.import_module("megatron.core.jit")
 
 
 class _NullStream:

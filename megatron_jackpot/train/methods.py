@@ -18,7 +18,7 @@ from megatron_jackpot.algorithm.distill import DISTILL, Distillation
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
-from megatron_jackpot.algorithm.registry import Registry, build, is_own
+from megatron_jackpot.algorithm.registry import Registry, build
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
 from megatron_jackpot.config.load import examine
@@ -146,7 +146,7 @@ def _build(chosen: Method, registry: Registry[M], where: str) -> M:
 
 def _tried(method: M, chosen: Method, where: str) -> M:
     """The method, tried out where it is one of the user's own."""
-    if is_own(chosen.name):
+    if chosen.is_own:
         try_out(method, chosen.name, where)
     return method
 

@@ -33,12 +33,17 @@ def _run_all(rank: int, world: int, folder: str, server: str) -> dict[str, list[
         one_model = load_config(path).actor is None
         file.write_text(path.read_text().replace(BASE, f"base: {folder}/run.yaml"))
         out = Path(folder) / "ablations" / path.stem
+        # What test_run.py holds of every run is left out here: evaluation, probes, exports.
         overrides = [
             f"servers.urls=['{server}']",
             f"run.folder={out}",
             "sync.method=disk",
+            "sync.probe_every=1000",
             "logging.tensorboard=false",
             "run.save_hf_at_end=false",
+            "evaluation.size=0",
+            "rollout.prompts_per_step=4",
+            "packing.tokens=512",
         ]
         if one_model:
             # The server was started for models of the actor's shape. Nothing but rewards moves the policy.
@@ -46,7 +51,7 @@ def _run_all(rank: int, world: int, folder: str, server: str) -> dict[str, list[
             overrides += ["data.reward=tests.e2e.digits:score"]
         started = time.perf_counter()
         try:
-            run(load_config(file, [*overrides, "sync.probe_every=1000", "rollout.prompts_per_step=4"]), mesh)
+            run(load_config(file, overrides), mesh)
         except Exception as error:
             raise RuntimeError(f"{path.name} failed") from error
         print(f"{path.stem}: {time.perf_counter() - started:.1f} s", flush=True)

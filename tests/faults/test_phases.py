@@ -8,6 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
+
 from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.rollout.collector import Collected
@@ -21,7 +23,8 @@ from tests.faults.harness import PHASES, check_account, kill_in_phase, make_mode
 from tests.parallel.spawn import run_ranks, start_ranks
 from tests.tiny import groups
 
-STEPS = 30
+STEPS = 22
+"""Two and more for each phase: a run that is killed has saved a step, and met the phase in one after it."""
 RANKS = 2
 LIMIT_S = 60
 NOISY = {"rollout/tokens_per_s", "sync/seconds"}
@@ -96,11 +99,21 @@ def another_checkpoint(run: Path) -> None:
         time.sleep(0.01)
 
 
-def test_killed_in_every_phase_the_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    yaml_file = make_models(tmp_path)
-    whole, hit = tmp_path / "whole", tmp_path / "hit"
-    run_ranks(_train, RANKS, 120, str(yaml_file), str(whole))
-    lines = []
+@pytest.fixture(scope="module")
+def yaml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_models(tmp_path_factory.mktemp("phases"))
+
+
+@pytest.fixture(scope="module")
+def whole(yaml_file: Path) -> Path:
+    """The folder of a run to which nothing happened."""
+    run = yaml_file.parent / "whole"
+    run_ranks(_train, RANKS, 120, str(yaml_file), str(run))
+    return run
+
+
+def test_killed_in_every_phase_the_run_ends_as_if_it_had_not_been(yaml_file: Path, whole: Path) -> None:
+    hit, lines = yaml_file.parent / "hit", []
     for number, phase in enumerate(PHASES):
         victim = number % RANKS if phase != "publish step-" else 0
         with tempfile.TemporaryDirectory() as folder:
@@ -121,14 +134,17 @@ def test_killed_in_every_phase_the_run_ends_as_if_it_had_not_been(tmp_path: Path
     assert weights(hit) == weights(whole)
 
 
-def test_a_run_goes_back_from_gradients_that_are_none_to_a_checkpoint_that_leads_on(tmp_path: Path) -> None:
-    yaml_file, steps = make_models(tmp_path), 8
-    runs = []
+def test_a_run_goes_back_from_gradients_that_are_none_to_a_checkpoint_that_leads_on(
+    yaml_file: Path, whole: Path
+) -> None:
+    steps = 8
+    prompts = (whole / "prompts.jsonl").read_text().splitlines()[:steps]
     # Step 5 is skipped, 6 is too much: back to 4. Twice: 5 and 6 once more, back to 3, of which nothing bad
     # is known.
-    for name, bad, more in (("whole", (), 0), ("once", (5, 6), 2), ("twice", (5, 6, 7, 8), 5)):
-        run = tmp_path / name
+    for name, bad, more in (("once", (5, 6), 2), ("twice", (5, 6, 7, 8), 5)):
+        run = yaml_file.parent / name
         asked = run_ranks(_train, RANKS, 120, str(yaml_file), str(run), steps, bad)
         assert asked == [steps + more] * RANKS and check_account(run) == steps
-        runs.append((numbers(run), weights(run, steps), (run / "prompts.jsonl").read_text()))
-    assert runs[0] == runs[1] == runs[2]
+        assert numbers(run) == numbers(whole)[: steps + 1]
+        assert weights(run, steps) == weights(whole, steps)
+        assert (run / "prompts.jsonl").read_text().splitlines() == prompts

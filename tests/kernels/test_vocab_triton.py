@@ -65,7 +65,13 @@ def both(case, call):
         return mine, call()
 
 
-@pytest.mark.parametrize("seed", range(24))
+def seeds(first: int, num: int) -> pytest.MarkDecorator:
+    """`num` random shapes, and as many others with --full."""
+    more = [pytest.param(first + num + i, marks=pytest.mark.full) for i in range(num)]
+    return pytest.mark.parametrize("seed", [*range(first, first + num), *more])
+
+
+@seeds(0, 12)
 def test_one_pass_equals_the_torch_form_on_random_shapes(seed):
     case = random_case(seed)
     logits_TV = logits_of(case)
@@ -84,7 +90,7 @@ def test_one_pass_equals_the_torch_form_on_random_shapes(seed):
     assert torch.equal(*argmax) and torch.equal(argmax[0], mine.topk_ids_TK[:, 0])
 
 
-@pytest.mark.parametrize("seed", range(100, 112))
+@seeds(100, 6)
 def test_gradients_equal_the_torch_form_and_come_in_the_dtype_of_the_logits(seed):
     case = random_case(seed)
     ids_TN = make_ids(case["num_tokens"], case["num"], case["vocab"], seed)
@@ -111,7 +117,7 @@ def kl_and_gradient(student, teacher, vocab, direction):
     return kl_T.detach(), torch.autograd.grad(kl_T, leaf, torch.linspace(-1, 2, len(kl_T), device=DEVICE))[0]
 
 
-@pytest.mark.parametrize("seed", range(200, 216))
+@seeds(200, 8)
 def test_overlap_and_kl_of_two_models_equal_the_torch_form(seed):
     case = random_case(seed)
     first, second = logits_of(case), logits_of({**case, "holes": False}, offset=1)

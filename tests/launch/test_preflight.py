@@ -166,6 +166,26 @@ def test_rows_are_read_again_only_when_something_changed(run_file: Path, monkeyp
     assert len(seen) == 3
 
 
+def test_methods_are_asked_again_only_when_they_change_and_always_where_they_are_ones_own(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        module, "_ask_methods", lambda config: asked.append(config.algorithm.correction.name) or []
+    )
+    for folder in ("policy", "actor"):  # Of another model it is the same question.
+        mistakes(
+            run_file, "algorithm.correction={name: tis, cap: 2.25}", f"actor.hf={run_file.parent / folder}"
+        )
+    assert asked == ["tis"]
+    mistakes(run_file, "algorithm.correction={name: tis, cap: 2.5}")
+    mistakes(run_file, "algorithm.correction={name: tis, cap: 2.25}", "actor.distill_weight=0.25")
+    assert asked == ["tis"] * 3
+    for _ in range(2):
+        mistakes(run_file, "algorithm.correction.name=mine:Own")
+    assert asked == [*["tis"] * 3, *["mine:Own"] * 2]
+
+
 def test_a_cache_that_cannot_be_written_or_read_keeps_nothing(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("JACKPOT_HOME", str(tmp_path / "file" / "below"))

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch", "megatron_jackpot.train.run"]
+PRELOADED = ["torch", "torch._dynamo", "megatron_jackpot.train.run"]
+"""torch imports its compiler when a first optimizer is made: here once, not in every rank."""
 
 
 def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *args: Any) -> list[Any]:

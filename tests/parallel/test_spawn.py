@@ -1,9 +1,11 @@
 """The helper that starts ranks: errors come with their traceback, whatever hangs is ended."""
 
 import multiprocessing
+import sys
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.parallel.spawn import run_ranks
@@ -17,6 +19,15 @@ def _fail_on_rank_one(rank, world):
 
 def _hang(rank, world):
     time.sleep(1000)
+
+
+def _compiler(rank, world):
+    return "torch._inductor.compile_fx" in sys.modules, torch.compile.__module__
+
+
+def test_a_rank_without_cuda_has_megatron_but_not_its_compiler_and_torch_is_as_it_was():
+    """Importing it takes every rank seconds at its start."""
+    assert run_ranks(_compiler, 1, 60) == [(torch.cuda.is_available(), "torch")]
 
 
 def test_an_error_on_one_rank_ends_all_and_shows_its_traceback():

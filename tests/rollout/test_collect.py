@@ -129,8 +129,9 @@ def test_failed_groups_are_counted_and_left_out_up_to_the_allowed_share():
     groups, metrics = run(engine, allowed=0.2)
     assert [group[0].prompt.id for group in groups] == [i for i in range(10, 20) if i not in (13, 15)]
     assert metrics["rollout/failed_groups"] == (2, 10)
+    # Which of the two is told depends on which came last, and that on the machine.
     with pytest.raises(
-        ServersLost, match="2 of 10 groups were lost.*max_failed_groups = 0.1.*http://a: HTTP 500"
+        ServersLost, match="2 of 10 groups were lost.*max_failed_groups = 0.1.*http://[ab]: HTTP 500"
     ):
         run(engine, allowed=0.1)
 
