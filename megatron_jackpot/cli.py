@@ -76,12 +76,12 @@ def _preflight(config: Config, args: argparse.Namespace) -> list[str]:
     command: Command = args.command
     if command == "launch" and args.slurm:
         command = "plan" if args.dry_run else "submit"
-    return preflight(Subject(config, command, getattr(args, "nproc", None), _say_rows))
+    return preflight(Subject(config, command, getattr(args, "nproc", None), _say_progress))
 
 
-def _say_rows(rows: int) -> None:
-    if rows % 10_000 == 0:
-        print(f"megatron-jackpot: {rows} rows checked", file=sys.stderr, flush=True)
+def _say_progress(what: str, number: int) -> None:
+    if number % 10_000 == 0:
+        print(f"megatron-jackpot: {number} {what} checked", file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -90,6 +90,16 @@ def _packing(c: "Config") -> Iterator[str]:
             )
 
 
+def _learning_rates(c: "Config") -> Iterator[str]:
+    for name, section in (("policy", c.policy), ("actor", c.actor)):
+        lr, min_lr = section.optimizer.lr, section.optimizer.min_lr
+        if min_lr > lr:
+            yield (
+                f"{name}.optimizer.min_lr = {min_lr:g}, where a decay ends, is above {name}.optimizer.lr = "
+                f"{lr:g}, where it begins. Lower min_lr, or raise lr."
+            )
+
+
 def _minibatches(c: "Config") -> Iterator[str]:
     n = c.algorithm.num_minibatches
     if c.rollout.prompts_per_step % n:
@@ -151,6 +161,12 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "holds the longest prompt with the longest response, of rollouts and of evaluation",
         "raise it, or lower data.max_prompt_tokens or max_new_tokens",
         _packing,
+    ),
+    Check(
+        "policy.optimizer.min_lr, actor.optimizer.min_lr",
+        "is not above the same optimizer's lr",
+        "lower it, or raise lr",
+        _learning_rates,
     ),
     Check(
         "algorithm.num_minibatches", "divides rollout.prompts_per_step", "change one of them", _minibatches

@@ -56,7 +56,7 @@ def _fault(reading: Reading) -> str | None:
         return "is prose: no response would repeat its words."
     if isinstance(reading, Words) and any(mark in reading.words for mark in ("\\", "^", "{", "}", "=")):
         return "mixes words and mathematics, and cannot be compared as either."
-    if isinstance(reading, Formula) and algebra.parse_latex(reading.latex) is None:
+    if isinstance(reading, Formula) and not algebra.readable(reading.latex):
         return "parses to nothing: neither a number, words nor a formula that math-verify reads."
     return None
 

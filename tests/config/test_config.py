@@ -111,6 +111,10 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
             "offload_optimizer = true needs precision.dtype='bfloat16'",
         ),
         ({"parallel": {"vpp": 2}}, "needs parallel.pp > 1"),
+        (
+            {"actor": {"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}},
+            r"actor.optimizer.min_lr = 1e-05.* above actor.optimizer.lr = 1e-06",
+        ),
         ({"parallel": {"sequence_parallel": True}}, "needs parallel.tp > 1"),
         (
             {"parallel": {"overlap_param_gather": True, "distributed_optimizer": False}},

@@ -267,3 +267,19 @@ def test_long_answers_cost_next_to_nothing(answer):
     for text in (f"\\boxed{{{answer}}}", answer, f"The answer is {answer}", f"\\boxed{{{answer}"):
         math_verify.score(text, {"answer": "x^2-1"})
     assert time.process_time() - started < 4.0
+
+
+def test_other_numbers_in_the_same_places_are_not_asked_again_and_the_verdict_is_that_of_the_formula():
+    algebra._form_is_read.cache_clear()
+    labels = [rf"{i}\sqrt{{{i + 20}}}+\frac{{\pi}}{{{i + 30}}}" for i in range(11, 61)]
+    assert all(map(algebra.readable, labels)) and algebra._form_is_read.cache_info().misses == 1
+    formulas = [gold for _, (gold, *_) in cases(3, 7)] + [
+        r"\frac{5}{1-1}",
+        r"\frac12",
+        "x^{",
+        "3^",
+        r"\sqrt",
+        "5)(3",
+    ]
+    for formula in formulas:
+        assert algebra.readable(formula) == (algebra.parse_latex(formula) is not None), formula
