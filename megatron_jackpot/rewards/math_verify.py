@@ -93,6 +93,9 @@ def same(gold: Reading, answer: Reading) -> bool:
             return algebra.same(gold.latex, answer.latex)
         case Words(), Words():
             return gold.words == answer.words
+        case (Words(), Formula()) | (Formula(), Words()):
+            # The choice E, and e, which is a number where no choice is meant.
+            return len(gold.text) == 1 and gold.text.casefold() == answer.text.casefold()
         case Code(), Code():
             return gold.kind == answer.kind and gold.parts == answer.parts
         case Based(), Based():
