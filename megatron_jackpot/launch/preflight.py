@@ -145,6 +145,8 @@ def _tokenizers(s: Subject) -> Iterator[str]:
     if s.models_are_here and all(folder.is_dir() for folder in s.folders.values()):
         try:
             check_same_tokenizer(*s.folders.values())
+            # Two copies of one that cannot be read are the same.
+            Vocabulary.read(s.config.policy.hf)
         except (ValueError, OSError) as error:
             yield str(error)
 

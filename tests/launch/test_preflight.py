@@ -141,6 +141,17 @@ def test_stop_ids_are_those_of_both_folders_and_of_generation_config_and_lie_ins
     assert "policy.hf has an embedding of 61 rows" in found and "61. Mend eos_token_id" in found
 
 
+def test_a_tokenizer_and_a_file_of_settings_that_cannot_be_read_are_told(run_file: Path) -> None:
+    for name in ("policy", "actor"):
+        (run_file.parent / name / "generation_config.json").write_text("[]")
+    (found,) = mistakes(run_file)
+    assert "generation_config.json must hold a JSON object, got list" in found
+    for name in ("policy", "actor"):
+        (run_file.parent / name / "tokenizer.json").write_text("{")
+    (found,) = mistakes(run_file)
+    assert "tokenizer.json cannot be read" in found
+
+
 def test_rows_are_read_again_only_when_something_changed(run_file: Path, monkeypatch) -> None:
     seen = []
     read = module.training_prompts
