@@ -79,6 +79,21 @@ def _ipc(c: "Config") -> Iterator[str]:
         )
 
 
+def _urls(c: "Config") -> Iterator[str]:
+    for url in c.servers.urls:
+        try:
+            parts = urlsplit(url)
+            fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 0) >= 0
+            rest = parts.path or parts.query or parts.fragment or parts.username
+        except ValueError:
+            fits, rest = False, ""
+        if not fits or rest:
+            yield (
+                f"servers.urls has '{url}': must be http://HOST:PORT and no more, an IPv6 address in "
+                "brackets. Write it so."
+            )
+
+
 def _packing(c: "Config") -> Iterator[str]:
     for section, limit in new_tokens(c).items():
         longest = c.data.max_prompt_tokens + limit
@@ -155,6 +170,7 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check("servers.quantization", "goes with bfloat16 servers", "set servers.dtype=bfloat16", _quantization),
     Check("parallel.offload_optimizer", "goes with bfloat16 training", "set it to false", _offload),
+    Check("servers.urls", "are http://HOST:PORT, and no more", "write them so", _urls),
     Check("sync.method", "ipc reaches servers of this node alone", "set sync.method=broadcast", _ipc),
     Check(
         "packing.tokens",
