@@ -6,8 +6,10 @@ import shutil
 import signal
 import sys
 import textwrap
+import time
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         # The names of files, too, follow the locale; only a new interpreter changes that.
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    began = time.monotonic()
     args = parse(sys.argv[1:] if argv is None else argv)
     if args.command == "doctor":
         from megatron_jackpot.launch.doctor import doctor
@@ -66,22 +69,28 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "plan":
         return _plan(config, args)
     if args.command in ("serve", "join"):
-        return _node(args.command, config)
-    return _submit(config, args) if args.slurm else _launch(config, args.nproc)
+        return _node(args.command, config, began)
+    return _submit(config, args) if args.slurm else _launch(config, args.nproc, began)
 
 
 def _preflight(config: Config, args: argparse.Namespace) -> list[str]:
     from megatron_jackpot.launch.preflight import Command, Subject, preflight
 
     command: Command = args.command
+    mistakes = []
     if command == "launch" and args.slurm:
+        from megatron_jackpot.launch.slurm import job_mistakes
+
+        _hush()
         command = "plan" if args.dry_run else "submit"
-    return preflight(Subject(config, command, getattr(args, "nproc", None), _say_rows))
+        mistakes = list(job_mistakes(config, args.chain))
+    found = preflight(Subject(config, command, getattr(args, "nproc", None), _say_progress))
+    return list(dict.fromkeys([*found, *mistakes]))
 
 
-def _say_rows(rows: int) -> None:
-    if rows % 10_000 == 0:
-        print(f"megatron-jackpot: {rows} rows checked", file=sys.stderr, flush=True)
+def _say_progress(what: str, number: int) -> None:
+    if number % 10_000 == 0:
+        print(f"megatron-jackpot: {number} {what} checked", file=sys.stderr, flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -156,7 +165,7 @@ def _train(config: Config | None, mistakes: list[str]) -> int:
         return refuse(ConfigError("\n".join(mistakes)))
     from megatron_jackpot.launch.preflight import Subject, preflight
     from megatron_jackpot.monitor.messages import configure
-    from megatron_jackpot.run.interrupt import StopRequest, die_with_parent
+    from megatron_jackpot.run.interrupt import STARTED_VARIABLE, StopRequest, die_with_parent
 
     # torchrun's end, however it came, asks its ranks to save; signals count from here on, also during the
     # imports.
@@ -169,10 +178,16 @@ def _train(config: Config | None, mistakes: list[str]) -> int:
     if mistakes:
         return refuse(ConfigError("\n".join(mistakes)))
     _hush()
+    from megatron_jackpot.launch.lock import only_launch
     from megatron_jackpot.train.run import run
 
+    # A launch has the folder already; of a bare torchrun the first rank takes it.
+    alone = os.environ.get("RANK", "0") == "0" and STARTED_VARIABLE not in os.environ
     try:
-        run(config, stop=stop)
+        if alone:
+            config.run.folder.mkdir(parents=True, exist_ok=True)
+        with only_launch(config.run.folder) if alone else nullcontext():
+            run(config, stop=stop)
     except ConfigError as error:
         return refuse(error)
     except Exception:
@@ -184,7 +199,7 @@ def _train(config: Config | None, mistakes: list[str]) -> int:
     return 0
 
 
-def _launch(config: Config, nproc: int | None) -> int:
+def _launch(config: Config, nproc: int | None, began: float) -> int:
     from megatron_jackpot.launch.local import launch
     from megatron_jackpot.launch.lock import refuse_if_held
 
@@ -192,26 +207,22 @@ def _launch(config: Config, nproc: int | None) -> int:
         refuse_if_held(config.run.folder)
     except ValueError as error:
         return refuse(error)
-    return launch(config, nproc)
+    return launch(config, nproc, began=began)
 
 
-def _node(role: str, config: Config) -> int:
+def _node(role: str, config: Config, began: float) -> int:
     from megatron_jackpot.launch.node import join, serve
 
     try:
-        return serve(config) if role == "serve" else join(config)
+        return serve(config) if role == "serve" else join(config, began)
     except ValueError as error:
         return refuse(error)
 
 
 def _submit(config: Config, args: argparse.Namespace) -> int:
-    _hush()
     from megatron_jackpot.launch.slurm import submit
 
-    try:
-        return submit(config, dry_run=args.dry_run, chain=args.chain)
-    except ValueError as error:
-        return refuse(error)
+    return submit(config, dry_run=args.dry_run, chain=args.chain)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -44,14 +44,24 @@ def make_correction(name: str, settings: Mapping[str, Any], seed: int) -> Correc
     """The method of `algorithm.correction`; `seed` is the default key of the accept draws.
 
     `preset`, of a method that has some, names settings; those written beside it win. Raises ValueError naming
-    the key.
+    the key, a line for each mistake.
     """
     where, settings = "algorithm.correction", dict(settings)
     method = find(name, CORRECTIONS, where)
+    mistakes = []
     if method.presets:
         preset = settings.pop("preset", "paper")
-        check_choice(f"{where}.preset", preset, tuple(method.presets))
-        settings = {**method.presets[preset], **settings}
+        try:
+            check_choice(f"{where}.preset", preset, tuple(method.presets))
+        except ValueError as error:
+            mistakes.append(str(error))
+        settings = {**method.presets.get(preset, {}), **settings}
     if method.seeded:
         settings.setdefault("seed", seed)
-    return make(method, name, settings, where)
+    try:
+        made = make(method, name, settings, where)
+    except ValueError as error:
+        mistakes.append(str(error))
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return made

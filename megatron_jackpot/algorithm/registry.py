@@ -30,8 +30,8 @@ def build(name: str, settings: Mapping[str, object], registry: Registry[M], wher
     """The method `name` with its settings. `where` is its place in the configuration, for example
     "algorithm.correction".
 
-    Raises ValueError naming an unknown method or setting and the nearest known one, a value of the wrong
-    type, or the rule of the method's own check that failed.
+    Raises ValueError, with a line for each mistake: an unknown method or setting and the nearest known one, a
+    value of the wrong type, the rule of the method's own check that failed.
     """
     return make(find(name, registry, where), name, settings, where)
 
@@ -56,23 +56,55 @@ def make(method: type[M], name: str, settings: Mapping[str, object], where: str)
     items = fields_of(method)
     known = [item.name for item in items]
     hints = get_type_hints(method)
-    checked = {}
+    checked: dict[str, Any] = {}
+    mistakes = []
     for setting, value in settings.items():
         if setting not in known:
             remedy = nearest(setting, known) if known else "It has no settings."
-            raise ValueError(f"Unknown setting '{where}.{setting}' of '{name}'. {remedy}")
-        checked[setting] = _convert(value, hints[setting], f"{where}.{setting}")
-    missing = [item.name for item in items if item.name not in checked and _required(item)]
-    if missing:
-        raise ValueError(f"{where}.{missing[0]} is missing: '{name}' needs it. Set it beside the name.")
-    try:
-        return method(**checked)
-    except ValueError as error:
-        raise ValueError(f"{where}.{error}") from error
-    except Exception as error:
-        if not is_own(name):
-            raise
-        raise ValueError(f"{where}.name = '{name}' cannot be made from its settings.\n{shown()}") from error
+            mistakes.append(f"Unknown setting '{where}.{setting}' of '{name}'. {remedy}")
+            continue
+        try:
+            checked[setting] = _convert(value, hints[setting], f"{where}.{setting}")
+        except ValueError as error:
+            mistakes.append(str(error))
+    required = _required(method)
+    mistakes += [
+        f"{where}.{item} is missing: '{name}' needs it. Set it beside the name."
+        for item in required
+        if item not in settings
+    ]
+    made = None
+    # A choice that cannot be read may be what other settings go with: without it nothing is said of them.
+    choices = [item for item in settings.keys() & hints.keys() if not _is_number(hints[item])]
+    if all(item in checked for item in [*required, *choices]):
+        made, refused = _tried(method, checked, name, where)
+        mistakes += refused
+    if made is None or mistakes:
+        raise ValueError("\n".join(mistakes))
+    return made
+
+
+def _tried(method: type[M], settings: dict[str, Any], name: str, where: str) -> tuple[M | None, list[str]]:
+    """The method, and every setting that its own check refuses: a number that is refused counts as not given,
+    so that the rest can be looked at. None where that is not possible."""
+    settings, mistakes, required = dict(settings), [], _required(method)
+    hints = get_type_hints(method)
+    while True:
+        try:
+            return method(**settings), mistakes
+        except ValueError as error:
+            mistakes.append(f"{where}.{error}")
+            # Its message begins with the field: "cap = -1: must be ...".
+            culprit = str(error).partition(" ")[0]
+            if culprit not in settings or culprit in required or not _is_number(hints[culprit]):
+                return None, mistakes
+            del settings[culprit]
+        except Exception as error:
+            if not is_own(name):
+                raise
+            raise ValueError(
+                f"{where}.name = '{name}' cannot be made from its settings.\n{shown()}"
+            ) from error
 
 
 def load(path: str, where: str) -> object:
@@ -137,6 +169,10 @@ def _is_setting(hint: object) -> bool:
     return get_origin(hint) is Literal or hint in SETTING_TYPES
 
 
+def _is_number(hint: object) -> bool:
+    return bool({int, float} & {hint, *get_args(hint)})
+
+
 def nearest(word: str, known: list[str]) -> str:
     """'Did you mean ...?' for the closest known word, or the list of known words."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
@@ -156,8 +192,8 @@ def _hint(value: object, choices: tuple) -> str:
     return f"Did you mean '{close[0]}'?" if close else f"Use {choices[0]!r}."
 
 
-def _required(item: Field[Any]) -> bool:
-    return item.default is item.default_factory
+def _required(method: type) -> list[str]:
+    return [item.name for item in fields_of(method) if item.default is item.default_factory]
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -79,6 +79,21 @@ def _ipc(c: "Config") -> Iterator[str]:
         )
 
 
+def _urls(c: "Config") -> Iterator[str]:
+    for url in c.servers.urls:
+        try:
+            parts = urlsplit(url)
+            fits = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 0) >= 0
+            rest = parts.path or parts.query or parts.fragment or parts.username
+        except ValueError:
+            fits, rest = False, ""
+        if not fits or rest:
+            yield (
+                f"servers.urls has '{url}': must be http://HOST:PORT and no more, an IPv6 address in "
+                "brackets. Write it so."
+            )
+
+
 def _packing(c: "Config") -> Iterator[str]:
     for section, limit in new_tokens(c).items():
         longest = c.data.max_prompt_tokens + limit
@@ -87,6 +102,16 @@ def _packing(c: "Config") -> Iterator[str]:
                 f"packing.tokens = {c.packing.tokens} is smaller than data.max_prompt_tokens + "
                 f"{section}.max_new_tokens = {longest}: a sequence must fit one micro-batch. Raise "
                 "packing.tokens."
+            )
+
+
+def _learning_rates(c: "Config") -> Iterator[str]:
+    for name, section in (("policy", c.policy), ("actor", c.actor)):
+        lr, min_lr = section.optimizer.lr, section.optimizer.min_lr
+        if min_lr > lr:
+            yield (
+                f"{name}.optimizer.min_lr = {min_lr:g}, where a decay ends, is above {name}.optimizer.lr = "
+                f"{lr:g}, where it begins. Lower min_lr, or raise lr."
             )
 
 
@@ -169,6 +194,7 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check("servers.quantization", "goes with bfloat16 servers", "set servers.dtype=bfloat16", _quantization),
     Check("parallel.offload_optimizer", "goes with bfloat16 training", "set it to false", _offload),
+    Check("servers.urls", "are http://HOST:PORT, and no more", "write them so", _urls),
     Check("sync.method", "ipc reaches servers of this node alone", "set sync.method=broadcast", _ipc),
     Check(
         "rollout.model, actor",
@@ -183,6 +209,12 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "holds the longest prompt with the longest response, of rollouts and of evaluation",
         "raise it, or lower data.max_prompt_tokens or max_new_tokens",
         _packing,
+    ),
+    Check(
+        "policy.optimizer.min_lr, actor.optimizer.min_lr",
+        "is not above the same optimizer's lr",
+        "lower it, or raise lr",
+        _learning_rates,
     ),
     Check(
         "algorithm.num_minibatches", "divides rollout.prompts_per_step", "change one of them", _minibatches

@@ -19,13 +19,16 @@ NOT_COPIED = {INDEX, "metadata.json", "model.safetensors", "conversion.json"}
 
 
 def read_json(path: Path, absent: Any = None) -> Any:
-    """What a JSON file holds, `absent` where there is none. Raises ValueError naming the file."""
+    """The JSON object of a file, `absent` where there is none. Raises ValueError naming the file."""
     if not path.is_file():
         return absent
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(held).__name__}. Restore the file.")
+    return held
 
 
 def read_hf_config(folder: Path) -> HFConfig:

@@ -107,7 +107,12 @@ class ModelShape:
         given = {**kind.defaults, **hf_config}
         num_heads, hidden_size = _size(given, "num_attention_heads"), _size(given, "hidden_size")
         # Where it is null, every query head has its own.
-        num_groups = given.get("num_key_value_heads") or num_heads
+        num_groups = num_heads
+        if given.get("num_key_value_heads") is not None:
+            num_groups = _size(given, "num_key_value_heads")
+        head_dim = hidden_size // num_heads
+        if given.get("head_dim") is not None:
+            head_dim = _size(given, "head_dim")
         if num_heads % num_groups:
             raise ValueError(
                 f"config.json: num_key_value_heads = {num_groups} does not divide "
@@ -120,10 +125,10 @@ class ModelShape:
             ffn_size=_size(given, "intermediate_size"),
             num_heads=num_heads,
             num_groups=num_groups,
-            head_dim=given.get("head_dim") or hidden_size // num_heads,
+            head_dim=head_dim,
             vocab_size=_size(given, "vocab_size"),
             context_length=_size(given, "max_position_embeddings"),
-            norm_eps=given["rms_norm_eps"],
+            norm_eps=_number(given, "rms_norm_eps"),
             init_std=hf_config.get("initializer_range", 0.02),
             tied=bool(hf_config.get("tie_word_embeddings", False)),
             qk_norm=kind.qk_norm,
@@ -274,7 +279,11 @@ def rope_of(hf_config: HFConfig) -> Rope:
     if len(forms) == 2 and forms[0] != forms[1]:
         raise ValueError(f"config.json: rope_parameters and rope_scaling differ: {forms}.")
     nested = forms[0] if forms else {}
-    thetas = {float(x["rope_theta"]) for x in (nested, hf_config) if x.get("rope_theta") is not None}
+    if not isinstance(nested, dict) or any(isinstance(value, dict) for value in nested.values()):
+        raise ValueError(
+            f"config.json: rope_parameters = {nested} is not supported, only one for all layers."
+        )
+    thetas = {_number(x, "rope_theta") for x in (nested, hf_config) if x.get("rope_theta") is not None}
     if len(thetas) > 1:
         raise ValueError(f"config.json: rope_theta is given twice and differently: {sorted(thetas)}.")
     partial = nested.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
@@ -283,9 +292,9 @@ def rope_of(hf_config: HFConfig) -> Rope:
     theta = thetas.pop() if thetas else Rope.theta
     scaling = nested.get("rope_type", nested.get("type", "default"))
     if scaling == "linear":
-        return Rope(theta, "linear", float(nested["factor"]))
+        return Rope(theta, "linear", _number(nested, "factor"))
     if scaling == "llama3" and all(nested.get(key) == value for key, value in LLAMA3_ROPE.items()):
-        return Rope(theta, "llama3", float(nested["factor"]))
+        return Rope(theta, "llama3", _number(nested, "factor"))
     if scaling != "default":
         raise ValueError(
             f"config.json: rope scaling '{scaling}' with {nested} is not supported. Known: 'default', "
@@ -296,9 +305,16 @@ def rope_of(hf_config: HFConfig) -> Rope:
 
 def _size(hf_config: HFConfig, key: str) -> int:
     value = _given(hf_config, key)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise ValueError(f"config.json: {key} = {value!r} must be a positive integer.")
     return value
+
+
+def _number(hf_config: HFConfig, key: str) -> float:
+    value = _given(hf_config, key)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {key} = {value!r} must be a positive number.")
+    return float(value)
 
 
 def _given(hf_config: HFConfig, key: str) -> Any:

@@ -8,6 +8,9 @@ from typing import Any
 
 from megatron_jackpot.algorithm.registry import nearest
 
+ASKING = ("user", "tool", "system", "developer", "function", "ipython")
+"""Roles of a message that the assistant may answer. Its own has other names, too: model, gpt, Assistant."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -138,9 +141,10 @@ def _messages(messages: Any) -> list[dict[str, str]]:
         if not all(isinstance(field, str) for field in fields):
             raise ValueError(f"a message needs the texts 'role' and 'content', got {message!r}.")
         _check_text("content", message["content"])
-    if messages[-1]["role"] == "assistant":
+    if (role := messages[-1]["role"]) not in ASKING:
         raise ValueError(
-            "'messages' ends with the assistant's own answer, which would stand in the prompt. Leave it out."
+            f"'messages' ends with the role {role!r}: an answer would stand in the prompt. Leave it out, or "
+            f"give the last one a role of {', '.join(ASKING)}."
         )
     return messages
 

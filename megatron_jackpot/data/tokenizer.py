@@ -43,13 +43,21 @@ class Vocabulary:
         folder = Path(folder)
         backend = _backend(folder)
         config = read_json(folder / "tokenizer_config.json", {})
-        named = {**read_json(folder / "special_tokens_map.json", {}), **config}
+        # As transformers: the older file counts where the newer one does not list its tokens.
+        older = {} if "added_tokens_decoder" in config else read_json(folder / "special_tokens_map.json", {})
+        named = {**config, **older}
+        backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         special = {name: _text(named[name]) for name in SPECIAL if named.get(name)}
         known = backend.get_vocab(with_added_tokens=True)
         for _, entry in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
             if entry["content"] not in known:
                 # A tokenizer.json that was not written anew after tokens were added.
                 backend.add_tokens([AddedToken(**{k: v for k, v in entry.items() if k != "__type"})])
+        if (eos := special.get("eos_token")) and backend.token_to_id(eos) is None:
+            raise ValueError(
+                f"{folder}: the end of a text, eos_token = {eos!r}, is no token of tokenizer.json. Mend it "
+                "in tokenizer_config.json."
+            )
         jinja = folder / "chat_template.jinja"
         template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
         if isinstance(template, list):
@@ -96,6 +104,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     except Exception as error:
         # The tokenizers library raises bare Exception for a file that it cannot read.
         raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+    # Prompts have limits of their own, and none is made longer than it is.
+    _unlimited(tokenizer.backend_tokenizer)
     # It would turn "1 , 2" into "1, 2" and "a .5" into "a.5" before an answer is graded.
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
@@ -150,9 +160,13 @@ def _backend(folder: Path) -> Tokenizer:
     except Exception as error:
         # The library raises bare Exception for a file that it cannot read.
         raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+    _unlimited(backend)
+    return backend
+
+
+def _unlimited(backend: Tokenizer) -> None:
     backend.no_truncation()
     backend.no_padding()
-    return backend
 
 
 def _text(token: Any) -> str:

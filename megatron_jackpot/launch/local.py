@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -85,8 +85,41 @@ def launch(
     *,
     start: StartServers | None = None,
     trainer_command: TrainerCommand | None = None,
+    began: float | None = None,
+) -> int:
+    """`run_job` in a folder of its own, cleared of what an earlier run was asked.
+
+    EXIT_REFUSED where another launch has it, or servers.host is not here.
+    """
+    try:
+        with own_folder(config.run.folder):
+            return run_job(config, nproc, start=start, trainer_command=trainer_command, began=began)
+    except ConfigError as error:
+        say(str(error))
+        return EXIT_REFUSED
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Hold a run's folder within, cleared of what an earlier run in it was asked.
+
+    Raises ConfigError when another launch has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_launch(folder):
+        forget_stop(folder)
+        yield
+
+
+def run_job(
+    config: Config,
+    nproc: int | None = None,
+    *,
+    start: StartServers | None = None,
+    trainer_command: TrainerCommand | None = None,
     log: str = TRAIN_LOG,
     first: bool = True,
+    began: float | None = None,
 ) -> int:
     """Run the job to its end and return the exit code: 0 done, EXIT_REQUEUE if it saved and ended as asked.
 
@@ -94,35 +127,17 @@ def launch(
     once with 128 + n. Training that fails is started again from the last checkpoint, at most run.max_restarts
     times, then its code is returned; where it was asked to stop meanwhile, the restart is left to whoever
     queues it again. A server that ends or hangs is started again, at most servers.max_restarts times, then 1.
-    Must run in the main thread of its process. Every process started here has ended when this returns. Of a
-    job's nodes only the `first` holds the folder and clears what an earlier run was asked: another may start
-    when this one has been asked already. EXIT_REFUSED where the folder is another launch's, or servers.host
-    not here.
+    Must run in the main thread of its process. Every process started here has ended when this returns.
+
+    `first`: of a job's nodes, the one that has the folder; another may still see what an earlier run was
+    asked. `began`, on the monotonic clock: from when run.time_limit_s counts, None for now. Raises
+    ConfigError where servers.host is not here.
     """
     folder = config.run.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_launch(folder) if first else nullcontext():
-            return _launch(config, num_processes(config, nproc), start, trainer_command, folder / log, first)
-    except ConfigError as error:
-        say(str(error))
-        return EXIT_REFUSED
-
-
-def _launch(
-    config: Config,
-    nproc: int,
-    start: StartServers | None,
-    trainer_command: TrainerCommand | None,
-    log: Path,
-    first: bool,
-) -> int:
-    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
     config_file = record(config, folder)
     children.become_subreaper()
-    if first:
-        forget_stop(folder)
-    with _Job(config, log, first) as job:
+    with _Job(config, folder / log, first, began) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             api_key.provide(config.servers.host)
@@ -137,7 +152,7 @@ def _launch(
                 return 1
             urls = [server.url for server in job.servers]
         say(f"servers: {', '.join(urls)}")
-        job.train((trainer_command or torchrun)(config_file, nproc, urls), urls)
+        job.train((trainer_command or torchrun)(config_file, num_processes(config, nproc), urls), urls)
     return job.code
 
 
@@ -184,7 +199,7 @@ def say(text: str) -> None:
 class _Job:
     """The children of one launch and the one way they end: leaving the block, for whatever reason."""
 
-    def __init__(self, config: Config, log: Path, first: bool):
+    def __init__(self, config: Config, log: Path, first: bool, began: float | None):
         self.config, self.folder, self.log, self.first = config, config.run.folder, log, first
         self.look_after(())
         self.trainer: children.Streamed | None = None
@@ -194,7 +209,7 @@ class _Job:
         self._ending = False
         self._asked: int | None = None
         self._asked_at = -math.inf
-        self._stop = StopRequest(config.run, started=time.monotonic())
+        self._stop = StopRequest(config.run, started=time.monotonic() if began is None else began)
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_Job":

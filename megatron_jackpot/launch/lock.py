@@ -1,6 +1,7 @@
 """One launch in a run's folder at a time: RUN/lock names the host and process that has it.
 
-    {"host": "n1", "boot": "8c1f...", "pid": 4711, "began": 1764210000.5, "job": "17"}
+    {"host": "n1", "boot": "8c1f...", "pid": 4711, "began": 1764210000.5, "job": "17",
+     "attempt": "0"}
 
 The kernel's lock on the file tells on one machine, whatever its processes' numbers mean to one another
 (containers); where a file system has none, the process id and its time of start do. Of another machine
@@ -65,7 +66,7 @@ def _refuse_if_held(folder: Path, file: IO[str]) -> None:
 def _has_ended(holder: dict[str, Any], free: bool | None) -> bool:
     """Whether the launch that wrote the lock is known to be gone. `free`: what the kernel's lock says."""
     own = _own()
-    if own["job"] and holder.get("job") == own["job"]:
+    if own["job"] and holder.get("job") == own["job"] and holder.get("attempt") != own["attempt"]:
         return True  # Slurm starts a job again only after it has ended.
     if holder.get("boot") == own["boot"]:
         return free or not _runs(holder)
@@ -89,6 +90,7 @@ def _own() -> dict[str, Any]:
         "pid": os.getpid(),
         "began": psutil.Process().create_time(),
         "job": os.environ.get("SLURM_JOB_ID"),
+        "attempt": os.environ.get("SLURM_RESTART_COUNT") or "0",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ import psutil
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.local import launch, say, start_model_servers, torchrun
-from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS
+from megatron_jackpot.launch.local import own_folder, run_job, say, start_model_servers, torchrun
+from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS, StopRequest
 from megatron_jackpot.servers.address import free_port
 from megatron_jackpot.servers.process import stop_servers
 from megatron_jackpot.servers.supervisor import Supervisor
@@ -93,25 +94,42 @@ def serve(config: Config) -> int:
     return 0
 
 
-def join(config: Config) -> int:
+def join(config: Config, began: float | None = None) -> int:
     """This node's training processes to their end: torchrun's code, EXIT_REQUEUE when saved before the end.
 
-    Raises ValueError for a bad layout. Waits for servers and for the first node, within
-    servers.start_timeout_s.
+    Raises ValueError for a bad layout, ConfigError where another launch has the folder. Waits for servers and
+    for the first node, within servers.start_timeout_s; every way of asking a run to stop ends that as well.
+    `began`, on the monotonic clock: from when run.time_limit_s counts, None for now.
     """
     config, place = enter(config, os.environ, "join")
-    asked: list[int] = []
-    for signum in SIGNALS:
-        signal.signal(signum, lambda number, _frame: asked.append(number))
-    try:
-        urls = config.servers.urls or wait_for_servers(config, place, lambda: bool(asked))
-        master = meet(config, place, lambda: bool(asked))
-    except InterruptedError:
-        say(f"{place.node}: told to stop before training began")
-        return EXIT_REQUEUE
-    except TimeoutError as error:
-        say(f"{place.node}: {error}")
-        return 1
+    began = time.monotonic() if began is None else began
+    first = place.rank == 0
+    with own_folder(config.run.folder) if first else nullcontext():
+        asked: list[int] = []
+        for signum in SIGNALS:
+            signal.signal(signum, lambda number, _frame: asked.append(number))
+        request = StopRequest(config.run, started=began)
+        ended = place.folder(config) / "ended.json"
+
+        def stopped() -> bool:
+            # The file may still be an earlier run's where the first node has not come to clear it.
+            return bool(asked) or (request.reason() is not None if first else ended.exists())
+
+        try:
+            urls = config.servers.urls or wait_for_servers(config, place, stopped)
+            master = meet(config, place, stopped)
+        except InterruptedError:
+            if first:
+                publish(ended, {"node": place.node})
+            say(f"{place.node}: told to stop before training began")
+            return EXIT_REQUEUE
+        except TimeoutError as error:
+            say(f"{place.node}: {error}")
+            return 1
+        return _train(config, place, urls, master, began)
+
+
+def _train(config: Config, place: Place, urls: Sequence[str], master: Mapping[str, Any], began: float) -> int:
     network = place.interface and {
         "NCCL_SOCKET_IFNAME": place.interface,
         "GLOO_SOCKET_IFNAME": place.interface,
@@ -127,8 +145,14 @@ def join(config: Config) -> int:
     def command(config_file: Path, nproc: int, urls: Sequence[str]) -> list[str]:
         return torchrun(config_file, nproc, urls, rendezvous(place, master))
 
-    log, first = f"train-{place.node}.log", place.rank == 0
-    return launch(config, trainer_procs(config), trainer_command=command, log=log, first=first)
+    return run_job(
+        config,
+        trainer_procs(config),
+        trainer_command=command,
+        log=f"train-{place.node}.log",
+        first=place.rank == 0,
+        began=began,
+    )
 
 
 def enter(config: Config, environ: Mapping[str, str], role: str) -> tuple[Config, Place]:

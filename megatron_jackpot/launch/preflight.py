@@ -8,11 +8,12 @@ twice; rows are kept by content too. A verdict on methods of the user's own is n
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,10 @@ from megatron_jackpot.config.model_shape import ModelShape, model_shapes
 from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_same_tokenizer
 from megatron_jackpot.launch.cached import cached, content
+from megatron_jackpot.launch.labels import label_mistakes, load_mistakes, whole_rows
 from megatron_jackpot.launch.lock import LOCK_FILE
+from megatron_jackpot.records import Prompt
+from megatron_jackpot.rewards.label_cache import judges
 from megatron_jackpot.run.clock import STARTED_FILE, started_at
 from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
 from megatron_jackpot.run.provenance import (
@@ -50,9 +54,9 @@ NOT_CHECKED = (
     "weights: that they are whole, and that models and servers fit the GPUs' memory",
     "fp8 and Transformer Engine on this GPU",
     "SGLang: its version, and that servers start and speak the trainer's log-probs",
-    "labels against data.reward: each rank's reward workers check them before the first step",
+    "a reward of your own: that it can score the labels",
 )
-"""What needs a GPU, a server or the reward itself; docs/refused.md names it."""
+"""What needs a GPU, a server or a response; docs/refused.md names it."""
 
 
 @dataclass
@@ -62,7 +66,8 @@ class Subject:
     config: Config
     command: Command = "launch"
     nproc: int | None = None
-    progress: Callable[[int], None] = field(default=lambda rows: None)
+    progress: Callable[[str, int], None] = field(default=lambda what, number: None)
+    """Told how many "rows" or "labels" of a file have been checked, every thousand."""
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -141,6 +146,8 @@ def _tokenizers(s: Subject) -> Iterator[str]:
     if s.models_are_here and all(folder.is_dir() for folder in s.folders.values()):
         try:
             check_same_tokenizer(s.folders)
+            # Two copies of one that cannot be read are the same.
+            Vocabulary.read(s.config.policy.hf)
         except (ValueError, OSError) as error:
             yield str(error)
 
@@ -192,15 +199,15 @@ def _prompts(s: Subject) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    limits = Limits(rows=_rows(s), now=now, progress=s.progress)
+    limits = Limits(rows=_rows(s), now=now, progress=partial(s.progress, "rows"))
     files = [path for path in (data.path, data.heldout_path) if path and data.source == "jsonl"]
     files += [config.policy.hf / name for name in TOKENIZER_FILES]
     key = content(
         data.model_dump(exclude={"reward_workers", "changed_rows"}), config.evaluation.size,
-        config.evaluation.seed, limits.rows, versions()["reasoning-gym"],
+        config.evaluation.seed, limits.rows, versions()["reasoning-gym"], judges(),
         files=files, sources=("data/*.py",),
     )  # fmt: skip
-    verdict = cached("rows", key, lambda: _read_rows(config, s.vocabulary, limits))
+    verdict = cached("rows", key, lambda: _read_rows(config, s.vocabulary, limits, s.progress))
     yield from verdict["mistakes"]
     if not verdict["mistakes"] and config.rollout.prompts_per_step > verdict["usable"]:
         yield (
@@ -209,18 +216,32 @@ def _prompts(s: Subject) -> Iterator[str]:
         )
 
 
-def _read_rows(config: Config, vocabulary: Any, limits: Limits) -> dict[str, Any]:
-    mistakes, usable, texts = [], 0, frozenset()
+def _read_rows(
+    config: Config, vocabulary: Any, limits: Limits, progress: Callable[[str, int], None]
+) -> dict[str, Any]:
+    data, mistakes, usable, texts = config.data, [], 0, frozenset()
+    chosen: dict[Path | None, list[Prompt] | None] = {data.path: None}
     try:
-        training = training_prompts(config.data, vocabulary, limits=limits)
-        usable, texts = len(training.prompts), training.texts
+        training = training_prompts(data, vocabulary, limits=limits)
+        usable, texts, chosen[data.path] = len(training.prompts), training.texts, training.prompts
     except (ValueError, OSError) as error:
         mistakes.append(str(error))
-    if config.data.source == "jsonl" or not mistakes:
+    if data.source == "jsonl" or not mistakes:
+        if config.evaluation.size:
+            chosen[data.heldout_path] = None
         try:
-            heldout_prompts(config.data, config.evaluation, vocabulary, exclude=texts, limits=limits)
+            heldout = heldout_prompts(data, config.evaluation, vocabulary, exclude=texts, limits=limits)
+            chosen[data.heldout_path] = heldout.prompts
         except (ValueError, OSError) as error:
             mistakes.append(str(error))
+    # A generated problem is right by construction, and `exact` takes every text that a row may have.
+    if data.source == "jsonl" and data.reward in REWARDS[1:]:
+        files = {
+            path: whole_rows(path) if prompts is None else prompts
+            for path, prompts in chosen.items()
+            if path is not None and path.is_file()
+        }
+        mistakes += label_mistakes(data, files, partial(progress, "labels"))
     return {"mistakes": mistakes, "usable": usable}
 
 
@@ -228,11 +249,13 @@ def _reward(s: Subject) -> Iterator[str]:
     name = s.config.data.reward
     if name in REWARDS:
         return
-    package, dot, _ = name.partition(".")
-    if not dot:
-        yield f"data.reward = '{name}': must be one of {', '.join(REWARDS)}, or a dotted path. Set one."
+    package, *inside = re.split("[.:]", name)
+    if not inside:
+        yield f"data.reward = '{name}': must be one of {', '.join(REWARDS)}, or package.module:name. Set one."
     elif not package.isidentifier() or importlib.util.find_spec(package) is None:
         yield f"data.reward = '{name}': there is no package {package}. Put its folder on PYTHONPATH."
+    elif s.command == "launch":
+        yield from load_mistakes(s.config.data)
 
 
 def _servers(s: Subject) -> Iterator[str]:
@@ -327,12 +350,12 @@ CHECKS: tuple[Check[Subject], ...] = (
     ),
     Check(
         "data.path, data.heldout_path, data.tasks, data.template",
-        "give enough rows that are whole, with a label, that the template takes, whose ids lie inside both "
-        "embeddings, that do not end with an end-of-text id or the answer",
+        "give enough rows that are whole, with a label that data.reward can score, that the template takes, "
+        "whose ids lie inside both embeddings, that do not end with an end-of-text id or the answer",
         "mend the row that is named, by file and line",
         _prompts,
     ),
-    Check("data.reward", "is known or a dotted path into a package that is there", "set it", _reward),
+    Check("data.reward", "is known, or a dotted path to what a worker can load and call", "set it", _reward),
     Check("servers.python, servers.port", "can be run, and are free", "set another", _servers),
     Check(
         "run.folder, run.resume",

@@ -1,4 +1,4 @@
-"""`launch --slurm`: the cluster section of a configuration as a Slurm job, checked before it is submitted.
+"""`launch --slurm`: the cluster section of a configuration as a Slurm job.
 
 A job is one of the scripts in slurm/ with its #SBATCH lines and settings filled in, kept with the resolved
 configuration in RUN/slurm. Nothing of the configuration is left for a shell to interpret.
@@ -7,7 +7,7 @@ configuration in RUN/slurm. Nothing of the configuration is left for a shell to 
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -16,7 +16,6 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.plan.formulas import make_plan
 from megatron_jackpot.plan.tables import memory_troubles
-from megatron_jackpot.run.provenance import check_run_folder
 
 REPO = Path(__file__).resolve().parents[2]
 JOB_FILE = "job.sbatch"
@@ -25,13 +24,8 @@ SBATCH_LIMIT_S = 60
 
 
 def submit(config: Config, *, dry_run: bool, chain: int = 1) -> int:
-    """Check, render, keep, submit and say how to follow; `dry_run` prints the job and writes nothing.
-
-    Raises ValueError for what cannot run, with the arithmetic. Returns 0, or sbatch's exit code.
-    """
-    if chain < 1:
-        raise ValueError(f"--chain {chain} must be at least 1.")
-    check(config)
+    """Render, keep, submit a job that has no `job_mistakes`, and say how to follow; `dry_run` prints it and
+    writes nothing. Returns 0, or sbatch's exit code."""
     folder = (config.run.folder / "slurm").absolute()
     script = render(config, folder / CONFIG_FILE)
     if dry_run:
@@ -61,22 +55,26 @@ def submit(config: Config, *, dry_run: bool, chain: int = 1) -> int:
     return 0
 
 
-def check(config: Config) -> None:
-    """Raises ValueError for a layout that does not come out or does not fit, and for missing scripts."""
+def job_mistakes(config: Config, chain: int = 1) -> Iterator[str]:
+    """What is wrong with a job: no script, a layout that does not come out or does not fit, a chain of 0."""
+    if chain < 1:
+        yield f"--chain {chain} must be at least 1."
     if not script_of(config).is_file():
-        raise ValueError(
+        yield (
             f"{script_of(config)} is missing: Slurm jobs are rendered from a checkout. Run "
             "`python -m megatron_jackpot.cli launch` with PYTHONPATH set to one."
         )
     if config.servers.urls:
-        raise ValueError(
-            f"servers.urls = {list(config.servers.urls)}: a Slurm job starts its own. Set servers.urls=[]."
-        )
-    if config.run.resume:
-        check_run_folder(config.run.folder)
-    troubles = memory_troubles(make_plan(config, training_processes(config)))
-    if troubles:
-        raise ValueError("Does not fit: " + " Also: ".join(troubles))
+        yield f"servers.urls = {list(config.servers.urls)}: a Slurm job starts its own. Set servers.urls=[]."
+    try:
+        troubles = memory_troubles(make_plan(config, training_processes(config)))
+    except ValueError as error:
+        yield from str(error).splitlines()
+    except OSError:
+        return  # A folder that is missing, which is said already.
+    else:
+        if troubles:
+            yield "Does not fit: " + " Also: ".join(troubles)
 
 
 def script_of(config: Config) -> Path:

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 
 from megatron_jackpot.rewards.written import plain_characters
 
-THINK = re.compile(r"<(/?)(?:think|thinking|reasoning)>|\[(/?)THINK\]", re.IGNORECASE)
+THINK = re.compile(
+    r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7"
+    r"|<\|(?:begin|(end))_of_thought\|>",
+    re.IGNORECASE,
+)
+"""What closes a thought has a group that is not empty."""
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 SPOKEN = re.compile(
@@ -36,7 +41,7 @@ def final_answer(response: str) -> str | None:
     if visible is None:
         return None
     marked = marked_answer(visible)
-    return marked if marked is not None else _unmarked(visible[-MAX_SEARCHED:])
+    return marked if marked is not None else _unmarked(visible.rstrip()[-MAX_SEARCHED:])
 
 
 def marked_answer(text: str) -> str | None:
@@ -59,7 +64,7 @@ def without_thinking(response: str) -> str | None:
     visible: list[str] = []
     start, thinking = 0, False
     for tag in THINK.finditer(response):
-        if tag.group(1) or tag.group(2):
+        if any(tag.groups()):
             if not thinking:
                 visible.clear()
             start, thinking = tag.end(), False

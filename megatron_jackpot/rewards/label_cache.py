@@ -24,7 +24,7 @@ class CheckedLabels:
 
     def __init__(self, reward: str):
         home = os.environ.get("JACKPOT_HOME") or "~/.cache/megatron-jackpot"
-        key = hashlib.sha256(json.dumps([reward, _versions()]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([reward, judges()]).encode()).hexdigest()[:16]
         self.path = Path(home).expanduser() / "labels" / f"{key}.txt"
         self._hashes: set[str] = set()
         try:
@@ -58,8 +58,8 @@ def _hash(label: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:HASH_LENGTH]
 
 
-def _versions() -> list[str]:
-    """Of the packages that judge, and of the rewards' own source."""
+def judges() -> list[str]:
+    """What a verdict on a label depends on: the packages that judge, and the rewards' own source."""
     versions = []
     for package in PACKAGES:
         try:

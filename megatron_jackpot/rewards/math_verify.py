@@ -56,7 +56,7 @@ def _fault(reading: Reading) -> str | None:
         return "is prose: no response would repeat its words."
     if isinstance(reading, Words) and any(mark in reading.words for mark in ("\\", "^", "{", "}", "=")):
         return "mixes words and mathematics, and cannot be compared as either."
-    if isinstance(reading, Formula) and algebra.parse_latex(reading.latex) is None:
+    if isinstance(reading, Formula) and not algebra.readable(reading.latex):
         return "parses to nothing: neither a number, words nor a formula that math-verify reads."
     return None
 
@@ -93,6 +93,9 @@ def same(gold: Reading, answer: Reading) -> bool:
             return algebra.same(gold.latex, answer.latex)
         case Words(), Words():
             return gold.words == answer.words
+        case (Words(), Formula()) | (Formula(), Words()):
+            # The choice E, and e, which is a number where no choice is meant.
+            return len(gold.text) == 1 and gold.text.casefold() == answer.text.casefold()
         case Code(), Code():
             return gold.kind == answer.kind and gold.parts == answer.parts
         case Based(), Based():

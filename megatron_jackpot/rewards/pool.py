@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_jackpot.rewards.failures import Failures
@@ -32,6 +32,7 @@ START_TIMEOUT_S = 120.0
 MAX_REPORTED = 5
 CHUNK = 32
 """Labels of one request."""
+PROGRESS_LABELS = 1000
 
 
 class RewardPool:
@@ -92,16 +93,32 @@ class RewardPool:
         """Rewards since the start: scored, timed_out, crashed."""
         return self.failures.counters
 
-    async def check_labels(self, prompts: "Iterable[Prompt]", path: "Path | None" = None) -> None:
+    async def check_labels(
+        self,
+        prompts: "Iterable[Prompt]",
+        path: "Path | None" = None,
+        progress: Callable[[int], None] = lambda labels: None,
+    ) -> None:
         """Raises ValueError naming the prompts (file and line of `path`) whose label no answer could match.
 
-        Labels that an earlier call found right, under the same versions, are not checked again.
+        Labels that an earlier call found right, under the same versions, are not checked again. `progress` is
+        told how many of the others have been, every PROGRESS_LABELS of them.
         """
         prompts = list(prompts)
         known = CheckedLabels(self.reward)
         unchecked = [prompt for prompt in prompts if prompt.label not in known]
         chunks = [unchecked[i : i + CHUNK] for i in range(0, len(unchecked), CHUNK)]
-        faults = [fault for found in await asyncio.gather(*map(self._faults, chunks)) for fault in found]
+        done = 0
+
+        async def checked(chunk: "Sequence[Prompt]") -> list[str | None]:
+            nonlocal done
+            found = await self._faults(chunk)
+            before, done = done // PROGRESS_LABELS, done + len(chunk)
+            if done // PROGRESS_LABELS > before:
+                progress(done // PROGRESS_LABELS * PROGRESS_LABELS)
+            return found
+
+        faults = [fault for found in await asyncio.gather(*map(checked, chunks)) for fault in found]
         known.add(prompt.label for prompt, fault in zip(unchecked, faults, strict=True) if fault is None)
         bad = [
             f"prompt {prompt.id}: {fault}" if path is None else f"{path}, line {prompt.id + 1}: {fault}"

@@ -214,7 +214,9 @@ def _code(text: str) -> Reading | None:
     if found := BASED.fullmatch(text) or BASE_WORD.fullmatch(text):
         base = int(found[2]) if found[2].isdigit() else numbers.WORDS.get(found[2], 0)
         digits = found[1].upper()
-        if 2 <= base <= 36 and re.search(r"\d", digits) and all(int(digit, 36) < base for digit in digits):
+        # Letters alone are a name with an index, except where they cannot be one: FF_{16}.
+        numeral = re.search(r"\d", digits) or (base > 10 and len(digits) > 1 and found[1] == digits)
+        if 2 <= base <= 36 and numeral and all(int(digit, 36) < base for digit in digits):
             return Based(text=text, digits=digits.lstrip("0") or "0", base=base)
     return None
 

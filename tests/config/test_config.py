@@ -110,7 +110,15 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
             {"parallel": {"offload_optimizer": True}, "precision": {"dtype": "float32"}},
             "offload_optimizer = true needs precision.dtype='bfloat16'",
         ),
+        *(
+            ({"servers": {"urls": ["http://n1:3", url]}}, r"servers.urls has .*: must be http://HOST:PORT")
+            for url in ("127.0.0.1:3", "n1", "http://::1:3", "http://n1:99999", "ftp://n1:3", "http://n1:3/")
+        ),
         ({"parallel": {"vpp": 2}}, "needs parallel.pp > 1"),
+        (
+            {"actor": {"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}},
+            r"actor.optimizer.min_lr = 1e-05.* above actor.optimizer.lr = 1e-06",
+        ),
         ({"parallel": {"sequence_parallel": True}}, "needs parallel.tp > 1"),
         (
             {"parallel": {"overlap_param_gather": True, "distributed_optimizer": False}},

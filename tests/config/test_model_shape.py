@@ -56,6 +56,13 @@ def test_every_architecture_has_a_family() -> None:
         (dict(num_experts=8), "num_experts = 8, a mixture of experts. Supported are dense models: Qwen2For"),
         (dict(num_hidden_layers=0), "num_hidden_layers = 0 must be a positive integer"),
         (dict(hidden_size="64"), "hidden_size = '64' must be a positive integer"),
+        (dict(vocab_size=True), "vocab_size = True must be a positive integer"),
+        (dict(head_dim="8"), "head_dim = '8' must be a positive integer"),
+        (dict(rms_norm_eps="1e-05"), "rms_norm_eps = '1e-05' must be a positive number"),
+        (dict(rope_parameters=dict(full_attention=dict(rope_theta=1e6))), "only one for all layers"),
+        (dict(rope_parameters=dict(rope_type="linear", factor=None)), "factor = None must be a positive"),
+        (dict(rope_parameters=dict(rope_type="linear")), "factor is missing"),
+        (dict(rope_parameters=dict(rope_theta="1e6")), "rope_theta = '1e6' must be a positive number"),
         (dict(model_type="llama"), "model_type = 'llama' is not that of architecture Qwen3ForCausalLM"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.config import describe
+from megatron_jackpot.run.formats import FORMATS, current
 
 ROOT = Path(__file__).parents[2]
 CODE = r"`([^`\n]+)`"
@@ -43,3 +44,13 @@ def test_the_modules_of_the_changelog_are_there_now_and_were_elsewhere_before():
         for path in re.findall(CODE, new):
             assert (ROOT / "megatron_jackpot" / path).exists(), path
         assert f"`{old}`" not in new
+
+
+def test_the_changelog_names_every_format_and_the_last_commit_that_reads_it() -> None:
+    table = (ROOT / "docs" / "changelog.md").read_text().partition("### Formats")[2].partition("\n\nA run")[0]
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines() if line]
+    told: dict[str, dict[int, str]] = {}
+    for kind, _, number, reader in rows[2:]:
+        kind = kind or list(told)[-1]
+        told.setdefault(kind, {})[int(number.split()[0])] = reader
+    assert told == {kind: {**old, current(kind): "this version"} for kind, old in FORMATS.items()}

@@ -236,11 +236,12 @@ def test_a_prompt_that_a_template_ends_with_eos_is_refused_by_line(tokenizer, tm
         training_prompts(jsonl(one_row(tmp_path), template="{question}<eos>"), tokenizer)
 
 
-def test_an_answer_that_stands_in_the_prompt_is_refused_by_line(tmp_path, chat_tokenizer_folder):
-    chat = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+@pytest.mark.parametrize("role", ["assistant", "Assistant", "model", "gpt"])
+def test_an_answer_that_stands_in_the_prompt_is_refused_by_line(tmp_path, role):
+    chat = [{"role": "user", "content": "1+1"}, {"role": role, "content": "2"}]
     path = write(tmp_path / "sft.jsonl", [{"messages": chat, "answer": "2"}])
     with pytest.raises(
-        ValueError, match=r"sft.jsonl, line 1: 'messages' ends with the assistant's own answer"
+        ValueError, match=rf"sft.jsonl, line 1: 'messages' ends with the role '{role}': an answer"
     ):
         jsonl_problems(path)
 
@@ -256,6 +257,10 @@ def test_what_a_template_refuses_and_half_a_surrogate_pair_name_file_and_line(tm
             ValueError, match=r"a.jsonl, line 2: the chat template refuses it: no system role"
         ):
             training_prompts(jsonl(path, template=None), read)
+    for number, broken in enumerate(("{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}")):
+        for read in with_template(tokenizer_folder, tmp_path / f"broken{number}", broken):
+            with pytest.raises(ValueError, match=r"a.jsonl, line 1: the chat template refuses it: "):
+                training_prompts(jsonl(path, template=None), read)
     with pytest.raises(ValueError, match=r"one.jsonl, line 1: 'prompt' holds half a surrogate"):
         jsonl_problems(one_row(tmp_path, prompt="1\ud800"))
 

@@ -1,6 +1,13 @@
+import json
+
 import pytest
 
-from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer, tokenizer_fingerprint
+from megatron_jackpot.data.tokenizer import (
+    Vocabulary,
+    check_same_tokenizer,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 
 
 def test_a_folder_that_does_not_exist_is_named_in_the_error(tmp_path):
@@ -44,3 +51,32 @@ def test_another_vocabulary_or_end_of_text_is_refused(tmp_path, make_tokenizer, 
     policy = make_tokenizer(tmp_path / "policy", letters="abc")
     with pytest.raises(ValueError, match=difference):
         check_same_tokenizer({"policy": policy, "actor": make_tokenizer(tmp_path / "actor", **actor)})
+
+
+def test_what_a_folder_says_of_length_cuts_no_prompt_and_fills_none(tmp_path, make_tokenizer):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path))
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for read in (Vocabulary.read(tmp_path), Vocabulary.of(load_tokenizer(tmp_path))):
+        assert read.encode("1+2=") == [ord(c) - 32 + 4 for c in "1+2="]
+
+
+@pytest.mark.parametrize(
+    "config", [{"eos_token": None}, {"eos_token": "<pad>"}, {"split_special_tokens": True}]
+)
+def test_the_quick_reader_takes_the_same_of_two_files_as_transformers(tmp_path, make_tokenizer, config):
+    folder = make_tokenizer(tmp_path)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<eos>"}')
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    quick, slow = Vocabulary.read(folder), Vocabulary.of(load_tokenizer(folder))
+    assert quick.eos == slow.eos == 1
+    assert quick.encode("1<eos>") == slow.encode("1<eos>")
+
+
+def test_an_end_of_text_that_is_no_token_is_refused(tmp_path, make_tokenizer):
+    path = make_tokenizer(tmp_path) / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<nope>"}))
+    with pytest.raises(ValueError, match="eos_token = '<nope>', is no token of tokenizer.json"):
+        Vocabulary.read(tmp_path)

@@ -49,7 +49,7 @@ def make_models(folder: Path) -> Path:
         ),
         packing=dict(tokens=256),
         precision=dict(dtype="float32"),
-        servers=dict(max_total_tokens=8192, hang_s=8, max_restarts=20, start_timeout_s=150),
+        servers=dict(max_total_tokens=8192, hang_s=8, max_restarts=20, start_timeout_s=600),
         sync=dict(probe_every=1000, timeout_s=20),
         evaluation=dict(size=0),
         parallel=dict(timeout_s=60),

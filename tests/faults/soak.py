@@ -1,6 +1,8 @@
 """Random faults on one run for a while, then a table of what was tried and survived.
 
-    python tests/faults/soak.py --minutes 30 [--seed 0] [--ranks 2]
+    python tests/faults/soak.py --minutes 30 [--seed 0] [--ranks 2] [--only TEXT ...] [--once]
+
+--only takes the faults whose name holds one of the texts, --once ends when each has been tried.
 
 Survived means: two more steps within the limit (or, where the launcher itself was hit, after it was started
 again), and at the end an account in which every prompt came exactly once.
@@ -24,6 +26,9 @@ from rich.table import Table
 
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, STOP_FILE
 from tests.faults.harness import STEP_LIMIT_S, FaultRun, check_account, make_models
+
+START_LIMIT_S = 600
+"""A launch's start is no fault, and slow on a machine with other work or with caches that are still empty."""
 
 Fault = Callable[[FaultRun, random.Random], None]
 
@@ -171,28 +176,31 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def soak(folder: Path, minutes: float, seed: int, ranks: int, console: Console) -> bool:
+def soak(folder: Path, args: argparse.Namespace, console: Console) -> bool:
     """True when everything was survived."""
     yaml_file = make_models(folder)
-    draw = random.Random(seed)
-    counts = {name: [0, 0, 0.0] for name in FAULTS}
-    deadline = time.monotonic() + 60 * minutes
-    run = FaultRun(yaml_file, ranks=ranks)
+    draw = random.Random(args.seed)
+    chosen = [name for name in FAULTS if any(text in name for text in args.only)]
+    counts = {name: [0, 0, 0.0] for name in chosen}
+    deadline = time.monotonic() + 60 * args.minutes
+    run = FaultRun(yaml_file, ranks=args.ranks)
     try:
-        run.wait_steps(3, limit_s=600)  # the start is no fault, and slow on a machine with other work
+        run.wait_steps(3, limit_s=START_LIMIT_S)
         names: list[str] = []
         while time.monotonic() < deadline:
-            names = names or draw.sample(list(FAULTS), len(FAULTS))
+            if args.once and all(tried for tried, _, _ in counts.values()):
+                break
+            names = names or draw.sample(chosen, len(chosen))
             name = names.pop()
             time.sleep(draw.uniform(0, 6))
             counts[name][0] += 1
-            started = time.monotonic()
+            started, launched = time.monotonic(), run.popen
             try:
                 FAULTS[name](run, draw)
                 if run.popen.poll() is not None:
                     run.end()
                     run.start()
-                run.wait_steps(2, limit_s=300)
+                run.wait_steps(2, limit_s=300 if run.popen is launched else START_LIMIT_S)
             except (AssertionError, IndexError, OSError, psutil.Error, subprocess.TimeoutExpired) as error:
                 console.print(f"[red]{name} was not survived[/red]: {error}", highlight=False)
                 return report(counts, run, console)
@@ -220,9 +228,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT")
+    parser.add_argument("--once", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        return 0 if soak(Path(folder), args.minutes, args.seed, args.ranks, Console(width=110)) else 1
+        return 0 if soak(Path(folder), args, Console(width=110)) else 1
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ NODE = """
 import sys
 from pathlib import Path
 from megatron_jackpot.config import parse_config
-from megatron_jackpot.launch.local import launch
+from contextlib import nullcontext
+from megatron_jackpot.launch.local import own_folder, run_job
 folder, first = Path(sys.argv[1]), sys.argv[2] == "first"
 tree = {
     "run": {"folder": folder}, "servers": {"urls": ["http://127.0.0.1:1"]}, "policy": {"hf": folder},
@@ -99,7 +100,8 @@ tree = {
 }
 train = "import pathlib, sys; print('asked to stop:', (pathlib.Path(sys.argv[1]) / 'stop').exists())"
 command = [sys.executable, "-c", train, str(folder)]
-launch(parse_config(tree), 1, trainer_command=lambda *_: command, first=first)
+with own_folder(folder) if first else nullcontext():
+    run_job(parse_config(tree), 1, trainer_command=lambda *_: command, first=first)
 """
 
 

@@ -65,11 +65,14 @@ def test_a_lock_of_another_host_is_refused_with_the_way_to_remove_it(tmp_path):
 
 
 def test_another_attempt_of_the_same_slurm_job_takes_over_on_another_node(tmp_path, monkeypatch):
-    held_by(tmp_path, host="n7", boot="another", job="17")
-    monkeypatch.setenv("SLURM_JOB_ID", "18")
-    with pytest.raises(ConfigError):
-        refuse_if_held(tmp_path)
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    held_by(tmp_path, host="n7", boot="another", job="17", attempt="0")
+    # Another job, and another launch in the same allocation, may both be running.
+    for job, attempt in (("18", "1"), ("17", "0")):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
+        with pytest.raises(ConfigError):
+            refuse_if_held(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with only_launch(tmp_path):
         pass
 
@@ -100,3 +103,32 @@ def test_a_lock_that_says_nothing_is_taken(tmp_path, text):
     (tmp_path / LOCK_FILE).write_text(text)
     with only_launch(tmp_path):
         pass
+
+
+TRAIN = """
+import os, sys
+from pathlib import Path
+from megatron_jackpot import cli
+from megatron_jackpot.config import parse_config
+from megatron_jackpot.train import run
+run.run = lambda config, stop: print("trains", flush=True)
+folder = Path(sys.argv[1])
+tree = {
+    "run": {"folder": folder}, "policy": {"hf": folder}, "actor": {"hf": folder},
+    "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 64},
+}
+for rank, started in (("0", None), ("1", None), ("0", "17.5")):
+    os.environ["RANK"] = rank
+    os.environ.update({"JACKPOT_STARTED": started} if started else {})
+    print(cli._train(parse_config(tree), []))
+"""
+
+
+def test_the_first_rank_of_a_torchrun_without_a_launch_takes_the_folder_itself(tmp_path, holder):
+    body = "import megatron_jackpot.launch.preflight as p; p.CHECKS = ()" + TRAIN
+    done = subprocess.run(
+        [sys.executable, "-c", body, str(tmp_path)], capture_output=True, text=True, timeout=90
+    )
+    # Refused; another rank; one whose launch has the folder.
+    assert done.stdout.split() == ["2", "trains", "0", "trains", "0"], done.stderr
+    assert f"in use by pid {holder.pid}" in done.stderr

@@ -152,6 +152,17 @@ def test_stop_ids_are_those_of_both_folders_and_of_generation_config_and_lie_ins
     assert "policy.hf has an embedding of 61 rows" in found and "61. Mend eos_token_id" in found
 
 
+def test_a_tokenizer_and_a_file_of_settings_that_cannot_be_read_are_told(run_file: Path) -> None:
+    for name in ("policy", "actor"):
+        (run_file.parent / name / "generation_config.json").write_text("[]")
+    (found,) = mistakes(run_file)
+    assert "generation_config.json must hold a JSON object, got list" in found
+    for name in ("policy", "actor"):
+        (run_file.parent / name / "tokenizer.json").write_text("{")
+    (found,) = mistakes(run_file)
+    assert "tokenizer.json cannot be read" in found
+
+
 def test_rows_are_read_again_only_when_something_changed(run_file: Path, monkeypatch) -> None:
     seen = []
     read = module.training_prompts
@@ -200,11 +211,40 @@ def test_rows_are_checked_at_5000_a_second_of_processor_time(run_file: Path) -> 
     write_rows(run_file.parent / "rows.jsonl", rows)
     mistakes(run_file)  # The methods, in a child.
     write_rows(run_file.parent / "rows.jsonl", rows[1:])
-    told: list[int] = []
+    told: list[tuple[str, int]] = []
     start = time.process_time()
-    assert preflight(Subject(load_config(run_file), progress=told.append)) == []
+    assert preflight(Subject(load_config(run_file), progress=lambda *said: told.append(said))) == []
     assert time.process_time() - start < 1
-    assert told == [1000, 2000, 3000, 4000]
+    assert told == [("rows", 1000), ("rows", 2000), ("rows", 3000), ("rows", 4000)]
+
+
+def test_labels_are_told_with_the_rows_and_are_asked_once(run_file: Path, monkeypatch) -> None:
+    rows: list = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(2000)]
+    rows[1], rows[3], rows[4] = "no row", {"prompt": "5=", "answer": "$$"}, {"prompt": "6=", "answer": "x^{"}
+    write_rows(run_file.parent / "rows.jsonl", rows)
+    told: list[tuple[str, int]] = []
+    config = load_config(run_file, ["data.reward=math_verify"])
+    found = "\n".join(preflight(Subject(config, progress=lambda *said: told.append(said))))
+    for part in (
+        "line 2: a row must be an object",
+        "2 of 1999 labels",
+        "line 4: the answer '$$'",
+        "line 5: ",
+    ):
+        assert part in found, found
+    assert ("labels", 1000) in told
+    write_rows(run_file.parent / "rows.jsonl", [row for i, row in enumerate(rows) if i not in (1, 3, 4)])
+    monkeypatch.setattr("megatron_jackpot.launch.labels._pool", None)  # Nothing is left to ask.
+    assert mistakes(run_file, "data.reward=math_verify") == []
+
+
+def test_a_reward_that_no_worker_can_load_is_told_before_anything_starts(run_file: Path, monkeypatch) -> None:
+    (run_file.parent / "own_reward.py").write_text("def length(response_text):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(run_file.parent)
+    (found,) = mistakes(run_file, "data.reward=own_reward:lenght")
+    assert "Did you mean 'length'?" in found
+    (found,) = mistakes(run_file, "data.reward=own_reward:length")
+    assert "must be called with (response_text, label)" in found
 
 
 def test_the_table_of_what_is_refused_is_that_of_the_checks() -> None:

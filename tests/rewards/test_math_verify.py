@@ -37,6 +37,10 @@ def verdict(gold, answer):
         (r"so \boxed{3}</think> It is \boxed{4}.", "4"),
         (r"\boxed{4} <think>sure?</think> Yes, I am.", "4"),
         (r"<think>a <think> tag \boxed{3}</think> \boxed{4}", "4"),
+        ("\u25c1think\u25b7\\boxed{3}\u25c1/think\u25b7I give up.", "I give up."),
+        (r"<|begin_of_thought|>\boxed{3}<|end_of_thought|>\boxed{4}", "4"),
+        (r"<seed:think>\boxed{3}", None),
+        ("The answer is 4" + 30_000 * " ", "4"),
         (r"[THINK]\boxed{3}[/THINK]\boxed{4}", "4"),
         ("<think>3</think><answer>4</answer>", "4"),
         ("3 + 1 = 4\n#### 4", "4"),
@@ -267,3 +271,35 @@ def test_long_answers_cost_next_to_nothing(answer):
     for text in (f"\\boxed{{{answer}}}", answer, f"The answer is {answer}", f"\\boxed{{{answer}"):
         math_verify.score(text, {"answer": "x^2-1"})
     assert time.process_time() - started < 4.0
+
+
+def test_other_numbers_in_the_same_places_are_not_asked_again_and_the_verdict_is_that_of_the_formula():
+    algebra._form_is_read.cache_clear()
+    labels = [rf"{i}\sqrt{{{i + 20}}}+\frac{{\pi}}{{{i + 30}}}" for i in range(11, 61)]
+    assert all(map(algebra.readable, labels)) and algebra._form_is_read.cache_info().misses == 1
+    formulas = [gold for _, (gold, *_) in cases(3, 7)] + [
+        r"\frac{5}{1-1}",
+        r"\frac12",
+        "x^{",
+        "3^",
+        r"\sqrt",
+        "5)(3",
+    ]
+    for formula in formulas:
+        assert algebra.readable(formula) == (algebra.parse_latex(formula) is not None), formula
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("E", "e", 1.0),
+        ("e", "E", 1.0),
+        ("E", "D", 0.0),
+        ("e", "2", 0.0),
+        ("FF_{16}", "FF_{16}", 1.0),
+        ("FF_{16}", "FE_{16}", 0.0),
+    ],
+)
+def test_a_letter_may_be_a_choice_and_letters_may_be_digits(gold, answer, right):
+    math_verify.check({"answer": gold})
+    assert verdict(gold, answer) == right

@@ -151,6 +151,16 @@ def test_an_impossible_job_is_refused_before_submission(tmp_path, capsys, sbatch
     assert sbatch() == [] and not (tmp_path / "run").exists()
 
 
+def test_what_is_wrong_with_the_job_is_told_with_all_the_rest(tmp_path, capsys, sbatch) -> None:
+    wrong = dict(cluster=dict(GPUS, server_nodes=3), algorithm=dict(correction=dict(name="tiss")))
+    for option in ([], ["--dry-run"]):
+        assert launch_slurm(tmp_path, "--chain", "0", *option, **wrong) == 2
+        told = capsys.readouterr().err.splitlines()
+        for part in ("leaves -1 for training", "--chain 0 must be at least 1", "'tiss' is unknown"):
+            assert sum(part in line for line in told) == 1, told
+    assert sbatch() == [] and not (tmp_path / "run").exists()
+
+
 def test_processes_of_both_layouts(tmp_path) -> None:
     colocated = config_for(tmp_path, cluster=dict(nodes=4), servers=dict(num=1, tp=2), parallel=dict(tp=2))
     assert (trainer_procs(colocated), training_processes(colocated)) == (6, 24)
@@ -270,10 +280,16 @@ def test_an_address_of_an_earlier_attempt_is_not_believed_and_the_wait_ends(tmp_
         wait_for_servers(config, now, lambda: False)
 
 
-def test_a_node_told_to_stop_before_training_asks_to_be_requeued(tmp_path) -> None:
+@pytest.mark.parametrize("way", ["signal", "file", "time"])
+def test_a_node_told_to_stop_before_training_asks_to_be_requeued(tmp_path, way) -> None:
     path = tmp_path / "run.yaml"
     cluster = dict(nodes=1, gpus_per_node=0, trainer_procs=1)
-    path.write_text(json.dumps(tree(tmp_path, cluster=cluster)))
+    limit = dict(time_limit_s=8, stop_margin_s=5) if way == "time" else {}
+    path.write_text(
+        json.dumps(tree(tmp_path, cluster=cluster, run=dict(folder=str(tmp_path / "run"), **limit)))
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/stop").write_text("an earlier run's")
     environment = {
         **os.environ,
         **job_environment(SLURM_JOB_NUM_NODES="1", SLURM_NTASKS="1", SLURM_PROCID="0"),
@@ -285,8 +301,13 @@ def test_a_node_told_to_stop_before_training_asks_to_be_requeued(tmp_path) -> No
     )
     assert node.stdout.readline() == b"waiting\n"
     time.sleep(0.3)
-    node.send_signal(signal.SIGUSR1)
+    assert node.poll() is None
+    if way == "signal":
+        node.send_signal(signal.SIGUSR1)
+    if way == "file":
+        (tmp_path / "run/stop").write_text("enough")
     assert node.wait(timeout=20) == 75
+    assert (tmp_path / "run/slurm/17-0/ended.json").is_file()
 
 
 DRIVER = """

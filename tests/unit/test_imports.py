@@ -42,7 +42,10 @@ OURS: dict[str, set[str]] = {
         "rollout",
         "sync",
     },
-    "launch": {"config", "run", "servers", "plan", "data.prompts", "data.tokenizer"},
+    "launch": {
+        *{"records", "config", "run", "servers", "plan", "data.prompts", "data.problems", "data.tokenizer"},
+        *{"rewards.pool", "rewards.label_cache"},
+    },
     "cli": {"config", "run", "launch", "plan", "monitor", "train"},
     "__init__": set(),
 }

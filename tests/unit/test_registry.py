@@ -128,3 +128,19 @@ def test_the_defaults_that_the_page_of_objectives_states_are_those_of_the_classe
                 else:
                     assert type(default)(value) == default, f"{name}.{knob} = {default}, the page has {value}"
     assert stated > len(OBJECTIVES)
+
+
+def test_every_wrong_setting_of_a_method_is_told_at_once():
+    told = refusal("algorithm.correction", "tis", {"cap": 0.5, "powr": 1})
+    for part in ("algorithm.correction.cap = 0.5", "'algorithm.correction.powr'"):
+        assert sum(part in line for line in told.splitlines()) == 1, told
+    told = refusal("algorithm.objective", "ppo", {"clip_low": -1, "clip_high": "x", "dual_clip": 0.5})
+    assert [line.split(" = ")[0].rsplit(".")[-1] for line in told.splitlines()] == [
+        "clip_high", "clip_low", "dual_clip",
+    ], told  # fmt: skip
+
+
+def test_what_goes_with_a_choice_is_not_judged_where_the_choice_cannot_be_read():
+    known = refusal("algorithm.correction", "k_filter", {"kind": "k3", "low": 0.1})
+    assert "only kind = 'k1' has a lower bound" in known
+    assert len(refusal("algorithm.correction", "k_filter", {"kind": "k7", "low": 0.1}).splitlines()) == 1
