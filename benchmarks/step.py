@@ -3,7 +3,7 @@ run.
 
     python benchmarks/step.py MODELS_FOLDER [key=value ...] [--steps 8]
 
-MODELS_FOLDER holds policy/ and actor/ (examples/quickstart/prepare.py prints one). Starts one SGLang server,
+MODELS_FOLDER holds policy/ and actor/ (examples/quickstart/shipped.py prints one). Starts one SGLang server,
 collects each batch once and lets both corrections learn from it, in alternating order; prints medians over
 the batches.
 """

@@ -23,7 +23,7 @@ EVALUATIONS = 6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", type=Path, help="folder made by prepare.py")
+    parser.add_argument("models", type=Path, help="folder that shipped.py prints")
     parser.add_argument("run", type=Path, help="run folder whose tokens are matched")
     args = parser.parse_args()
     rows = read_metrics(args.run)

@@ -118,7 +118,7 @@ def _launch(
     first: bool,
 ) -> int:
     folder = config.run.folder
-    config_file = record(config, folder)
+    config_file = record(config, folder, threads=trainer_env(folder, ()).get("OMP_NUM_THREADS"))
     children.become_subreaper()
     if first:
         forget_stop(folder)

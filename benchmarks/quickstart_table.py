@@ -1,0 +1,59 @@
+"""The README's table of quickstart runs, in Markdown. benchmarks/quickstart.sh makes the runs and calls it.
+
+python benchmarks/quickstart_table.py RUN_FOLDER [RUN_FOLDER ...] [--control FILE]
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import yaml
+
+from megatron_jackpot.monitor.metrics import read_metrics, series
+from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE
+
+HEAD = (
+    *("seed", "threads", "policy: start", "end", "best", "actor: start", "end"),
+    *("acceptance, lowest to highest step", "s a step, median", "s in all"),
+)
+
+
+def row(folder: Path) -> list[str]:
+    rows = read_metrics(folder)
+    policy, actor = (series(rows, f"eval/{name}_accuracy")[1] for name in ("policy", "actor"))
+    acceptance = series(rows, "jackpot/acceptance")[1]
+    threads = json.loads((folder / PROVENANCE_FILE).read_text())["machine"]["threads"]
+    seed = yaml.safe_load((folder / CONFIG_FILE).read_text())["run"]["seed"]
+    seconds = folder / "seconds"
+    return [
+        str(seed),
+        str(threads),
+        f"{policy[0]:.3f}",
+        f"{policy[-1]:.3f}",
+        f"{max(policy):.3f}",
+        f"{actor[0]:.3f}",
+        f"{actor[-1]:.3f}",
+        f"{min(acceptance):.3f}-{max(acceptance):.3f}",
+        f"{statistics.median(series(rows, 'time/step')[1]):.1f}",
+        seconds.read_text().strip() if seconds.is_file() else "",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--control", type=Path, help="control.jsonl")
+    given = parser.parse_args()
+    rows = [row(folder) for folder in given.folders]
+    for cells in (HEAD, ["---"] * len(HEAD), *rows):
+        print(f"| {' | '.join(cells)} |")
+    if given.control:
+        scores = series(read_metrics(given.control), "eval/policy_accuracy")[1]
+        print(
+            f"\nControl: {scores[0]:.3f} at the start, {max(scores[1:]):.3f} the best of {len(scores) - 1}."
+        )
+
+
+if __name__ == "__main__":
+    main()
