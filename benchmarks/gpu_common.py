@@ -142,17 +142,33 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def report(name: str, rows: list[dict[str, Any]], *, tiny: bool) -> None:
-    """A table on the terminal and NAME.json in the folder that OUT names, where it is set."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
-    print(f"== {name}{' (tiny: the numbers mean nothing)' if tiny else ''} on {machine()['device']}")
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    if out := os.environ.get("OUT"):
-        content = {"name": name, "tiny": tiny, "machine": machine(), "rows": rows}
-        Path(out, f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+class Report:
+    """Rows of a benchmark, each on the terminal and in NAME.json of the folder that OUT names as soon as it
+    is known: a call that is cut off keeps what it measured. `close` prints them as a table."""
+
+    def __init__(self, name: str, *, tiny: bool) -> None:
+        self.name, self.tiny = name, tiny
+        self.rows: list[dict[str, Any]] = []
+        self.machine = machine()
+        print(
+            f"== {name}{' (tiny: the numbers mean nothing)' if tiny else ''} on {self.machine['device']}",
+            flush=True,
+        )
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        for row in rows:
+            self.rows.append(row)
+            print("  ".join(f"{key}={_cell(value)}" for key, value in row.items()), flush=True)
+        if out := os.environ.get("OUT"):
+            content = {"name": self.name, "tiny": self.tiny, "machine": self.machine, "rows": self.rows}
+            Path(out, f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    def close(self) -> None:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        table = [columns] + [[_cell(row.get(column)) for column in columns] for row in self.rows]
+        widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+        for line in table:
+            print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def _cell(value: Any) -> str:

@@ -10,7 +10,7 @@ beside the actor's.
 
 import statistics
 
-from benchmarks.gpu_common import HALF, QWEN3_0_6B, TINY, parser, report
+from benchmarks.gpu_common import HALF, QWEN3_0_6B, TINY, Report, parser
 from benchmarks.gpu_models import close, make_batch, make_config, make_trainer
 
 CORRECTIONS = {
@@ -48,11 +48,11 @@ def main() -> None:
     shapes, lengths, dtype = dict(policy=QWEN3_0_6B, actor=HALF), [2048] * 8, "bfloat16"
     if args.tiny:
         shapes, lengths, dtype = dict(policy=TINY, actor={**TINY, "hidden_size": 32}), [32] * 2, "float32"
-    rows = []
+    report = Report("gpu_correction", tiny=args.tiny)
     for label in CORRECTIONS:
-        rows.append(measure(label, shapes, lengths, dtype, repeats=2 if args.tiny else 5))
+        report.add(measure(label, shapes, lengths, dtype, repeats=2 if args.tiny else 3))
         close()
-    report("gpu_correction", rows, tiny=args.tiny)
+    report.close()
 
 
 if __name__ == "__main__":

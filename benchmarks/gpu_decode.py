@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from benchmarks.gpu_common import DEVICE, parser, report
+from benchmarks.gpu_common import DEVICE, Report, parser
 from megatron_jackpot.servers.protocol import Sampling
 from megatron_jackpot.servers.reply import parse_group, parse_topk
 
@@ -108,7 +108,9 @@ def main() -> None:
     for what in ("body", "top-k"):
         rate = {row["form"]: row["tokens_s"] for row in rows if row["what"] == what}
         rows.append(dict(what=what, form="ratio", ratio=rate["base64"] / rate["nested"]))
-    report("gpu_decode", rows, tiny=args.tiny)
+    report = Report("gpu_decode", tiny=args.tiny)
+    report.add(*rows)
+    report.close()
 
 
 if __name__ == "__main__":

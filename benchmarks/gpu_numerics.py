@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_common import DEVICE, parser, report
+from benchmarks.gpu_common import DEVICE, Report, parser
 from benchmarks.gpu_models import close, make_batch, make_config, make_trainer
 from benchmarks.gpu_trainer import PRECISIONS
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
@@ -96,15 +96,15 @@ def main() -> None:
             dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=61),
             [32] * 4,
         )
-    rows = []
+    report = Report("gpu_numerics", tiny=args.tiny)
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_model(Path(scratch) / "model", 0, **shape)
         shape = {"tie_word_embeddings": False, **shape}
         reference = read("fp32", folder, shape, lengths)
         for precision in ["fp32", *args.precision]:
             found = reference if precision == "fp32" else read(precision, folder, shape, lengths)
-            rows.append(compare(precision, found, reference))
-    report("gpu_numerics", rows, tiny=args.tiny)
+            report.add(compare(precision, found, reference))
+    report.close()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from benchmarks.gpu_common import DEVICE, QWEN3_0_6B, QWEN3_1_7B, TINY, parser, report, seconds
+from benchmarks.gpu_common import DEVICE, QWEN3_0_6B, QWEN3_1_7B, TINY, Report, parser, seconds
 from benchmarks.gpu_models import close, make_config, make_trainer
 from megatron_jackpot.sync.fp8 import quantised
 from megatron_jackpot.sync.prefetcher import BucketPrefetcher
@@ -131,11 +131,11 @@ def main() -> None:
     shapes, dtype = {"0.6B": QWEN3_0_6B, "1.7B": QWEN3_1_7B}, "bfloat16"
     if args.tiny:
         shapes, dtype = {"tiny": TINY}, "float32"
-    rows = []
+    report = Report("gpu_sync", tiny=args.tiny)
     for label, shape in shapes.items():
-        rows += measure(label, shape, dtype)
+        report.add(*measure(label, shape, dtype))
         close()
-    report("gpu_sync", rows, tiny=args.tiny)
+    report.close()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gpu_trainer.py [--tiny] [--precision bf16 tensorwise ...]
 
-Qwen3-0.6B shape with random weights, 16,384 tokens a step, as 8 sequences of 2048 in 8 micro-batches and as
-one sequence of 16,384. `update` is forward, backward and optimizer step of the policy on Jackpot's loss;
+Qwen3-0.6B shape with random weights, 16,384 tokens a step: 8 sequences of 2048 in one micro-batch and in 8,
+and one sequence of 16,384. `update` is forward, backward and optimizer step of the policy on Jackpot's loss;
 `joint` scores both models, corrects, and updates both. MFU = useful FLOPs / seconds / peak:
 gpu_common.Shape.train_flops (6 per matrix weight and token, output layer included, and causal attention's
 pairs; no recomputation), peak 989 TFLOP/s in bf16 and 1979 in fp8 for the whole step, although its attention
@@ -15,7 +15,7 @@ import statistics
 
 import torch
 
-from benchmarks.gpu_common import DEVICE, HALF, PEAK_TFLOPS, QWEN3_0_6B, TINY, Shape, parser, report, seconds
+from benchmarks.gpu_common import DEVICE, HALF, PEAK_TFLOPS, QWEN3_0_6B, TINY, Report, Shape, parser, seconds
 from benchmarks.gpu_models import close, correct, make_batch, make_config, make_trainer, update_policy
 from tests.tiny import hf_config
 
@@ -31,18 +31,22 @@ PRECISIONS = {
 PHASES = ("score", "correct", "update_actor", "update_policy")
 
 
-def measure(precision: str, lengths: list[int], shapes: dict[str, dict], tokens: int) -> list[dict]:
+def measure(report: Report, precision: str, lengths: list[int], shapes: dict[str, dict], tokens: int) -> None:
+    """Adds a row of the policy's update and one of the joint step."""
     trainer = make_trainer(make_config(tokens, PRECISIONS[precision]), shapes)
     vocab = shapes["policy"]["vocab_size"]
     batch = make_batch(trainer, lengths, vocab)
     forms = {name: Shape.of(hf_config(**shape)) for name, shape in shapes.items()}
     peak = PEAK_TFLOPS["fp8" if PRECISIONS[precision].get("fp8") else "bfloat16"] * 1e12
-    common = dict(precision=precision, sequences=f"{len(lengths)} x {lengths[0]}")
-    rows = []
+    common: dict = dict(
+        precision=precision,
+        sequences=f"{len(lengths)} x {lengths[0]}",
+        microbatches=batch.num_microbatches,
+    )
     corrected = correct(trainer, batch)
     update_s = _with_peak(lambda: update_policy(trainer, *corrected), common)
     flops = forms["policy"].train_flops(lengths)
-    rows.append(
+    report.add(
         dict(
             what="update", **common, s=update_s, tokens_s=sum(lengths) / update_s, mfu=flops / update_s / peak
         )
@@ -59,7 +63,7 @@ def measure(precision: str, lengths: list[int], shapes: dict[str, dict], tokens:
     flops = sum(form.train_flops(lengths) + form.forward_flops(lengths) for form in forms.values())
     breakdown = {f"{phase}_s": statistics.median(times[1:]) for phase, times in parts.items()}
     row = dict(what="joint", **common, s=joint_s, tokens_s=sum(lengths) / joint_s, mfu=flops / joint_s / peak)
-    return [*rows, row | breakdown]
+    report.add(row | breakdown)
 
 
 def _with_peak(call, common: dict) -> float:
@@ -79,16 +83,16 @@ def main() -> None:
     )
     args = made.parse_args()
     shapes = dict(policy=QWEN3_0_6B, actor=HALF)
-    cases = [([2048] * 8, 2048), ([16_384], 16_384)]
+    cases = [([2048] * 8, 16_384), ([2048] * 8, 2048), ([16_384], 16_384)]
     if args.tiny:
         shapes = dict(policy=TINY, actor={**TINY, "hidden_size": 32})
-        cases = [([32] * 2, 32), ([64], 64)]
-    rows = []
+        cases = [([32] * 2, 64), ([32] * 2, 32)]
+    report = Report("gpu_trainer", tiny=args.tiny)
     for precision in args.precision:
         for lengths, tokens in cases:
-            rows += measure(precision, lengths, shapes, tokens)
+            measure(report, precision, lengths, shapes, tokens)
             close()
-    report("gpu_trainer", rows, tiny=args.tiny)
+    report.close()
 
 
 if __name__ == "__main__":

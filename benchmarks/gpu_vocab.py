@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu_common import DEVICE, copy_bandwidth, parser, peak_bytes, report, seconds
+from benchmarks.gpu_common import DEVICE, Report, copy_bandwidth, parser, peak_bytes, seconds
 from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
 from megatron_jackpot.parallel.linear import LinearLogits
@@ -132,11 +132,12 @@ def main() -> None:
     args = parser(__doc__).parse_args()
     tokens, widths, hidden = (64, (512, 64), 32) if args.tiny else (TOKENS, (VOCAB, VOCAB // 8), HIDDEN)
     bandwidth = copy_bandwidth(2**20 if args.tiny else 2**32)
-    rows = [dict(what="device copy", copy_share=1.0, gb_s=bandwidth / 1e9)]
+    report = Report("gpu_vocab", tiny=args.tiny)
+    report.add(dict(what="device copy", copy_share=1.0, gb_s=bandwidth / 1e9))
     for columns in widths:
-        rows += measure(tokens, columns, bandwidth)
-        rows += measure_linear(tokens, columns, hidden)
-    report("gpu_vocab", rows, tiny=args.tiny)
+        report.add(*measure(tokens, columns, bandwidth))
+        report.add(*measure_linear(tokens, columns, hidden))
+    report.close()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,12 @@ python benchmarks/quickstart_table.py RUN_FOLDER [RUN_FOLDER ...] [--control FIL
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
-import yaml
-
+from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics, series
-from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE
+from megatron_jackpot.run.provenance import CONFIG_FILE
 
 HEAD = (
     *("seed", "threads", "policy: start", "end", "best", "actor: start", "end"),
@@ -23,12 +21,11 @@ def row(folder: Path) -> list[str]:
     rows = read_metrics(folder)
     policy, actor = (series(rows, f"eval/{name}_accuracy")[1] for name in ("policy", "actor"))
     acceptance = series(rows, "jackpot/acceptance")[1]
-    threads = json.loads((folder / PROVENANCE_FILE).read_text())["machine"]["threads"]
-    seed = yaml.safe_load((folder / CONFIG_FILE).read_text())["run"]["seed"]
+    config = load_config(folder / CONFIG_FILE)
     seconds = folder / "seconds"
     return [
-        str(seed),
-        str(threads),
+        str(config.run.seed),
+        str(config.parallel.threads),
         f"{policy[0]:.3f}",
         f"{policy[-1]:.3f}",
         f"{max(policy):.3f}",

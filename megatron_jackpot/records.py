@@ -122,6 +122,9 @@ class Batch:
     cu_seqlens: tuple[Tensor, ...]
     """M int32 tensors [S_m + 1]: where each packed sequence starts; padding comes last, as sequences of its
     own."""
+    longest: tuple[int, ...]
+    """M lengths, of each micro-batch's longest sequence: known on the host, so that no layer asks the device
+    for it."""
     num_minibatches: int = 1
 
     @property

@@ -32,7 +32,7 @@ def main() -> None:
     if budget == 0:
         raise ValueError(f"{args.run}/metrics.jsonl has no train/tokens: the run trained on nothing.")
     config, warmup, tokenizer = read_run([]), read_warmup(), build()
-    mesh, packer = make_mesh_and_packer(warmup["packing_tokens"], warmup["seed"])
+    mesh, packer = make_mesh_and_packer(warmup)
     optimizer = Optimizer(lr=warmup["policy"]["lr"] / 10, warmup_steps=50, weight_decay=0.01)
     folder = args.models / "policy"
     model = make_model("policy", read_hf_config(folder), folder, mesh, optimizer, 10**6)

@@ -125,8 +125,7 @@ def main() -> None:
     if folder.exists():
         parser.error(f"{folder} exists. Name another folder, or remove it first.")
     config, warmup = read_run([]), read_warmup()
-    torch.set_num_threads(warmup["threads"])
-    mesh, packer = make_mesh_and_packer(warmup["packing_tokens"], warmup["seed"])
+    mesh, packer = make_mesh_and_packer(warmup)
     models = {}
     for name in ("actor", "policy"):
         made = models[name] = warm_up(name, warmup, config, mesh, packer, folder / name)
@@ -134,7 +133,7 @@ def main() -> None:
             f"{name}: {made['parameters']:,} parameters, held-out accuracy {made['accuracy']:.4f} "
             f"after {made['tokens']:,} tokens of warm-up in {made['seconds']} s"
         )
-    record = dict(models=models, warmup=warmup, machine=machine(str(warmup["threads"])), versions=versions())
+    record = dict(models=models, warmup=warmup, machine=machine(warmup["threads"]), versions=versions())
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -77,6 +77,9 @@ class Parallel(Section):
     offload_optimizer: bool = False
     """Keep optimizer state in host memory and no gradient buffers from a push to the next update, for servers
     on the trainer's GPUs."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of each rank on a machine without a GPU. Other counts add in another order: the same number
+    after a resume gives the same bits."""
     timeout_s: float = Field(default=600, gt=0)
     """Time limit of every collective."""
 

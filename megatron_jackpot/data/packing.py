@@ -8,6 +8,7 @@ import heapq
 import math
 import pickle
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -85,8 +86,16 @@ def stack_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
 def make_batch(columns: Mapping[str, Tensor], *, num_minibatches: int = 1) -> Batch:
     """The Batch of `stack_rows`' tensors, by the names of its fields."""
     starts = columns["cu_seqlens"]
-    cu_seqlens = tuple(row[: int((row >= 0).sum())].contiguous() for row in starts)
-    return Batch(**{**columns, "cu_seqlens": cu_seqlens}, num_minibatches=num_minibatches)
+    # Read on the host once: each number asked of a device later would make it wait.
+    edges = [[edge for edge in row if edge >= 0] for row in starts.tolist()]
+    return Batch(
+        **{
+            **columns,
+            "cu_seqlens": tuple(row[: len(own)].contiguous() for row, own in zip(starts, edges, strict=True)),
+        },
+        longest=tuple(max(stop - start for start, stop in pairwise(own)) for own in edges),
+        num_minibatches=num_minibatches,
+    )
 
 
 def split_groups(groups: Sequence[Sequence[Rollout]], num_minibatches: int) -> list[list[Rollout]]:

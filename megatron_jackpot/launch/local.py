@@ -118,7 +118,7 @@ def _launch(
     first: bool,
 ) -> int:
     folder = config.run.folder
-    config_file = record(config, folder, threads=trainer_env(folder, ()).get("OMP_NUM_THREADS"))
+    config_file = record(config, folder)
     children.become_subreaper()
     if first:
         forget_stop(folder)
@@ -164,7 +164,8 @@ def torchrun(
 
 
 def trainer_env(folder: Path, urls: Sequence[str]) -> dict[str, str]:
-    """This environment, with the package importable and, on a CPU, one thread for each rank."""
+    """This environment, with the package importable and, on a CPU, one thread in whatever a rank starts; its
+    own are parallel.threads."""
     package_root = str(Path(__file__).resolve().parents[2])
     env = {**child_environment(os.environ, folder, urls), "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, env.get("PYTHONPATH")]))

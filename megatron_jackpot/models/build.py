@@ -52,6 +52,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
+        # The unfused one asks the device for every sequence's length, for q and k in every layer.
+        apply_rope_fusion=te,
         gradient_accumulation_fusion=False,
         perform_initialization=True,
         deterministic_mode=precision.deterministic,

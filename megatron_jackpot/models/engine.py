@@ -262,7 +262,7 @@ class MegatronModel:
             input_ids=batch.tokens_MT[index][None],
             position_ids=batch.position_MT[index][None],
             attention_mask=None,
-            packed_seq_params=packed_seq_params(batch.cu_seqlens[index]),
+            packed_seq_params=packed_seq_params(batch.cu_seqlens[index], batch.longest[index]),
         )
 
         def logits(output: Tensor) -> Logits:
@@ -279,9 +279,9 @@ class MegatronModel:
         return output, read if forward_only else loss
 
 
-def packed_seq_params(cu_seqlens: Tensor) -> PackedSeqParams:
-    """Megatron's description of packed sequences that start at `cu_seqlens` [S + 1], int32."""
-    longest = int(cu_seqlens.diff().max())
+def packed_seq_params(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
+    """Megatron's description of packed sequences that start at `cu_seqlens` [S + 1], int32; the `longest` has
+    so many tokens."""
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,

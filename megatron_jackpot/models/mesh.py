@@ -25,6 +25,9 @@ def init_mesh(parallel: Parallel, seed: int) -> Mesh:
             f"does not divide the {world} ranks of this job. Start a multiple of {model} ranks."
         )
     device = _device()
+    if device.type == "cpu":
+        # From the configuration, not from the machine or its load: the order of sums depends on it.
+        torch.set_num_threads(parallel.threads)
     if not dist.is_initialized():
         _init_process_group(world, parallel.timeout_s)
     parallel_state.initialize_model_parallel(

@@ -32,7 +32,9 @@ def _load_hf(chunks: list[GPTModel], family: Family, folder: Path, mesh: Mesh, p
         for name, parameter in global_names(chunk).items():
             kind, layer = family.find(name)
             shard = family.shard(kind, layer, source.read, padded_vocab, mesh.tp, mesh.tp_rank)
-            parameter.data.copy_(shard)
+            # An fp8 parameter in blocks is a leaf in its `data` too.
+            with torch.no_grad():
+                parameter.data.copy_(shard)
 
 
 def check_names(source: HFFolder, family: Family) -> None:

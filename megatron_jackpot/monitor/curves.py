@@ -1,6 +1,5 @@
 """Curves of one or more runs in one picture."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from megatron_jackpot.monitor.metrics import Row, read_metrics, series
-from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE
+from megatron_jackpot.run.provenance import CONFIG_FILE
 
 CONTROL = "tab:gray"
 COLORS = (
@@ -64,7 +63,7 @@ def plot_runs(folders: Sequence[Path], out: Path, control: Path | None = None) -
 def labels(folders: Sequence[Path]) -> list[str]:
     """A name for each run: the settings in which they differ, else their folders' names.
 
-    Example: ["run.seed=0", "run.seed=1"]; "threads=2" where OMP_NUM_THREADS differs.
+    Example: ["run.seed=0", "run.seed=1"].
     """
     settings = [_settings(Path(folder)) for folder in folders]
     keys = sorted(key for key in set().union(*settings) if len({repr(one.get(key)) for one in settings}) > 1)
@@ -74,12 +73,9 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """Dotted key -> value of the run's configuration, less its folder; {} where it has none."""
-    config, provenance = folder / CONFIG_FILE, folder / PROVENANCE_FILE
+    config = folder / CONFIG_FILE
     found = _flat(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else {}
     found.pop("run.folder", None)
-    if provenance.is_file():
-        machine = json.loads(provenance.read_text(encoding="utf-8")).get("machine", {})
-        found["threads"] = machine.get("threads")
     return found
 
 

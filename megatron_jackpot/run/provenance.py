@@ -39,14 +39,11 @@ CONFIG_FILE = "config.yaml"
 PROVENANCE_FILE = "provenance.json"
 
 
-def record(config: Config, folder: Path, *, threads: str | None) -> Path:
-    """Write config.yaml (readable by `train` again) and provenance.json; returns the path of the first.
-
-    `threads` is OMP_NUM_THREADS of a trainer's rank, None where torch chooses.
-    """
+def record(config: Config, folder: Path) -> Path:
+    """Write config.yaml (readable by `train` again) and provenance.json; returns the path of the first."""
     path = folder / CONFIG_FILE
     _replace(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    _replace(folder / PROVENANCE_FILE, json.dumps(provenance(threads), indent=2) + "\n")
+    _replace(folder / PROVENANCE_FILE, json.dumps(provenance(config.parallel.threads), indent=2) + "\n")
     return path
 
 
@@ -58,7 +55,7 @@ def _replace(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def provenance(threads: str | None) -> dict[str, Any]:
+def provenance(threads: int) -> dict[str, Any]:
     """Example: {"format": 1, "commit": "8ab4468...", "dirty": False, "versions": {"torch": ...}, ...}."""
     commit, dirty = git_commit(Path(__file__).resolve().parent)
     return {
@@ -77,10 +74,10 @@ def provenance(threads: str | None) -> dict[str, Any]:
     }
 
 
-def machine(threads: str | None) -> dict[str, str | int | None]:
+def machine(threads: int) -> dict[str, str | int]:
     """What rounds: the same seed gives other bits on another processor, or in sums cut for other threads.
 
-    Example: {"processor": "AMD EPYC", "cores": 2, "threads": "1"}; cores are those this process may use.
+    Example: {"processor": "AMD EPYC", "cores": 2, "threads": 1}; cores are those this process may use, threads a rank's.
     """
     return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": threads}
 

@@ -26,7 +26,8 @@ def quantise(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     padded[:rows, :columns] = weight_NK
     blocks = padded.view(shape[0], BLOCK, shape[1], BLOCK)
     largest = blocks.abs().amax(dim=(1, 3))
-    scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+    # By a tensor: CUDA divides by a number as a product with its reciprocal, which differs in the last bit.
+    scale = torch.where(largest > 0, largest / torch.full_like(largest, LARGEST), 1.0)
     scaled = (blocks / scale[:, None, :, None]).clamp_(-LARGEST, LARGEST).view_as(padded)
     return scaled[:rows, :columns].to(torch.float8_e4m3fn).contiguous(), scale
 

@@ -1,5 +1,4 @@
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -64,11 +63,13 @@ def test_runs_of_one_name_in_two_places_are_both_drawn(tmp_path, plot_runs):
 
 def test_a_label_is_what_differs_between_the_runs(tmp_path, plot_runs):
     runs = [make_run(tmp_path / name) for name in ("first", "second", "third")]
-    for run, seed, threads in zip(runs, (0, 1, 1), ("1", "1", "2"), strict=True):
-        config = {"run": {"folder": str(run), "seed": seed, "steps": 5}, "policy": {"hf": "policy"}}
+    for run, seed, threads in zip(runs, (0, 1, 1), (1, 1, 2), strict=True):
+        config = {
+            "run": {"folder": str(run), "seed": seed, "steps": 5},
+            "parallel": {"threads": threads, "tp": 1},
+        }
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-        (run / "provenance.json").write_text(json.dumps({"format": 1, "machine": {"threads": threads}}))
-    expected = ["run.seed=0, threads=1", "run.seed=1, threads=1", "run.seed=1, threads=2"]
+    expected = [f"parallel.threads={t}, run.seed={s}" for s, t in ((0, 1), (1, 1), (1, 2))]
     assert legend(plot_runs(runs, tmp_path / "curves.png")) == expected
 
 

@@ -67,6 +67,7 @@ def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Scores, Corre
         advantage_MT=shaped["advantage"],
         correct_MT=shaped["correct"],
         cu_seqlens=(),
+        longest=(),
     )
     none_MTK = torch.zeros(ROWS, TOKENS, 1)
     scores = Scores(

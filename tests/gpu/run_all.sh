@@ -5,7 +5,7 @@
 #   bash tests/gpu/run_all.sh --dry-run                 what would run, sizes, expected seconds
 #   OUT=FOLDER bash tests/gpu/run_all.sh --tiny         the benchmarks in sizes for a CPU
 #
-#   JACKPOT_GPU_BUNDLE   a .tar.zst with Transformer Engine and megatron-core, unpacked beside OUT and put in front
+#   JACKPOT_GPU_BUNDLE   a .tar.xz with Transformer Engine and megatron-core, unpacked in a scratch folder and put in front
 #   JACKPOT_GPU_WHEELS   a folder of wheels that the machine lacks (tests/gpu/README.md), installed without an index
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -20,7 +20,9 @@ if [[ " $* " != *" --dry-run "* ]]; then
   fi
   if [[ -n ${JACKPOT_GPU_BUNDLE:-} ]]; then
     mkdir "$scratch/te"
-    tar --zstd -xf "$JACKPOT_GPU_BUNDLE" -C "$scratch/te"
+    # By Python's own lzma: such a machine may have neither zstd nor xz.
+    "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="fully_trusted")' \
+      "$JACKPOT_GPU_BUNDLE" "$scratch/te"
     # The slimmed library finds NCCL only where torch's own copy lies.
     nccl=$("$python" -c 'import nvidia.nccl as n; print(list(n.__path__)[0] + "/lib")')
     export PYTHONPATH="$scratch/te${PYTHONPATH:+:$PYTHONPATH}"

@@ -85,7 +85,7 @@ def logits(model: MegatronModel, tokens: torch.Tensor) -> torch.Tensor:
             input_ids=tokens[None],
             position_ids=torch.arange(length)[None],
             attention_mask=None,
-            packed_seq_params=packed_seq_params(torch.tensor([0, length], dtype=torch.int32)),
+            packed_seq_params=packed_seq_params(torch.tensor([0, length], dtype=torch.int32), length),
         )[0, :, : model.family.vocab_size]
 
 

@@ -2,12 +2,15 @@
 is skipped."""
 
 import math
+import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.config import Parallel
@@ -28,7 +31,42 @@ def _on_one_rank(rank: int, world: int, folder: str) -> dict:
         "plain": _plain_grpo(trainer),
         "scale": _loss_of_one_micro_batch_against_four(trainer),
         "numerics": _scored_and_trained_log_probs(trainer),
+        "reads": [_reads_of_the_device(trainer, replicas) for replicas in (1, 3)],
     }
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what makes a GPU's queue run empty, a number or a shape asked of the device, by the line of this
+    package that asks. Megatron's own reads are those of its unfused rotary embedding, which like
+    models/cpu.py does not run on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            frame = sys._getframe(1)
+            while "/torch/" in frame.f_code.co_filename:
+                frame = frame.f_back
+            path = frame.f_code.co_filename
+            if "/megatron_jackpot/" in path and not path.endswith("models/cpu.py"):
+                self.asked[f"{path}:{frame.f_lineno}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _reads_of_the_device(trainer, replicas: int) -> dict[str, int]:
+    """In the update on a batch's micro-batches, `replicas` times over as one mini-batch."""
+    batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
+    rows = list(range(batch.num_microbatches)) * replicas
+    repeated = {
+        name: value[rows] if torch.is_tensor(value) else tuple(value[row] for row in rows)
+        for name, value in vars(batch).items()
+        if name != "num_minibatches"
+    }
+    with _Reads() as reads:
+        trainer.learn(replace(batch, **repeated, num_minibatches=1), trainer.measurements())
+    return dict(reads.asked)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +184,12 @@ def _loss_of_one_micro_batch_against_four(trainer) -> dict:
         out[batch.num_microbatches] = (loss, float(sum(g.double().pow(2).sum() for g in gradients.values())))
     trainer.packer.enabled, trainer.packer.num_minibatches = True, 2
     return out
+
+
+def test_no_number_is_asked_of_the_device_for_each_micro_batch(one_rank: dict) -> None:
+    once, thrice = one_rank["reads"]
+    assert once == thrice
+    assert 0 < sum(once.values()) < 60
 
 
 def test_policy_old_of_the_second_mini_batch_is_the_pass_before_any_update(one_rank: dict) -> None:

@@ -170,7 +170,7 @@ def test_activations_of_a_forward_pass_are_the_formula_and_what_the_cpu_layers_k
             input_ids=torch.zeros(1, tokens, dtype=torch.long),
             position_ids=(torch.arange(tokens) % 128)[None],
             attention_mask=None,
-            packed_seq_params=packed_seq_params(torch.arange(0, tokens + 1, 128, dtype=torch.int32)),
+            packed_seq_params=packed_seq_params(torch.arange(0, tokens + 1, 128, dtype=torch.int32), 128),
         )
     shape = model_shapes(config)["policy"]
     h, q, kv, d = shape.hidden_size, shape.query_size, shape.key_size, shape.head_dim
@@ -208,7 +208,7 @@ def test_flops_of_the_matrices_are_those_torch_counts(tmp_path, mesh) -> None:
             input_ids=torch.zeros(1, tokens, dtype=torch.long),
             position_ids=torch.arange(tokens)[None],
             attention_mask=None,
-            packed_seq_params=packed_seq_params(torch.tensor([0, tokens], dtype=torch.int32)),
+            packed_seq_params=packed_seq_params(torch.tensor([0, tokens], dtype=torch.int32), tokens),
         )
     shape = model_shapes(config)["policy"]
     # Megatron multiplies the padded vocabulary; torch does not count the CPU's attention.

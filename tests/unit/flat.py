@@ -83,6 +83,7 @@ def scores_of(s: Flat) -> Scores:
         advantage_MT=laid(s.advantage_T, 0.0),
         correct_MT=laid(s.correct_T, False),
         cu_seqlens=tuple(torch.tensor([0, width], dtype=torch.int32) for _ in range(num)),
+        longest=(width,) * num,
     )
     return Scores(
         batch=batch,
@@ -151,6 +152,7 @@ def batch_of(tokens: Tokens) -> Batch:
         advantage_MT=tokens.advantage_T[None],
         correct_MT=tokens.mask_T[None],
         cu_seqlens=(torch.tensor([0, len(tokens.mask_T)], dtype=torch.int32),),
+        longest=(len(tokens.mask_T),),
     )
 
 
