@@ -77,7 +77,8 @@ def provenance(threads: int) -> dict[str, Any]:
 def machine(threads: int) -> dict[str, str | int]:
     """What rounds: the same seed gives other bits on another processor, or in sums cut for other threads.
 
-    Example: {"processor": "AMD EPYC", "cores": 2, "threads": 1}; cores are those this process may use, threads a rank's.
+    Example: {"processor": "AMD EPYC", "cores": 2, "threads": 1}; cores are those this process may use,
+    threads those of a rank.
     """
     return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": threads}
 
