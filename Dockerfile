@@ -22,7 +22,7 @@ WORKDIR /opt/megatron-jackpot
 # Only what the environment depends on, so that a change of code does not make it anew.
 COPY tools/env.sh tools/env.sh
 COPY requirements/cpu.txt requirements/cpu.txt
-COPY megatron_jackpot/servers/cpu_server/sitecustomize.py megatron_jackpot/servers/cpu_server/sitecustomize.py
+COPY megatron_jackpot/servers/cpu_server megatron_jackpot/servers/cpu_server
 # Without a compiler it leaves pycosat out, which only reasoning-gym's zebra puzzles use.
 RUN bash tools/env.sh && rm -f /opt/jackpot/*.log
 

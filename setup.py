@@ -21,8 +21,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # Namespace packages too: servers/cpu_server is a folder for PYTHONPATH and has no __init__.
-    packages=find_namespace_packages(include=["megatron_jackpot", "megatron_jackpot.*"]),
+    # Namespace packages too: servers/cpu_server is a folder for PYTHONPATH, launch/jobs one of shell scripts.
+    packages=find_namespace_packages(
+        include=["megatron_jackpot", "megatron_jackpot.*"], exclude=["*.__pycache__", "*.__pycache__.*"]
+    ),
+    package_data={"megatron_jackpot.launch.jobs": ["*.sbatch", "*.sh"]},
     entry_points={"console_scripts": ["megatron-jackpot = megatron_jackpot.cli:main"]},
     install_requires=[
         "torch>=2.6",

@@ -1,17 +1,37 @@
 #!/usr/bin/env bash
-# The README's curves: three seeds of the quickstart, the control, one picture. About 25 minutes on 2 cores.
+# The README's curves and table: the quickstart with several seeds and threads, the control, one picture.
 #
-#   bash benchmarks/quickstart.sh FOLDER       runs go to FOLDER/seed0..2, the picture to FOLDER/quickstart.png
+#   bash benchmarks/quickstart.sh FOLDER                     seeds 0-2 on two threads, 3 and 4 on one
+#   bash benchmarks/quickstart.sh FOLDER 0 1 2:1             SEED or SEED:THREADS, in this order
+#
+# Runs go to FOLDER/seed0-threads2 and so on; what is complete there already is kept. The table is printed and
+# written to FOLDER/table.md, the picture to FOLDER/quickstart.png. Four minutes a run on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ $# -eq 1 ]] || { echo "usage: bash benchmarks/quickstart.sh FOLDER" >&2; exit 2; }
+[[ $# -ge 1 ]] || { echo "usage: bash benchmarks/quickstart.sh FOLDER [SEED[:THREADS] ...]" >&2; exit 2; }
 out=$1
+shift
+(( $# )) || set -- 0 1 2 3:1 4:1
 source tools/env.sh
 
-models=$(python examples/quickstart/prepare.py | tail -n 1)
-for seed in 0 1 2; do
-  megatron-jackpot launch examples/quickstart/run.yaml \
-    "policy.hf=$models/policy" "actor.hf=$models/actor" "run.folder=$out/seed$seed" "run.seed=$seed"
+models=$(python examples/quickstart/shipped.py)
+runs=()
+for run in "$@"; do
+  seed=${run%%:*} threads=2
+  if [[ $run == *:* ]]; then threads=${run#*:}; fi
+  folder="$out/seed$seed-threads$threads"
+  runs+=("$folder")
+  if [[ -f $folder/seconds ]]; then continue; fi
+  start=$SECONDS
+  megatron-jackpot launch examples/quickstart/run.yaml "policy.hf=$models/policy" "actor.hf=$models/actor" \
+    "run.folder=$folder" "run.seed=$seed" "parallel.threads=$threads"
+  echo $((SECONDS - start)) >"$folder/seconds"
 done
-python examples/quickstart/control.py "$models" "$out/seed0"
-python tools/plot.py "$out"/seed{0,1,2} --control "$out/seed0/control.jsonl" --out "$out/quickstart.png"
+control="${runs[0]}/control.jsonl"
+if [[ ! -f $control.done ]]; then
+  rm -f "$control"
+  python examples/quickstart/control.py "$models" "${runs[0]}"
+  touch "$control.done"
+fi
+python tools/plot.py "${runs[@]}" --control "$control" --out "$out/quickstart.png"
+python benchmarks/quickstart_table.py "${runs[@]}" --control "$control" | tee "$out/table.md"

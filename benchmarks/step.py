@@ -3,7 +3,7 @@ run; or what a run of one model takes beside the joint one.
 
     python benchmarks/step.py MODELS_FOLDER [key=value ...] [--steps 8] [--one-model]
 
-MODELS_FOLDER holds policy/ and actor/ (examples/quickstart/prepare.py prints one). Starts one SGLang server,
+MODELS_FOLDER holds policy/ and actor/ (examples/quickstart/shipped.py prints one). Starts one SGLang server,
 collects each batch once and lets both corrections learn from it, in alternating order; prints medians over
 the batches. With --one-model it starts a server for each of two runs, with the actor and without one
 (rollout.model=policy, actor=null), which take turns step by step; prints seconds, tokens and bytes held.

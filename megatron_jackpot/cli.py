@@ -101,8 +101,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "train": "Run one rank of a training job; started by torchrun.",
         "launch": "Run a whole job on this machine: SGLang servers, then torchrun; or submit it to Slurm.",
         "plan": "Memory, traffic and FLOPs of a run, by arithmetic: docs/planning.md.",
-        "serve": "This node's SGLang servers in a Slurm job; started by slurm/common.sh.",
-        "join": "This node's training processes in a Slurm job; started by slurm/common.sh.",
+        "serve": "This node's SGLang servers in a Slurm job; started by launch/jobs/common.sh.",
+        "join": "This node's training processes in a Slurm job; started by launch/jobs/common.sh.",
     }
     for name, text in about.items():
         command = commands.add_parser(

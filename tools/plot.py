@@ -2,6 +2,7 @@
 
 python tools/plot.py RUN_FOLDER [RUN_FOLDER ...] [--control FILE] [--out PNG]
 
+PNG is RUN_FOLDER/curves.png for one run; of several it must be named, for it is no single run's.
 FILE is a metrics.jsonl of a run without reinforcement learning (eval/policy_accuracy over step).
 """
 
@@ -18,8 +19,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Curves of one or more runs in one picture.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--control", type=Path, help="metrics.jsonl with eval/policy_accuracy of a control")
-    parser.add_argument("--out", type=Path, help="PNG to write; the first RUN_FOLDER's curves.png by default")
+    parser.add_argument("--out", type=Path, help="PNG to write; of one run its curves.png by default")
     given = parser.parse_args()
+    if given.out is None and len(given.folders) > 1:
+        parser.error("several runs: name their picture with --out.")
     out = given.out or given.folders[0] / "curves.png"
     plot_runs(given.folders, out, given.control)
     print(out)

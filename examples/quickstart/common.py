@@ -37,9 +37,9 @@ def heldout(config: Config, tokenizer) -> tuple[PromptSet, PromptSet]:
     return test, heldout_prompts(config.data, knobs, tokenizer, exclude=training | test.texts)
 
 
-def make_mesh_and_packer(tokens: int, seed: int) -> tuple[Mesh, Packer]:
-    mesh = init_mesh(Parallel(), seed)
-    return mesh, Packer(mesh, tokens=tokens, enabled=True, num_minibatches=1, vpp=None)
+def make_mesh_and_packer(warmup: dict[str, Any]) -> tuple[Mesh, Packer]:
+    mesh = init_mesh(Parallel(threads=warmup["threads"]), warmup["seed"])
+    return mesh, Packer(mesh, tokens=warmup["packing_tokens"], enabled=True, num_minibatches=1, vpp=None)
 
 
 def make_model(

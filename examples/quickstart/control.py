@@ -23,7 +23,7 @@ EVALUATIONS = 6
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", type=Path, help="folder made by prepare.py")
+    parser.add_argument("models", type=Path, help="folder that shipped.py prints")
     parser.add_argument("run", type=Path, help="run folder whose tokens are matched")
     args = parser.parse_args()
     rows = read_metrics(args.run)
@@ -32,7 +32,7 @@ def main() -> None:
     if budget == 0:
         raise ValueError(f"{args.run}/metrics.jsonl has no train/tokens: the run trained on nothing.")
     config, warmup, tokenizer = read_run([]), read_warmup(), build()
-    mesh, packer = make_mesh_and_packer(warmup["packing_tokens"], warmup["seed"])
+    mesh, packer = make_mesh_and_packer(warmup)
     optimizer = Optimizer(lr=warmup["policy"]["lr"] / 10, warmup_steps=50, weight_decay=0.01)
     folder = args.models / "policy"
     model = make_model("policy", read_hf_config(folder), folder, mesh, optimizer, 10**6)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on one CPU machine: environment, warm-up of two tiny models (both cached), Jackpot RL, report.
+# The main job on one CPU machine: environment (cached), Jackpot RL on the two tiny models in models/, report.
 #
 #   bash examples/quickstart/run.sh
 #   bash examples/quickstart/run.sh run.seed=1 algorithm.correction.name=none
@@ -15,7 +15,7 @@ for override in "$@"; do
   if [[ $override == run.folder=* ]]; then folder="${override#run.folder=}"; fi
 done
 
-models=$(python examples/quickstart/prepare.py | tail -n 1)
+models=$(python examples/quickstart/shipped.py)
 folders=("policy.hf=$models/policy" "actor.hf=$models/actor")
 if grep -q '^actor: null' "$config"; then unset 'folders[1]'; fi    # one model: there is no actor
 megatron-jackpot launch "$config" "${folders[@]}" "run.folder=$folder" "$@"

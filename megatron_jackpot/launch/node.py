@@ -1,6 +1,6 @@
 """One node's part of a Slurm job: `serve` runs its servers, `join` its training processes.
 
-slurm/common.sh starts each of them once per node. They meet in the run's folder, under the job's id and how
+jobs/common.sh starts each of them once per node. They meet in the run's folder, under the job's id and how
 often it was requeued, so that nothing of an earlier attempt is believed:
 
     RUN/slurm/17-0/servers/0.json  {"node": "n1", "urls": ["http://10.0.0.1:30000"]}
@@ -56,7 +56,7 @@ def serve(config: Config) -> int:
     """This node's servers, watched as `launch` does: until SIGUSR2 or SIGTERM (0), or one is lost for good
     (1).
 
-    EXIT_NO_START when they did not start: slurm/common.sh then does not queue a job's first attempt again.
+    EXIT_NO_START when they did not start: jobs/common.sh then does not queue a job's first attempt again.
 
     Raises ValueError for a bad layout.
     """

@@ -1,6 +1,6 @@
 """`launch --slurm`: the cluster section of a configuration as a Slurm job.
 
-A job is one of the scripts in slurm/ with its #SBATCH lines and settings filled in, kept with the resolved
+A job is one of the scripts in jobs/ with its #SBATCH lines and settings filled in, kept with the resolved
 configuration in RUN/slurm. Nothing of the configuration is left for a shell to interpret.
 """
 
@@ -18,6 +18,8 @@ from megatron_jackpot.plan.formulas import make_plan
 from megatron_jackpot.plan.tables import memory_troubles
 
 REPO = Path(__file__).resolve().parents[2]
+"""What PYTHONPATH needs: a clone, or the site-packages that the package was installed into."""
+JOBS = Path(__file__).resolve().parent / "jobs"
 JOB_FILE = "job.sbatch"
 CONFIG_FILE = "config.yaml"
 SBATCH_LIMIT_S = 60
@@ -78,18 +80,18 @@ def job_mistakes(config: Config, chain: int = 1) -> Iterator[str]:
 
 
 def script_of(config: Config) -> Path:
-    return REPO / "slurm" / f"{config.cluster.layout}.sbatch"
+    return JOBS / f"{config.cluster.layout}.sbatch"
 
 
 def render(config: Config, config_file: Path) -> str:
-    """The job script: #SBATCH lines, settings, arguments, then the body of the script in slurm/."""
+    """The job script: #SBATCH lines, settings, arguments, then the body of the script in jobs/."""
     template = script_of(config).read_text(encoding="utf-8").splitlines()
     body = [line for line in template[1:] if not line.startswith("#")]
     settings = [f"{name}={shlex.quote(value)}" for name, value in settings_of(config).items()]
     return "\n".join(
         [
             "#!/usr/bin/env bash",
-            f"# Rendered from slurm/{script_of(config).name}: {layout_line(config)}",
+            f"# Rendered from launch/jobs/{script_of(config).name}: {layout_line(config)}",
             *(f"#SBATCH {option}" for option in options(config, config_file.parent)),
             f"export {' '.join(settings)}",
             f"cd -- {shlex.quote(str(Path.cwd()))} || exit 1",
@@ -139,7 +141,7 @@ def options(config: Config, folder: Path) -> list[str]:
 
 
 def settings_of(config: Config) -> dict[str, str]:
-    """The environment of slurm/common.sh."""
+    """The environment of jobs/common.sh."""
     c = config.cluster
     return {
         "JACKPOT_REPO": str(REPO),

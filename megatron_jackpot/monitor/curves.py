@@ -1,73 +1,97 @@
 """Curves of one or more runs in one picture."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from megatron_jackpot.monitor.metrics import Row, read_metrics, series
+from megatron_jackpot.run.provenance import CONFIG_FILE
 
-POLICY, ACTOR, CONTROL, OTHER = "tab:blue", "tab:orange", "tab:gray", "tab:green"
-STYLES = ("-", "--", ":", "-.")
+CONTROL = "tab:gray"
+COLORS = (
+    *("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"),
+    *("tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black"),
+)
+FIRST, SECOND = "-", "--"
 PANELS = (
     (
-        "Held-out accuracy",
-        {"eval/policy_accuracy": ("policy", POLICY), "eval/actor_accuracy": ("actor", ACTOR)},
+        "Held-out accuracy: policy, actor dashed",
+        {"eval/policy_accuracy": FIRST, "eval/actor_accuracy": SECOND},
     ),
-    ("Reward of the rollouts", {"reward/mean": ("reward", OTHER)}),
-    ("Acceptance and Z", {"jackpot/acceptance": ("acceptance", POLICY), "jackpot/z": ("Z", ACTOR)}),
-    ("KL(policy || server), top-k", {"kl/target_server": ("KL", OTHER)}),
+    ("Reward of the rollouts", {"reward/mean": FIRST}),
+    ("Acceptance, Z dashed", {"jackpot/acceptance": FIRST, "jackpot/z": SECOND}),
+    ("KL(policy || server), top-k", {"kl/target_server": FIRST}),
 )
-"""Title -> metric -> (label, colour). The colour is the metric, the line style the run."""
+"""Title -> metric -> line style. The style is the metric, the colour the run."""
 
 
-def plot_runs(folders: list[Path], out: Path, control: Path | None = None) -> Figure:
-    """Write the picture of the runs' metrics to `out` (PNG) and return the figure."""
-    runs = list(zip(_names(folders), map(read_metrics, folders), strict=True))
-    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
+def plot_runs(folders: Sequence[Path], out: Path, control: Path | None = None) -> Figure:
+    """Write the picture of the runs' metrics to `out` (PNG) and return the figure.
+
+    Raises ValueError for more runs than there are colours.
+    """
+    if len(folders) > len(COLORS):
+        raise ValueError(f"{len(folders)} runs: there are {len(COLORS)} colours. Plot fewer at a time.")
+    runs = list(zip(COLORS, map(read_metrics, folders), strict=False))
+    handles = [
+        Line2D([], [], color=color, label=name) for color, name in zip(COLORS, labels(folders), strict=False)
+    ]
+    figure = Figure(figsize=(11, 7.5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, metrics) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-        for i, (name, rows) in enumerate(runs):
-            _draw(
-                axes,
-                rows,
-                metrics,
-                style=STYLES[i % len(STYLES)],
-                suffix=f" ({name})" if len(runs) > 1 else "",
-            )
+        for color, rows in runs:
+            _draw(axes, rows, metrics, color)
         if control is not None and "eval/policy_accuracy" in metrics:
-            _draw(
-                axes,
-                read_metrics(control),
-                {"eval/policy_accuracy": ("control", CONTROL)},
-                style="-",
-                suffix="",
-            )
+            _draw(axes, read_metrics(control), {"eval/policy_accuracy": FIRST}, CONTROL)
         _finish(axes, title)
+    if control is not None:
+        handles.append(Line2D([], [], color=CONTROL, label="control"))
+    # Below the panels: nothing of a curve is hidden.
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     return figure
 
 
-def _draw(
-    axes: Axes, rows: list[Row], metrics: dict[str, tuple[str, str]], *, style: str, suffix: str
-) -> None:
-    for metric, (label, color) in metrics.items():
+def labels(folders: Sequence[Path]) -> list[str]:
+    """A name for each run: the settings in which they differ, else their folders' names.
+
+    Example: ["run.seed=0", "run.seed=1"].
+    """
+    settings = [_settings(Path(folder)) for folder in folders]
+    keys = sorted(key for key in set().union(*settings) if len({repr(one.get(key)) for one in settings}) > 1)
+    found = [", ".join(f"{key}={one[key]}" for key in keys if key in one) for one in settings]
+    return found if all(found) and len(set(found)) == len(found) else _names(folders)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Dotted key -> value of the run's configuration, less its folder; {} where it has none."""
+    config = folder / CONFIG_FILE
+    found = _flat(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else {}
+    found.pop("run.folder", None)
+    return found
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
+
+
+def _draw(axes: Axes, rows: list[Row], metrics: Mapping[str, str], color: str) -> None:
+    for metric, style in metrics.items():
         steps, values = series(rows, metric)
         if steps:
             marker = "o" if len(steps) < 25 else None
-            axes.plot(
-                steps,
-                values,
-                style,
-                color=color,
-                marker=marker,
-                markersize=3,
-                linewidth=1.6,
-                label=label + suffix,
-            )
+            axes.plot(steps, values, style, color=color, marker=marker, markersize=3, linewidth=1.4)
 
 
 def _finish(axes: Axes, title: str) -> None:
@@ -76,13 +100,11 @@ def _finish(axes: Axes, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.legend(fontsize=8, framealpha=0.8, edgecolor="none", ncols=2)
-    else:
+    if not axes.lines:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color=CONTROL)
 
 
-def _names(folders: list[Path]) -> list[str]:
+def _names(folders: Sequence[Path]) -> list[str]:
     """The folders' own names where they differ, else with their parents."""
     paths = [Path(folder).resolve() for folder in folders]
     names = [path.name for path in paths]

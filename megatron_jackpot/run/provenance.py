@@ -1,9 +1,10 @@
-"""What a run was made from (resolved config, command, library versions, git commit), kept in its folder."""
+"""What a run was made from (resolved config, command, versions, git commit, machine), kept in its folder."""
 
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def record(config: Config, folder: Path) -> Path:
     """Write config.yaml (readable by `train` again) and provenance.json; returns the path of the first."""
     path = folder / CONFIG_FILE
     _replace(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    _replace(folder / PROVENANCE_FILE, json.dumps(provenance(), indent=2) + "\n")
+    _replace(folder / PROVENANCE_FILE, json.dumps(provenance(config.parallel.threads), indent=2) + "\n")
     return path
 
 
@@ -57,7 +58,7 @@ def _replace(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def provenance() -> dict[str, Any]:
+def provenance(threads: int) -> dict[str, Any]:
     """Example: {"format": 1, "commit": "8ab4468...", "dirty": False, "versions": {"torch": ...}, ...}."""
     commit, dirty = git_commit(Path(__file__).resolve().parent)
     return {
@@ -69,10 +70,29 @@ def provenance() -> dict[str, Any]:
         "folder": os.getcwd(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
+        "machine": machine(threads),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions(),
     }
+
+
+def machine(threads: int) -> dict[str, str | int]:
+    """What rounds: the same seed gives other bits on another processor, or in sums cut for other threads.
+
+    Example: {"processor": "AMD EPYC", "cores": 2, "threads": 1}; cores are those this process may use,
+    threads those of a rank.
+    """
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": threads}
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:
@@ -83,7 +103,8 @@ def versions() -> dict[str, str | None]:
 def git_commit(folder: Path) -> tuple[str | None, bool | None]:
     """(commit, whether tracked files differ from it); (None, None) outside a git checkout or without git."""
     commit = _git(folder, "rev-parse", "HEAD")
-    if commit is None:
+    # An installed package may lie inside somebody else's checkout, which does not hold its files.
+    if commit is None or _git(folder, "ls-files", "--error-unmatch", ".") is None:
         return None, None
     return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
 

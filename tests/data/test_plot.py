@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_jackpot.monitor.metrics import MetricsWriter
 
@@ -28,6 +29,10 @@ def make_run(folder, *, skipped=()):
     return folder
 
 
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def num_lines(figure):
     return [len(axes.lines) for axes in figure.axes]
 
@@ -44,16 +49,35 @@ def test_three_seeds_are_overlaid_and_the_control_adds_one_line(tmp_path, plot_r
     control = make_run(tmp_path / "control") / "metrics.jsonl"
     figure = plot_runs(runs, tmp_path / "curves.png", control)
     assert num_lines(figure) == [7, 3, 6, 3]
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels[:2] == ["policy (seed0)", "actor (seed0)"] and labels[-1] == "control"
+    assert legend(figure) == ["seed0", "seed1", "seed2", "control"]
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 4
 
 
 def test_runs_of_one_name_in_two_places_are_both_drawn(tmp_path, plot_runs):
     figure = plot_runs(
         [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run")], tmp_path / "c.png"
     )
-    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
-    assert labels == ["reward (a/run)", "reward (b/run)"]
+    assert legend(figure) == ["a/run", "b/run"]
+
+
+def test_a_label_is_what_differs_between_the_runs(tmp_path, plot_runs):
+    runs = [make_run(tmp_path / name) for name in ("first", "second", "third")]
+    for run, seed, threads in zip(runs, (0, 1, 1), (1, 1, 2), strict=True):
+        config = {
+            "run": {"folder": str(run), "seed": seed, "steps": 5},
+            "parallel": {"threads": threads, "tp": 1},
+        }
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    expected = [f"parallel.threads={t}, run.seed={s}" for s, t in ((0, 1), (1, 1), (1, 2))]
+    assert legend(plot_runs(runs, tmp_path / "curves.png")) == expected
+
+
+def test_the_picture_of_several_runs_must_be_named(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    done = subprocess.run([sys.executable, SCRIPT, *runs], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--out" in done.stderr
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_a_metric_that_was_never_measured_leaves_its_panel_empty(tmp_path, plot_runs):

@@ -2,14 +2,12 @@
 # The Dockerfile's cpu target, really built without a Docker engine (buildah, chroot), and what must work inside it:
 # doctor, two quickstart steps, tests/unit. On Debian, as root; FOLDER takes about 25 GB for the time of the build.
 #
-#   bash tests/image/build_cpu.sh FOLDER [MODELS]
+#   bash tests/image/build_cpu.sh FOLDER
 #
-# MODELS: the folder that examples/quickstart/prepare.py prints; without it the warm-up runs inside the image. The base
-# image is made by debootstrap from this machine's mirror, since there may be no registry; pip's settings and the
-# certificates of this machine are mounted for the build alone. A second call goes on with the image of the first.
+# The base image is made by debootstrap from this machine's mirror, since there may be no registry; pip's settings and
+# the certificates of this machine are mounted for the build alone. A second call goes on with the image of the first.
 set -euo pipefail
-work=$(realpath -m "${1:?usage: bash tests/image/build_cpu.sh FOLDER [MODELS]}")
-models=${2:+$(realpath "$2")}
+work=$(realpath -m "${1:?usage: bash tests/image/build_cpu.sh FOLDER}")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 mkdir -p "$work"
 export BUILDAH_ISOLATION=chroot TMPDIR="$work"
@@ -66,7 +64,7 @@ box_run() {  # LOG SECONDS COMMAND...: in a container of its own, as the image's
   container=$("${box[@]}" from "$image")
   # Under chroot buildah looks for a command in this machine's PATH: the image's own shell looks in the image's.
   # shellcheck disable=SC2016
-  timeout "$limit" "${box[@]}" run --user 1000 ${models:+-v "$models:/models:ro"} "$container" -- \
+  timeout "$limit" "${box[@]}" run --user 1000 "$container" -- \
     /bin/sh -c 'exec "$@"' sh "$@" >"$work/$log.log" 2>&1 || code=$?
   "${box[@]}" rm "$container" >/dev/null
   (( code == 0 )) || { tail -n 30 "$work/$log.log"; say "FAILED with code $code: $*"; exit 1; }
@@ -75,12 +73,7 @@ box_run() {  # LOG SECONDS COMMAND...: in a container of its own, as the image's
 say "doctor"
 box_run doctor 300 megatron-jackpot doctor
 say "two quickstart steps"
-if [[ -n $models ]]; then
-  box_run quickstart 900 megatron-jackpot launch examples/quickstart/run.yaml run.folder=/tmp/run run.steps=2 \
-    evaluation.size=64 policy.hf=/models/policy actor.hf=/models/actor
-else
-  box_run quickstart 2400 bash examples/quickstart/run.sh run.folder=/tmp/run run.steps=2 evaluation.size=64
-fi
+box_run quickstart 900 bash examples/quickstart/run.sh run.folder=/tmp/run run.steps=2 evaluation.size=64
 grep 'step 2/2' "$work/quickstart.log"
 say "tests/unit"
 box_run unit 1800 python -m pytest -q -p no:cacheprovider tests/unit

@@ -52,6 +52,19 @@ def test_the_servers_image_has_the_sglang_that_was_tested(monkeypatch) -> None:
     assert f"sglang>={tested}" in setup_arguments(monkeypatch)["extras_require"]["server"]
 
 
+def test_an_installed_package_has_every_file_of_the_clones(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = setup_arguments(monkeypatch)
+    files = [path for path in Path("megatron_jackpot").rglob("*") if path.is_file()]
+    files = [path for path in files if "__pycache__" not in path.parts]
+    assert len(files) > 100 and {".py", ".sh", ".sbatch"} <= {path.suffix for path in files}
+    for path in files:
+        package = ".".join(path.parent.parts)
+        assert package in arguments["packages"], path
+        patterns = ["*.py", *arguments["package_data"].get(package, [])]
+        assert any(path.match(pattern) for pattern in patterns), path
+
+
 def test_no_image_runs_as_root() -> None:
     for target in ("cpu", "gpu"):
         stage = DOCKERFILE.split(f" AS {target}\n")[1].split("\nFROM ")[0]

@@ -1,6 +1,7 @@
 """tools/env.sh with a stand-in interpreter: built once, built whole, and clear when it cannot be."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ class Setup:
             **os.environ,
             "JACKPOT_HOME": str(self.home),
             "JACKPOT_PYTHON": str(self.programs / "python"),
+            "JACKPOT_INSTALLER": "pip",
             "PATH": f"{self.programs}:{os.environ['PATH']}",
         }
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -120,6 +122,43 @@ def test_an_index_out_of_reach_is_told_apart_from_a_missing_package(setup):
     code, _, err = setup.run()
     assert code == 1
     assert "could not reach a package index" in err and "PIP_INDEX_URL" in err and "Falling back" not in err
+
+
+def test_uv_installs_where_it_is_and_is_told_pips_settings(setup):
+    settings = "global.index-url='file:///index'\\n:env:.find-links='/one /two'\\nglobal.find-links='/no'\\n"
+    setup.python(
+        f"""case "$*" in *config*) printf "{settings}" ;; *) echo made >>{setup.calls} ;; esac; exit"""
+    )
+    told = setup.folder / "told"
+    words = '"$UV_DEFAULT_INDEX $UV_FIND_LINKS $*"'
+    setup.program("uv", f'#!/bin/sh\n[ "$1" = --version ] || echo {words} >>{told}\n')
+    code, _, err = setup.run(JACKPOT_INSTALLER="")
+    assert code == 0, err
+    torch, pins = told.read_text().splitlines()
+    for line in (torch, pins):
+        assert line.startswith("file:///index /one,/two pip install --python ")
+    assert "+cpu" in torch and pins.endswith("pins.txt")
+    assert setup.num_built() == 1, "pip installed something"
+
+
+def test_pip_installs_what_uv_could_not(setup):
+    setup.program("uv", '#!/bin/sh\n[ "$1" = --version ]\n')
+    code, _, err = setup.run(JACKPOT_INSTALLER="")
+    assert code == 0, err
+    assert err.count("uv could not, pip tries") == 2
+
+
+def test_an_installation_tells_megabytes_and_the_seconds_of_its_downloads_apart(setup):
+    lines = [
+        "  Downloading a-1.whl (1.5 MB)",
+        "  Downloading b-1.whl (500 kB)",
+        "Installing collected packages: a",
+    ]
+    words = "; ".join(f"echo '{line}'" for line in lines)
+    setup.python(f"{words}; sleep 0.3; exit")
+    code, _, err = setup.run()
+    assert code == 0, err
+    assert len(re.findall(r"done in \d+ s: 2 MB downloaded in \d+ s, put in place in \d+ s", err)) == 2
 
 
 def test_without_a_cpu_build_the_default_one_is_installed_and_the_remedy_named(setup):

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_jackpot.config import load_config
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE
+from megatron_jackpot.run.provenance import git_commit
 
 ROOT = Path(__file__).parents[2]
 START_LIMIT_S = 60
@@ -260,3 +261,19 @@ def test_the_run_folder_says_what_was_run(start):
     written = json.loads((launch.folder / "provenance.json").read_text())
     assert written["versions"]["torch"] and written["python"].startswith("3.")
     assert set(written) >= {"commit", "dirty", "command", "time"}
+    assert written["machine"].keys() == {"processor", "cores", "threads"}
+    assert written["machine"]["processor"] and written["machine"]["cores"] >= 1
+
+
+def test_a_checkout_that_does_not_hold_the_package_is_not_its_commit(tmp_path):
+    folder = tmp_path / "site-packages" / "megatron_jackpot"
+    folder.mkdir(parents=True)
+    (folder / "cli.py").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "else"]):
+        subprocess.run([*git, *words], check=True, timeout=20)
+    assert git_commit(folder) == (None, None)
+    for words in (["add", "."], ["commit", "-q", "-m", "its own"]):
+        subprocess.run([*git, *words], check=True, timeout=20)
+    commit, dirty = git_commit(folder)
+    assert commit is not None and len(commit) == 40 and dirty is False

@@ -194,7 +194,7 @@ def test_the_step_of_each_runtime(tmp_path, runtime) -> None:
     script = f'''
     export SLURM_JOB_ID=1 JACKPOT_REPO={ROOT} JACKPOT_RUNTIME={runtime}
     export JACKPOT_IMAGE=repo/image:1 JACKPOT_MOUNTS=/d:/d
-    source {ROOT}/slurm/common.sh; cd /tmp
+    source {ROOT}/megatron_jackpot/launch/jobs/common.sh; cd /tmp
     make_step serve "a b.yaml" 'x=[1, 2]'
     printf '%s|' "${{step[@]}}"'''
     words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split(
