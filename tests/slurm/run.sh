@@ -12,7 +12,6 @@ shift
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tools/env.sh
 source tests/slurm/cluster.sh
-jobs=megatron_jackpot/launch/jobs
 mkdir -p "$out"
 chmod 755 "$out"
 
@@ -228,16 +227,16 @@ scenario_disaggregated() {  # training on n1, servers on n2; --chain: a second j
   grep -h 'resumed after step 2' "$folder/slurm/$last.out" || die "the second job did not find the run done"
 }
 
-scenario_by_hand() {  # the script as it stands in launch/jobs/, submitted by sbatch, an array and a dependency included
+scenario_by_hand() {  # the script as it stands in slurm/, submitted by sbatch, an array and a dependency included
   local folder=$out/by_hand job after seed
   local overrides=("policy.hf=$models/policy" "actor.hf=$models/actor" cluster.nodes=2 cluster.server_nodes=1
     cluster.gpus_per_node=0 cluster.trainer_procs=1 cluster.interface=lo run.steps=2 run.save_every=2 run.stop_margin_s=0
     evaluation.size=64)
   # What `launch --slurm` would have taken from the YAML; a cluster's users write it into the #SBATCH lines.
   local options=(--parsable --nodes=2 --gpus-per-node=0 --oversubscribe "--output=$out/by_hand-%j.out")
-  job=$(JACKPOT_SERVER_NODES=1 sbatch "${options[@]}" $jobs/colocated.sbatch examples/quickstart/run.yaml \
+  job=$(JACKPOT_SERVER_NODES=1 sbatch "${options[@]}" slurm/colocated.sbatch examples/quickstart/run.yaml \
     "run.folder=$folder" "${overrides[@]}") || die "sbatch refused it"
-  after=$(JACKPOT_SERVER_NODES=1 sbatch "${options[@]}" --array=3 "--dependency=afterany:$job" $jobs/colocated.sbatch \
+  after=$(JACKPOT_SERVER_NODES=1 sbatch "${options[@]}" --array=3 "--dependency=afterany:$job" slurm/colocated.sbatch \
     examples/quickstart/run.yaml "run.folder=$folder" "${overrides[@]}") || die "sbatch refused the array"
   wait_for 400 "job $job to end" ended "$job"
   completed "$job"
