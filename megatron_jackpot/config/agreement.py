@@ -106,7 +106,7 @@ def _packing(c: "Config") -> Iterator[str]:
 
 
 def _learning_rates(c: "Config") -> Iterator[str]:
-    for name, section in (("policy", c.policy), ("actor", c.actor)):
+    for name, section in c.models.items():
         lr, min_lr = section.optimizer.lr, section.optimizer.min_lr
         if min_lr > lr:
             yield (

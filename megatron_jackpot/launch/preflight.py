@@ -164,12 +164,12 @@ def _methods(s: Subject) -> Iterator[str]:
     if s.command == "train":
         return  # The rank makes them at once.
     config = s.config
-    chosen = [value for _, value in (*config.algorithm, *config.actor) if isinstance(value, Method)]
+    chosen = [value for _, value in (*config.algorithm, *(config.actor or ())) if isinstance(value, Method)]
     if any(method.is_own for method in chosen):
         yield from _ask_methods(config)
         return
     # No method looks at the actor's folder or optimizer: runs of other models share a verdict.
-    actor = config.actor.model_dump(exclude={"hf", "optimizer"})
+    actor = config.actor and config.actor.model_dump(exclude={"hf", "optimizer"})
     key = content(config.algorithm, actor, config.run.seed, sources=("algorithm/*.py", "train/methods.py"))
     yield from cached("methods", key, lambda: _ask_methods(config))
 
