@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from matplotlib.axes import Axes
@@ -71,7 +70,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return found if all(found) and len(set(found)) == len(found) else _names(folders)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path) -> dict[str, object]:
     """Dotted key -> value of the run's configuration, less its folder; {} where it has none."""
     config = folder / CONFIG_FILE
     found = _flat(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else {}
@@ -79,8 +78,8 @@ def _settings(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(tree: Mapping[str, object], above: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
     return flat
