@@ -84,10 +84,10 @@ def make(method: type[M], name: str, settings: Mapping[str, object], where: str)
     return made
 
 
-def _tried(method: type[M], settings: dict[str, Any], name: str, where: str) -> tuple[M | None, list[str]]:
+def _tried(method: type[M], given: Mapping[str, object], name: str, where: str) -> tuple[M | None, list[str]]:
     """The method, and every setting that its own check refuses: a number that is refused counts as not given,
     so that the rest can be looked at. None where that is not possible."""
-    settings, mistakes, required = dict(settings), [], _required(method)
+    settings, mistakes, required = dict(given), [], _required(method)
     hints = get_type_hints(method)
     while True:
         try:

@@ -129,7 +129,9 @@ def join(config: Config, began: float | None = None) -> int:
         return _train(config, place, urls, master, began)
 
 
-def _train(config: Config, place: Place, urls: Sequence[str], master: Mapping[str, Any], began: float) -> int:
+def _train(
+    config: Config, place: Place, urls: Sequence[str], master: Mapping[str, object], began: float
+) -> int:
     network = place.interface and {
         "NCCL_SOCKET_IFNAME": place.interface,
         "GLOO_SOCKET_IFNAME": place.interface,
