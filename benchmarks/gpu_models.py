@@ -3,6 +3,7 @@ lengths.
 
 Random weights and proposals say nothing about learning; what a step costs does not depend on them."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ PROMPT = 8
 
 
 def make_config(tokens: int, precision: dict[str, Any], **sections: Any) -> Config:
-    """A run of one step on packed micro-batches of `tokens`; its paths are never read nor written."""
+    """A run of one step on packed micro-batches of `tokens`; its models' paths are never read."""
     tree: dict[str, Any] = dict(
-        run=dict(folder="unused"),
+        run=dict(folder=f"{tempfile.gettempdir()}/jackpot-benchmark"),
         policy=dict(hf="unused"),
         actor=dict(hf="unused"),
         data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=PROMPT),
