@@ -33,7 +33,7 @@ fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 limit="${JACKPOT_TEST_LIMIT_S:-$([[ $full ]] && echo 10800 || echo 1200)}"
-jobs="${JACKPOT_TEST_JOBS:-$(( $(nproc) > 1 && ${#stages[@]} > 1 ? 2 : 1 ))}"
+jobs="${JACKPOT_TEST_JOBS:-$(( $(env -u OMP_NUM_THREADS nproc) > 1 && ${#stages[@]} > 1 ? 2 : 1 ))}"
 begin=$(date +%s)
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
