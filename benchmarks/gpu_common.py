@@ -133,7 +133,7 @@ def copy_bandwidth(num_bytes: int) -> float:
 
 def machine() -> dict[str, Any]:
     """Date, versions, commit, and the device."""
-    found: dict[str, Any] = {**provenance(), "device": "cpu"}
+    found: dict[str, Any] = {**provenance(torch.get_num_threads()), "device": "cpu"}
     for private in ("host", "folder"):
         found.pop(private)
     if DEVICE.type == "cuda":

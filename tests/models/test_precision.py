@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
@@ -21,6 +22,12 @@ from tests.tiny import groups, hf_config, write_model
 HOPPER = Device(capability=(9, 0), cuda=(13, 0), te=(2, 20, 2))
 FP8 = Precision(dtype="bfloat16", fp8="hybrid")
 EVERY_RECIPE = ("delayed", "tensorwise", "blockwise")
+
+
+@pytest.fixture
+def fused_rope(monkeypatch) -> None:
+    """Megatron takes its configuration only where Transformer Engine's rotary embedding imports."""
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", lambda *_args, **_kwargs: None)
 
 
 def changed(knobs, **changes):
@@ -85,7 +92,7 @@ def test_matrices_that_fp8_cannot_multiply_are_named(shape, tp, message) -> None
 @pytest.mark.parametrize("fp8", ["hybrid", "e4m3"])
 @pytest.mark.parametrize("recipe", EVERY_RECIPE)
 @pytest.mark.parametrize("fp8_param", [False, True])
-def test_every_recipe_on_hopper_reaches_megatrons_configuration(recipe, fp8, fp8_param) -> None:
+def test_every_recipe_on_hopper_reaches_megatrons_configuration(fused_rope, recipe, fp8, fp8_param) -> None:
     precision = changed(
         FP8, fp8=fp8, fp8_recipe=recipe, fp8_param=fp8_param, first_last_layers_bf16=recipe != "delayed"
     )
@@ -95,11 +102,13 @@ def test_every_recipe_on_hopper_reaches_megatrons_configuration(recipe, fp8, fp8
     assert (config.fp8, config.fp8_recipe, config.fp8_param) == (fp8, recipe, fp8_param)
     assert config.first_last_layers_bf16 == (recipe != "delayed")
     assert config.params_dtype == torch.bfloat16 and config.bf16
+    assert config.apply_rope_fusion
+    assert not build.transformer_config(family, Parallel(), Precision(), te=False).apply_rope_fusion
     plain = build.transformer_config(family, Parallel(), Precision(), te=True)
     assert plain.fp8 is None and not plain.fp8_param and plain.recompute_granularity is None
 
 
-def test_the_spec_follows_the_choice_of_layers() -> None:
+def test_the_spec_follows_the_choice_of_layers(fused_rope) -> None:
     family = family_of(hf_config())
     config = build.transformer_config(family, Parallel(), Precision(), te=True)
     with (
