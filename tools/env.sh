@@ -163,9 +163,11 @@ install_torch() {  # PYTHON
   failed "torch"
 }
 
+site_of() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }  # PYTHON
+
 install_pins() {  # PYTHON: the pinned list, less what this machine cannot or need not have
   local pins="$folder/pins.txt" site header
-  site="$("$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+  site="$(site_of "$1")"
   header="$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
   cp "$JACKPOT_REPO/requirements/cpu.txt" "$pins"
   # A CUDA build of torch has brought the triton it needs.
@@ -182,8 +184,10 @@ install_pins() {  # PYTHON: the pinned list, less what this machine cannot or ne
   echo 'import torchvision_on_cpu' >"$site/torchvision_on_cpu.pth"
 }
 
-check() {  # PYTHON: what trainer and server import, side by side
+check() {  # PYTHON: what trainer and server import, side by side; their byte code is kept whatever is set
   local server=0 trainer=0
+  local lazily="${PYTHONDONTWRITEBYTECODE:-}"
+  unset PYTHONDONTWRITEBYTECODE
   local imports='import torch, megatron.core.models.gpt, reasoning_gym; from transformers import Qwen3ForCausalLM'
   if [[ $kind == cpu ]]; then
     PYTHONPATH="${TORCHVISION_FIX%/*}" SGLANG_USE_CPU_ENGINE=1 \
@@ -192,6 +196,8 @@ check() {  # PYTHON: what trainer and server import, side by side
   fi
   "$1" -W ignore -c "$imports" || trainer=1
   if (( server )); then wait "$server" || trainer=1; fi
+  # Where no process may keep byte code later, each would compile what it imports anew. Some files are for Python 2.
+  if [[ -n $lazily ]]; then "$1" -W ignore -m compileall -q -j 0 "$(site_of "$1")" || true; fi
   return "$trainer"
 }
 
