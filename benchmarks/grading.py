@@ -32,6 +32,7 @@ def grade(gold: str, answer: str) -> float | None:
     try:
         return math_verify.score(f"Working. So \\boxed{{{answer}}}.", {"answer": gold})
     except Exception:
+        # In a run a crash is counted apart from wrong answers; here it must not count as a right one.
         return None
 
 

@@ -29,6 +29,7 @@ from rich.table import Table
 from benchmarks.step import RUN, RUNS, assembled, beside
 from megatron_jackpot.config import Config, load_config
 from megatron_jackpot.data.problems import reasoning_gym_problems
+from megatron_jackpot.launch.cached import home
 from megatron_jackpot.models.mesh import init_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -44,8 +45,7 @@ def peers_python() -> Path:
     """The interpreter of the peers' environment, made where it is not there: this one's packages and
     peers.txt."""
     key = hashlib.sha256(PINS.read_bytes() + sys.prefix.encode()).hexdigest()[:12]
-    home = Path(os.environ.get("JACKPOT_HOME", Path.home() / ".cache" / "megatron-jackpot"))
-    folder = home / f"peers-{key}"
+    folder = home() / f"peers-{key}"
     python = folder / "bin" / "python"
     if (folder / "ready").exists():
         return python

@@ -22,10 +22,14 @@ def content(*parts: object, files: Iterable[Path] = (), sources: Iterable[str] =
     return digest.hexdigest()
 
 
+def home() -> Path:
+    """Where environments, models and verdicts are kept: $JACKPOT_HOME, by default below ~/.cache."""
+    return Path(os.environ.get("JACKPOT_HOME") or "~/.cache/megatron-jackpot").expanduser()
+
+
 def cached(kind: str, key: str, compute: Callable[[], Any]) -> Any:
     """What `compute` gave for this key, in JSON; a folder that cannot be written keeps nothing."""
-    home = Path(os.environ.get("JACKPOT_HOME") or "~/.cache/megatron-jackpot").expanduser()
-    path = home / "checked" / f"{kind}-{key[:32]}.json"
+    path = home() / "checked" / f"{kind}-{key[:32]}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
     result = compute()
