@@ -1,5 +1,9 @@
-"""A reward that varies among the answers of random models, so that the policy has something to learn."""
+"""A reward that differs between any two answers of random models, so that the policy has something to learn."""
+
+import zlib
 
 
-def even_length(response_text: str, label: object) -> float:
-    return float(len(response_text) % 2 == 0)
+def by_text(response_text: str, label: object) -> float:
+    """In [0, 1), a function of the text alone. Two values only would leave one run in thirty without a group of
+    unequal rewards, and that run without a gradient."""
+    return zlib.crc32(response_text.encode()) / 2**32

@@ -35,7 +35,7 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "run.steps=1",
         "run.save_every=1",
         "algorithm.train_actor=false",
-        "data.reward=tests.e2e.rewards.even_length",
+        "data.reward=tests.e2e.rewards.by_text",
         "evaluation.size=0",
     ]
     command = [sys.executable, "-m", "megatron_jackpot.cli", "launch", str(folder / "run.yaml"), *overrides]
