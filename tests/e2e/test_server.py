@@ -240,7 +240,7 @@ def test_a_tensor_left_out_and_weights_that_did_not_arrive_are_errors(rig, monke
         rig.sync.push(without_norm.items(), next_version(rig))
     rig.sync.push(rig.b.tensors.items(), next_version(rig))
     with monkeypatch.context() as patch:
-        patch.setattr(rig.sync, "_send", lambda bucket: None)
+        patch.setattr(rig.sync, "_send", lambda bucket, **_: None)
         with pytest.raises(SyncError, match="checksums did not move"):
             rig.sync.push(rig.a.tensors.items(), next_version(rig))
 
