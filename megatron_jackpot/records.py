@@ -1,10 +1,11 @@
 """What travels between the stages of a step, and the one place where its shapes are written.
 
-reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Correction [M, T] -> one
-ObjectiveInputs [T] per micro-batch, with DistillInputs [T] beside the actor's -> loss. From Batch on each is
-constructed in one function and changed by `replace` alone, and no tensor of a Batch is held by another
-record. Nothing else holds numbers of tokens, but for what a function hands to its caller and nobody keeps
-(Local and VocabScores in parallel, SampledLogp in algorithm) and the TokenRecord that monitor writes to disk.
+reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Correction [M, T] ->
+Aggregated [M, T] -> one ObjectiveInputs [T] per micro-batch, with DistillInputs [T] beside the actor's ->
+loss. From Batch on each is constructed in one function and changed by `replace` alone, and no tensor of a
+Batch is held by another record. Nothing else holds numbers of tokens, but for what a function hands to its
+caller and nobody keeps (Local and VocabScores in parallel, SampledLogp in algorithm) and the TokenRecord that
+monitor writes to disk.
 
 Shapes: R response tokens of one rollout, M micro-batches on this DP rank, T packed tokens per micro-batch
 (the same for every micro-batch and rank), K ids per token: the server's top-k in a Batch, candidates in
@@ -180,19 +181,31 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What the loss of a mini-batch needs: policy loss = -sum keep * weight * surrogate / denominator."""
+    """Which tokens of a mini-batch train the policy, and with what weight."""
 
     keep_MT: Tensor
     """bool, False removes the token from the numerator."""
     weight_MT: Tensor
     """float32, detached; finite everywhere."""
-    count: Tensor
-    """float64 scalar, this rank's contribution to the denominator N (summed over DP x CP by the caller)."""
-    acceptance: Pair
-    """Expected share of the valid tokens that are kept."""
+    counted_MT: Tensor
+    """float64, what each token counts in the denominator; 0 outside the mask."""
+    accept_MT: Tensor
+    """Probability with which each token was to be kept; 0 outside the mask."""
     kl: Pair
     """KL(p_target || q) over the candidates: a lower bound of that over the vocabulary."""
     metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregated:
+    """What the loss of a mini-batch needs: policy loss = -sum keep * weight * surrogate / N."""
+
+    keep_MT: Tensor
+    """bool, the correction's."""
+    weight_MT: Tensor
+    """float32, the correction's weight times the token's share in the loss; 0 where it is removed."""
+    count: Tensor
+    """float64 scalar, this rank's contribution to N (summed over DP x CP by the caller)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,9 +59,8 @@ class GRPO(Advantage):
 class DrGRPO(Advantage):
     """r - mean r, no standard deviation (arXiv 2503.20783).
 
-    The paper also divides every response's sum of losses by one fixed length instead of its own. The global
-    token mean of our losses stands in for that: there too a token's weight does not depend on its response's
-    length.
+    The paper also divides every response's sum of losses by one fixed length instead of its own: the
+    aggregation "constant".
     """
 
     def of_group(self, reward_N: Tensor) -> Tensor:

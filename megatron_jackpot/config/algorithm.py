@@ -16,6 +16,9 @@ class Algorithm(Section):
     """Per-token surrogate of the policy: docs/objectives.md."""
     advantage: Method = Method(name="grpo")
     """Advantage from a group's rewards."""
+    aggregation: Method = Method(name="token")
+    """How the policy's token losses become one: `token` mean, `sequence` (mean over responses), `constant`
+    (their sums over one length), `prompt`: docs/objectives.md."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per rollout batch."""
     target: Literal["old", "current"] = "old"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES, Advantage
+from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation
 from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
@@ -60,6 +61,7 @@ class Methods:
     correction: CorrectionMethod
     objective: Objective
     advantage: Advantage
+    aggregation: Aggregation
     actor: ActorMethods | None = None
     """None where the policy samples."""
     exact_lam: float | None = None
@@ -88,6 +90,7 @@ class Methods:
             correction=correction,
             objective=made["objective"],
             advantage=made["advantage"],
+            aggregation=made["aggregation"],
             actor=actor,
             exact_lam=correction.lam if correction.needs_exact_overlap else None,
             acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
@@ -166,6 +169,7 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         ),
         "objective": lambda: _build(algorithm.objective, OBJECTIVES, "algorithm.objective"),
         "advantage": lambda: _build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
+        "aggregation": lambda: _build(algorithm.aggregation, AGGREGATIONS, "algorithm.aggregation"),
     }
     together: list[Callable[[], object]] = []
     if actor is not None:
@@ -185,6 +189,8 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         together.append(lambda: _check_exact(made["correction"], config))
     if {"correction", "objective"} <= made.keys():
         together.append(lambda: _check_corrected_once(made["correction"], made["objective"], config))
+    if {"correction", "aggregation"} <= made.keys():
+        together.append(lambda: _check_counted(made["correction"], made["aggregation"], config))
     if actor is not None and "actor_objective" in made:
         together.append(lambda: _check_actor_objective(made["actor_objective"], actor))
     for check in together:
@@ -221,6 +227,15 @@ def _check_corrected_once(correction: CorrectionMethod, objective: Objective, co
             f"algorithm.objective.name = '{algorithm.objective.name}' carries its own ratio to the server, "
             f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction "
             "none" + (", or objective anchor old." if hasattr(objective, "anchor") else ".")
+        )
+
+
+def _check_counted(correction: CorrectionMethod, aggregation: Aggregation, config: Config) -> None:
+    if aggregation.counts_all and correction.denominator != "all":
+        raise ValueError(
+            f"algorithm.aggregation.name = '{config.algorithm.aggregation.name}' knows no removed tokens, "
+            f"algorithm.correction.denominator = '{correction.denominator}' leaves them out of N. Set "
+            "algorithm.correction.denominator to 'all'."
         )
 
 

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.advantages import Advantage
+from megatron_jackpot.algorithm.aggregation import Aggregation
 from megatron_jackpot.algorithm.candidates import make_scores, union_of_candidates
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.distill import Distillation, distill_inputs
+from megatron_jackpot.algorithm.importance import MaskedIS
 from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
 from megatron_jackpot.algorithm.registry import check_choice, shown
 from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
-from megatron_jackpot.parallel.reduce import make_sum_over
+from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
-from megatron_jackpot.records import Correction, Direction, Metrics, Prompt, Rollout, Scores
+from megatron_jackpot.records import Aggregated, Correction, Direction, Metrics, Prompt, Rollout, Scores
 
 V, T, K = 40, 64, 4
 REWARDS = ([1.0, 0.0, 0.5, -1.0, 1.0], [1.0, 1.0, 1.0], [0.3])
@@ -32,6 +34,7 @@ REWARDS = ([1.0, 0.0, 0.5, -1.0, 1.0], [1.0, 1.0, 1.0], [0.3])
 WIDE = (torch.float32, torch.float64)
 
 sum_over_batch = make_sum_over(None)
+number_alike = make_number_alike(None)
 
 
 class Broken(Exception):
@@ -59,19 +62,35 @@ def try_correction(method: CorrectionMethod) -> None:
     shape, mask_MT = scores.batch.mask_MT.shape, scores.batch.mask_MT
     _check("keep_MT", found.keep_MT, shape, (torch.bool,))
     _check("weight_MT", found.weight_MT, shape, (torch.float32,))
-    _check("count", found.count, (), (torch.float64,))
-    if found.weight_MT.requires_grad or found.count.requires_grad:
+    _check("counted_MT", found.counted_MT, shape, (torch.float64,))
+    _check_finite("accept_MT", found.accept_MT)
+    if found.weight_MT.requires_grad or found.counted_MT.requires_grad:
         raise Broken("its weight_MT carries gradient, must be a constant. Put @torch.no_grad() on __call__.")
     if (found.keep_MT & ~mask_MT).any():
         raise Broken("keeps tokens outside batch.mask_MT, which no model scored. And keep_MT with the mask.")
-    if found.count < 0:
-        raise Broken(f"count = {found.count.item():g}: must be >= 0, the number of tokens that N counts.")
-    _check_metrics({"acceptance": found.acceptance, "kl": found.kl, **found.metrics})
+    if (found.counted_MT < 0).any():
+        raise Broken("its counted_MT is negative somewhere, must be what a token counts in N. Count masks.")
+    _check_metrics({"kl": found.kl, **found.metrics})
     if not (torch.equal(found.keep_MT, again.keep_MT) and torch.equal(found.weight_MT, again.weight_MT)):
         raise Broken(
             "gives another result when it is called again: tensor-parallel ranks would disagree. Draw with "
             "megatron_jackpot.algorithm.obrs.counter_uniform."
         )
+
+
+def try_aggregation(method: Aggregation) -> None:
+    """keep, weight and count for a correction that removes some tokens."""
+    scores = random_scores()
+    correction = MaskedIS(cap=1.5)(scores, sum_over_batch)
+    found = method(scores.batch, correction, sum_over_batch, number_alike)
+    if not isinstance(found, Aggregated):
+        raise Broken(f"must return an Aggregated, got {type(found).__name__}. Write `shares` alone.")
+    shape = scores.batch.mask_MT.shape
+    _check("keep_MT", found.keep_MT, shape, (torch.bool,))
+    _check("weight_MT", found.weight_MT, shape, (torch.float32,))
+    _check("count", found.count, (), (torch.float64,))
+    if found.count < 0:
+        raise Broken(f"count = {found.count.item():g}: must be >= 0, this rank's part of N. Count masks.")
 
 
 def try_objective(method: Objective) -> None:
@@ -138,6 +157,7 @@ TRIALS: dict[str, Callable[[Any], None]] = {
     "algorithm.correction": try_correction,
     "algorithm.objective": try_objective,
     "algorithm.advantage": try_advantage,
+    "algorithm.aggregation": try_aggregation,
     "actor.objective": try_objective,
     "actor.distill": try_distillation,
 }

@@ -105,13 +105,13 @@ class Infinite(Changed):
 @frozen
 class Owing(Changed):
     def changed(self, found):
-        return replace(found, count=-found.count)
+        return replace(found, counted_MT=-found.counted_MT)
 
 
 @frozen
 class Single(Changed):
     def changed(self, found):
-        return replace(found, metrics={"mine": found.count})
+        return replace(found, metrics={"mine": found.counted_MT.sum()})
 
 
 @frozen

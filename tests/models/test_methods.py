@@ -32,6 +32,10 @@ def config(**changes: dict) -> Config:
         ({"algorithm_objective": {"name": "topr"}}, "Use correction none, or objective anchor old"),
         ({"actor_objective": {"name": "m2po"}}, "actor.objective.name = 'm2po' carries its own ratio"),
         ({"algorithm_correction": {"name": "jackpt"}}, "Did you mean 'jackpot'"),
+        (
+            {"algorithm_aggregation": {"name": "constant", "length": 64}},
+            "'constant' knows no removed tokens.*denominator = 'accepted'.*Set .*denominator to 'all'",
+        ),
         ({"actor_distill": {"name": "k3"}}, "actor.distill.name = 'k3' is unknown"),
         (
             {

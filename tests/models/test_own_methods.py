@@ -102,7 +102,7 @@ def test_the_example_has_one_for_every_seam_and_their_settings_arrive(
     scores = random_scores()
     found = made.correction(scores, lambda sums: sums)
     p_MT, mask_MT = scores.policy_logp_MT.detach().exp(), scores.batch.mask_MT
-    assert torch.equal(found.keep_MT, mask_MT & (p_MT >= 0.02)) and found.count == mask_MT.sum()
+    assert torch.equal(found.keep_MT, mask_MT & (p_MT >= 0.02)) and found.counted_MT.sum() == mask_MT.sum()
     weight_MT = (p_MT / scores.batch.server_logp_MT.exp()).clamp(max=2.0)
     torch.testing.assert_close(found.weight_MT[found.keep_MT], weight_MT[found.keep_MT])
     assert 0 < int(found.keep_MT.sum()) < int(mask_MT.sum())
@@ -158,7 +158,7 @@ REFUSED = [
     (CORRECTION, "bad:Wide", {}, r"weight_MT is torch.float64 .* must be a tensor torch.float32"),
     (CORRECTION, "bad:Flat", {}, r"keep_MT is torch.bool \[128\], must be .* \[2, 64\]"),
     (CORRECTION, "bad:Infinite", {}, "weight_MT holds NaN or infinity, must be finite"),
-    (CORRECTION, "bad:Owing", {}, "count = -.*: must be >= 0"),
+    (CORRECTION, "bad:Owing", {}, "its counted_MT is negative somewhere"),
     (CORRECTION, "bad:Single", {}, r"metric 'mine' must be a pair \(sum, count\)"),
     (CORRECTION, "bad:Pair", {}, "must return a Correction, got tuple"),
     (CORRECTION, "bad:Gambling", {}, "another result when it is called again.*counter_uniform"),

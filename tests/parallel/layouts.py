@@ -37,6 +37,7 @@ class Layout:
     sharded_optimizer: bool = True
     correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
     objective: str = "ppo"
+    aggregation: str = "token"
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
@@ -79,6 +80,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
             algorithm=dict(
                 correction=dict(layout.correction),
                 objective=dict(name=layout.objective),
+                aggregation=dict(name=layout.aggregation),
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
             ),
