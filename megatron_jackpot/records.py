@@ -73,8 +73,9 @@ class Rollout:
     """"stop", "length" or "abort"."""
     reward: float = 0.0
     correct: bool = False
-    advantage: float = 0.0
-    """Computed once, after collection, over the whole group and before any rejection."""
+    advantage: float | np.ndarray = 0.0
+    """Of each token alike, or [R] float32. Computed once, after collection, over the whole group and before
+    any rejection."""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -117,7 +118,7 @@ class Batch:
     weight_version_MT: Tensor
     """int64, version of the served weights behind each label; -1 outside the response."""
     advantage_MT: Tensor
-    """float32, the rollout's advantage on each of its response tokens."""
+    """float32, the advantage of each response token: its rollout's, or its own."""
     correct_MT: Tensor
     """bool, the rollout's verdict on each of its tokens."""
     cu_seqlens: tuple[Tensor, ...]
@@ -224,7 +225,7 @@ class ObjectiveInputs:
     server_logp_T: Tensor
     """log q of the sampled token."""
     advantage_T: Tensor
-    """The rollout's advantage on each of its tokens; 0 outside `valid_T`."""
+    """The rollout's advantage on each of its tokens, or the token's own; 0 outside `valid_T`."""
     segment_T: Tensor
     """int64, which rollout of this rank a token belongs to; -1 outside `counted_T`."""
     valid_T: Tensor

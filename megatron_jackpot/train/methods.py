@@ -139,7 +139,11 @@ class Methods:
         the whole batch."""
         of_groups = [self.advantage([rollout.reward for rollout in group]) for group in groups]
         advantage_N = torch.cat([torch.empty(0), *of_groups]).to(device)
-        values = iter(self.advantage.over_batch(advantage_N, sum_over_batch).tolist())
+        rollouts = [rollout for group in groups for rollout in group]
+        reward_N = torch.tensor([r.reward for r in rollouts], dtype=torch.float64, device=device)
+        advantage_N = self.advantage.over_batch(advantage_N, reward_N, sum_over_batch)
+        tokens = self.advantage.per_token(advantage_N, rollouts)
+        values = iter(advantage_N.tolist() if tokens is None else [one.cpu().numpy() for one in tokens])
         return [[replace(rollout, advantage=next(values)) for rollout in group] for group in groups]
 
 

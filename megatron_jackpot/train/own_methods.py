@@ -115,13 +115,27 @@ def try_objective(method: Objective) -> None:
 
 
 def try_advantage(method: Advantage) -> None:
-    """Advantages of groups that differ, that do not, and of one completion; then over the batch."""
+    """Advantages of groups that differ, that do not, and of one completion; then over the batch, and of each
+    token."""
     of_groups = []
     for rewards in REWARDS:
         of_groups.append(method(rewards))
         _check(f"advantages of rewards {rewards}", of_groups[-1], (len(rewards),), (torch.float32,))
     together_N = torch.cat(of_groups)
-    _check("over_batch", method.over_batch(together_N, sum_over_batch), together_N.shape, (torch.float32,))
+    reward_N = torch.tensor([reward for rewards in REWARDS for reward in rewards], dtype=torch.float64)
+    made_N = method.over_batch(together_N, reward_N, sum_over_batch)
+    _check("over_batch", made_N, together_N.shape, (torch.float32,))
+    random = np.random.default_rng(0)
+    rollouts = [_random_rollout(prompt, 0, random) for prompt in range(len(made_N))]
+    tokens = method.per_token(made_N, rollouts)
+    if tokens is None:
+        return
+    if len(tokens) != len(rollouts):
+        raise Broken(
+            f"per_token returns {len(tokens)} tensors, must be {len(rollouts)}. One for each rollout."
+        )
+    for rollout, own_R in zip(rollouts, tokens, strict=True):
+        _check("a result of per_token", own_R, (len(rollout.tokens),), (torch.float32,))
 
 
 def try_distillation(method: Distillation) -> None:

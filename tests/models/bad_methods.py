@@ -182,8 +182,20 @@ class Lonely(Advantage):
 
 @frozen
 class Reduced(GRPO):
-    def over_batch(self, advantage_N, sum_over_batch):
+    def over_batch(self, advantage_N, reward_N, sum_over_batch):
         return sum_over_batch(advantage_N.sum())
+
+
+@frozen
+class Shortened(GRPO):
+    def per_token(self, advantage_N, rollouts):
+        return [one * torch.ones(len(rollout.tokens) - 1) for one, rollout in zip(advantage_N, rollouts)]
+
+
+@frozen
+class Sparse(GRPO):
+    def per_token(self, advantage_N, rollouts):
+        return []
 
 
 @frozen
