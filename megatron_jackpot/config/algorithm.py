@@ -12,6 +12,9 @@ class Algorithm(Section):
     """From server samples to the policy's loss: docs/corrections.md; jackpot takes a `preset` too.
 
     This and every other method may be your own, named package.module:Class: examples/own_methods."""
+    filters: tuple[Method, ...] = ()
+    """What else removes tokens or responses, whatever the correction weighs: `mis`, `icepop`, `seq_mis`,
+    `geo_rs`, `k_filter` with their bounds. A token stays where all of them keep it: docs/corrections.md."""
     objective: Method = Method(name="ppo")
     """Per-token surrogate of the policy: docs/objectives.md."""
     advantage: Method = Method(name="grpo")

@@ -4,7 +4,7 @@ settings."""
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAccept
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
 from megatron_jackpot.algorithm.distill import DISTILL, Distillation
+from megatron_jackpot.algorithm.filters import Filter, filtered, make_filters
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
@@ -23,7 +24,7 @@ from megatron_jackpot.algorithm.registry import Registry, build
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
 from megatron_jackpot.config.load import examine
-from megatron_jackpot.records import Metrics, Pair, Rollout, Scores
+from megatron_jackpot.records import Correction, Metrics, Pair, Rollout, Scores
 from megatron_jackpot.train.own_methods import try_out
 
 M = TypeVar("M")
@@ -59,6 +60,7 @@ class Methods:
     """One of each kind. Raises ValueError from `from_config` for a method or setting that cannot work."""
 
     correction: CorrectionMethod
+    filters: Sequence[Filter]
     objective: Objective
     advantage: Advantage
     aggregation: Aggregation
@@ -88,6 +90,7 @@ class Methods:
         wanted = correction.target_acceptance
         return cls(
             correction=correction,
+            filters=made["filters"],
             objective=made["objective"],
             advantage=made["advantage"],
             aggregation=made["aggregation"],
@@ -100,6 +103,12 @@ class Methods:
     def keeps_logits(self) -> bool:
         """Whether a distillation over the whole vocabulary asks for the policy's last hidden states."""
         return self.actor is not None and self.actor.distill.needs == "logits"
+
+    def correct(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
+        """The correction of a mini-batch with what the filters remove. Sums over the batch as the
+        correction does."""
+        found = self.correction(scores, sum_over_batch)
+        return filtered(found, self.filters, scores, counts_all=self.correction.denominator == "all")
 
     def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
         """Move lam and the distillation weight for the next mini-batch; what they are then, as metrics.
@@ -151,6 +160,14 @@ def _build(chosen: Method, registry: Registry[M], where: str) -> M:
     return _tried(build(chosen.name, chosen.settings, registry, where), chosen, where)
 
 
+def _filters(chosen: Sequence[Method]) -> list[Filter]:
+    where = "algorithm.filters"
+    made = make_filters([(one.name, one.settings) for one in chosen], where)
+    for index, (one, (_, method)) in enumerate(zip(chosen, made, strict=True)):
+        _tried(method, one, f"{where}[{index}]")
+    return made
+
+
 def _tried(method: M, chosen: Method, where: str) -> M:
     """The method, tried out where it is one of the user's own."""
     if chosen.is_own:
@@ -171,6 +188,7 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         "correction": lambda: _tried(
             make_correction(chosen.name, chosen.settings, config.run.seed), chosen, "algorithm.correction"
         ),
+        "filters": lambda: _filters(algorithm.filters),
         "objective": lambda: _build(algorithm.objective, OBJECTIVES, "algorithm.objective"),
         "advantage": lambda: _build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
         "aggregation": lambda: _build(algorithm.aggregation, AGGREGATIONS, "algorithm.aggregation"),

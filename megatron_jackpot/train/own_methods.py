@@ -44,7 +44,7 @@ class Broken(Exception):
 def try_out(method: object, name: str, where: str) -> None:
     """Raises ValueError naming `where`, the method, and the rule that its trial found broken or its error."""
     try:
-        TRIALS[where](method)
+        TRIALS[where.partition("[")[0]](method)
     except Broken as error:
         raise ValueError(f"{where}.name = '{name}': {error}") from error
     except Exception as error:
@@ -169,13 +169,14 @@ def try_distillation(method: Distillation) -> None:
 
 TRIALS: dict[str, Callable[[Any], None]] = {
     "algorithm.correction": try_correction,
+    "algorithm.filters": try_correction,
     "algorithm.objective": try_objective,
     "algorithm.advantage": try_advantage,
     "algorithm.aggregation": try_aggregation,
     "actor.objective": try_objective,
     "actor.distill": try_distillation,
 }
-"""Place in the configuration -> the trial of what is chosen there."""
+"""Place in the configuration, without its index -> the trial of what is chosen there."""
 
 
 def random_scores(*, exact: bool = False) -> Scores:

@@ -189,7 +189,7 @@ class Trainer:
 
     def correct(self, scores: Scores | None) -> Correction | None:
         """The correction of a mini-batch; None off the last stage."""
-        return None if scores is None else self.methods.correction(scores, self.sum_over_batch)
+        return None if scores is None else self.methods.correct(scores, self.sum_over_batch)
 
     def measure(self, scores: Scores | None, correction: Correction | None, measured: StepMetrics) -> None:
         """Metrics and the token log of a mini-batch, and the controllers' move for the next one."""

@@ -189,7 +189,10 @@ class Reduced(GRPO):
 @frozen
 class Shortened(GRPO):
     def per_token(self, advantage_N, rollouts):
-        return [one * torch.ones(len(rollout.tokens) - 1) for one, rollout in zip(advantage_N, rollouts)]
+        return [
+            one * torch.ones(len(rollout.tokens) - 1)
+            for one, rollout in zip(advantage_N, rollouts, strict=True)
+        ]
 
 
 @frozen

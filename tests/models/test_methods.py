@@ -63,6 +63,15 @@ def test_methods_that_go_together_are_built() -> None:
     assert Methods.from_config(config(actor_distill_target_kl=0.1)).actor.adaptive is not None
 
 
+def test_filters_are_a_list_and_may_be_ones_own() -> None:
+    own = "megatron_jackpot.algorithm.importance:TokenIS"  # As another package's class would be named.
+    made = Methods.from_config(config(algorithm_filters=[{"name": "k_filter", "high": 0.5}, {"name": own}]))
+    assert [name for name, _ in made.filters] == ["k_filter", "TokenIS"] and made.filters[0][1].high == 0.5
+    assert Methods.from_config(config()).filters == []
+    with pytest.raises(ValueError, match=r"algorithm.filters\[0\].name = 'jackpot' is unknown"):
+        Methods.from_config(config(algorithm_filters=[{"name": "jackpot"}]))
+
+
 def test_advantages_are_those_of_each_whole_group_in_its_order() -> None:
     made = Methods.from_config(config(algorithm_advantage={"name": "dr_grpo"}))
     asked = []

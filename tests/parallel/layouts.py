@@ -36,6 +36,7 @@ class Layout:
     overlap: bool = False
     sharded_optimizer: bool = True
     correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
+    filters: tuple[str, ...] = ()
     objective: str = "ppo"
     aggregation: str = "token"
     target: str = "old"
@@ -79,6 +80,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
                 correction=dict(layout.correction),
+                filters=[dict(name=name) for name in layout.filters],
                 objective=dict(name=layout.objective),
                 aggregation=dict(name=layout.aggregation),
                 num_minibatches=layout.num_minibatches,

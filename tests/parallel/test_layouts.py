@@ -95,6 +95,7 @@ REVERSE = dict(
     correction=(("name", "jackpot"), ("preset", "recommended")),
     distill="reverse_full",
     aggregation="sequence",
+    filters=("seq_mis", "icepop"),
 )
 CANDIDATES = dict(
     correction=(("name", "seq_tis"), ("batch_normalize", True)), distill="forward_topk", aggregation="prompt"
@@ -104,7 +105,8 @@ CANDIDATES = dict(
 
 def methods_of(layout: Layout) -> Layout:
     """The same methods on one rank."""
-    return Layout(correction=layout.correction, distill=layout.distill, aggregation=layout.aggregation)
+    names = ("correction", "distill", "aggregation", "filters")
+    return Layout(**{name: getattr(layout, name) for name in names})
 
 
 def test_methods_over_the_whole_vocabulary_do_not_depend_on_the_layout(folder: Path, serial) -> None:
