@@ -213,7 +213,7 @@ class Aggregated:
 class ObjectiveInputs:
     """The live log-probs and the constants of a micro-batch: all an objective may look at.
 
-    Everything is 0 outside `counted_T` and at least fp32. Rejected tokens are there, so that a response's
+    Every number is 0 outside `counted_T` and at least fp32. Rejected tokens are there, so that a response's
     ratio is whole, and so are those that nothing trains on because a model gives them probability 0. A
     rollout never spans two micro-batches, so sums over a segment are complete.
     """
@@ -228,6 +228,10 @@ class ObjectiveInputs:
     """The rollout's advantage on each of its tokens, or the token's own; 0 outside `valid_T`."""
     segment_T: Tensor
     """int64, which rollout of this rank a token belongs to; -1 outside `counted_T`."""
+    rollout_id_T3: Tensor
+    """int64, (epoch, prompt id, sample): with the position a token's own key of random draws."""
+    position_T: Tensor
+    """int64, position of the input token in its own sequence."""
     valid_T: Tensor
     """bool, tokens that can be trained on."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES, Advantage
@@ -17,6 +18,7 @@ from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
 from megatron_jackpot.algorithm.distill import DISTILL, Distillation
 from megatron_jackpot.algorithm.filters import Filter, filtered, make_filters
+from megatron_jackpot.algorithm.lengths import SoftOverlong
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
@@ -64,6 +66,8 @@ class Methods:
     objective: Objective
     advantage: Advantage
     aggregation: Aggregation
+    overlong: SoftOverlong | None = None
+    mask_truncated: bool = False
     actor: ActorMethods | None = None
     """None where the policy samples."""
     exact_lam: float | None = None
@@ -94,6 +98,8 @@ class Methods:
             objective=made["objective"],
             advantage=made["advantage"],
             aggregation=made["aggregation"],
+            overlong=made["overlong"],
+            mask_truncated=config.algorithm.mask_truncated,
             actor=actor,
             exact_lam=correction.lam if correction.needs_exact_overlap else None,
             acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
@@ -144,20 +150,46 @@ class Methods:
     def with_advantages(
         self, groups: list[list[Rollout]], sum_over_batch: SumOverBatch, device: torch.device
     ) -> list[list[Rollout]]:
-        """One DP leader's whole groups with their advantages; every leader calls it, as some formulas look at
-        the whole batch."""
-        of_groups = [self.advantage([rollout.reward for rollout in group]) for group in groups]
+        """One DP leader's whole groups with their advantages, and no valid token where a response is not to
+        train; every leader calls it, as some formulas look at the whole batch."""
+        rewards = [[rollout.reward + self._punished(rollout) for rollout in group] for group in groups]
+        of_groups = [self.advantage(own) for own in rewards]
         advantage_N = torch.cat([torch.empty(0), *of_groups]).to(device)
         rollouts = [rollout for group in groups for rollout in group]
-        reward_N = torch.tensor([r.reward for r in rollouts], dtype=torch.float64, device=device)
+        reward_N = torch.tensor([r for own in rewards for r in own], dtype=torch.float64, device=device)
         advantage_N = self.advantage.over_batch(advantage_N, reward_N, sum_over_batch)
         tokens = self.advantage.per_token(advantage_N, rollouts)
         values = iter(advantage_N.tolist() if tokens is None else [one.cpu().numpy() for one in tokens])
-        return [[replace(rollout, advantage=next(values)) for rollout in group] for group in groups]
+        return [[self._trained(rollout, next(values)) for rollout in group] for group in groups]
+
+    def reward_metrics(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, tuple[float, float]]:
+        """(sum, count) of what is added to the rewards; none where nothing is."""
+        if self.overlong is None:
+            return {}
+        punished = [self._punished(rollout) for group in groups for rollout in group]
+        return {"reward/overlong": (sum(punished), len(punished))}
+
+    def _punished(self, rollout: Rollout) -> float:
+        return 0.0 if self.overlong is None else self.overlong(len(rollout.tokens))
+
+    def _trained(self, rollout: Rollout, advantage: float | np.ndarray) -> Rollout:
+        masked = self.mask_truncated and rollout.finish == "length"
+        valid = np.zeros_like(rollout.valid) if masked else rollout.valid
+        return replace(rollout, advantage=advantage, valid=valid)
 
 
 def _build(chosen: Method, registry: Registry[M], where: str) -> M:
     return _tried(build(chosen.name, chosen.settings, registry, where), chosen, where)
+
+
+def _overlong(config: Config) -> SoftOverlong | None:
+    chosen = config.algorithm.overlong
+    if chosen is None:
+        return None
+    try:
+        return SoftOverlong(limit=config.rollout.max_new_tokens, **chosen.model_dump())
+    except ValueError as error:
+        raise ValueError(f"algorithm.overlong.{error}") from error
 
 
 def _filters(chosen: Sequence[Method]) -> list[Filter]:
@@ -191,6 +223,7 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         "filters": lambda: _filters(algorithm.filters),
         "objective": lambda: _build(algorithm.objective, OBJECTIVES, "algorithm.objective"),
         "advantage": lambda: _build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
+        "overlong": lambda: _overlong(config),
         "aggregation": lambda: _build(algorithm.aggregation, AGGREGATIONS, "algorithm.aggregation"),
     }
     together: list[Callable[[], object]] = []

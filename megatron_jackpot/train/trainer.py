@@ -60,6 +60,8 @@ class Agreed(NamedTuple):
     """N of the policy's loss."""
     num_valid: float
     """All valid tokens: N of the actor's."""
+    num_positive: float
+    """Valid tokens of correct rollouts."""
     acceptance: float
     """Mean expected acceptance; NaN where no token is valid."""
     kl: float
@@ -123,7 +125,8 @@ class Trainer:
             with measured.timer("sync"):
                 measured.values |= self.push()
         if collected is not None:
-            measured.note_rollouts(collected, self.mesh.dp)
+            rewards = self.methods.reward_metrics(collected.groups)
+            measured.note_rollouts(collected, self.mesh.dp, rewards)
         return StepResult(
             step=measured.step,
             metrics=measured.reduced(self.mesh),
@@ -156,7 +159,7 @@ class Trainer:
                     self.update_actor(mini, agreed.num_valid, measured)
             if agreed.num_policy > 0 and not self.guard.paused:
                 with measured.timer("update_policy"):
-                    self.update_policy(mini, aggregated, agreed.num_policy, measured, first=not policy_moved)
+                    self.update_policy(mini, aggregated, agreed, measured, first=not policy_moved)
                 policy_moved = True
 
     def measurements(self) -> StepMetrics:
@@ -197,7 +200,7 @@ class Trainer:
             return
         self.tokens.note(measured.step, scores, correction)
         measured.add(correction.metrics)
-        measured.add(diagnostics(scores, correction))
+        measured.add(diagnostics(scores, correction, self.sum_over_batch))
         measured.add(self.methods.steer(scores, correction.kl, self.sum_over_batch))
         measured.add(staleness(scores.batch, self.state.num_steps))
 
@@ -216,17 +219,19 @@ class Trainer:
         Whether a mini-batch is trained on follows from the denominators, so every stage must know them before
         the next schedule starts. Reductions: 1 over dp; broadcasts: 1 over pp.
         """
-        counts = torch.zeros(6, dtype=torch.float64, device=self.mesh.device)
+        counts = torch.zeros(7, dtype=torch.float64, device=self.mesh.device)
         if scores is not None and correction is not None and aggregated is not None:
             mask_MT = scores.batch.mask_MT
             accepted = mean_over(correction.accept_MT, mask_MT)
-            mine = (aggregated.count, mask_MT.sum(), *accepted, *correction.kl)
+            right = (mask_MT & scores.batch.correct_MT).sum()
+            mine = (aggregated.count, mask_MT.sum(), right, *accepted, *correction.kl)
             counts = self.sum_over_batch(torch.stack([number.double() for number in mine]))
-        num_policy, num_valid, *pairs = self.mesh.from_last_stage(counts).tolist()
+        num_policy, num_valid, num_positive, *pairs = self.mesh.from_last_stage(counts).tolist()
         accepted, of, kl, kl_count = pairs
         return Agreed(
             num_policy=num_policy,
             num_valid=num_valid,
+            num_positive=num_positive,
             acceptance=accepted / of if of else math.nan,
             kl=kl / kl_count if kl_count else math.nan,
         )
@@ -265,7 +270,7 @@ class Trainer:
         self,
         mini: MiniBatch,
         aggregated: Aggregated | None,
-        denominator: float,
+        agreed: Agreed,
         measured: StepMetrics,
         *,
         first: bool,
@@ -275,7 +280,10 @@ class Trainer:
         if mini.scores is not None and aggregated is not None:
             objective = self.methods.objective.prepare(mini.scores, self.sum_over_batch)
             vocab = self.scorer.vocab(self.policy)
-            loss = policy_loss(mini.scores, aggregated, denominator, objective, vocab)
+            nll_weight = self.config.algorithm.positive_nll / max(agreed.num_positive, 1.0)
+            loss = policy_loss(
+                mini.scores, aggregated, agreed.num_policy, objective, vocab, nll_weight=nll_weight
+            )
         report = self.policy.update(mini.batch, loss, partial(self.guard.may_step, "policy"))
         gap = report.sums.pop(TRAINED_GAP, None)
         measured.note_update("policy", report, self.mesh)

@@ -118,7 +118,7 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
     for _ in range(steps):
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
         measured = trainer.measurements()
-        measured.note_rollouts(collected(mine or []), mesh.dp)
+        measured.note_rollouts(collected(mine or []), mesh.dp, {})
         trainer.learn(trainer.packer.pack(mine, TOP_K), measured)
         trainer.state.num_steps += 1
         history.append(measured.reduced(mesh))

@@ -115,9 +115,9 @@ def run(correction, s: Flat, sum_over_batch=identity) -> SimpleNamespace:
     )
 
 
-def diagnose(s: Flat, result: SimpleNamespace) -> dict[str, tuple[Tensor, Tensor]]:
+def diagnose(s: Flat, result: SimpleNamespace, sum_over_batch=identity) -> dict[str, tuple[Tensor, Tensor]]:
     assert isinstance(result.record, Correction)
-    return diagnostics(scores_of(s), result.record)
+    return diagnostics(scores_of(s), result.record, sum_over_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
