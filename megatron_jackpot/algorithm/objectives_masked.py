@@ -41,9 +41,12 @@ class DPPO(Objective):
     """Upper bound of r."""
     anchor: Anchor = "server"
     """Region and ratio are around q (only with correction "none") or around p_old (with any correction)."""
+    kl_coef: float = 0.0
+    """Weight of log^2 r, which holds every token near the anchor (prime-rl: 1e-3)."""
 
     def __post_init__(self) -> None:
         check_cap("cap", self.cap)
+        check_that(self.kl_coef >= 0, "kl_coef", self.kl_coef, "be >= 0", "Use 1e-3, or 0 for none.")
         for name in ("delta_low", "delta_high"):
             value = getattr(self, name)
             check_that(value >= 0, name, value, "be >= 0", f"Use {type(self).__dict__[name]}.")
@@ -53,8 +56,12 @@ class DPPO(Objective):
         return self.anchor == "server"
 
     def surrogate(self, t: ObjectiveInputs) -> Tensor:
-        weight_T = ratio_to(t, self.anchor).detach().exp().clamp(max=self.cap)
-        return weight_T.masked_fill(self.removed(t), 0.0) * t.advantage_T * t.logp_T
+        log_ratio_T = ratio_to(t, self.anchor)
+        weight_T = log_ratio_T.detach().exp().clamp(max=self.cap)
+        surrogate_T = weight_T.masked_fill(self.removed(t), 0.0) * t.advantage_T * t.logp_T
+        if self.kl_coef == 0:
+            return surrogate_T
+        return surrogate_T - torch.where(t.valid_T, self.kl_coef * log_ratio_T.square(), 0.0)
 
     def _pair(self, t: ObjectiveInputs) -> tuple[Tensor, Tensor]:
         """(log p, log of the anchor's probability), float64, detached."""

@@ -34,7 +34,7 @@ class Algorithm(Section):
     mask_truncated: bool = False
     """Responses cut at the limit train neither model; their rewards still count in their group."""
     positive_nll: float = Field(default=0.0, ge=0)
-    """Weight of the mean -log p over the tokens of correct rollouts, added to the policy's loss (VAPO: 0.1)."""
+    """Weight of the mean -log p of correct rollouts' tokens, added to the policy's loss (VAPO: 0.1)."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per rollout batch."""
     target: Literal["old", "current"] = "old"

@@ -297,6 +297,7 @@ def test_an_objective_that_was_not_prepared_says_so(name):
         ("minpro", {"cap": 0}, "cap = 0.0: must be >= 1."),
         ("dppo_tv", {"delta_low": -0.1}, "delta_low = -0.1: must be >= 0. Use 0.15."),
         ("dppo_kl", {"delta_high": "nan"}, "delta_high = nan: must be >= 0. Use 0.05."),
+        ("dppo_tv", {"kl_coef": -1}, "kl_coef = -1.0: must be >= 0. Use 1e-3, or 0 for none."),
         ("dppo_kl", {"cap": 0.1}, "cap = 0.1: must be >= 1."),
         ("sapo", {"tau_negative": 0}, "tau_negative = 0.0: must be a finite number > 0. Use 1.0 and 1.05."),
         ("gmpo", {"clip_low": -1}, "clip_low = -1.0: must be >= 0. Use 0.4."),

@@ -128,10 +128,11 @@ def minpro(live, frozen, d, cap=5.0, anchor="q"):
     return weight * d["a"] * live
 
 
-def dppo_tv(live, frozen, d, low=0.15, high=0.15, cap=20.0, anchor="q"):
+def dppo_tv(live, frozen, d, low=0.15, high=0.15, cap=20.0, anchor="q", kl=0.0):
     rise = np.exp(frozen) - np.exp(d[anchor])
     keep = np.where(d["a"] > 0, rise <= high, rise >= -low)
-    return keep * np.minimum(np.exp(frozen - d[anchor]), cap) * d["a"] * live
+    pull = kl * (live - d[anchor]) ** 2
+    return keep * np.minimum(np.exp(frozen - d[anchor]), cap) * d["a"] * live - pull
 
 
 def dppo_kl(live, frozen, d, low=0.05, high=0.05, cap=20.0, anchor="q"):
@@ -220,6 +221,7 @@ CASES = [
         dppo_tv,
         {"low": 0.02, "high": 0.05, "cap": 1.2, "anchor": "old"},
     ),
+    ("dppo_tv", {"kl_coef": 0.3}, dppo_tv, {"kl": 0.3}),
     ("dppo_kl", {}, dppo_kl, {}),
     (
         "dppo_kl",
