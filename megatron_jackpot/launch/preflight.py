@@ -165,7 +165,7 @@ def _methods(s: Subject) -> Iterator[str]:
         return  # The rank makes them at once.
     config = s.config
     chosen = [value for _, value in (*config.algorithm, *(config.actor or ())) if isinstance(value, Method)]
-    if any(method.is_own for method in chosen):
+    if any(method.is_own for method in (*chosen, *config.algorithm.filters)):
         yield from _ask_methods(config)
         return
     # No method looks at the actor's folder or optimizer: runs of other models share a verdict.
