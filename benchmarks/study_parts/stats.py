@@ -27,13 +27,15 @@ def bootstrap(
     Percentiles of few units are too narrow: of three, the interval ends at or inside the extremes.
     """
     rng = np.random.default_rng(seed)
-    names, members = sorted(set(groups)), np.asarray(groups)
-    rows = [np.flatnonzero(members == name) for name in names]
-    means = np.empty(draws)
-    for index in range(draws):
-        chosen = rng.integers(len(rows), size=len(rows))
-        drawn = [values[rng.choice(rows[group], size=len(rows[group]))] for group in chosen]
-        means[index] = np.concatenate(drawn).mean()
+    members = np.asarray(groups)
+    rows = [values[members == name] for name in sorted(set(groups))]
+    chosen = rng.integers(len(rows), size=(draws, len(rows)))
+    sums, sizes = np.empty(chosen.shape), np.empty(chosen.shape)
+    for index, row in enumerate(rows):
+        here = chosen == index
+        sums[here] = rng.choice(row, size=(int(here.sum()), len(row))).sum(1)
+        sizes[here] = len(row)
+    means = sums.sum(1) / sizes.sum(1)
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

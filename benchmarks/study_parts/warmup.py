@@ -1,5 +1,5 @@
-"""Makes the study's problems and warmed models: a policy and an actor of each mismatch for every warm-up seed. The
-code that trains and writes them is examples/quickstart's.
+"""Makes the study's problems and warmed models: a policy and an actor of each mismatch a warm-up seed.
+examples/quickstart trains and writes them.
 
 FOLDER/data/*.jsonl, FOLDER/models/warmup-0/{policy,near,far}/ and models.json beside them.
 """
