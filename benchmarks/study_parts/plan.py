@@ -151,9 +151,8 @@ def fingerprint(root: Path = ROOT) -> str:
 def _meaning(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [item for item in body if not _is_text(item)]  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [item for item in node.body if not _is_text(item)]
     return ast.dump(tree)
 
 

@@ -1,13 +1,14 @@
 """Makes the study's problems and warmed models: a policy and an actor of each mismatch a warm-up seed.
 examples/quickstart trains and writes them.
 
-FOLDER/data/*.jsonl, FOLDER/models/warmup-0/{policy,near,far}/ and models.json beside them.
+FOLDER/data/*.jsonl; FOLDER/models/warmup-0/{policy,near,far}/ with policy.json, near.json, far.json beside.
 """
 
 import hashlib
 import itertools
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,8 +30,7 @@ from megatron_jackpot.sync.stream import export
 
 PLANS = Path(__file__).parents[1] / "plans"
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
-RECORD = "models.json"
-HIT_EVERY = 100
+TOLD_EVERY = 100
 
 
 def quickstart() -> Any:
@@ -56,7 +56,6 @@ def warm_up(folder: Path, seed: int, mesh: Mesh) -> None:
         data.mkdir(parents=True, exist_ok=True)
         task.write_problems(data)
     settings = read_settings()
-    made = {}
     for name in settings["models"]:
         place = folder / "models" / f"warmup-{seed}" / name
         if (place.parent / f"{name}.json").is_file():
@@ -73,7 +72,6 @@ def _warm_up_one(
     knobs = settings["models"][name]
     lr, steps = knobs["lr"], knobs["steps"]
     hf_config = prepare.hf_config(knobs["hf"], tokenizer)
-    # zlib would do; hash() differs from process to process.
     torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()))
     family = family_of(hf_config)
     model = MegatronModel.load(
@@ -96,7 +94,7 @@ def _warm_up_one(
     def on_step(progress: Any) -> bool:
         nonlocal last
         last = progress
-        if progress.step % HIT_EVERY:
+        if progress.step % TOLD_EVERY:
             return False
         decoder.load(export(model))
         found = accuracy(decoder, data / task.DEVELOPMENT, tokenizer)
@@ -104,6 +102,7 @@ def _warm_up_one(
         return False
 
     train(model, corpus, packer, batch=settings["batch"], steps=steps, on_step=on_step)
+    shutil.rmtree(place, ignore_errors=True)  # What an earlier call that was ended left.
     prepare.write(model, tokenizer, place)
     decoder.load({key: tensor.half().float() for key, tensor in export(model).items()})
     return dict(
