@@ -80,7 +80,7 @@ class Evaluator:
         metrics = reduce_metrics(pairs, mesh.dp_group) if mesh.is_leader else {}
         if not mesh.is_main:
             return Evaluated({}, [])
-        if self.judge is not None and (held := self.judge.server_gib()):
+        if self.judge is not None and (held := self.judge.server_gib()) is not None:
             metrics["memory/server_gib"] = held
         return Evaluated(metrics, samples)
 

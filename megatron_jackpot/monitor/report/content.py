@@ -5,13 +5,12 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from megatron_jackpot.monitor.console import final_rows
 from megatron_jackpot.monitor.differences import groups, labels, names
-from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.monitor.metrics import Row, read_metrics
 from megatron_jackpot.monitor.report import curves, health, samples
 from megatron_jackpot.monitor.report.tokens import Decode, token_view
 from megatron_jackpot.monitor.report.utilisation import flops_per_token, peak_flops
@@ -20,7 +19,8 @@ from megatron_jackpot.monitor.token_log import records
 from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE, check_run_folder
 
 MOST_RUNS = 30
-Tree = dict[str, Any]
+Tree = Row
+"""Names to whatever JSON can hold."""
 
 
 def content(folders: Sequence[Path]) -> Tree:

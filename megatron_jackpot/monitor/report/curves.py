@@ -1,6 +1,7 @@
 """The curves of the page: which metrics share a picture, and their points."""
 
 import math
+import re
 from collections.abc import Iterable
 from statistics import median
 
@@ -10,6 +11,9 @@ MOST_POINTS = 1000
 """Rows of a run on the page; of a longer run every k-th, and all with an evaluation."""
 LARGEST = 1e30
 """Larger numbers are drawn as missing: the canvas computes in floats too."""
+
+EVALUATION = r"eval/(?:(.+?)/)?\w+_accuracy(?:/(.+))?"
+"""An accuracy of a named set, or of a task."""
 
 Chart = dict[str, object]
 
@@ -82,9 +86,9 @@ def charts(measured: Iterable[str]) -> list[Chart]:
     usual = {name for _, _, names in CHARTS for name in names}
     sets: dict[str, list[str]] = {}
     for name in sorted(here - usual):
-        if name.startswith("eval/") and not name.endswith("failed_rewards"):
-            sets.setdefault(name.split("/")[-1], []).append(name)
-    shown += [{"title": f"Evaluation: {last}", "help": "", "metrics": some} for last, some in sets.items()]
+        if parts := re.fullmatch(EVALUATION, name, re.DOTALL):
+            sets.setdefault(", ".join(filter(None, parts.groups())), []).append(name)
+    shown += [{"title": f"Evaluation: {what}", "help": "", "metrics": some} for what, some in sets.items()]
     return [chart for chart in shown if chart["metrics"]]
 
 

@@ -11,7 +11,7 @@ function headOf(tree) {
   const verdicts = tree.runs.map((run) => make("p", { class: `verdict ${run.verdict.state}` },
     tree.runs.length > 1 ? make("b", {}, (run.label || run.name) + ": ") : null, run.verdict.text));
   const notes = tree.runs.flatMap((run) => run.findings.filter((one) => one.level === "note").map((one) => one.text));
-  const more = notes.length ? make("details", { id: "notes" }, make("summary", {}, `${notes.length} notes from the logs`),
+  const more = notes.length ? make("details", { id: "notes" }, make("summary", {}, notes.length === 1 ? "1 note from the logs" : `${notes.length} notes from the logs`),
     make("ul", {}, ...notes.map((text) => make("li", {}, text)))) : null;
   document.getElementById("head").replaceChildren(make("h1", {}, title, " ", live),
     make("p", { class: "made" }, `as of ${tree.made}`), ...verdicts, ...(more ? [more] : []));
@@ -19,10 +19,12 @@ function headOf(tree) {
 
 function numbersOf(tree) {
   if (tree.runs.length === 1) {
-    return section("numbers", "Numbers", table(["metric", "first", "last", "best"], tree.runs[0].numbers));
+    const measured = tree.runs[0].numbers.filter(([, ...cells]) => cells.some((cell) => cell !== "-"));
+    return section("numbers", "Numbers", table(["metric", "first", "last", "best"], measured));
   }
   const rows = new Map();
   tree.runs.forEach((run, place) => run.numbers.forEach(([name, , last, best]) => {
+    if (last === "-") return;
     if (!rows.has(name)) rows.set(name, tree.runs.map(() => "-"));
     rows.get(name)[place] = best === "" ? last : `${last} (${best})`;
   }));
@@ -59,17 +61,20 @@ function tasksOf(tree) {
   const found = new Map();
   tree.runs.forEach((run, place) => {
     for (const [name, [, values]] of Object.entries(run.points)) {
-      const match = /^eval\/(?:(.+)\/)?([a-z]+)_accuracy\/(.+)$/.exec(name);
+      const match = /^eval\/(?:(.+?)\/)?([a-z]+)_accuracy\/(.+)$/s.exec(name);
       if (!match) continue;
-      const key = [match[3], match[1] ? `(${match[1]})` : "", match[2]].filter(Boolean).join(" ");
+      const key = JSON.stringify([match[1] || "", match[3], match[2]]);
       if (!found.has(key)) found.set(key, tree.runs.map(() => "-"));
       const known = values.filter((value) => value !== null);
       if (known.length) found.get(key)[place] = `${known[0].toFixed(3)} \u2192 ${known[known.length - 1].toFixed(3)}`;
     }
   });
   if (!found.size) return null;
-  const heads = ["task, model", ...tree.runs.map((run) => (tree.runs.length > 1 ? run.label || run.name : "first \u2192 last"))];
-  return section("tasks", "Accuracy per task", table(heads, [...found].sort().map(([key, cells]) => [key, ...cells])));
+  const heads = ["set, task", "model", ...tree.runs.map((run) => (tree.runs.length > 1 ? run.label || run.name : "first \u2192 last"))];
+  return section("tasks", "Accuracy per task", table(heads, [...found].sort().map(([key, cells]) => {
+    const [set, task, model] = JSON.parse(key);
+    return [[set, task].filter(Boolean).join(", "), model, ...cells];
+  })));
 }
 
 function answersOf(tree) {
