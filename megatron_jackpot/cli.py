@@ -136,9 +136,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "doctor", help="Check this machine, one line for each thing with its remedy."
     )
     command.add_argument("--server-python", type=Path, help="interpreter with SGLang; default this one")
-    command = commands.add_parser("report", help="A run on one HTML page, token by token.")
-    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    command.add_argument("--out", type=Path, help="the page; default RUN/report.html")
+    command = commands.add_parser("report", help="A run on one HTML page, or several beside each other.")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    command.add_argument("--out", type=Path, help="the page; default RUN/report.html, of one run")
+    command.add_argument("--serve", action="store_true", help="show the page on loopback while runs go on")
+    command.add_argument("--port", type=int, default=8300, help="with --serve; 0 takes a free one")
     args, rest = parser.parse_known_args(argv)
     # argparse takes `key=value ...` only in one run; those after an option arrive here.
     if any(word.startswith("-") or "=" not in word for word in rest) or (
@@ -237,10 +239,14 @@ def _submit(config: Config, args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     _hush()
-    from megatron_jackpot.monitor.report import write_report
+    from megatron_jackpot.monitor.report.page import write_report
+    from megatron_jackpot.monitor.report.serve import serve
 
     try:
-        print(write_report(args.run, args.out))
+        if args.serve:
+            serve(args.runs, args.port)
+        else:
+            print(write_report(args.runs, args.out))
     except (ValueError, OSError) as error:
         return refuse(error)
     return 0

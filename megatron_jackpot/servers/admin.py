@@ -44,6 +44,14 @@ class ServerAdmin:
     async def tp_sizes(self) -> list[int]:
         return [int(info["tp_size"]) for info in await self._all("GET", "/server_info")]
 
+    async def memory_gib(self) -> list[float]:
+        """Weights, KV cache and graphs of each server's fullest GPU, as it says itself; without the parts it
+        does not know."""
+        return [
+            max((_held_gib(state) for state in info.get("internal_states", ())), default=0.0)
+            for info in await self._all("GET", "/server_info")
+        ]
+
     async def pause(self, mode: PauseMode = "retract") -> None:
         """Stop sampling.
 
@@ -190,6 +198,12 @@ async def _call(
     if status != 200 or (isinstance(content, dict) and content.get("success") is False):
         raise ServerError(f"{url}: {method} {path} was refused with HTTP {status}: {text[:500]}")
     return content if isinstance(content, dict) else {}
+
+
+def _held_gib(state: JsonObject) -> float:
+    usage = state.get("memory_usage", {})
+    parts = [usage.get(part) for part in ("weight", "kvcache", "graph")]
+    return float(sum(part for part in parts if isinstance(part, (int, float))))
 
 
 def _rank_name(rank: JsonObject) -> str:

@@ -15,7 +15,7 @@ from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.rollout.collector import Collected
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.train import assembly
-from megatron_jackpot.train.evaluation import Evaluator
+from megatron_jackpot.train.evaluation import Evaluated, Evaluator
 from megatron_jackpot.train.probe import Prober
 from megatron_jackpot.train.run import run as run_training
 from megatron_jackpot.train.trainer import Trainer
@@ -46,6 +46,9 @@ class Scripted:
 
     def require_version(self, oldest: int) -> None: ...
 
+    def text(self, tokens: list[int]) -> str:
+        return str(tokens)
+
     def close(self) -> None: ...
 
 
@@ -56,7 +59,8 @@ def _train(
     source = Scripted(bad)
     assembly.make_source = lambda *_: source
     assembly.make_sync = lambda *_: None
-    Prober.__call__ = Evaluator.__call__ = lambda _: {}
+    Prober.__call__ = lambda _: {}
+    Evaluator.__call__ = lambda _: Evaluated({}, [])
     with_advantages = Trainer.with_advantages
 
     def spoiled(trainer: Trainer, collected: Collected | None) -> list | None:
