@@ -68,6 +68,8 @@ METRICS = {
     "time/sync": "seconds of export and sync",
     "time/step": "seconds of the whole step",
     "staleness/mean": "mean age of the tokens in weight versions",
+    "idle/trainer": "share of the time in which the trainer waits for rollouts",
+    "idle/servers": "share of the time in which servers are asked for none",
 }
 """The names that tools and dashboards may rely on; a run may write others beside them."""
 
