@@ -61,16 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with ending_when_asked() if here else nullcontext():
             config, mistakes = examine_config(args.config, args.overrides)
-            if args.command == "train":
-                return _train(config, mistakes)
             if config is not None and here:
                 _take_up(config.run.folder)
             if config is not None and args.command in ("launch", "plan"):
                 mistakes += _preflight(config, args)
-            if config is None or mistakes:
-                return refuse(ConfigError("\n".join(mistakes)))
     except (ValueError, OSError) as error:
         return refuse(error)
+    if args.command == "train":
+        return _train(config, mistakes)
+    if config is None or mistakes:
+        return refuse(ConfigError("\n".join(mistakes)))
     if args.command == "plan":
         return _plan(config, args)
     if args.command in ("serve", "join"):
