@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_jackpot.rewards.failures import Failures
@@ -36,7 +36,9 @@ PROGRESS_LABELS = 1000
 
 
 class RewardPool:
-    """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
+    """`await pool(response_text, label, seen)` -> (reward, correct); correct means a reward of exactly 1.0.
+
+    `seen` holds what the reward asks for by keyword: `asks`.
 
     An item beyond `timeout_s` or a TimeoutError in the reward, an item beyond its memory or one that ends its
     worker, gets reward 0 and is counted in `failures`. Too many of them raise RewardsFailing. Another error
@@ -71,6 +73,8 @@ class RewardPool:
             deadline = time.monotonic() + start_timeout_s
             for worker in self._idle:
                 worker.block_until_ready(deadline)
+            self.asks = self._idle[0].asks
+            """Names in the reward's signature beside text and label: some of the worker's SEEN."""
             if self._idle[0].exposed:
                 # Not refused: a container may allow no namespaces, and its own network may be closed already.
                 warnings.warn(f"rewards can reach the network: {self._idle[0].exposed}", stacklevel=2)
@@ -78,8 +82,10 @@ class RewardPool:
             self.close()
             raise
 
-    async def __call__(self, response_text: str, label: Any) -> tuple[float, bool]:
-        reply = await self._ask("score", response_text, label)
+    async def __call__(
+        self, response_text: str, label: Any, seen: Mapping[str, Any] | None = None
+    ) -> tuple[float, bool]:
+        reply = await self._ask("score", response_text, label, seen)
         if "failed" in reply:
             self.failures.add(reply["failed"], reply["why"], response_text, label)
             return 0.0, False
@@ -155,10 +161,12 @@ class RewardPool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    async def _ask(self, kind: str, response_text: str, label: Any) -> dict[str, Any]:
+    async def _ask(
+        self, kind: str, response_text: str, label: Any, seen: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The worker's reply; {"failed": kind, "why": text} also when the time limit passed or the worker
         died."""
-        request = frame(pickle.dumps((kind, response_text, label)))
+        request = frame(pickle.dumps((kind, response_text, label, dict(seen or {}))))
         worker = await self._acquire()
         reply: dict[str, Any] | None = None
         whole = False
@@ -220,6 +228,7 @@ class _Worker:
 
     def __init__(self, reward: str, limits: dict[str, Any]):
         self.exposed: str | None = None
+        self.asks: list[str] = []
         self.connection, other = socket.socketpair()
         self.connection.setblocking(False)
         self._received = b""
@@ -300,6 +309,7 @@ class _Worker:
         if "error" in reply:
             raise ValueError(reply["error"])
         self._ready, self.exposed = True, reply.get("exposed", self.exposed)
+        self.asks = reply.get("asks", self.asks)
         return True
 
     def _take_reply(self) -> dict[str, Any] | None:

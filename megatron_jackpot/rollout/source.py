@@ -80,7 +80,15 @@ class ServerSource:
         self.client.min_version = max(oldest, 0)
 
     async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
-        return await self.pool(self.decode(tokens), prompt.label)
+        offered: dict[str, Callable[[], Any]] = {
+            "prompt": lambda: self.decode(prompt.tokens),
+            "num_tokens": lambda: len(tokens),
+            "finish_reason": lambda: (
+                "stop" if set(tokens[-1:]) & set(self.sampling.stop_token_ids) else "length"
+            ),
+        }
+        seen = {name: offered[name]() for name in self.pool.asks}
+        return await self.pool(self.decode(tokens), prompt.label, seen)
 
     def accuracy(
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
