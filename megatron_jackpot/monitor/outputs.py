@@ -1,6 +1,7 @@
-"""What the main rank writes of a run: metrics, the account of prompts, progress."""
+"""What the main rank writes of a run: metrics, the account of prompts, some answers, progress."""
 
 import contextlib
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
@@ -11,6 +12,7 @@ from megatron_jackpot.monitor.metrics import JsonLines, MetricsWriter, Row
 from megatron_jackpot.monitor.prometheus import PrometheusEndpoint
 
 PROMPTS_FILE = "prompts.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 
 class Outputs:
@@ -35,6 +37,8 @@ class Outputs:
             )
             self._prompts = JsonLines(folder / PROMPTS_FILE, resume_step)
             opened.callback(self._prompts.close)
+            self._samples = JsonLines(folder / SAMPLES_FILE, resume_step)
+            opened.callback(self._samples.close)
             progress = enter(
                 StepLogger(
                     config.run.steps,
@@ -56,6 +60,11 @@ class Outputs:
     def account(self, step: int, account: Row) -> None:
         """What became of a step's prompts, as one line."""
         self._prompts.write({"step": step, **account})
+
+    def keep(self, step: int, samples: Iterable[Row]) -> None:
+        """Answers in words, a line each, for the report."""
+        for sample in samples:
+            self._samples.write({"step": step, **sample})
 
     def __enter__(self) -> Self:
         return self

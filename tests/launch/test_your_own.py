@@ -40,7 +40,7 @@ def test_the_reward_is_given_what_its_signature_asks_for(monkeypatch) -> None:
     right = int(label["answer"])
 
     async def ask(pool: RewardPool, text: str, finish: str) -> float:
-        return (await pool(text, label, {"finish_reason": finish}))[0]
+        return (await pool(text, label, seen={"finish_reason": finish}))[0]
 
     with RewardPool("your_reward:near", 1, 10.0) as pool:
         assert pool.asks == ["finish_reason"]

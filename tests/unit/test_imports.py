@@ -16,10 +16,11 @@ ENGINES = {"megatron", "transformer_engine", "sglang"}
 
 OURS: dict[str, set[str]] = {
     "records": set(),
+    "home": set(),
     "algorithm": {"records"},
     "config": {"algorithm.registry"},
     "parallel": {"algorithm", "records"},
-    "rewards": {"records", "algorithm.registry"},
+    "rewards": {"records", "home", "algorithm.registry"},
     "run": {"config"},
     "servers": {"config"},
     "data": {"records", "config", "parallel", "algorithm.registry"},
@@ -43,7 +44,8 @@ OURS: dict[str, set[str]] = {
         "sync",
     },
     "launch": {
-        *{"records", "config", "run", "servers", "plan", "data.prompts", "data.problems", "data.tokenizer"},
+        *{"records", "home", "config", "run", "servers", "plan"},
+        *{"data.prompts", "data.problems", "data.tokenizer"},
         *{"rewards.pool", "rewards.label_cache"},
     },
     "settings_help": {"config", "train.method_help"},
@@ -54,6 +56,7 @@ OURS: dict[str, set[str]] = {
 
 FOREIGN: dict[str, set[str]] = {
     "records": {"torch", "numpy"},
+    "home": set(),
     "algorithm": {"torch"},
     "config": {"pydantic", "yaml"},
     "parallel": {"torch", "triton"},
