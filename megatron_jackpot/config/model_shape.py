@@ -215,7 +215,8 @@ def check_layout(shape: ModelShape, parallel: Parallel) -> None:
     for name, size in sizes.items():
         if size % parallel.tp:
             raise ValueError(
-                f"parallel.tp = {parallel.tp} does not divide config.json's {name} = {size}. Set one that does."
+                f"parallel.tp = {parallel.tp} does not divide config.json's {name} = {size}. "
+                "Set one that does."
             )
     stages = parallel.pp * (parallel.vpp or 1)
     if shape.num_layers % stages:

@@ -105,7 +105,8 @@ def apply_override(tree: Tree, override: str) -> None:
         section[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"Override '{override}' has a value that is not YAML: {' '.join(str(error).split())}. Quote it: '{key}=\"...\"'."
+            f"Override '{override}' has a value that is not YAML: {' '.join(str(error).split())}. "
+            f"Quote it: '{key}=\"...\"'."
         ) from error
     spell_out(tree)
 

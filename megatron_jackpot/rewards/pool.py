@@ -36,9 +36,9 @@ PROGRESS_LABELS = 1000
 
 
 class RewardPool:
-    """`await pool(response_text, label, seen=...)` -> (reward, correct); correct means a reward of exactly 1.0.
+    """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
 
-    `seen` holds what the reward asks for by keyword: `asks`.
+    `seen` of a call holds what the reward asks for by keyword: `asks`.
 
     An item beyond `timeout_s` or a TimeoutError in the reward, an item beyond its memory or one that ends its
     worker, gets reward 0 and is counted in `failures`. Too many of them raise RewardsFailing. Another error
