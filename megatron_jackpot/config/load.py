@@ -101,7 +101,7 @@ def _explain(item: Any) -> list[str]:
     return [f"{where} = {item['input']!r}: {item['msg']}. {remedy}; `launch --help {known}` says what it is."]
 
 
-def _unknown(where: str, above: tuple[int | str, ...], value: Any) -> list[str]:
+def _unknown(where: str, above: tuple[int | str, ...], value: object) -> list[str]:
     """A line for an unknown key, or for each key in an unknown section that is not just misspelled."""
     if where in RENAMED:
         return [f"Unknown config key '{where}'. It is '{RENAMED[where]}' now: docs/changelog.md."]
@@ -118,7 +118,7 @@ def _unknown(where: str, above: tuple[int | str, ...], value: Any) -> list[str]:
     return lines
 
 
-def _leaves(where: str, value: Any) -> list[str]:
+def _leaves(where: str, value: object) -> list[str]:
     if not isinstance(value, dict) or not value:
         return [where]
     return [leaf for key, below in value.items() for leaf in _leaves(f"{where}.{key}", below)]

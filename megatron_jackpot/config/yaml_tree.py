@@ -65,7 +65,7 @@ def spell_out(tree: Tree) -> Tree:
     """`tree`, in place: where a method is given by its name alone, `tis` becomes {name: tis}."""
     for key in METHOD_KEYS:
         *parents, last = key.split(".")
-        section: Any = tree
+        section: object = tree
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(section.get(last), str):
@@ -118,7 +118,7 @@ def place_of(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> st
         if f"{given}.".startswith(f"{key}.") or f"{key}.".startswith(f"{given}."):
             return "command line"
     for file, tree in files_of(path):
-        node: Any = tree
+        node: object = tree
         for part in key.split("."):
             node = node.get(part, {}) if isinstance(node, dict) else node
         if node != {}:

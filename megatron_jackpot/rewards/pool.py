@@ -87,7 +87,7 @@ class RewardPool:
         response_text: str,
         label: Any,
         counts: Counts | None = None,
-        seen: Mapping[str, Any] | None = None,
+        seen: Mapping[str, object] | None = None,
     ) -> tuple[float, bool]:
         """`counts` are those of the call it belongs to, from `failures.begin`; else those of the pool."""
         counts = self.failures.counters if counts is None else counts
@@ -168,7 +168,7 @@ class RewardPool:
         self.close()
 
     async def _ask(
-        self, kind: str, response_text: str, label: Any, seen: Mapping[str, Any] | None = None
+        self, kind: str, response_text: str, label: Any, seen: Mapping[str, object] | None = None
     ) -> dict[str, Any]:
         """The worker's reply; {"failed": kind, "why": text} also when the time limit passed or the worker
         died."""

@@ -75,7 +75,7 @@ def asked_for(score: Score) -> list[str]:
 
 
 def answer(
-    score: Score, check: Check | None, request: tuple[str, str, Any, dict[str, Any]]
+    score: Score, check: Check | None, request: tuple[str, str, Any, dict[str, object]]
 ) -> dict[str, Any]:
     """{"reward": float}, {"faults": text or None of each label} or {"error": text}; {"failed": "timed_out" or
     "crashed", "why": text} where the item met a limit."""

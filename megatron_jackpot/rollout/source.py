@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +86,7 @@ class ServerSource:
         return groups, sums | failure_sums(counts)
 
     async def reward(self, counts: Counts, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
-        offered: dict[str, Callable[[], Any]] = {
+        offered: dict[str, Callable[[], object]] = {
             "prompt": lambda: self.decode(prompt.tokens),
             "num_tokens": lambda: len(tokens),
             "finish_reason": lambda: (

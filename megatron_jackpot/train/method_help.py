@@ -3,17 +3,17 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
-from megatron_jackpot.algorithm.registry import Registry, fields_of
+from megatron_jackpot.algorithm.registry import fields_of
 
-CHOICES: dict[str, Registry[Any]] = {
+CHOICES: dict[str, Mapping[str, type]] = {
     "algorithm.correction": CORRECTIONS,
     "algorithm.objective": OBJECTIVES,
     "algorithm.advantage": ADVANTAGES,
@@ -53,7 +53,7 @@ def _settings(method: type) -> Iterator[tuple[str, str, str]]:
         yield item.name, _default(item), f"{meanings.get(item.name, '')} ({kind})".strip()
 
 
-def _default(item: Field[Any]) -> str:
+def _default(item: Field[object]) -> str:
     if item.default is MISSING:
         return "required"
     return "null" if item.default is None else str(item.default)
