@@ -13,7 +13,7 @@ from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.collect import GroupSampler, Sums, Unfinished
 from megatron_jackpot.servers.client import SGLangClient
-from megatron_jackpot.servers.protocol import Sampling
+from megatron_jackpot.servers.protocol import Sampling, ServerError
 
 T = TypeVar("T")
 
@@ -82,10 +82,10 @@ class ServerSource:
     async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
         return await self.pool(self.decode(tokens), prompt.label)
 
-    def accuracy(
+    def verdicts(
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
-    ) -> tuple[float, float, float]:
-        """Numbers of correct answers, of prompts, and of rewards that failed. Raises RewardsFailing."""
+    ) -> tuple[list[bool], float]:
+        """Which answers are correct, and the number of rewards that failed. Raises RewardsFailing."""
         before = self.pool.failures.begin()
 
         async def score() -> list[tuple[float, bool]]:
@@ -93,7 +93,18 @@ class ServerSource:
 
         verdicts = self._run(score())
         failed = sum(total for total, _ in self.pool.failures.sums(before).values())
-        return float(sum(correct for _, correct in verdicts)), float(len(prompts)), failed
+        return [correct for _, correct in verdicts], failed
+
+    def server_gib(self) -> float | None:
+        """Memory of the fullest server; None where one does not say."""
+        try:
+            return max(self._run(self.client.admin.memory_gib()))
+        except ServerError:
+            return None
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """As a reward reads it."""
+        return self.decode(tokens)
 
     def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         """Greedy answers of the servers' model."""

@@ -17,6 +17,7 @@ from megatron_jackpot.records import Batch, Metrics
 from megatron_jackpot.rollout.collect import group_metrics
 from megatron_jackpot.rollout.collector import Collected
 from megatron_jackpot.run.watchdog import Watchdog
+from megatron_jackpot.train.samples import Wrong, wrong_rollouts
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class StepResult:
     """On the main rank; empty elsewhere."""
     account: dict[str, Any] | None
     """What became of the step's prompts (rollout/collector.py: account), on DP leaders."""
+    wrong: list[Wrong]
+    """A few rollouts that missed their answer, on DP leaders."""
 
 
 @dataclass
@@ -43,6 +46,8 @@ class StepMetrics:
     rollout_sums: Metrics = field(default_factory=dict)
     """On DP leaders."""
     values: dict[str, float] = field(default_factory=dict)
+    wrong: list[Wrong] = field(default_factory=list)
+    """Of this leader's rollouts."""
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -69,6 +74,7 @@ class StepMetrics:
         self, collected: Collected, dp: int, rewards: Mapping[str, tuple[float, float]]
     ) -> None:
         """What a leader's rollouts were, and what was added to their rewards; `dp` leaders share the step."""
+        self.wrong = wrong_rollouts(collected.groups)
         rollouts = [r for group in collected.groups for r in group]
         tokens = float(sum(len(r.tokens) for r in rollouts))
         trained = float(sum(r.num_tokens for r in rollouts))

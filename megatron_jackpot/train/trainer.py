@@ -131,6 +131,7 @@ class Trainer:
             step=measured.step,
             metrics=measured.reduced(self.mesh),
             account=None if collected is None else account(self.mesh, collected),
+            wrong=measured.wrong,
         )
 
     def learn(self, batch: Batch, measured: StepMetrics) -> None:
