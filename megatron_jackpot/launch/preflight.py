@@ -156,7 +156,8 @@ def _methods(s: Subject) -> Iterator[str]:
         return
     # No method looks at the actor's folder or optimizer: runs of other models share a verdict.
     actor = config.actor and config.actor.model_dump(exclude={"hf", "optimizer"})
-    key = content(config.algorithm, actor, config.run.seed, sources=("algorithm/*.py", "train/methods.py"))
+    asked = (config.algorithm, actor, config.run.seed, config.rollout.max_new_tokens)
+    key = content(*asked, sources=("algorithm/*.py", "train/methods.py"))
     yield from cached("methods", key, lambda: _ask_methods(config))
 
 
