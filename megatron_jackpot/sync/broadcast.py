@@ -205,7 +205,7 @@ class BroadcastSync:
         try:
             with BucketPrefetcher(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
                 # Nothing is sampled until the end of the push, so the first bucket's flush is enough. It
-                # costs less than /flush_cache, which on a CPU collects the garbage of the server's whole heap.
+                # costs less than /flush_cache, which on a CPU collects the server's whole heap.
                 flush = self.pause != "in_place"
                 for bucket in made:
                     self._send(bucket, flush=flush)
