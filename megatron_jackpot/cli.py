@@ -15,7 +15,6 @@ from typing import Any
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config, ConfigError, examine_config, placed
 from megatron_jackpot.run.interrupt import ending_when_asked, forget_stop
-from megatron_jackpot.settings_help import settings
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -53,6 +52,8 @@ class _Help(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, args: object, key: object, option: str | None = None
     ) -> None:
+        from megatron_jackpot.train.settings_help import settings
+
         try:
             text = settings("" if key is None else str(key))
         except ValueError as error:
