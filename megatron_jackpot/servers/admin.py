@@ -63,10 +63,6 @@ class ServerAdmin:
     async def resume(self) -> None:
         await self._all("POST", "/continue_generation", {"torch_empty_cache": False})
 
-    async def flush_cache(self) -> None:
-        """Drop cached prefixes. Refused by the server while requests hold them."""
-        await self._all("POST", "/flush_cache")
-
     async def abort(self, rid: str) -> None:
         await self._all("POST", "/abort_request", {"rid": rid})
 
@@ -114,7 +110,10 @@ class ServerAdmin:
         load_format: str | None = None,
         flush: bool = False,
     ) -> None:
-        """Receive one broadcast; the reply comes after it, so send and ask side by side."""
+        """Receive one broadcast; the reply comes after it, so send and ask side by side.
+
+        `flush` drops cached prefixes; the server refuses while requests hold them.
+        """
         body: JsonObject = {
             "names": list(names),
             "dtypes": list(dtypes),
@@ -127,9 +126,9 @@ class ServerAdmin:
             body["weight_version"] = str(version)
         await self._all("POST", "/update_weights_from_distributed", body)
 
-    async def update_from_tensor(self, serialised: Sequence[Sequence[str]]) -> None:
+    async def update_from_tensor(self, serialised: Sequence[Sequence[str]], *, flush: bool = False) -> None:
         """Flattened buckets in base64: per server, one for each of its ranks (sync/ipc.py)."""
-        shared = {"load_format": "flattened_bucket", "flush_cache": False}
+        shared = {"load_format": "flattened_bucket", "flush_cache": flush}
         bodies = [shared | {"serialized_named_tensors": list(ranks)} for ranks in serialised]
         await self._all("POST", "/update_weights_from_tensor", bodies)
 

@@ -70,8 +70,10 @@ class StepMetrics:
             before = self.sums.get(key, (0.0, 0.0))
             self.sums[key] = (before[0] + total, before[1] + count)
 
-    def note_rollouts(self, collected: Collected, dp: int) -> None:
-        """What a leader's rollouts were; `dp` leaders share the step."""
+    def note_rollouts(
+        self, collected: Collected, dp: int, rewards: Mapping[str, tuple[float, float]]
+    ) -> None:
+        """What a leader's rollouts were, and what was added to their rewards; `dp` leaders share the step."""
         self.wrong = wrong_rollouts(collected.groups)
         rollouts = [r for group in collected.groups for r in group]
         tokens = float(sum(len(r.tokens) for r in rollouts))
@@ -81,6 +83,7 @@ class StepMetrics:
             "rollout/tokens_per_s": (tokens, collected.seconds / dp),
             **group_metrics(collected.groups),
             **collected.sums,
+            **rewards,
         }
         for name, (total, count) in pairs.items():
             self.rollout_sums[name] = (torch.tensor(float(total)), torch.tensor(float(count)))

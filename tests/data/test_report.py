@@ -79,7 +79,11 @@ def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Scores, Corre
     )
     one = torch.ones([], dtype=torch.float64)
     correction = Correction(
-        keep_MT=shaped["keep"], weight_MT=shaped["weight"], count=one, acceptance=(one, one), kl=(one, one)
+        keep_MT=shaped["keep"],
+        weight_MT=shaped["weight"],
+        counted_MT=shaped["keep"].double(),
+        accept_MT=shaped["keep"],
+        kl=(one, one),
     )
     return scores, correction
 
