@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class ServerSource:
-    """Rollouts and greedy answers from SGLang servers, scored by a reward pool."""
+    """Rollouts and answers from SGLang servers, scored by a reward pool."""
 
     def __init__(
         self,
@@ -106,16 +106,20 @@ class ServerSource:
         """As a reward reads it."""
         return self.decode(tokens)
 
-    def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers of the servers' model."""
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, *, samples: int, temperature: float
+    ) -> list[list[list[int]]]:
+        """Of the servers' model, `samples` to each prompt; at temperature 0 the most probable one."""
 
-        async def ask() -> list[np.ndarray]:
+        async def ask() -> list[list[np.ndarray]]:
             stop = self.sampling.stop_token_ids
-            return await asyncio.gather(
-                *(self.client.greedy(p.tokens, max_new_tokens, stop) for p in prompts)
+            asked = (
+                self.client.answers(p.tokens, max_new_tokens, stop, n=samples, temperature=temperature)
+                for p in prompts
             )
+            return await asyncio.gather(*asked)
 
-        return [answer.tolist() for answer in self._run(ask())]
+        return [[answer.tolist() for answer in group] for group in self._run(ask())]
 
     def close(self) -> None:
         self._run(self.client.__aexit__(None, None, None))
