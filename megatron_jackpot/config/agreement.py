@@ -197,6 +197,20 @@ def _evaluation(c: "Config") -> Iterator[str]:
         )
 
 
+def _ahead(c: "Config") -> Iterator[str]:
+    ahead = c.rollout.ahead
+    if c.rollout.max_staleness < ahead:
+        yield (
+            f"rollout.max_staleness = {c.rollout.max_staleness} is below rollout.ahead = {ahead}, which "
+            f"makes tokens that old. Set rollout.max_staleness={ahead}, or lower ahead."
+        )
+    if ahead and c.servers.release_memory:
+        yield (
+            f"rollout.ahead = {ahead} has servers sample while the trainer learns, but "
+            "servers.release_memory takes their memory then. Set one of them to 0 or false."
+        )
+
+
 def new_tokens(config: "Config") -> dict[str, int]:
     """Section -> the longest response that it asks for."""
     limits = {"rollout": config.rollout.max_new_tokens}
@@ -232,6 +246,12 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "set actor=null, rollout.model, algorithm.train_actor=true, guard.acceptance_floor=null, "
         "guard.kl_ceiling=null",
         _one_model,
+    ),
+    Check(
+        "rollout.ahead",
+        "is not above rollout.max_staleness, and 0 where servers lend their memory",
+        "raise rollout.max_staleness, set servers.release_memory=false, or lower it",
+        _ahead,
     ),
     Check(
         "packing.tokens",

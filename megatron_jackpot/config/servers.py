@@ -64,8 +64,12 @@ class Rollouts(Section):
     """Time limit of one request."""
     retries: int = Field(default=3, ge=0)
     """How often a failed request is tried again, on another server where there is one."""
+    ahead: int = Field(default=0, ge=0)
+    """Steps whose rollouts are asked for before their turn: servers sample while the trainer learns. 0 takes
+    turns; at n, tokens are at most n weight versions old: docs/pipeline.md."""
     max_staleness: int = Field(default=1, ge=0)
-    """Oldest acceptable weight version, in steps behind the current one; older tokens are an error."""
+    """Oldest acceptable weight version, in steps behind the current one; a group with older tokens, which
+    takes a fault, is sampled anew."""
     max_failed_groups: float = Field(default=0.1, ge=0, le=1)
     """Share of a step's groups that may be lost to failed requests before the run stops."""
 
@@ -78,6 +82,9 @@ class Sync(Section):
     """Backend of the broadcast group; null is nccl with CUDA and gloo without."""
     bucket_bytes: int = Field(default=512 * 2**20, ge=1)
     """Weights are sent in buckets of about this size."""
+    in_flight: Literal["retract", "wait"] = "retract"
+    """What a push does to responses under way (rollout.ahead > 0): they are prefilled again and go on with
+    the new weights, or the push waits for them to end."""
     timeout_s: float = Field(default=120, gt=0)
     """Time limit of one update."""
     probe_every: int = Field(default=50, ge=1)

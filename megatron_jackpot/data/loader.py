@@ -1,6 +1,7 @@
 """The order of prompts: one seeded permutation per epoch, shared among the data-parallel leaders."""
 
 import hashlib
+from collections import deque
 from collections.abc import Collection
 from typing import Any
 
@@ -11,7 +12,10 @@ DIGEST_CHARS = 12
 
 
 class PromptLoader:
-    """`next()` -> (epoch, this leader's prompts of the step).
+    """`next()` -> (epoch, this leader's prompts of a step).
+
+    Steps may be given out ahead of training: what is saved is the place of the first that `taken` has not
+    passed.
 
     A step takes the next `per_step` prompts of the epoch's order; leader r has every dp_size-th of them, from
     the r-th on. So the union over leaders does not depend on dp_size, nor does that of each mini-batch where
@@ -52,20 +56,29 @@ class PromptLoader:
         """DIGEST_CHARS for each prompt."""
         self.ids = [prompt.id for prompt in prompts]
         self.may_change = frozenset(may_change)
+        self._ahead: deque[tuple[int, int]] = deque()
+        """(epoch, position) before each step that was given out and is not taken."""
         self._start_epoch(0)
 
     def next(self) -> tuple[int, list[Prompt]]:
+        self._ahead.append((self._epoch, self._position))
         if self._position + self.per_step > len(self.prompts):
             self._start_epoch(self._epoch + 1)
         step = self._order[self._position : self._position + self.per_step]
         self._position += self.per_step
         return self._epoch, [self.prompts[i] for i in step[self.dp_rank :: self.dp_size]]
 
+    def taken(self) -> None:
+        """The oldest step that was given out is trained on now, and not to be given out again."""
+        self._ahead.popleft()
+
     def state_dict(self) -> dict[str, Any]:
-        """The same on every rank; it may be loaded with another dp_size."""
+        """Of the first step that is not taken. The same on every rank; it may be loaded with another
+        dp_size."""
+        epoch, position = self._ahead[0] if self._ahead else (self._epoch, self._position)
         return {
-            "epoch": self._epoch,
-            "position": self._position,
+            "epoch": epoch,
+            "position": position,
             "seed": self.seed,
             "ids": self.ids,
             "digests": self.digests,
@@ -105,6 +118,7 @@ class PromptLoader:
                 f"meant, set data.changed_rows={changed[:100]}."
             )
         self._position = position
+        self._ahead.clear()
         return differ
 
     def _start_epoch(self, epoch: int) -> None:

@@ -1,7 +1,6 @@
 """Rewards that are 0 because the machinery failed: counted, logged now and then, and bounded in share."""
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -17,32 +16,39 @@ class RewardsFailing(RuntimeError):
     """More rewards failed than data.max_failed_rewards allows."""
 
 
+Counts = dict[str, int]
+"""Rewards by how they ended: scored, timed_out, crashed."""
+
+
 class Failures:
-    """Counts a pool's rewards by how they ended; a call or an evaluation starts with `begin`."""
+    """Counts a pool's rewards by how they ended, since its start and of each call."""
 
     def __init__(self, reward: str, timeout_s: float, max_failed: float):
         self.reward, self.timeout_s, self.max_failed = reward, timeout_s, max_failed
-        self.counters = {"scored": 0, **dict.fromkeys(KINDS, 0)}
-        self._begun = dict(self.counters)
+        self.counters = self.begin()
+        """Since the start."""
 
-    def begin(self) -> dict[str, int]:
-        """The share of failures counts from here. Returns the counters."""
-        self._begun = dict(self.counters)
-        return dict(self.counters)
+    def begin(self) -> Counts:
+        """For a call, of which several may be under way: a rollout batch, an evaluation."""
+        return {"scored": 0, **dict.fromkeys(KINDS, 0)}
 
-    def add(self, kind: str, why: str, response_text: str, label: Any) -> None:
+    def add_scored(self, counts: Counts) -> None:
+        for counters in _both(self.counters, counts):
+            counters["scored"] += 1
+
+    def add(self, kind: str, why: str, response_text: str, label: Any, counts: Counts) -> None:
         """Count a failure, and say so for the first, second, fourth, eighth, ... of its kind.
 
-        Raises RewardsFailing when MIN_FAILED of them, and more than the allowed share, failed since `begin`.
+        Raises RewardsFailing when MIN_FAILED of the call's, and more than the allowed share, failed.
         """
-        self.counters[kind] += 1
+        for counters in _both(self.counters, counts):
+            counters[kind] += 1
         number = self.counters[kind]
         if number & (number - 1) == 0:
             log.warning(
                 f"data.reward = '{self.reward}' {KINDS[kind]}, reward 0 (the {number}. of this kind): {why}. "
                 f"Label {shortened(label)}, response {shortened(response_text)}"
             )
-        counts = {name: self.counters[name] - self._begun[name] for name in self.counters}
         failed, judged = sum(counts[name] for name in KINDS), sum(counts.values())
         if failed >= MIN_FAILED and failed > self.max_failed * judged:
             told = ", ".join(f"{counts[name]} {words}" for name, words in KINDS.items())
@@ -52,10 +58,15 @@ class Failures:
                 f"({self.timeout_s:g} s), data.reward_memory_gb and the log."
             )
 
-    def sums(self, since: Mapping[str, int]) -> dict[str, tuple[float, float]]:
-        """(sum, count) metrics of the rewards after `since`, what `begin` returned."""
-        judged = sum(self.counters.values()) - sum(since.values())
-        return {f"reward/{kind}": (float(self.counters[kind] - since[kind]), float(judged)) for kind in KINDS}
+
+def _both(whole: Counts, counts: Counts) -> list[Counts]:
+    return [whole] if counts is whole else [whole, counts]
+
+
+def failure_sums(counts: Counts) -> dict[str, tuple[float, float]]:
+    """(sum, count) metrics of a call's rewards."""
+    judged = float(sum(counts.values()))
+    return {f"reward/{kind}": (float(counts[kind]), judged) for kind in KINDS}
 
 
 def shortened(value: Any) -> str:

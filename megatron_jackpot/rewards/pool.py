@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_jackpot.rewards.failures import Failures
+from megatron_jackpot.rewards.failures import Counts, Failures
 from megatron_jackpot.rewards.label_cache import CheckedLabels
 from megatron_jackpot.rewards.worker import frame
 
@@ -57,7 +57,7 @@ class RewardPool:
         """Blocks until every worker has imported the reward. Raises ValueError when it cannot be imported.
 
         An item may take `memory_bytes` of memory and, over all threads, four times `timeout_s` of CPU time.
-        `max_failed` is the share of rewards since the last `failures.begin()` that may fail.
+        `max_failed` is the share of a call's rewards that may fail.
         """
         self.limits = {"memory_bytes": memory_bytes, "cpu_s": 4 * timeout_s, "network": network}
         self.reward, self.timeout_s, self.start_timeout_s = reward, timeout_s, start_timeout_s
@@ -78,18 +78,22 @@ class RewardPool:
             self.close()
             raise
 
-    async def __call__(self, response_text: str, label: Any) -> tuple[float, bool]:
+    async def __call__(
+        self, response_text: str, label: Any, counts: Counts | None = None
+    ) -> tuple[float, bool]:
+        """`counts` are those of the call it belongs to, from `failures.begin`; else those of the pool."""
+        counts = self.failures.counters if counts is None else counts
         reply = await self._ask("score", response_text, label)
         if "failed" in reply:
-            self.failures.add(reply["failed"], reply["why"], response_text, label)
+            self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
             return 0.0, False
         if "error" in reply:
             raise ValueError(f"data.reward = '{self.reward}' {reply['error']}")
-        self.failures.counters["scored"] += 1
+        self.failures.add_scored(counts)
         return reply["reward"], reply["reward"] == 1.0
 
     @property
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> Counts:
         """Rewards since the start: scored, timed_out, crashed."""
         return self.failures.counters
 

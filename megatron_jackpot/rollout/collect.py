@@ -11,8 +11,12 @@ from megatron_jackpot.servers.protocol import Completion, Engine, Sampling, Serv
 
 POLL_S = 0.25
 """How often a rollout looks whether it is to stop."""
+MAX_ABORTS = 10
+"""How often a group that servers aborted is asked for again before it counts as failed."""
 
 Reward = Callable[[Sequence[int], Prompt], Awaitable[tuple[float, bool]]]
+Keep = Callable[[list[Rollout]], None]
+"""Told of each group when it is finished."""
 
 
 class Unfinished(Exception):
@@ -40,11 +44,15 @@ class Tally:
     """Finished groups by their position in the list of prompts."""
     failed: int = 0
     aborted: int = 0
+    retries: int = 0
     dropped_topk: int = 0
     topk: int = 0
     tokens: int = 0
     unknown_tokens: int = 0
     last_error: ServerError | None = None
+
+    def note_retry(self) -> None:
+        self.retries += 1
 
 
 Sums = dict[str, tuple[float, float]]
@@ -65,29 +73,28 @@ class GroupSampler:
     """Share of a call's groups that may be lost to failed requests."""
 
     async def collect(
-        self, epoch: int, prompts: Sequence[Prompt], stop: Callable[[], str | None] = lambda: None
+        self,
+        epoch: int,
+        prompts: Sequence[Prompt],
+        stop: Callable[[], str | None] = lambda: None,
+        keep: Keep = lambda group: None,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Whole groups in the order of `prompts`, and (sum, count) metrics of the requests.
 
         A group whose request failed is left out and counted; more than `max_failed_groups` (a share) of them,
         or a reply of old weights, raise ServersLost with the last cause. A group with an aborted completion
-        is left out and counted apart. `stop`, asked all the time, gives a reason to raise Interrupted.
+        is asked for again and counted apart. `stop`, asked all the time, gives a reason to raise Interrupted.
         Requests in flight then are aborted. Errors of the reward and wrong prompts end the call at once.
+        `keep` is told of a group as soon as it is there, whatever becomes of the call.
         """
         tally = Tally(num_prompts=len(prompts))
-        retries_before = getattr(self.client, "num_retries", 0)
 
         async def one_group(position: int, prompt: Prompt) -> None:
             try:
-                completions = await self.client.generate_group(
-                    prompt.tokens, self.samples_per_prompt, self.sampling
-                )
+                completions = await self._unbroken(prompt, tally)
             except ServerError as error:
                 tally.failed, tally.last_error = tally.failed + 1, error
                 _check_failures(tally, self.max_failed_groups)
-                return
-            if any(completion.finish == "abort" for completion in completions):
-                tally.aborted += 1
                 return
             tally.dropped_topk += sum(completion.num_dropped_topk for completion in completions)
             tally.topk += sum(completion.topk_ids.size for completion in completions)
@@ -95,10 +102,10 @@ class GroupSampler:
             known = [_known(completion, self.num_ids) for completion in completions]
             tally.unknown_tokens += sum(int((~here).sum()) for here in known)
             tally.groups[position] = await self._rewarded(prompt, epoch, completions, known)
+            keep(tally.groups[position])
 
         def so_far() -> tuple[list[list[Rollout]], Sums]:
-            retries = getattr(self.client, "num_retries", 0) - retries_before
-            return [tally.groups[position] for position in sorted(tally.groups)], _metrics(tally, retries)
+            return [tally.groups[position] for position in sorted(tally.groups)], _metrics(tally)
 
         try:
             reason = await _run_all([one_group(i, prompt) for i, prompt in enumerate(prompts)], stop)
@@ -107,6 +114,18 @@ class GroupSampler:
         if reason is not None:
             raise Interrupted(reason, *so_far())
         return so_far()
+
+    async def _unbroken(self, prompt: Prompt, tally: Tally) -> list[Completion]:
+        """A group of which nothing was aborted. Raises ServerError and StaleWeights."""
+        for _ in range(MAX_ABORTS):
+            completions = await self.client.generate_group(
+                prompt.tokens, self.samples_per_prompt, self.sampling, retried=tally.note_retry
+            )
+            if all(completion.finish != "abort" for completion in completions):
+                return completions
+            tally.aborted += 1
+            await asyncio.sleep(POLL_S)
+        raise ServerError(f"a group of prompt {prompt.id} was aborted {MAX_ABORTS} times")
 
     async def _rewarded(
         self, prompt: Prompt, epoch: int, completions: list[Completion], known: list[np.ndarray]
@@ -169,13 +188,13 @@ def _check_failures(tally: Tally, max_failed_groups: float) -> None:
         ) from tally.last_error
 
 
-def _metrics(tally: Tally, retries: int) -> Sums:
+def _metrics(tally: Tally) -> Sums:
     return {
         "rollout/dropped_topk": (tally.dropped_topk, tally.topk),
         "rollout/unknown_tokens": (tally.unknown_tokens, tally.tokens),
         "rollout/failed_groups": (tally.failed, tally.num_prompts),
         "rollout/aborted_groups": (tally.aborted, tally.num_prompts),
-        "rollout/retries": (retries, tally.num_prompts),
+        "rollout/retries": (tally.retries, tally.num_prompts),
     }
 
 

@@ -1,4 +1,4 @@
-"""Finished groups of an unfinished step to and from a checkpoint: one .npz a leader, no pickle.
+"""Finished groups of steps that are not trained yet to and from a checkpoint: one .npz a leader, no pickle.
 
 Shapes: N rollouts, S response tokens of all of them together, K top-k entries per token.
 """
@@ -10,8 +10,8 @@ import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
 
-Groups = dict[int, list[Rollout]]
-"""Prompt id -> its rollouts."""
+Groups = dict[tuple[int, int], list[Rollout]]
+"""(epoch, prompt id) -> its rollouts: an epoch has a prompt once, so that this also names the step."""
 
 PER_TOKEN = ("tokens", "server_logp", "topk_ids", "topk_logp", "valid", "weight_version")
 PER_ROLLOUT = ("epoch", "sample", "finish", "reward", "correct", "advantage")
@@ -52,5 +52,5 @@ def load_groups(path: Path, prompts: Mapping[int, Prompt], skip: Container[int] 
             )
         own = {name: arrays[name][stop - length : stop] for name in PER_TOKEN}
         own |= {name: arrays[name][i].item() for name in PER_ROLLOUT}
-        groups.setdefault(prompt_id, []).append(Rollout(prompt=prompts[prompt_id], **own))
+        groups.setdefault((own["epoch"], prompt_id), []).append(Rollout(prompt=prompts[prompt_id], **own))
     return groups

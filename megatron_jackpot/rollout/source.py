@@ -1,59 +1,73 @@
-"""Where a DP leader gets rollouts: a synchronous face over the asyncio client, the reward pool and
-`collect`."""
+"""Where a DP leader gets rollouts: the asyncio client, the reward pool and `collect`, in a thread of their
+own."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
-from megatron_jackpot.rewards.pool import RewardPool
-from megatron_jackpot.rollout.collect import GroupSampler, Sums, Unfinished
+from megatron_jackpot.rewards.failures import Counts, failure_sums
+from megatron_jackpot.rewards.pool import START_TIMEOUT_S, RewardPool
+from megatron_jackpot.rollout.collect import GroupSampler, Keep, Sums, Unfinished
+from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Sampling, ServerError
 
-T = TypeVar("T")
+OPEN_LIMIT_S = 60.0
+"""For what opens or closes a session, or ends workers."""
 
 
 class ServerSource:
-    """Rollouts and answers from SGLang servers, scored by a reward pool."""
+    """Rollouts and answers from SGLang servers, scored by a reward pool.
+
+    Coroutines are for `thread`; the other methods wait there for what they ask, with a limit of time.
+    """
 
     def __init__(
         self,
-        client: SGLangClient,
-        pool: RewardPool,
+        client: Callable[[], SGLangClient],
+        pool: Callable[[], RewardPool],
         *,
         sampling: Sampling,
         samples_per_prompt: int,
         num_ids: int,
         max_failed_groups: float,
         decode: Callable[[Sequence[int]], str],
+        limit_s: float,
     ) -> None:
-        self.client = client
-        self.pool = pool
-        self.sampling = sampling
-        self.decode = decode
+        """`client` and `pool` are made in the thread, which outlives them; `limit_s` is for an evaluation,
+        and for a file's labels."""
+        self.sampling, self.decode, self.limit_s = sampling, decode, limit_s
+        self.thread = LoopThread()
+        try:
+            self.pool = self.thread.call(pool, 2 * START_TIMEOUT_S, "the reward workers to start")
+            self.client = self.thread.call(client, OPEN_LIMIT_S, "the servers' client")
+            self.thread.wait(self.client.__aenter__(), OPEN_LIMIT_S, "an HTTP session")
+        except BaseException:
+            self.thread.close()
+            raise
         self.sampler = GroupSampler(
-            client=client,
+            client=self.client,
             sampling=sampling,
             samples_per_prompt=samples_per_prompt,
-            reward=self.reward,
+            reward=partial(self.reward, self.pool.counters),
             num_ids=num_ids,
             max_failed_groups=max_failed_groups,
         )
-        self.loop = asyncio.new_event_loop()
-        self._run(client.__aenter__())
 
-    def collect(
+    async def collect(
         self,
         epoch: int,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         *,
         samples: int | None = None,
         stop: Callable[[], str | None] = lambda: None,
+        keep: Keep = lambda group: None,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the metrics
         of requests and rewards; `samples` of each in place of the usual number.
@@ -61,44 +75,57 @@ class ServerSource:
         Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early,
         and RewardsFailing.
         """
-        sampler = self.sampler if samples is None else replace(self.sampler, samples_per_prompt=samples)
-        failures = self.pool.failures
-        before = failures.begin()
+        counts = self.pool.failures.begin()
+        samples = self.sampler.samples_per_prompt if samples is None else samples
+        sampler = replace(self.sampler, samples_per_prompt=samples, reward=partial(self.reward, counts))
         try:
-            groups, sums = self._run(sampler.collect(epoch, prompts, stop))
+            groups, sums = await sampler.collect(epoch, prompts, stop, keep)
         except Unfinished as unfinished:
-            unfinished.metrics.update(failures.sums(before))
+            unfinished.metrics.update(failure_sums(counts))
             raise
-        return groups, sums | failures.sums(before)
+        return groups, sums | failure_sums(counts)
+
+    async def reward(self, counts: Counts, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
+        return await self.pool(self.decode(tokens), prompt.label, counts)
+
+    async def hold(self, *, until_quiet: bool) -> None:
+        """Begin no request until `use`, and wait until servers have none where that is asked for."""
+        self.client.hold()
+        if until_quiet:
+            await self.client.quiet()
+
+    async def use(self, version: int) -> None:
+        """Servers hold these weights now: requests begin again."""
+        self.client.use(version)
+
+    async def abort(self) -> None:
+        """Servers drop what they were asked for: nobody waits for it any more."""
+        with suppress(ServerError):
+            # One that does not answer samples nothing that anyone could read.
+            await self.client.admin.abort_all()
 
     def check_labels(self, prompts: Sequence[Prompt], path: Path) -> None:
         """Raises ValueError naming the lines of `path` whose label no response could match."""
-        self._run(self.pool.check_labels(prompts, path))
-
-    def require_version(self, oldest: int) -> None:
-        """Responses with tokens of an older weight version are an error from now on."""
-        self.client.min_version = max(oldest, 0)
-
-    async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
-        return await self.pool(self.decode(tokens), prompt.label)
+        self.thread.wait(self.pool.check_labels(prompts, path), self.limit_s, f"the labels of {path}")
 
     def verdicts(
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
     ) -> tuple[list[bool], float]:
         """Which answers are correct, and the number of rewards that failed. Raises RewardsFailing."""
-        before = self.pool.failures.begin()
+        counts = self.pool.failures.begin()
 
         async def score() -> list[tuple[float, bool]]:
-            return await asyncio.gather(*(self.reward(a, p) for a, p in zip(answers, prompts, strict=True)))
+            judged = (self.reward(counts, a, p) for a, p in zip(answers, prompts, strict=True))
+            return await asyncio.gather(*judged)
 
-        verdicts = self._run(score())
-        failed = sum(total for total, _ in self.pool.failures.sums(before).values())
+        verdicts = self.thread.wait(score(), self.limit_s, f"verdicts on {len(prompts)} answers")
+        failed = sum(total for total, _ in failure_sums(counts).values())
         return [correct for _, correct in verdicts], failed
 
     def server_gib(self) -> float | None:
         """Memory of the fullest server; None where one does not say."""
         try:
-            return max(self._run(self.client.admin.memory_gib()))
+            return max(self.thread.wait(self.client.admin.memory_gib(), self.limit_s, "the servers' memory"))
         except ServerError:
             return None
 
@@ -119,12 +146,15 @@ class ServerSource:
             )
             return await asyncio.gather(*asked)
 
-        return [[answer.tolist() for answer in group] for group in self._run(ask())]
+        asked = self.thread.wait(ask(), self.limit_s, f"answers to {len(prompts)} prompts")
+        return [[answer.tolist() for answer in group] for group in asked]
 
     def close(self) -> None:
-        self._run(self.client.__aexit__(None, None, None))
-        self.pool.close()
-        self.loop.close()
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(work)
+        """End requests, the session, the workers and, last, the thread."""
+        try:
+            # First, so that a reward that is cancelled starts no new worker.
+            self.thread.call(self.pool.close, OPEN_LIMIT_S, "the reward workers to end")
+            self.thread.cancel()
+            self.thread.wait(self.client.__aexit__(None, None, None), OPEN_LIMIT_S, "the session to close")
+        finally:
+            self.thread.close()

@@ -47,7 +47,7 @@ class Server:
     in_flight: int = 0
     rests_until: float = 0.0
     suspect: bool = False
-    """It failed: before it is asked again it must say that it holds weights that are new enough."""
+    """It failed: before it is asked again it must say that it holds the weights that were pushed last."""
 
 
 class SGLangClient:
@@ -57,6 +57,9 @@ class SGLangClient:
     another server where there is one. A request past its time limit is aborted by its id. The samples of a
     group have ids that only the server knows: it ends them within seconds of the closed connection, which is
     also what happens to a cancelled request.
+
+    A server starts a request with the weights that were pushed last, or has missed a push: `version` is
+    theirs. A response may go on through pushes; how old its tokens may be is not judged here.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class SGLangClient:
         concurrency: int = 256,
         request_timeout_s: float = 1800,
         retries: int = 3,
-        min_version: int = 0,
+        version: int = 0,
         backoff_s: float = 0.5,
         admin_timeout_s: float = 60,
     ) -> None:
@@ -79,13 +82,15 @@ class SGLangClient:
         self.context_length = context_length
         self.request_timeout_s = request_timeout_s
         self.retries = retries
-        self.min_version = min_version
-        """Oldest acceptable weight version; the trainer raises it as steps go by."""
+        self.version = version
+        """Of the weights that were pushed last."""
         self.backoff_s = backoff_s
         self.admin = ServerAdmin([server.url for server in self.servers], timeout_s=admin_timeout_s)
-        self.num_retries = 0
-        """Requests tried again since the client was made."""
         self._slots = asyncio.Semaphore(concurrency)
+        self._open = asyncio.Event()
+        self._open.set()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -102,10 +107,31 @@ class SGLangClient:
             await self._session.close()
             self._session = None
 
+    def hold(self) -> None:
+        """Begin no request until `use`; those that servers have go on."""
+        self._open.clear()
+
+    async def quiet(self) -> None:
+        """Until servers have no request any more."""
+        await self._quiet.wait()
+
+    def use(self, version: int) -> None:
+        """Servers hold these weights now: begin requests again."""
+        self.version = version
+        self._open.set()
+
     async def generate_group(
-        self, prompt_tokens: Sequence[int], n: int, sampling: Sampling
+        self,
+        prompt_tokens: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        *,
+        retried: Callable[[], None] = lambda: None,
     ) -> list[Completion]:
-        """n samples of one prompt from one server. Raises ValueError, ServerError or StaleWeights."""
+        """n samples of one prompt from one server; `retried` is called when the request is tried again.
+
+        Raises ValueError, ServerError or StaleWeights.
+        """
         self._check(prompt_tokens, sampling.max_new_tokens, sampling.stop_token_ids)
         if sampling.top_k_logp > self.vocab_size:
             raise ValueError(
@@ -126,7 +152,9 @@ class SGLangClient:
             "return_flat_raw_output_top_logprobs": True,
             "return_flat_raw_top_logprobs_b64": True,
         }
-        return await self._ask(body, n, lambda content: self._parse_group(content, n, sampling))
+        return await self._ask(
+            body, n, lambda content, version: self._parse_group(content, n, sampling, version), retried
+        )
 
     async def answers(
         self,
@@ -149,7 +177,7 @@ class SGLangClient:
                 **NO_TRUNCATION,
             },
         }
-        return await self._ask(body, n, lambda content: self._parse_answers(content, n, max_new_tokens))
+        return await self._ask(body, n, lambda content, _: self._parse_answers(content, n, max_new_tokens))
 
     def _check(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int]) -> None:
         if len(prompt) == 0:
@@ -168,17 +196,26 @@ class SGLangClient:
                 "rollout.max_new_tokens."
             )
 
-    async def _ask(self, body: JsonObject, weight: int, parse: Callable[[bytes], T]) -> T:
+    async def _ask(
+        self,
+        body: JsonObject,
+        weight: int,
+        parse: Callable[[bytes, int], T],
+        retried: Callable[[], None] = lambda: None,
+    ) -> T:
+        """`parse` gets the reply and the version it was asked of. Holds a slot from the first try on."""
         tried: set[str] = set()
         failure: ServerError | StaleWeights | None = None
         async with self._slots:
             for attempt in range(self.retries + 1):
                 if attempt:
-                    self.num_retries += 1
+                    retried()
                     await asyncio.sleep(min(self.backoff_s * 2 ** (attempt - 1), 10.0))
+                await self._open.wait()
                 server = self._pick(tried)
                 tried.add(server.url)
                 server.in_flight += weight
+                self._quiet.clear()
                 try:
                     if server.suspect:
                         await self._readmit(server)
@@ -190,6 +227,8 @@ class SGLangClient:
                     server.suspect, server.rests_until = True, time.monotonic() + REST_S
                 finally:
                     server.in_flight -= weight
+                    if not any(one.in_flight for one in self.servers):
+                        self._quiet.set()
         kind = StaleWeights if isinstance(failure, StaleWeights) else ServerError
         raise kind(f"/generate failed {self.retries + 1} times, last: {failure}") from failure
 
@@ -197,10 +236,10 @@ class SGLangClient:
         """A server that was started anew holds the first weights until the next sync, and must not sample."""
         admin = ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S)
         (version,) = await admin.versions()
-        if version < self.min_version:
+        if version != self.version:
             raise StaleWeights(
-                f"{server.url} holds weight version {version}, older than the oldest allowed version "
-                f"{self.min_version}."
+                f"{server.url} holds weight version {version}, not version {self.version}, the last one "
+                "pushed."
             )
         await admin.samples(timeout_s=HEALTH_LIMIT_S)
         server.suspect = False
@@ -210,18 +249,20 @@ class SGLangClient:
         now = time.monotonic()
         return min(self.servers, key=lambda s: (s.url in tried, s.rests_until > now, s.in_flight))
 
-    async def _post(self, url: str, body: JsonObject, parse: Callable[[bytes], T]) -> T:
+    async def _post(self, url: str, body: JsonObject, parse: Callable[[bytes, int], T]) -> T:
         assert self._session is not None, "use the client inside `async with`"
-        rid = uuid.uuid4().hex
+        rid, version = uuid.uuid4().hex, self.version
+        # Cached prefixes are those of requests with the same key: none crosses versions.
+        body = body | {"rid": rid, "extra_key": str(version)}
         try:
             async with asyncio.timeout(self.request_timeout_s):
-                async with self._session.post(f"{url}/generate", json=body | {"rid": rid}) as answer:
+                async with self._session.post(f"{url}/generate", json=body) as answer:
                     status, content = answer.status, await answer.read()
             if status != 200:
                 rejected = 400 <= status < 500 and status not in (408, 429)
                 kind = RequestRejected if rejected else ServerError
                 raise kind(f"{url}: HTTP {status} from /generate: {content[:300].decode(errors='replace')}")
-            return parse(content)
+            return parse(content, version)
         except aiohttp.ClientError as error:
             raise ServerError(f"{url}: /generate broke off: {type(error).__name__}: {error}") from error
         except TimeoutError as error:
@@ -238,14 +279,13 @@ class SGLangClient:
         except ServerError:
             pass  # It was asked because it does not answer; the request's own error is the one to show.
 
-    def _parse_group(self, content: bytes, n: int, sampling: Sampling) -> list[Completion]:
+    def _parse_group(self, content: bytes, n: int, sampling: Sampling, version: int) -> list[Completion]:
         group = reply.parse_group(content, n, sampling, vocab_size=self.vocab_size)
-        oldest = min((int(c.weight_version.min()) for c in group if len(c.tokens)), default=self.min_version)
-        if oldest < self.min_version:
+        oldest = min((int(c.weight_version.min()) for c in group if len(c.tokens)), default=version)
+        if oldest < version:
             raise StaleWeights(
-                f"meta_info.weight_version = {oldest}, older than the oldest allowed version "
-                f"{self.min_version}. The server missed a weight update; raise rollout.max_staleness only if "
-                "that is meant."
+                f"meta_info.weight_version = {oldest}, older than version {version}, the last one pushed "
+                "when it was asked. The server missed a weight update."
             )
         return group
 

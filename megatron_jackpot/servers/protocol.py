@@ -3,7 +3,7 @@
 Shapes: R response tokens of one completion, K top-k entries per token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,8 +22,7 @@ class BadReply(ServerError):
 
 
 class StaleWeights(RuntimeError):
-    """A server with weights older than the oldest allowed version: it must be given new ones before it
-    samples."""
+    """A server without the weights that were pushed last: it must be given them before it samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,12 @@ class Engine(Protocol):
     """Anything that completes prompts: the SGLang client, or a recorded source in tests."""
 
     async def generate_group(
-        self, prompt_tokens: Sequence[int], n: int, sampling: Sampling
+        self,
+        prompt_tokens: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        *,
+        retried: Callable[[], None] = lambda: None,
     ) -> list[Completion]: ...
 
     async def answers(

@@ -162,7 +162,8 @@ def make_source(
 ) -> ServerSource:
     """Client, reward pool and sampling of one DP leader."""
     rollout, served = config.rollout, families[config.served]
-    client = SGLangClient(
+    client = partial(
+        SGLangClient,
         config.servers.urls,
         vocab_size=served.vocab_size,
         context_length=served.context_length,
@@ -179,7 +180,8 @@ def make_source(
 
     return ServerSource(
         client,
-        RewardPool(
+        partial(
+            RewardPool,
             config.data.reward,
             config.data.reward_workers,
             config.data.reward_timeout_s,
@@ -192,6 +194,7 @@ def make_source(
         num_ids=min(family.vocab_size for family in families.values()),
         max_failed_groups=rollout.max_failed_groups,
         decode=decode,
+        limit_s=config.run.phase_timeout_s,
     )
 
 

@@ -273,6 +273,11 @@ def _check_exact(correction: CorrectionMethod, config: Config) -> None:
             f"{config.algorithm.num_minibatches} with a moving target or lam needs it per mini-batch. "
             "Use z='topk' or num_minibatches=1."
         )
+    if config.rollout.ahead:
+        raise ValueError(
+            "algorithm.correction.z = 'exact' takes q from the sampling weights of today, but rollout.ahead "
+            f"= {config.rollout.ahead} trains on tokens of older ones. Use z='topk', or rollout.ahead=0."
+        )
 
 
 def _check_corrected_once(correction: CorrectionMethod, objective: Objective, config: Config) -> None:

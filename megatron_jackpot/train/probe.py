@@ -11,7 +11,7 @@ from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_gather_logp
 from megatron_jackpot.records import Batch, Prompt, Rollout
-from megatron_jackpot.rollout.collector import Source
+from megatron_jackpot.rollout.pipeline import Source
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
 
@@ -48,7 +48,9 @@ class Prober:
         mesh, config = self.state.mesh, self.config
         groups: list[list[Rollout]] | None = None
         if self.source is not None:
-            groups, _ = self.source.collect(0, self.prompts[mesh.dp_rank :: mesh.dp], samples=1)
+            asked = self.source.collect(0, self.prompts[mesh.dp_rank :: mesh.dp], samples=1)
+            limit_s = config.run.phase_timeout_s
+            groups, _ = self.source.thread.wait(asked, limit_s, "the completions of a probe")
         self.state.num_probes += 1
         mesh.wait_for_leaders(f"probe-{self.state.num_probes}", config.rollout.request_timeout_s * 2)
         gaps = self._gaps(self.packer.pack(groups, config.rollout.top_k_logp))
@@ -74,7 +76,9 @@ class Prober:
         if scored is None:
             return None
         server_MTK = torch.cat([batch.server_logp_MT[..., None], batch.topk_logp_MTK], dim=-1)
-        known = batch.mask_MT[..., None] & server_MTK.isfinite()
+        # Tokens of other weights say nothing about these.
+        current_MT = batch.mask_MT & (batch.weight_version_MT == self.state.num_steps)
+        known = current_MT[..., None] & server_MTK.isfinite()
         return (scored["logp"] - server_MTK)[known].abs()
 
 

@@ -15,7 +15,7 @@ from megatron_jackpot.monitor.peak_memory import trainer_mib
 from megatron_jackpot.monitor.profile import profiled
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rewards.failures import RewardsFailing
-from megatron_jackpot.rollout.collector import StopRun
+from megatron_jackpot.rollout.pipeline import StopRun
 from megatron_jackpot.run.interrupt import StopRequest
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.sync.stream import export_hf
@@ -120,6 +120,7 @@ def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: b
             trainer.refuse_stop()
             _one_step(assembly, saver, outputs)
     except StopRun:
+        trainer.pipeline.interrupt("the run is to save and end")
         # Of another leader there may be groups that this one has none of.
         if not trainer.mesh.largest(int(began != (state.num_steps, set(state.finished_groups)))):
             if trainer.mesh.is_main:
@@ -203,6 +204,7 @@ def _export(trainer: Trainer) -> None:
 def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
     """Load the newest checkpoint that did not lead here already. Raises `error` where there is none."""
     run, state = trainer.config.run, trainer.state
+    trainer.pipeline.drop()
     saver.wait()
     names = state.mesh.from_main([folder.name for folder in checkpoints(run.folder)])
     found = [name for name in names if name not in saver.bad_checkpoints]

@@ -26,7 +26,7 @@ class TrainState:
     """Finished steps; also the version of the weights that servers hold."""
     num_probes: int = 0
     finished_groups: Groups = field(default_factory=dict)
-    """Groups of an unfinished step, on the DP leader that asked for them."""
+    """Groups of steps that are not trained yet, on the DP leader that asked for them."""
 
     @property
     def models(self) -> dict[str, MegatronModel]:

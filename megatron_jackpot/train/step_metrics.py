@@ -1,5 +1,6 @@
 """What one step measures, made anew for each step, and what it returns."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,12 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import reduce_metrics
 from megatron_jackpot.records import Batch, Metrics
 from megatron_jackpot.rollout.collect import group_metrics
-from megatron_jackpot.rollout.collector import Collected
+from megatron_jackpot.rollout.pipeline import Collected
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.samples import Wrong, wrong_rollouts
+
+AGE = "staleness/age_"
+"""Sums of tokens by age, which no run reports as they are."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class StepResult:
     metrics: dict[str, float]
     """On the main rank; empty elsewhere."""
     account: dict[str, Any] | None
-    """What became of the step's prompts (rollout/collector.py: account), on DP leaders."""
+    """What became of the step's prompts (rollout/pipeline.py: account), on DP leaders."""
     wrong: list[Wrong]
     """A few rollouts that missed their answer, on DP leaders."""
 
@@ -107,14 +111,28 @@ class StepMetrics:
         on_last = reduce_metrics(self.sums, mesh.dp_group) if mesh.is_last_stage else {}
         if on_last.get("weight/mean_square"):
             on_last["weight/ess"] = on_last["weight/mean"] ** 2 / on_last["weight/mean_square"]
+        on_last |= _quantiles_of_age({key: on_last.pop(key) for key in [*on_last] if key.startswith(AGE)})
         on_last = mesh.object_from_last_stage(on_last)
         return {**on_leaders, **on_last, **self.values} if mesh.is_main else {}
 
 
-def staleness(batch: Batch, version: int) -> Metrics:
-    """Versions between the weights that were synced last and those that wrote each token."""
+def staleness(batch: Batch, version: int, largest: int) -> Metrics:
+    """Versions between the weights that were synced last and those that wrote each token: their mean, and the
+    share of each from 0 to `largest`, of which `reduced` makes quantiles."""
     behind = (version - batch.weight_version_MT)[batch.mask_MT]
-    return {"staleness/mean": (behind.sum().double(), batch.mask_MT.sum().double())}
+    count = batch.mask_MT.sum().double()
+    shares = {f"{AGE}{age}": ((behind == age).sum().double(), count) for age in range(largest + 1)}
+    return {"staleness/mean": (behind.sum().double(), count), **shares}
+
+
+def _quantiles_of_age(shares: Mapping[str, float]) -> dict[str, float]:
+    """The 99% quantile and the largest of the tokens' ages; {} where no token was trained on."""
+    ages = sorted((int(key.removeprefix(AGE)), share) for key, share in shares.items() if share > 0)
+    if not ages:
+        return {}
+    below = itertools.accumulate(share for _, share in ages)
+    reached = [age for (age, _), share in zip(ages, below, strict=True) if share >= 0.99]
+    return {"staleness/quantile99": float(reached[0]), "staleness/max": float(ages[-1][0])}
 
 
 def _finish_device_work() -> None:

@@ -19,7 +19,7 @@ from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.monitor.token_log import TokenLog
 from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
 from megatron_jackpot.records import Aggregated, Batch, Correction, Rollout, Scores
-from megatron_jackpot.rollout.collector import Collected, Collector, Source, StopRun, account
+from megatron_jackpot.rollout.pipeline import Collected, Pipeline, Source, StopRun, account
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.sync.proof import SyncReport
 from megatron_jackpot.sync.retry import PushInterrupted
@@ -89,7 +89,15 @@ class Trainer:
             state.guard,
         )
         self.source, self.sync, self.stop = source, sync, stop
-        self.collector = Collector(mesh, config.rollout, source, stop, state.finished_groups)
+        self.pipeline = Pipeline(
+            mesh,
+            config.rollout,
+            source,
+            stop,
+            state.finished_groups,
+            limit_s=config.run.phase_timeout_s,
+            in_flight=config.sync.in_flight,
+        )
         self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
         here = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.dp_rank == 0
         self.tokens = TokenLog(config.run.folder, config.logging, here=here)
@@ -112,7 +120,7 @@ class Trainer:
         self.num_pushes = 0
 
     def step(self) -> StepResult:
-        """One rollout batch: collect, score, correct, update every model, sync."""
+        """One rollout batch: collect it, begin a later one, score, correct, update every model, sync."""
         measured = self.measurements()
         with measured.timer("step"):
             with measured.timer("rollout"):
@@ -168,8 +176,12 @@ class Trainer:
         return StepMetrics(self.state.num_steps + 1, self.watchdog)
 
     def collect(self) -> Collected | None:
-        """The DP leader's groups for this step, None on other ranks. Raises StopRun."""
-        return self.collector.collect(self.state.loader, self.state.num_steps, recover=self.push)
+        """The DP leader's groups for this step, None on other ranks; those of `rollout.ahead` more steps are
+        begun. Raises StopRun."""
+        step, loader = self.state.num_steps + 1, self.state.loader
+        for later in range(step, max(step, min(step + self.config.rollout.ahead, self.config.run.steps)) + 1):
+            self.pipeline.start(later, loader)
+        return self.pipeline.take(step, loader, recover=self.push)
 
     def with_advantages(self, collected: Collected | None) -> list[list[Rollout]] | None:
         """A leader's groups with their advantages; every leader calls it."""
@@ -203,7 +215,7 @@ class Trainer:
         measured.add(correction.metrics)
         measured.add(diagnostics(scores, correction, self.sum_over_batch))
         measured.add(self.methods.steer(scores, correction.kl, self.sum_over_batch))
-        measured.add(staleness(scores.batch, self.state.num_steps))
+        measured.add(staleness(scores.batch, self.state.num_steps, self.config.rollout.max_staleness))
 
     def aggregate(self, scores: Scores | None, correction: Correction | None) -> Aggregated | None:
         """The loss's weights and part of N of a mini-batch; None off the last stage."""
@@ -332,6 +344,10 @@ class Trainer:
         self.num_pushes += 1
         sync, servers, version = self.config.sync, self.config.servers, self.state.num_steps
         limit_s = servers.start_timeout_s + sync.timeout_s * 12
+        self.pipeline.hold()
+        if self.config.rollout.ahead:
+            # A push that breaks off leaves mixed weights for a while: nobody may begin a request then.
+            self.mesh.wait_for_leaders(f"hold-{version}-{self.num_pushes}", self.config.run.phase_timeout_s)
         if self.config.parallel.offload_optimizer:
             for model in self.state.models.values():
                 model.offload()
@@ -360,4 +376,5 @@ class Trainer:
         if self.mesh.is_main:
             weights.finish()
         self.mesh.wait_for_leaders(f"sync-{version}-{self.num_pushes}", limit_s)
+        self.pipeline.pushed(version)
         return metrics

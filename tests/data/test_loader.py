@@ -54,16 +54,19 @@ def test_the_order_is_a_permutation_fixed_by_seed_and_epoch():
     assert epoch_order(list(range(6)), seed=0, epoch=0) == [0, 1, 5, 3, 4, 2]
 
 
+@pytest.mark.parametrize("ahead", [0, 3])
 @pytest.mark.parametrize("steps_before", [0, 1, 3, 4, 7])
-def test_a_resumed_loader_continues_exactly_also_on_another_dp_size(steps_before):
+def test_a_resumed_loader_continues_exactly_also_on_another_dp_size(steps_before, ahead):
+    """At the first step that is not taken, however many were given out."""
     first = loader()
     for _ in range(steps_before):
         first.next()
+        first.taken()
+    given = [ids(first.next()) for _ in range(ahead)]
     resumed, halves = loader(), [loader(dp_rank=rank, dp_size=2) for rank in range(2)]
     for other in (resumed, *halves):
         other.load_state_dict(first.state_dict())
-    for _ in range(8):
-        want = ids(first.next())
+    for want in [*given, *(ids(first.next()) for _ in range(8))]:
         assert ids(resumed.next()) == want
         assert sorted(id for half in halves for id in ids(half.next())[1]) == sorted(want[1])
 
@@ -76,6 +79,8 @@ def after(steps: int) -> tuple[dict, set[int]]:
     """A loader's state after so many steps of its first epoch, and the ids it has given."""
     one = loader()
     seen = {id for _ in range(steps) for id in ids(one.next())[1]}
+    for _ in range(steps):
+        one.taken()
     return one.state_dict(), seen
 
 

@@ -1,18 +1,21 @@
 """Ranks killed in each phase of a step, and numbers that are none: the run ends as if nothing had been, to
 the last bit."""
 
+import asyncio
 import dataclasses
 import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics
-from megatron_jackpot.rollout.collector import Collected
+from megatron_jackpot.records import Prompt
+from megatron_jackpot.rollout.pipeline import Collected
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.train import assembly
 from megatron_jackpot.train.evaluation import Evaluated, Evaluator
@@ -21,35 +24,27 @@ from megatron_jackpot.train.run import run as run_training
 from megatron_jackpot.train.trainer import Trainer
 from tests.faults.harness import PHASES, check_account, kill_in_phase, make_models
 from tests.parallel.spawn import run_ranks, start_ranks
-from tests.tiny import groups
+from tests.rollout.sources import ScriptedSource
 
 STEPS = 22
 SOME = ("score of step", "update_policy of step", "save of step", "publish step-")
-"""One of each kind: before anything has changed, weights half new, a checkpoint half collected, half written."""
+"""One of each kind: nothing has changed yet, weights half new, a checkpoint half collected, half written."""
 RANKS = 2
 LIMIT_S = 60
-NOISY = {"rollout/tokens_per_s", "sync/seconds"}
+NOISY = {"rollout/tokens_per_s", "sync/seconds", "idle/trainer", "idle/servers"}
 
 
-class Scripted:
-    """Rollouts that are a function of the prompt and the epoch; asked for the n-th time with n in `bad`,
+class Scripted(ScriptedSource):
+    """Rollouts that are a function of the prompt and the epoch; the batch of the n-th call with n in `bad`,
     useless."""
 
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
-        self.bad, self.num_asked = bad, 0
+        super().__init__(samples=3)
+        self.bad = bad
 
-    def collect(self, epoch: int, prompts: list, *, samples=None, stop=None) -> tuple[list, dict]:
-        time.sleep(0.01)
-        self.num_asked += 1
-        made = [groups(range(p.id, p.id + 1), samples=3)[0] for p in prompts]
-        return [[dataclasses.replace(r, epoch=epoch) for r in group] for group in made], {}
-
-    def require_version(self, oldest: int) -> None: ...
-
-    def text(self, tokens: list[int]) -> str:
-        return str(tokens)
-
-    def close(self) -> None: ...
+    async def collect(self, epoch: int, prompts: Sequence[Prompt], **options) -> tuple[list, dict]:
+        await asyncio.sleep(0.01)
+        return await super().collect(epoch, prompts, **options)
 
 
 def _train(
@@ -65,7 +60,7 @@ def _train(
 
     def spoiled(trainer: Trainer, collected: Collected | None) -> list | None:
         made = with_advantages(trainer, collected)
-        if made is None or source.num_asked not in source.bad:
+        if made is None or source.calls not in source.bad:
             return made
         # As from broken numerics further on: rewards and advantages that are none are refused.
         return [[dataclasses.replace(r, advantage=math.nan) for r in group] for group in made]
@@ -80,7 +75,7 @@ def _train(
     ]
     guard = ["guard.rollback=true", "guard.max_skipped=1"]
     assert run_training(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard]))
-    return source.num_asked
+    return source.calls
 
 
 def numbers(run: Path) -> list[dict]:

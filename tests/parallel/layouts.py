@@ -11,7 +11,7 @@ from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.rollout.collector import Collected
+from megatron_jackpot.rollout.pipeline import Collected
 from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods

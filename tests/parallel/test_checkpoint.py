@@ -4,46 +4,26 @@ rounding."""
 import json
 import shutil
 import time
+from concurrent import futures
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_jackpot.data.loader import PromptLoader
+from megatron_jackpot.data.loader import PromptLoader, epoch_order
 from megatron_jackpot.models.mesh import destroy_mesh
-from megatron_jackpot.rollout.collect import Interrupted
-from megatron_jackpot.rollout.collector import StopRun
+from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
 from megatron_jackpot.run.formats import FORMATS, current
 from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.state import TrainState
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
-from tests.tiny import groups, rollout
+from tests.rollout.sources import ScriptedSource
+from tests.tiny import rollout
 
-NOISY = {"rollout/tokens_per_s", "sync/seconds"}
+NOISY = {"rollout/tokens_per_s", "sync/seconds", "idle/trainer", "idle/servers"}
 STEERED = Layout(correction=(("name", "jackpot"), ("target_acceptance", 0.8)))
-
-
-class Scripted:
-    """Rollouts that are a function of the prompt; interrupted on request after some groups of one step."""
-
-    def __init__(self, interrupt_epoch_after: tuple[int, int] | None) -> None:
-        self.interrupt = interrupt_epoch_after
-        self.asked: list[tuple[int, int]] = []
-
-    def collect(self, epoch: int, prompts: list, *, samples=None, stop=None) -> tuple[list, dict]:
-        made = [groups(range(p.id, p.id + 1))[0] for p in prompts]
-        if self.interrupt is not None and stop() is not None:
-            made = made[: self.interrupt[1]]
-            self.asked += [(epoch, group[0].prompt.id) for group in made]
-            raise Interrupted("test", made, {})
-        self.asked += [(epoch, p.id) for p in prompts]
-        return made, {}
-
-    def require_version(self, oldest: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def _train(
@@ -57,15 +37,24 @@ def _train(
     saving = config.run.model_copy(
         update={"folder": Path(run), "keep": 2, "keep_every": options.get("keep_every")}
     )
+    if ahead := options.get("ahead"):
+        rollouts = config.rollout.model_copy(update={"ahead": ahead, "max_staleness": ahead})
+        config = config.model_copy(update={"rollout": rollouts})
     trainer = load_trainer(config.model_copy(update={"run": saving}), options.get("total", 10))
     mesh, state, stop_at = trainer.mesh, trainer.state, options.get("stop_at")
-    prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * 2)]
+    prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * options.get("per_epoch", 2))]
     state.loader = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
-    source = Scripted(None if stop_at is None else (0, 1))
-    trainer.source = trainer.collector.source = source
-    trainer.collector.stop = lambda: "test" if state.num_steps == stop_at else None
+    source = ScriptedSource(versioned=options.get("versioned", False))
+    trainer.source = trainer.pipeline.source = source
+    trainer.pipeline.stop = lambda: "test" if state.num_steps == stop_at else None
     troubles = checkpoint.resume(state, Path(run)) if options.get("resume") else []
+    if stop_at is not None:
+        # Of each step from that one on, this leader finishes one group and no more.
+        per, order = NUM_PROMPTS, epoch_order([p.id for p in prompts], 5, 0)
+        later = [order[i : i + per][mesh.dp_rank :: mesh.dp] for i in range(stop_at * per, len(order), per)]
+        source.slow = {(0, prompts[i].id) for step in later for i in step[1:]}
     saver = checkpoint.Saver(state, saving, trainer.watchdog)
+    trainer.push()
     if options.get("late"):
         _write_late(saver, state)
     numbers = []
@@ -75,16 +64,25 @@ def _train(
             numbers.append({k: v for k, v in metrics.items() if k not in NOISY and not k.startswith("time/")})
             saver.poll()
             if state.num_steps in options.get("save_at", range(steps + 1)) and options.get("save"):
+                wait_until_finished(trainer.pipeline)
                 saver.save(background=options["save"] == "background")
     except StopRun:
+        trainer.pipeline.interrupt("test")
         saver.save(background=False)
     saver.wait()
+    trainer.pipeline.interrupt("the end")
     weights = {name: export(model) for name, model in state.models.items()}
     destroy_mesh()
     settings = {**state.policy.optimizer.param_groups[0], "clip": state.policy.optimizer.config.clip_grad}
     settings.pop("params")
     made = (numbers, weights, trainer.methods.correction, troubles, source.asked, settings)
     return made if rank == 0 else None
+
+
+def wait_until_finished(pipeline: Pipeline) -> None:
+    """What is in flight at a save is then all in the checkpoint."""
+    under_way = [batch.work for batch in pipeline.batches]
+    assert not futures.wait(under_way, 60).not_done
 
 
 def _write_late(saver: checkpoint.Saver, state: TrainState) -> None:
@@ -213,6 +211,36 @@ def test_an_interrupted_step_keeps_its_groups_and_no_prompt_is_asked_twice(
         # Rank 0's part of the first run, and what was left for the second: the interrupted step's rest alone.
         assert len(second[4]) == NUM_PROMPTS - 2 and not {*first[4]} & {*second[4]}
         assert {*second[4]} < {*whole}
+
+
+@pytest.mark.parametrize("ahead", [pytest.param(1, marks=pytest.mark.full), 3])
+def test_with_rollouts_ahead_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    folder, tmp_path, ahead
+) -> None:
+    """Tokens depend on the weights that sampled them: those in flight at the save are in the checkpoint."""
+    how = dict(ahead=ahead, versioned=True)
+    whole = train(folder, tmp_path / "whole", STEERED, 6, **how)
+    assert [row["staleness/max"] for row in whole[0]] == [min(i, ahead) for i in range(6)]
+    run = tmp_path / "run"
+    train(folder, run, STEERED, 2, save="now", save_at=[2], **how)
+    newest = run / "checkpoints" / "step-000002"
+    assert list(newest.glob("rollouts-*.npz"))
+    same(train(folder, run, STEERED, 6, resume=True, **how), whole, exact=True, steps=4)
+
+
+def test_with_rollouts_ahead_an_interrupted_run_keeps_what_was_finished_of_every_step_in_flight(
+    folder, tmp_path
+) -> None:
+    """Tokens are the same whoever samples them; of two epochs' steps in flight nothing is mixed up."""
+    how = dict(ahead=3)
+    run = tmp_path / "run"
+    first = train(folder, run, STEERED, 6, stop_at=2, per_epoch=4, **how)
+    second = train(folder, run, STEERED, 6, resume=True, per_epoch=4, **how)
+    assert len(first[0]) == 2 and len(second[0]) == 4
+    # Two steps, a group of each of the two that the epoch had left, and two of the next epoch, whole.
+    assert len(first[4]) == 2 * NUM_PROMPTS + 2 + 2 * NUM_PROMPTS
+    asked = [*first[4], *second[4]]
+    assert len(asked) == len(set(asked)) == 6 * NUM_PROMPTS
 
 
 @pytest.mark.full

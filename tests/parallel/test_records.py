@@ -1,7 +1,6 @@
 """What travels between the stages of a step: the documented records alone, each made in one place."""
 
 import ast
-import asyncio
 import dataclasses
 import json
 import re
@@ -25,6 +24,7 @@ from megatron_jackpot.servers.protocol import Completion, Sampling
 from megatron_jackpot.servers.reply import parse_group
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
+from tests.rollout.sources import ScriptedSource
 from tests.servers.fake_server import flat_topk
 from tests.tiny import rollout, rollout_arrays
 
@@ -135,16 +135,18 @@ def reply(seed: int, sample: int) -> dict[str, Any]:
 class Replies:
     """An engine that reads replies, a function of the prompt."""
 
-    async def generate_group(self, prompt: Sequence[int], n: int, sampling: Sampling) -> list[Completion]:
+    async def generate_group(
+        self, prompt: Sequence[int], n: int, sampling: Sampling, **_: object
+    ) -> list[Completion]:
         group = [reply(sum(prompt), i) for i in range(n)]
         return parse_group(json.dumps(group).encode(), n, sampling, vocab_size=61)
 
 
-class Source:
+class Source(ScriptedSource):
     """Rollouts of `Replies` on a DP leader."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
+        super().__init__()
         self.sampler = GroupSampler(
             client=Replies(),
             sampling=Sampling(temperature=1.0, max_new_tokens=16, top_k_logp=TOP_K),
@@ -157,10 +159,8 @@ class Source:
     async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
         return float(tokens[0] % 2), bool(tokens[0] % 2)
 
-    def collect(self, epoch: int, prompts: list[Prompt], *, samples=None, stop=None) -> tuple[list, dict]:
-        return self.loop.run_until_complete(self.sampler.collect(epoch, prompts))
-
-    def require_version(self, oldest: int) -> None: ...
+    async def collect(self, epoch, prompts, *, samples=None, stop, keep) -> tuple[list, dict]:
+        return await self.sampler.collect(epoch, prompts, stop, keep)
 
 
 def storages(held: dict[str, list]) -> set[int]:
@@ -191,7 +191,7 @@ def _one_step(rank: int, world: int, folder: str) -> tuple[Counter, list[str], l
     """Records that a step constructs, copies among them and among forged ones, and the step's metrics."""
     layout = Layout(num_minibatches=2, target="current", distill="forward_topk")
     trainer = load_trainer(make_config(layout, Path(folder)))
-    trainer.source = trainer.collector.source = Source()
+    trainer.source = trainer.pipeline.source = Source()
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS)]
     trainer.state.loader = PromptLoader(prompts, NUM_PROMPTS, 0, 1, 5)
     with constructions() as made:

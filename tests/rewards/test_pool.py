@@ -14,15 +14,15 @@ from megatron_jackpot.config import describe
 from megatron_jackpot.monitor.metrics import METRICS
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards import failures
-from megatron_jackpot.rewards.failures import KINDS, RewardsFailing
+from megatron_jackpot.rewards.failures import KINDS, RewardsFailing, failure_sums
 from megatron_jackpot.rewards.pool import RewardPool
 
 pytestmark = pytest.mark.timeout(60)
 
 
-def score_all(pool, *items):
+def score_all(pool, *items, counts=None):
     async def gather():
-        return await asyncio.gather(*(pool(text, label) for text, label in items))
+        return await asyncio.gather(*(pool(text, label, counts) for text, label in items))
 
     return asyncio.run(gather())
 
@@ -273,17 +273,18 @@ def test_the_log_of_many_failures_is_short(functions, caplog):
 def test_too_large_a_share_of_failures_ends_the_call_with_what_to_look_at(functions):
     with RewardPool(f"{functions}.greedy", 1, 10.0, memory_bytes=2**28, max_failed=0.25) as pool:
         score_all(pool, *[("fine", "")] * 100)
-        before = pool.failures.begin()
-        score_all(pool, *[("memory", "")] * (failures.MIN_FAILED - 1))
+        counts = pool.failures.begin()
+        score_all(pool, *[("memory", "")] * (failures.MIN_FAILED - 1), counts=counts)
         message = (
             r"20 of 20 rewards failed \(0 timed out, 20 crashed\), more than data.max_failed_rewards = 0.25"
         )
         with pytest.raises(RewardsFailing, match=message):
-            score_all(pool, ("memory", ""))
-        assert pool.failures.sums(before) == {"reward/timed_out": (0.0, 20.0), "reward/crashed": (20.0, 20.0)}
-        pool.failures.begin()
-        score_all(pool, *[("fine", "")] * 100)
-        score_all(pool, *[("memory", "")] * (failures.MIN_FAILED + 5))
+            score_all(pool, ("memory", ""), counts=counts)
+        assert failure_sums(counts) == {"reward/timed_out": (0.0, 20.0), "reward/crashed": (20.0, 20.0)}
+        other = pool.failures.begin()
+        score_all(pool, *[("fine", "")] * 100, counts=other)
+        score_all(pool, *[("memory", "")] * (failures.MIN_FAILED + 5), counts=other)
+        assert counts == {"scored": 0, "timed_out": 0, "crashed": 20}
 
 
 def test_every_count_that_the_configuration_promises_is_shown():
@@ -300,7 +301,7 @@ def test_every_count_that_the_configuration_promises_is_shown():
         assert name in METRICS and f"`{name}`" in documented
     with RewardPool("exact", 1, 10.0) as pool:
         counted = {f"reward/{name}" for name in pool.counters if name != "scored"}
-        assert pool.failures.sums(pool.failures.begin()).keys() == counted <= METRICS.keys()
+        assert failure_sums(pool.failures.begin()).keys() == counted <= METRICS.keys()
 
 
 HARD_LIMITED = """

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_jackpot.records import Prompt
+from megatron_jackpot.rollout import collect
 from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Reward, ServersLost, group_metrics
 from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
 
@@ -35,17 +36,17 @@ class ScriptedEngine:
     def __init__(self, **failures: dict[int, Any]) -> None:
         self.raises = failures.get("raises", {})
         self.aborts = failures.get("aborts", {})
-        self.num_retries = 7
 
     async def generate_group(
-        self, prompt_tokens: Sequence[int], n: int, sampling: Sampling
+        self, prompt_tokens: Sequence[int], n: int, sampling: Sampling, *, retried: Callable[[], None]
     ) -> list[Completion]:
         which = prompt_tokens[1]
         await asyncio.sleep(0.001 * (10 - which))
-        self.num_retries += 1
+        retried()
         if which in self.raises:
             raise self.raises[which]
-        finish = "abort" if which in self.aborts else "stop"
+        self.aborts[which] = self.aborts.get(which, 0) - 1
+        finish = "abort" if self.aborts[which] >= 0 else "stop"
         return [completion(5 * i, finish) for i in range(n)]
 
 
@@ -74,7 +75,9 @@ class OneAnswer:
     def __init__(self, *tokens: int) -> None:
         self.tokens = tokens
 
-    async def generate_group(self, prompt: Sequence[int], n: int, sampling: Sampling) -> list[Completion]:
+    async def generate_group(
+        self, prompt: Sequence[int], n: int, sampling: Sampling, **_: object
+    ) -> list[Completion]:
         num = len(self.tokens)
         made = Completion(
             tokens=np.array(self.tokens, np.int32),
@@ -136,17 +139,27 @@ def test_failed_groups_are_counted_and_left_out_up_to_the_allowed_share():
         run(engine, allowed=0.1)
 
 
-def test_a_group_with_an_aborted_completion_is_left_out_and_counted_apart():
-    groups, metrics = run(ScriptedEngine(aborts={0: True}))
-    assert len(groups) == 9 and metrics["rollout/aborted_groups"] == (1, 10)
+def test_a_group_with_an_aborted_completion_is_asked_for_again_and_counted(monkeypatch):
+    monkeypatch.setattr(collect, "POLL_S", 0.001)
+    groups, metrics = run(ScriptedEngine(aborts={0: 2}))
+    assert len(groups) == 10 and metrics["rollout/aborted_groups"] == (2, 10)
+    groups, metrics = run(ScriptedEngine(aborts={0: collect.MAX_ABORTS}), allowed=0.1)
+    assert len(groups) == 9 and metrics["rollout/failed_groups"] == (1, 10)
+
+
+def test_groups_that_are_finished_are_told_of_before_the_call_ends():
+    kept = []
+    with pytest.raises(ServersLost):
+        asyncio.run(sampler(StaleInTheEnd(), allowed=1.0).collect(0, PROMPTS, keep=kept.append))
+    assert sorted(group[0].prompt.id for group in kept) == list(range(11, 20))
 
 
 class StaleInTheEnd(ScriptedEngine):
-    async def generate_group(self, prompt_tokens, n, sampling):
+    async def generate_group(self, prompt_tokens, n, sampling, **how):
         if prompt_tokens[1] == 0:
             await asyncio.sleep(1.0)
             raise StaleWeights("old")
-        return await super().generate_group(prompt_tokens, n, sampling)
+        return await super().generate_group(prompt_tokens, n, sampling, **how)
 
 
 def test_old_weights_end_the_call_with_the_groups_that_were_finished():
@@ -165,14 +178,14 @@ def test_an_interrupted_rollout_gives_what_was_finished_and_aborts_the_rest():
     class Slow(ScriptedEngine):
         cancelled = 0
 
-        async def generate_group(self, prompt_tokens, n, sampling):
+        async def generate_group(self, prompt_tokens, n, sampling, **how):
             try:
                 if prompt_tokens[1] < 3:
                     await asyncio.sleep(60)
             except asyncio.CancelledError:
                 self.cancelled += 1
                 raise
-            return await super().generate_group(prompt_tokens, n, sampling)
+            return await super().generate_group(prompt_tokens, n, sampling, **how)
 
     def only_slow_ones_are_left() -> str | None:
         return "SIGUSR1" if len(asyncio.all_tasks() - {asyncio.current_task()}) == 3 else None

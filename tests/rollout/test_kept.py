@@ -1,4 +1,4 @@
-"""Finished groups of an interrupted step go to disk and back unchanged, without pickle."""
+"""Finished groups of steps that are not trained yet go to disk and back unchanged, without pickle."""
 
 import dataclasses
 
@@ -10,8 +10,12 @@ from tests.tiny import groups
 
 
 def test_groups_come_back_as_they_were(tmp_path):
-    kept = {group[0].prompt.id: group for group in groups(range(3))}
-    prompts = {i: group[0].prompt for i, group in kept.items()}
+    made = groups(range(3))
+    kept = {(group[0].epoch, group[0].prompt.id): group for group in made}
+    # Of the next epoch, so that a prompt is there twice.
+    again = [dataclasses.replace(rollout, epoch=1) for rollout in made[0]]
+    kept[1, made[0][0].prompt.id] = again
+    prompts = {group[0].prompt.id: group[0].prompt for group in made}
     save_groups(tmp_path / "rollouts-0.npz", kept)
     back = load_groups(tmp_path / "rollouts-0.npz", prompts)
     assert list(back) == list(kept)
@@ -31,6 +35,6 @@ def test_nothing_is_written_where_nothing_was_finished(tmp_path):
 
 
 def test_other_prompts_are_refused(tmp_path):
-    save_groups(tmp_path / "rollouts-0.npz", {7: groups([7])[0]})
+    save_groups(tmp_path / "rollouts-0.npz", {(0, 7): groups([7])[0]})
     with pytest.raises(ValueError, match="prompt 7, which data"):
         load_groups(tmp_path / "rollouts-0.npz", {})

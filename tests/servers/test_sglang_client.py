@@ -20,13 +20,15 @@ SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=3)
 
 
 def ask(servers: Sequence[FakeServer], *, n: int = 2, prompt: Sequence[int] = (1, 2), **knobs: Any) -> Any:
-    """(completions, client) of one group request."""
+    """(completions, how often it was tried again) of one group request."""
 
     async def run() -> Any:
         settings = {"request_timeout_s": 5, "backoff_s": 0.01} | knobs
         urls = [server.url for server in servers]
         async with SGLangClient(urls, vocab_size=VOCAB, context_length=64, **settings) as client:
-            return await client.generate_group(prompt, n, SAMPLING), client
+            retries: list[None] = []
+            group = await client.generate_group(prompt, n, SAMPLING, retried=lambda: retries.append(None))
+            return group, len(retries)
 
     return asyncio.run(run())
 
@@ -137,8 +139,8 @@ def test_a_positive_logp_and_a_top_k_id_outside_the_vocabulary_are_errors():
 )
 def test_a_failing_server_is_left_for_another_and_alone_it_is_an_error_that_names_it(answer, words):
     with FakeServer(generate=[answer]) as bad, FakeServer(generate=[ok(group())]) as good:
-        completions, client = ask([bad, good])
-        assert len(completions) == 2 and client.num_retries == 1
+        completions, retries = ask([bad, good])
+        assert len(completions) == 2 and retries == 1
         with pytest.raises(ServerError) as caught:
             ask([bad], retries=2)
         assert len(bad.asked("generate")) == 1 + 3
@@ -165,12 +167,10 @@ def test_a_server_with_old_weights_is_not_asked_again_until_it_holds_new_ones():
     with FakeServer(
         generate=[ok(group(version="3")), ok(group(version="5"))], model_info=[old, new]
     ) as server:
-        with pytest.raises(
-            StaleWeights, match="holds weight version 3, older than the oldest allowed version 5"
-        ):
-            ask([server], min_version=5, retries=1)
+        with pytest.raises(StaleWeights, match="holds weight version 3, not version 5, the last one pushed"):
+            ask([server], version=5, retries=1)
         assert len(server.asked("generate")) == 1
-        completions, _ = ask([server], min_version=5)
+        completions, _ = ask([server], version=5)
         assert completions[0].weight_version.tolist() == [5, 5, 5, 5]
 
 
@@ -179,7 +179,7 @@ def test_a_server_that_was_started_anew_is_left_out_for_one_with_new_weights(mon
     monkeypatch.setattr("megatron_jackpot.servers.client.REST_S", 0.0)
 
     async def three_groups(urls: list[str]) -> None:
-        settings = {"request_timeout_s": 5, "backoff_s": 0.01, "min_version": 5}
+        settings = {"request_timeout_s": 5, "backoff_s": 0.01, "version": 5}
         async with SGLangClient(urls, vocab_size=VOCAB, context_length=64, **settings) as client:
             for _ in range(3):
                 await client.generate_group([1, 2], 2, SAMPLING)
@@ -247,3 +247,23 @@ def test_a_control_call_names_the_server_that_refuses_or_is_late():
     with FakeServer(model_info=[ok({}, after_s=2)]) as late:
         with pytest.raises(ServerError, match=f"{late.url}: no reply to GET /model_info within 0.2 s"):
             asyncio.run(ServerAdmin([late.url], timeout_s=0.2).model_info())
+
+
+def test_requests_carry_the_version_they_begin_with_and_none_begins_while_it_is_held():
+    async def push_in_between(url: str) -> list[bool]:
+        async with SGLangClient([url], vocab_size=VOCAB, context_length=64, version=3) as client:
+            under_way = asyncio.ensure_future(client.generate_group([1, 2], 2, SAMPLING))
+            await asyncio.sleep(0.1)
+            client.hold()
+            held = asyncio.ensure_future(client.generate_group([1, 2], 2, SAMPLING))
+            await client.quiet()
+            await under_way
+            seen = [held.done()]
+            client.use(4)
+            await held
+            return seen
+
+    replies = [ok(group(version="3"), after_s=0.3), ok(group(version="4"))]
+    with FakeServer(generate=replies) as server:
+        assert asyncio.run(push_in_between(server.url)) == [False]
+        assert [body["extra_key"] for body in server.asked("generate")] == ["3", "4"]

@@ -357,7 +357,7 @@ def test_bapo_leaves_its_bounds_where_no_advantage_is_above_0():
 
 
 def test_clip_cov_draws_its_share_of_the_tokens_inside_whatever_the_split():
-    """Real rollout ids: every token has its own draw. Over many steps the share that is drawn is what is asked."""
+    """Every token has its own draw. Over many steps the share that is drawn is what is asked."""
     s = make_scores(seed=1)
     objective = build("clip_cov", {"share": 0.1, "cov_low": 0.1, "cov_high": 2.0}, OBJECTIVES, "objective")
     logp, a, mask = s.target_logp_T.double().numpy(), s.advantage_T.numpy(), s.mask_T.numpy()

@@ -1,0 +1,368 @@
+"""The rollouts of a run, up to `rollout.ahead` steps before they are trained on: every prompt of a step once,
+whatever happens to servers or to the run.
+
+The main thread starts a step's batch and takes it, at points that no timing moves; requests and rewards go
+on in the source's thread meanwhile. Step t trains the loader's t-th batch, whichever is finished first. Its
+requests begin when step t - ahead does, with the weights of step t - ahead - 1 or newer ones, so that no
+token is older than `ahead` when it is trained on.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent import futures
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch.distributed as dist
+
+from megatron_jackpot.config import Rollouts
+from megatron_jackpot.data.loader import PromptLoader
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.parallel.reduce import raise_on_all_ranks
+from megatron_jackpot.records import Prompt, Rollout
+from megatron_jackpot.rewards.failures import RewardsFailing
+from megatron_jackpot.rollout.collect import POLL_S, Interrupted, Keep, Sums, Unfinished
+from megatron_jackpot.rollout.finished_groups import Groups
+from megatron_jackpot.rollout.loop_thread import LoopThread
+
+log = logging.getLogger(__name__)
+
+MAX_RECOVERIES = 3
+"""How often a step's rollout may be rescued by giving the servers their weights again."""
+END_LIMIT_S = 60.0
+"""For requests to end that were told to."""
+COMPLETE, LOST, STOPPED, REFUSED, FAILED = range(5)
+"""How asking the servers ended; the worst of all leaders counts."""
+
+Stop = Callable[[], str | None]
+"""Asked all the time while the main thread waits: a reason to save and end, or None."""
+
+
+class Source(Protocol):
+    """Where rollouts come from, on a DP leader: coroutines for its thread."""
+
+    thread: LoopThread
+
+    def collect(
+        self,
+        epoch: int,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int | None = None,
+        stop: Stop = lambda: None,
+        keep: Keep = lambda group: None,
+    ) -> Coroutine[Any, Any, tuple[list[list[Rollout]], Sums]]: ...
+
+    def hold(self, *, until_quiet: bool) -> Coroutine[Any, Any, None]: ...
+
+    def use(self, version: int) -> Coroutine[Any, Any, None]: ...
+
+    def abort(self) -> Coroutine[Any, Any, None]: ...
+
+    def close(self) -> None: ...
+
+
+class StopRun(Exception):
+    """The run is to save and end; raised on every rank alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """One leader's groups of a step, in the loader's order, and what it took to get them."""
+
+    groups: list[list[Rollout]]
+    sums: Sums
+    """Of all requests, repeated ones included; and how long trainer and servers had nothing to do."""
+    seconds: float
+    """Spent asking the servers."""
+    epoch: int
+    trained: list[int]
+    """Ids of the prompts that came back with a group."""
+    lost: list[int]
+    """Ids of those that did not."""
+
+
+@dataclass
+class _Batch:
+    """What a leader asks for in a step, and what that took so far."""
+
+    step: int
+    epoch: int
+    prompts: list[Prompt]
+    work: "futures.Future[Unfinished | None] | None" = None
+    sums: Sums = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def add(self, sums: Sums) -> None:
+        for key, (total, count) in sums.items():
+            before = self.sums.get(key, (0.0, 0.0))
+            self.sums[key] = (before[0] + total, before[1] + count)
+
+    def key(self, prompt: Prompt) -> tuple[int, int]:
+        return self.epoch, prompt.id
+
+    def ending(self) -> tuple[int, BaseException | None]:
+        """How asking ended, once it has."""
+        assert self.work is not None
+        error = self.work.exception()
+        if error is not None:
+            return REFUSED if isinstance(error, RewardsFailing) else FAILED, error
+        unfinished = self.work.result()
+        if unfinished is None:
+            return COMPLETE, None
+        return STOPPED if isinstance(unfinished, Interrupted) else LOST, unfinished
+
+
+class Pipeline:
+    """Asks the servers for groups, steps ahead of training, and keeps those that are finished.
+
+    `source` exists on DP leaders; the other ranks only wait and hear how it ended. The main thread alone
+    calls it. Batches have a step, groups (epoch, prompt id): nothing of one step counts in another.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        config: Rollouts,
+        source: Source | None,
+        stop: Stop,
+        finished: Groups,
+        *,
+        limit_s: float,
+        in_flight: Literal["retract", "wait"] = "retract",
+    ) -> None:
+        """`limit_s` is for one step's rollout; `in_flight` what a push does to responses under way."""
+        self.mesh, self.config, self.source, self.stop = mesh, config, source, stop
+        self.limit_s, self.in_flight = limit_s, in_flight
+        self.finished = finished
+        """Finished groups of steps that are not trained yet: what a checkpoint saves of them. Changed in
+        place, by the source's thread too."""
+        self.batches: deque[_Batch] = deque()
+        """Started and not taken, the oldest first."""
+        self._interrupted: str | None = None
+        self._asking = Stopwatch()
+        self._since = _Mark(time.perf_counter(), 0.0)
+
+    def start(self, step: int, loader: PromptLoader | None) -> None:
+        """Begin to ask for the groups of `step`, on a leader; nothing where that was begun before."""
+        if self.source is None or loader is None or any(batch.step == step for batch in self.batches):
+            return
+        batch = _Batch(step, *loader.next())
+        self.batches.append(batch)
+        self._ask(batch)
+
+    def take(self, step: int, loader: PromptLoader | None, recover: Callable[[], object]) -> Collected | None:
+        """This leader's groups of `step`, the oldest that was started; None on other ranks.
+
+        Where too many were lost, `recover` (called on every rank) gives the servers their weights again, and
+        the missing groups are asked for again. Raises StopRun when a leader was interrupted: the loader's
+        place is where the step began, and `finished` holds what was finished. What failed in a leader's
+        thread is raised there, and RewardsFailing or OSError on the others; RuntimeError after
+        MAX_RECOVERIES.
+        """
+        batch = self.batches[0] if self.batches else None
+        assert batch is None or batch.step == step, f"step {batch.step} comes before {step}"
+        limit_s = self.config.request_timeout_s * (self.config.retries + 2)
+        started, error = time.perf_counter(), None
+        for attempt in range(MAX_RECOVERIES + 1):
+            outcome, error = (COMPLETE, None) if batch is None else self._wait(batch)
+            self.mesh.wait_for_leaders(f"rollout-{step - 1}-{attempt}", limit_s)
+            worst = self.mesh.largest(outcome)
+            if worst == COMPLETE:
+                return None if batch is None else self._taken(batch, loader, started)
+            if worst == STOPPED:
+                raise StopRun
+            if worst >= REFUSED:
+                _raise_everywhere(worst, error)
+            if error is not None:
+                log.warning(f"step {step}: {error} Sending the weights again.")
+            recover()
+        raise RuntimeError(
+            f"step {step}: rollouts failed {MAX_RECOVERIES + 1} times. Last error here: {error}"
+        ) from error
+
+    def hold(self) -> None:
+        """Before a push: begin no request; those that servers have are retracted by it, or, where that is
+        asked for, awaited. A stop ends that wait."""
+        if self.source is None:
+            return
+        quiet = self.source.thread.submit(self.source.hold(until_quiet=self.in_flight == "wait"))
+        deadline = time.monotonic() + self.limit_s
+        while not futures.wait([quiet], POLL_S).done and self.stop() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"Waited {self.limit_s:g} s for the responses in flight before a push (sync.in_flight = "
+                    "'wait')."
+                )
+        quiet.cancel()
+
+    def pushed(self, version: int) -> None:
+        """Servers hold these weights: requests begin again, and what was lost meanwhile is asked again."""
+        if self.source is None:
+            return
+        self.source.thread.wait(self.source.use(version), END_LIMIT_S, "requests to begin after a push")
+        for batch in self.batches:
+            if batch.work is not None and batch.work.done() and batch.ending()[0] == LOST:
+                self._ask(batch)
+
+    def interrupt(self, reason: str) -> None:
+        """End all requests; what is finished stays in `finished`. For a run that ends."""
+        self._interrupted = reason
+        under_way = [batch.work for batch in self.batches if batch.work is not None]
+        if futures.wait(under_way, END_LIMIT_S).not_done:
+            raise TimeoutError(f"Waited {END_LIMIT_S:g} s for requests to end: {reason}.")
+
+    def drop(self) -> None:
+        """Before an older checkpoint is loaded: what is in flight ends, on servers too, and is forgotten, so
+        that no reply of this attempt is taken for one of the next, whose versions have the same numbers."""
+        self.interrupt("the run goes back to a checkpoint")
+        if self.source is not None:
+            self.source.thread.wait(self.source.abort(), END_LIMIT_S, "servers to abort their requests")
+        self.batches.clear()
+        self.finished.clear()
+        self._interrupted = None
+
+    def _ask(self, batch: _Batch) -> None:
+        assert self.source is not None
+        missing = [prompt for prompt in batch.prompts if batch.key(prompt) not in self.finished]
+        batch.work = self.source.thread.submit(self._collect(self.source, batch, missing))
+
+    async def _collect(self, source: Source, batch: _Batch, missing: list[Prompt]) -> Unfinished | None:
+        """Fill `finished` with a batch's missing groups, in the source's thread; why some are not there."""
+        unfinished, started = None, time.perf_counter()
+
+        def keep(group: list[Rollout]) -> None:
+            self.finished[batch.key(group[0].prompt)] = group
+
+        with self._asking:
+            try:
+                _, sums = await source.collect(
+                    batch.epoch, missing, stop=lambda: self._interrupted, keep=keep
+                )
+            except Unfinished as error:
+                unfinished, sums = error, error.metrics
+        batch.seconds += time.perf_counter() - started
+        batch.add(sums)
+        return unfinished
+
+    def _wait(self, batch: _Batch) -> tuple[int, BaseException | None]:
+        """Until a batch is there and young enough: how that ended, and what went wrong."""
+        for _ in range(MAX_RECOVERIES + 1):
+            deadline = time.monotonic() + self.limit_s
+            assert batch.work is not None
+            while not futures.wait([batch.work], POLL_S).done:
+                if self._interrupted is None:
+                    self._interrupted = self.stop()
+                if time.monotonic() > deadline:
+                    return FAILED, TimeoutError(
+                        f"Waited {self.limit_s:g} s for the rollouts of step {batch.step} "
+                        "(run.phase_timeout_s)."
+                    )
+            outcome, error = max(
+                (other.ending() for other in self.batches if other.work and other.work.done()),
+                key=lambda ending: ending[0] if ending[0] >= REFUSED else -1,
+            )
+            if outcome < REFUSED:
+                outcome, error = batch.ending()
+            if outcome != COMPLETE or not self._drop_stale(batch):
+                return outcome, error
+            self._ask(batch)
+        return LOST, Unfinished(
+            f"tokens older than rollout.max_staleness = {self.config.max_staleness}.", [], {}
+        )
+
+    def _drop_stale(self, batch: _Batch) -> bool:
+        """Forget groups whose tokens are too old for their step, or newer than it: whether there were any.
+
+        A step's requests begin late enough, so this takes a fault: a checkpoint of a run with a larger
+        `ahead`, or a server that kept the weights of before a rollback.
+        """
+        newest = batch.step - 1
+        stale: list[list[Rollout]] = []
+        for prompt in batch.prompts:
+            versions = {int(v) for r in self.finished.get(batch.key(prompt), ()) for v in r.weight_version}
+            if versions and not (
+                newest - self.config.max_staleness <= min(versions) <= max(versions) <= newest
+            ):
+                stale.append(self.finished.pop(batch.key(prompt)))
+        rollouts = [rollout for group in stale for rollout in group]
+        batch.add(
+            {
+                "rollout/stale_groups": (len(stale), len(batch.prompts)),
+                "rollout/stale_tokens": (sum(len(r.tokens) for r in rollouts), len(rollouts)),
+            }
+        )
+        return bool(stale)
+
+    def _taken(self, batch: _Batch, loader: PromptLoader | None, started: float) -> Collected:
+        assert loader is not None, "a batch came from it"
+        loader.taken()
+        self.batches.popleft()
+        groups = {prompt.id: self.finished.pop(batch.key(prompt), None) for prompt in batch.prompts}
+        # A checkpoint's are loaded on every leader; of another one's steps there is nothing to keep here.
+        wanted = {other.key(prompt) for other in self.batches for prompt in other.prompts}
+        for key in self.finished.keys() - wanted:
+            del self.finished[key]
+        now = _Mark(time.perf_counter(), self._asking.seconds())
+        period, waited = now.time - self._since.time, now.time - started
+        idle = period - (now.asked - self._since.asked)
+        self._since = now
+        batch.add({"idle/trainer": (waited, period), "idle/servers": (max(idle, 0.0), period)})
+        return Collected(
+            groups=[group for group in groups.values() if group is not None],
+            sums=batch.sums,
+            seconds=batch.seconds,
+            epoch=batch.epoch,
+            trained=[number for number, group in groups.items() if group is not None],
+            lost=[number for number, group in groups.items() if group is None],
+        )
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """When a step was taken, and for how long servers had been asked by then."""
+
+    time: float
+    asked: float
+
+
+class Stopwatch:
+    """Seconds within which at least one `with` block was open, in the source's thread."""
+
+    def __init__(self) -> None:
+        self._open, self._since, self._seconds = 0, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        if not self._open:
+            self._since = time.perf_counter()
+        self._open += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._open -= 1
+        if not self._open:
+            self._seconds += time.perf_counter() - self._since
+
+    def seconds(self) -> float:
+        """So far; asked from another thread it may miss the end of a block by its own time."""
+        return self._seconds + (time.perf_counter() - self._since if self._open else 0.0)
+
+
+def _raise_everywhere(outcome: int, error: BaseException | None) -> None:
+    """A leader's error, on every rank: itself there, where it may be caught by its type elsewhere too."""
+    if outcome == REFUSED and error is None:
+        error = RewardsFailing("Rewards failed on another rank, whose log says how.")
+    with raise_on_all_ranks():
+        if error is not None:
+            raise error
+
+
+def account(mesh: Mesh, collected: Collected) -> dict[str, Any]:
+    """What became of a step's prompts over all leaders, which alone call it: epoch, trained, lost."""
+    parts: list[Any] = [(collected.trained, collected.lost)]
+    if mesh.dp > 1:
+        parts *= mesh.dp
+        dist.all_gather_object(parts, (collected.trained, collected.lost), group=mesh.dp_group)
+    trained, lost = (sorted(number for part in parts for number in part[i]) for i in (0, 1))
+    return {"epoch": collected.epoch, "trained": trained, "lost": lost}
