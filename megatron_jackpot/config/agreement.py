@@ -1,5 +1,6 @@
 """What the sections of the configuration ask of each other, check by check."""
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -9,6 +10,8 @@ from megatron_jackpot.config.base import Check
 if TYPE_CHECKING:
     from megatron_jackpot.config.schema import Config
 
+LONGEST_RECOMPUTED = 256
+"""Tokens of an answer above which recomputing it is no way any more: the cost grows with their square."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -168,6 +171,32 @@ def _one_model(c: "Config") -> Iterator[str]:
             )
 
 
+def _evaluation(c: "Config") -> Iterator[str]:
+    e = c.evaluation
+    for name in e.sets:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            yield f"evaluation.sets has '{name}': letters, digits, '_', '.' and '-' make a metric. Rename it."
+    if e.samples > 1 and e.temperature == 0:
+        yield (
+            f"evaluation.samples = {e.samples} needs evaluation.temperature > 0, got 0: greedy answers are "
+            "all the same. Set evaluation.temperature=1."
+        )
+    if c.actor is None or not e.wanted or e.policy == "off":
+        return
+    if e.max_new_tokens > LONGEST_RECOMPUTED:
+        yield (
+            f"evaluation.max_new_tokens = {e.max_new_tokens} with evaluation.policy = 'recompute': for each "
+            f"token the whole answer is computed anew, at most {LONGEST_RECOMPUTED} tokens. Lower it, or set "
+            "evaluation.policy=off: the servers' model is evaluated alone."
+        )
+    if e.temperature > 0:
+        yield (
+            f"evaluation.temperature = {e.temperature:g} with evaluation.policy = 'recompute', whose answers "
+            "are greedy: the two models' accuracies would not compare. Set evaluation.temperature=0 and "
+            "samples=1, or evaluation.policy=off."
+        )
+
+
 def _ahead(c: "Config") -> Iterator[str]:
     ahead = c.rollout.ahead
     if c.rollout.max_staleness < ahead:
@@ -185,7 +214,7 @@ def _ahead(c: "Config") -> Iterator[str]:
 def new_tokens(config: "Config") -> dict[str, int]:
     """Section -> the longest response that it asks for."""
     limits = {"rollout": config.rollout.max_new_tokens}
-    if config.evaluation.size:
+    if config.evaluation.wanted:
         limits["evaluation"] = config.evaluation.max_new_tokens
     return limits
 
@@ -229,6 +258,13 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "holds the longest prompt with the longest response, of rollouts and of evaluation",
         "raise it, or lower data.max_prompt_tokens or max_new_tokens",
         _packing,
+    ),
+    Check(
+        "evaluation.samples, evaluation.temperature, evaluation.max_new_tokens",
+        "several answers are drawn at a temperature above 0; a policy that no server holds is recomputed, "
+        "greedily and up to 256 tokens",
+        "set evaluation.temperature, or evaluation.policy=off",
+        _evaluation,
     ),
     Check(
         "policy.optimizer.min_lr, actor.optimizer.min_lr",

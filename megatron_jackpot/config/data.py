@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_jackpot.config.base import Section
 
@@ -45,14 +45,42 @@ class Data(Section):
     """Share of a step's rewards that may time out or crash; above it, and at 20 or more, the run stops."""
 
 
+class HeldoutSet(Section):
+    path: Path
+    """File like data.heldout_path, judged by data.reward."""
+    size: int | None = Field(default=None, ge=1)
+    """Problems, from the first on; null takes all."""
+
+
 class Evaluation(Section):
     every: int = Field(default=10, ge=1)
     """Steps between evaluations; the first step and the last are always evaluated."""
     size: int = Field(default=128, ge=0)
-    """Held-out problems; 0 turns evaluation off."""
+    """Held-out problems; 0 leaves them out, and without `sets` nothing is evaluated."""
+    sets: dict[str, HeldoutSet] = {}
+    """More sets by name, for example {aime: {path: aime.jsonl}}: eval/aime/policy_accuracy."""
+    samples: int = Field(default=1, ge=1)
+    """Answers to each problem: accuracy is their mean (avg@k), and pass@2, pass@4 up to all of them are
+    written."""
+    temperature: float = Field(default=0.0, ge=0)
+    """At which the answers are drawn; 0 takes the most probable one."""
+    policy: Literal["recompute", "off"] = "recompute"
+    """A policy that no server holds: greedy answers by recomputing each sequence for each token, up to 256
+    tokens; off leaves it out."""
     seed: int = 1_000_003
     """reasoning_gym: seed of the held-out problems; any that also occur in training are removed."""
     max_new_tokens: int = Field(default=16, ge=1)
-    """Longest greedy answer of the policy and of the actor."""
+    """Longest answer."""
     keep: int = Field(default=8, ge=0)
-    """Problems whose answers are kept in RUN/samples.jsonl for the report, the first ones of the set."""
+    """Problems whose answers are kept in RUN/samples.jsonl for the report, the first ones of each set."""
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        """YAML reads a bare off as false."""
+        return "off" if value is False else value
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is something to evaluate."""
+        return self.size > 0 or bool(self.sets)

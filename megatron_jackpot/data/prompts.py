@@ -111,6 +111,28 @@ def heldout_prompts(
     return chosen
 
 
+def named_prompts(
+    data: Data,
+    evaluation: Evaluation,
+    tokenizer: "PreTrainedTokenizerFast | Vocabulary",
+    *,
+    exclude: Container[str],
+    limits: Limits | None = None,
+) -> dict[str, list[Prompt]]:
+    """The prompts of each of evaluation.sets, less those in `exclude`. Raises ValueError and
+    FileNotFoundError as `heldout_prompts`."""
+    found = {}
+    for name, one in evaluation.sets.items():
+        choice = _Choice(data, tokenizer, limits or Limits(), exclude)
+        choice.read(jsonl_problems(one.path, choice.mistakes), one.path, size=one.size)
+        chosen = choice.done()
+        if not chosen.prompts:
+            raise ValueError(f"evaluation.sets.{name}: no prompt of {one.path} is left: {chosen.counts}.")
+        _tell(f"evaluation.sets.{name}", chosen)
+        found[name] = chosen.prompts
+    return found
+
+
 def _tell(name: str, chosen: PromptSet) -> None:
     """What came of a file, in one line: a count that nobody sees is none."""
     counts = chosen.counts

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from megatron_jackpot.config import Check, Config, Method
 from megatron_jackpot.config.model_folder import WEIGHTS, check_stop_ids, stop_token_ids
 from megatron_jackpot.config.model_shape import ModelShape, model_shapes
-from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
+from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_same_tokenizer
 from megatron_jackpot.launch.cached import cached, content
 from megatron_jackpot.launch.folder import used_for
@@ -189,10 +189,12 @@ def _prompts(s: Subject) -> Iterator[str]:
         return
     limits = Limits(rows=_rows(s), now=now, progress=partial(s.progress, "rows"))
     files = [path for path in (data.path, data.heldout_path) if path and data.source == "jsonl"]
+    files += [one.path for one in config.evaluation.sets.values()]
     files += [config.policy.hf / name for name in TOKENIZER_FILES]
     key = content(
-        data.model_dump(exclude={"reward_workers", "changed_rows"}), config.evaluation.size,
-        config.evaluation.seed, limits.rows, versions()["reasoning-gym"], judges(),
+        data.model_dump(exclude={"reward_workers", "changed_rows"}),
+        config.evaluation.model_dump(mode="json"),
+         limits.rows, versions()["reasoning-gym"], judges(),
         files=files, sources=("data/*.py",),
     )  # fmt: skip
     verdict = cached("rows", key, lambda: _read_rows(config, s.vocabulary, limits, s.progress))
@@ -220,6 +222,7 @@ def _read_rows(
         try:
             heldout = heldout_prompts(data, config.evaluation, vocabulary, exclude=texts, limits=limits)
             chosen[data.heldout_path] = heldout.prompts
+            named_prompts(data, config.evaluation, vocabulary, exclude=texts, limits=limits)
         except (ValueError, OSError) as error:
             mistakes.append(str(error))
     # A generated problem is right by construction, and `exact` takes every text that a row may have.

@@ -1,5 +1,6 @@
 """Curves of one or more runs in one picture."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ COLORS = (
     *("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple"),
     *("tab:brown", "tab:pink", "tab:olive", "tab:cyan", "black"),
 )
+LEGEND_LETTERS = 130
+"""What fits beside each other below the panels."""
 FIRST, SECOND = "-", "--"
 PANELS = (
     (
@@ -52,7 +55,11 @@ def plot_runs(folders: Sequence[Path], out: Path, control: Path | None = None) -
     if control is not None:
         handles.append(Line2D([], [], color=CONTROL, label="control"))
     # Below the panels: nothing of a curve is hidden.
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    across = min(len(handles), 6, max(1, LEGEND_LETTERS // (longest + 6)))
+    for handle in handles:
+        handle.set_label(textwrap.fill(str(handle.get_label()), LEGEND_LETTERS))
+    figure.legend(handles=handles, loc="outside lower center", ncols=across, frameon=False)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     return figure

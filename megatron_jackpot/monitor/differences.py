@@ -59,7 +59,28 @@ def _differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
     keys = sorted(
         key for key in set().union(*settings) if len({repr(one.get(key, "")) for one in settings}) > 1
     )
-    return [", ".join(f"{key}={one[key]}" for key in keys if key in one) for one in settings]
+    told = {key: _told_apart([one.get(key, "") for one in settings]) for key in keys}
+    return [
+        ", ".join(f"{key}={told[key][place]}" for key in keys if key in one)
+        for place, one in enumerate(settings)
+    ]
+
+
+def _told_apart(values: Sequence[object]) -> list[str]:
+    """The values; of paths the parts that are not common to the ends of all.
+
+    Example: ["/a/x/models", "/b/models"] -> ["a/x", "b"].
+    """
+    texts = [str(value) for value in values]
+    if not all(text.startswith("/") for text in texts):
+        return texts
+    parts = [text.strip("/").split("/") for text in texts]
+    shortest = min(map(len, parts))
+    tail = next((i for i in range(shortest) if len({one[-1 - i] for one in parts}) > 1), shortest - 1)
+    parts = [one[: len(one) - tail] for one in parts]
+    shortest = min(map(len, parts))
+    head = next((i for i in range(shortest) if len({one[i] for one in parts}) > 1), shortest - 1)
+    return ["/".join(one[head:]) for one in parts]
 
 
 def _settings(folder: Path) -> dict[str, object]:

@@ -23,7 +23,7 @@ OPEN_LIMIT_S = 60.0
 
 
 class ServerSource:
-    """Rollouts and greedy answers from SGLang servers, scored by a reward pool.
+    """Rollouts and answers from SGLang servers, scored by a reward pool.
 
     Coroutines are for `thread`; the other methods wait there for what they ask, with a limit of time.
     """
@@ -141,17 +141,21 @@ class ServerSource:
         """As a reward reads it."""
         return self.decode(tokens)
 
-    def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers of the servers' model."""
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, *, samples: int, temperature: float
+    ) -> list[list[list[int]]]:
+        """Of the servers' model, `samples` to each prompt; at temperature 0 the most probable one."""
 
-        async def ask() -> list[np.ndarray]:
+        async def ask() -> list[list[np.ndarray]]:
             stop = self.sampling.stop_token_ids
-            return await asyncio.gather(
-                *(self.client.greedy(p.tokens, max_new_tokens, stop) for p in prompts)
+            asked = (
+                self.client.answers(p.tokens, max_new_tokens, stop, n=samples, temperature=temperature)
+                for p in prompts
             )
+            return await asyncio.gather(*asked)
 
-        answers = self.thread.wait(ask(), self.limit_s, f"greedy answers to {len(prompts)} prompts")
-        return [answer.tolist() for answer in answers]
+        asked = self.thread.wait(ask(), self.limit_s, f"answers to {len(prompts)} prompts")
+        return [[answer.tolist() for answer in group] for group in asked]
 
     def close(self) -> None:
         """End requests, the session, the workers and, last, the thread."""

@@ -156,21 +156,28 @@ class SGLangClient:
             body, n, lambda content, version: self._parse_group(content, n, sampling, version), retried
         )
 
-    async def greedy(
-        self, prompt_tokens: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int] = ()
-    ) -> np.ndarray:
-        """The most probable continuation [R] int32, for evaluation."""
+    async def answers(
+        self,
+        prompt_tokens: Sequence[int],
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int] = (),
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+    ) -> list[np.ndarray]:
+        """n answers [R] int32 without log-probs, for evaluation; at temperature 0 the most probable one."""
         self._check(prompt_tokens, max_new_tokens, stop_token_ids)
         body = {
             "input_ids": [int(token) for token in prompt_tokens],
             "sampling_params": {
-                "temperature": 0.0,
+                "n": n,
+                "temperature": temperature,
                 "max_new_tokens": max_new_tokens,
                 "stop_token_ids": [int(token) for token in stop_token_ids],
                 **NO_TRUNCATION,
             },
         }
-        return await self._ask(body, 1, lambda content, _: self._parse_greedy(content, max_new_tokens))
+        return await self._ask(body, n, lambda content, _: self._parse_answers(content, n, max_new_tokens))
 
     def _check(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int]) -> None:
         if len(prompt) == 0:
@@ -282,8 +289,10 @@ class SGLangClient:
             )
         return group
 
-    def _parse_greedy(self, content: bytes, max_new_tokens: int) -> np.ndarray:
-        (sample,) = reply.parse_samples(content, 1)
+    def _parse_answers(self, content: bytes, n: int, max_new_tokens: int) -> list[np.ndarray]:
+        return [self._parse_answer(sample, max_new_tokens) for sample in reply.parse_samples(content, n)]
+
+    def _parse_answer(self, sample: JsonObject, max_new_tokens: int) -> np.ndarray:
         finish = reply.parse_finish(sample["meta_info"])
         if finish == "abort":
             raise reply.BadReply("the server aborted the request")

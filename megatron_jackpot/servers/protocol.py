@@ -41,7 +41,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise ValueError(
-                f"temperature = {self.temperature}: must be > 0. Use greedy() for temperature 0."
+                f"temperature = {self.temperature}: must be > 0: a greedy rollout has no proposal."
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens}: must be >= 1.")
@@ -83,6 +83,12 @@ class Engine(Protocol):
         retried: Callable[[], None] = lambda: None,
     ) -> list[Completion]: ...
 
-    async def greedy(
-        self, prompt_tokens: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int] = ()
-    ) -> np.ndarray: ...
+    async def answers(
+        self,
+        prompt_tokens: Sequence[int],
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int] = (),
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+    ) -> list[np.ndarray]: ...

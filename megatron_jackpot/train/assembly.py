@@ -13,7 +13,7 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.config.model_folder import check_stop_ids, read_hf_config, stop_token_ids
 from megatron_jackpot.config.model_shape import misfits, padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
-from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
+from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer, text_of
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of
@@ -65,6 +65,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     heldout = heldout_prompts(
         config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits
     )
+    sets = named_prompts(config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits)
     models = {name: load_model(name, config, mesh, families) for name in families}
     source = None
     if mesh.is_leader:
@@ -78,6 +79,8 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
             ):
                 if path is not None:
                     source.check_labels(prompts[mesh.dp_rank :: mesh.dp], path)
+        for name, named in sets.items():
+            source.check_labels(named[mesh.dp_rank :: mesh.dp], config.evaluation.sets[name].path)
     per_step, seed = config.rollout.prompts_per_step, config.run.seed
     state = TrainState(
         mesh=mesh,
@@ -93,7 +96,12 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
     probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
     evaluate = Evaluator(
-        config, state, source, heldout.prompts, stop_ids=stop_ids, packing_tokens=trainer.packer.tokens
+        config,
+        state,
+        source,
+        {"": heldout.prompts, **sets},
+        stop_ids=stop_ids,
+        packing_tokens=trainer.packer.tokens,
     )
     return Assembly(trainer, probe, evaluate)
 

@@ -1,6 +1,7 @@
 """Held-out accuracy of the models: the served one through the servers, another through Megatron."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -10,7 +11,7 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.monitor.metrics import Row
 from megatron_jackpot.parallel.reduce import reduce_metrics
 from megatron_jackpot.parallel.vocab import vocab_parallel_argmax
-from megatron_jackpot.records import Metrics, Prompt
+from megatron_jackpot.records import Metrics, Pair, Prompt
 from megatron_jackpot.train.greedy import greedy
 from megatron_jackpot.train.samples import answer_row, task_of
 from megatron_jackpot.train.state import TrainState
@@ -19,10 +20,16 @@ MOST_TASKS = 32
 """Tasks of a set that have an accuracy of their own; of a set with more none has."""
 
 
-class Judge(Protocol):
-    """Greedy answers of the servers, verdicts on answers, their text; on DP leaders."""
+Answers = list[list[list[int]]]
+"""Of each prompt its answers, each as tokens."""
 
-    def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]: ...
+
+class Judge(Protocol):
+    """Answers of the servers, verdicts on answers, their text; on DP leaders."""
+
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, *, samples: int, temperature: float
+    ) -> Answers: ...
 
     def verdicts(
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
@@ -42,40 +49,43 @@ class Evaluated(NamedTuple):
 
 
 class Evaluator:
-    """Greedy accuracy of every model on `prompts`."""
+    """Accuracy of the models on named sets of prompts, that of the data's own held-out problems being ""."""
 
     def __init__(
         self,
         config: Config,
         state: TrainState,
         judge: Judge | None,
-        prompts: list[Prompt],
+        sets: Mapping[str, list[Prompt]],
         *,
         stop_ids: tuple[int, ...],
         packing_tokens: int,
     ) -> None:
-        self.config, self.state, self.judge, self.prompts = config, state, judge, prompts
+        self.config, self.state, self.judge = config, state, judge
+        self.sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.stop_ids, self.packing_tokens = stop_ids, packing_tokens
-        tasks = sorted({task for prompt in prompts if (task := task_of(prompt)) is not None})
-        self.tasks = tasks if 1 < len(tasks) <= MOST_TASKS else []
 
     def __call__(self) -> Evaluated:
-        """eval/NAME_accuracy of every model, of each task where there are several, and eval/failed_rewards.
-        Every rank must call it."""
-        mesh, limit = self.state.mesh, self.config.evaluation.max_new_tokens
-        mine = self.prompts[mesh.dp_rank :: mesh.dp]
-        answers = self._recomputed(mine, limit)
+        """eval/MODEL_accuracy of every model, of each task where there are several, pass@k where answers are
+        several, all under eval/SET/ for a named set; and eval/failed_rewards. Every rank must call it."""
+        mesh = self.state.mesh
         pairs: Metrics = {}
         samples: list[Row] = []
         failed = judged = 0.0
+        for name, prompts in self.sets.items():
+            mine = prompts[mesh.dp_rank :: mesh.dp]
+            given = self._recomputed(mine)
+            if self.judge is None:
+                continue
+            given[self.state.served.name] = self._served(mine, self.judge)
+            for model, answers in given.items():
+                right, lost = self._judged(mine, answers, self.judge)
+                failed, judged = failed + lost, judged + sum(map(len, answers))
+                scored = Scored(f"eval/{name}/{model}" if name else f"eval/{model}", mine, right)
+                pairs |= scored.metrics(tasks_of(prompts)) | scored.passes(self._samples(model))
+                samples += self._kept(name, model, mine, answers, right, self.judge)
         if self.judge is not None:
-            answers[self.state.served.name] = self.judge.greedy(mine, limit)
-            for name, given in answers.items():
-                right, lost = self.judge.verdicts(given, mine)
-                failed, judged = failed + lost, judged + len(mine)
-                pairs |= self._accuracies(name, mine, right)
-                samples += self._kept(name, mine, given, right)
-            pairs["eval/failed_rewards"] = _pair(failed, judged)
+            pairs["eval/failed_rewards"] = pair(failed, judged)
         mesh.wait_for_leaders(f"eval-{self.state.num_steps}", self.config.rollout.request_timeout_s * 2)
         metrics = reduce_metrics(pairs, mesh.dp_group) if mesh.is_leader else {}
         if not mesh.is_main:
@@ -84,37 +94,104 @@ class Evaluator:
             metrics["memory/server_gib"] = held
         return Evaluated(metrics, samples)
 
-    def _recomputed(self, prompts: list[Prompt], limit: int) -> dict[str, list[list[int]]]:
-        """Answers of the models that no server holds."""
-        return {
-            name: greedy(
-                model,
-                [prompt.tokens for prompt in prompts],
-                partial(vocab_parallel_argmax, vocab=model.vocab()),
-                max_new_tokens=limit,
-                stop_ids=self.stop_ids,
-                packing_tokens=self.packing_tokens,
-            )
-            for name, model in self.state.models.items()
-            if model is not self.state.served
-        }
+    def _samples(self, model: str) -> int:
+        """Answers of a model to each problem: the same on every leader, also on one without a problem."""
+        return self.config.evaluation.samples if model == self.state.served.name else 1
 
-    def _accuracies(self, name: str, prompts: list[Prompt], right: list[bool]) -> Metrics:
-        """The same names on every leader, whatever its prompts."""
-        pairs = {f"eval/{name}_accuracy": _pair(sum(right), len(right))}
-        for task in self.tasks:
-            own = [good for prompt, good in zip(prompts, right, strict=True) if task_of(prompt) == task]
-            pairs[f"eval/{name}_accuracy/{task}"] = _pair(sum(own), len(own))
-        return pairs
+    def _served(self, prompts: list[Prompt], judge: Judge) -> Answers:
+        wanted = self.config.evaluation
+        return judge.answers(
+            prompts, wanted.max_new_tokens, samples=wanted.samples, temperature=wanted.temperature
+        )
+
+    def _recomputed(self, prompts: list[Prompt]) -> dict[str, Answers]:
+        """Greedy answers of the models that no server holds; {} where they are left out."""
+        if self.config.evaluation.policy == "off":
+            return {}
+        found = {}
+        for name, model in self.state.models.items():
+            if model is not self.state.served:
+                answers = greedy(
+                    model,
+                    [prompt.tokens for prompt in prompts],
+                    partial(vocab_parallel_argmax, vocab=model.vocab()),
+                    max_new_tokens=self.config.evaluation.max_new_tokens,
+                    stop_ids=self.stop_ids,
+                    packing_tokens=self.packing_tokens,
+                )
+                found[name] = [[answer] for answer in answers]
+        return found
+
+    def _judged(
+        self, prompts: list[Prompt], answers: Answers, judge: Judge
+    ) -> tuple[list[list[bool]], float]:
+        """Verdicts in the shape of `answers`, and the number of rewards that failed."""
+        flat = [answer for group in answers for answer in group]
+        asked = [prompt for prompt, group in zip(prompts, answers, strict=True) for _ in group]
+        right, failed = judge.verdicts(flat, asked)
+        verdicts = iter(right)
+        return [[next(verdicts) for _ in group] for group in answers], failed
 
     def _kept(
-        self, name: str, prompts: list[Prompt], given: list[list[int]], right: list[bool]
+        self,
+        name: str,
+        model: str,
+        prompts: list[Prompt],
+        answers: Answers,
+        right: list[list[bool]],
+        judge: Judge,
     ) -> Iterator[Row]:
-        assert self.judge is not None
-        few = self.config.evaluation.keep
-        for prompt, tokens, good in list(zip(prompts, given, right, strict=True))[:few]:
-            yield {"model": name, **answer_row(prompt, tokens, good, self.judge.text)}
+        """The first answer to each of the first problems."""
+        for prompt, given, good in list(zip(prompts, answers, right, strict=True))[
+            : self.config.evaluation.keep
+        ]:
+            yield {"set": name, "model": model, **answer_row(prompt, given[0], good[0], judge.text)}
 
 
-def _pair(total: float, count: float) -> tuple[torch.Tensor, torch.Tensor]:
+class Scored(NamedTuple):
+    """Verdicts on one model's answers to one set, on one leader."""
+
+    name: str
+    """Example: "eval/policy"."""
+    prompts: list[Prompt]
+    right: list[list[bool]]
+    """Of each prompt its answers'."""
+
+    def metrics(self, tasks: list[str]) -> Metrics:
+        """(sum, count), the same names on every leader, whatever its prompts."""
+        pairs = {f"{self.name}_accuracy": self._mean(self.right)}
+        for task in tasks:
+            own = [r for p, r in zip(self.prompts, self.right, strict=True) if task_of(p) == task]
+            pairs[f"{self.name}_accuracy/{task}"] = self._mean(own)
+        return pairs
+
+    def passes(self, samples: int) -> Metrics:
+        """pass@k for k = 2, 4, 8 ... and all samples."""
+        sizes = {2**power for power in range(1, samples.bit_length()) if 2**power <= samples} | {samples}
+        return {
+            f"{self.name}_pass@{k}": pair(
+                sum(pass_at(k, len(good), sum(good)) for good in self.right), len(self.right)
+            )
+            for k in sorted(sizes - {1})
+        }
+
+    @staticmethod
+    def _mean(right: list[list[bool]]) -> Pair:
+        """avg@k: the share of all answers."""
+        return pair(sum(map(sum, right)), sum(map(len, right)))
+
+
+def pass_at(k: int, samples: int, right: int) -> float:
+    """The unbiased estimate of the chance that one of k answers is right, of which `right` of `samples` were:
+    1 - C(samples - right, k) / C(samples, k) (2107.03374, equation 1). k is at most `samples`."""
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def tasks_of(prompts: Sequence[Prompt]) -> list[str]:
+    """The tasks of a set that have an accuracy of their own."""
+    tasks = sorted({task for prompt in prompts if (task := task_of(prompt)) is not None})
+    return tasks if 1 < len(tasks) <= MOST_TASKS else []
+
+
+def pair(total: float, count: float) -> Pair:
     return torch.tensor(float(total)), torch.tensor(float(count))

@@ -160,7 +160,7 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
     samples: list[Row] = []
     if step % config.sync.probe_every == 0:
         metrics |= assembly.probe()
-    if assembly.evaluate.prompts and (step % config.evaluation.every == 0 or last):
+    if assembly.evaluate.sets and (step % config.evaluation.every == 0 or last):
         evaluated = assembly.evaluate()
         metrics, samples = metrics | evaluated.metrics, evaluated.samples
     after = StepMetrics(step, trainer.watchdog)

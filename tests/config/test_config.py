@@ -95,6 +95,13 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
     [
         ({"parallel": {"cp": 2}}, "Set parallel.cp=1"),
         (
+            {"evaluation": {"max_new_tokens": 257}, "packing": {"tokens": 16384}},
+            "at most 256 tokens. Lower it, or set evaluation.policy=off",
+        ),
+        ({"evaluation": {"temperature": 0.6}}, "Set evaluation.temperature=0 and samples=1, or"),
+        ({"evaluation": {"samples": 2, "policy": "off"}}, "Set evaluation.temperature=1"),
+        ({"evaluation": {"sets": {"a/b": {"path": "x"}}}}, "evaluation.sets has 'a/b'"),
+        (
             {"sync": {"method": "ipc"}, "servers": {"urls": ["http://10.0.0.7:1"]}},
             "has http://10.0.0.7:1. Set sync",
         ),

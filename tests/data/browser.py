@@ -5,9 +5,12 @@ Nothing beside aiohttp is needed; where no browser is installed `find()` is None
 
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -28,7 +31,9 @@ class Browser:
     def __init__(self, profile: Path) -> None:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
         command = [find(), *options, f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # A group of its own: the command may be a script that starts the browser as its child.
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, start_new_session=True, **quiet)
         self.port_file = profile / "DevToolsActivePort"
         self.loop = asyncio.new_event_loop()
         self.numbers = itertools.count(1)
@@ -45,7 +50,8 @@ class Browser:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
         self.process.wait(timeout=LIMIT_S)
         if hasattr(self, "session"):
             self.loop.run_until_complete(self.session.close())

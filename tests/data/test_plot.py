@@ -73,6 +73,19 @@ def test_a_label_is_what_differs_between_the_runs(tmp_path, plot_runs):
     assert legend(plot_runs(runs, tmp_path / "curves.png")) == expected
 
 
+def test_of_paths_that_differ_only_what_differs_is_told_and_long_names_stay_in_the_picture(
+    tmp_path, plot_runs
+):
+    runs = [make_run(tmp_path / name) for name in ("first", "second")]
+    for run, where in zip(runs, ("/one/of/models/policy", "/two/models/policy"), strict=True):
+        names = {f"setting_with_a_long_name_{i}": f"{run.name} {i}" for i in range(5)}
+        (run / "config.yaml").write_text(yaml.safe_dump({"policy": {"hf": where}, "run": names}))
+    figure = plot_runs(runs, tmp_path / "curves.png")
+    assert [text.split(", ")[0] for text in legend(figure)] == ["policy.hf=one/of", "policy.hf=two"]
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+
+
 def test_the_picture_of_several_runs_must_be_named(tmp_path):
     runs = [make_run(tmp_path / name) for name in ("a", "b")]
     done = subprocess.run([sys.executable, SCRIPT, *runs], capture_output=True, text=True, timeout=60)

@@ -7,7 +7,7 @@ from tokenizers.processors import TemplateProcessing
 
 from megatron_jackpot.config import Data, Evaluation
 from megatron_jackpot.data.problems import Problem, jsonl_problems
-from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
+from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import Vocabulary, load_tokenizer
 
 TASKS = {"chain_sum": {"max_digits": 2}, "gcd": {}, "leg_counting": {}}
@@ -70,6 +70,21 @@ def test_heldout_problems_differ_from_training_and_from_each_other_and_the_other
     assert not set(questions) & {prompt.label["entry"]["question"] for prompt in training.prompts}
     assert heldout.counts["excluded"] > 0
     assert training.counts["repeated"] == len(training.prompts) - len(training.texts) > 0
+
+
+def test_named_sets_are_read_up_to_their_size_without_what_is_trained_on(tokenizer, tmp_path):
+    rows = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(5)]
+    one, two = write(tmp_path / "one.jsonl", rows), write(tmp_path / "two.jsonl", rows)
+    evaluation = Evaluation(sets={"few": {"path": one, "size": 2}, "all": {"path": two}})
+    found = named_prompts(jsonl(one), evaluation, tokenizer, exclude={"1 + 1 ="})
+    assert {name: [prompt.id for prompt in prompts] for name, prompts in found.items()} == {
+        "few": [0, 2],
+        "all": [0, 2, 3, 4],
+    }
+    with pytest.raises(ValueError, match=r"evaluation\.sets\.all: no prompt of .*two\.jsonl is left"):
+        everything = {f"{i} + 1 =" for i in range(5)}
+        sets = Evaluation(sets={"all": {"path": two}})
+        named_prompts(jsonl(one), sets, tokenizer, exclude=everything)
 
 
 def test_training_can_be_kept_apart_from_heldout_too(tokenizer):

@@ -139,7 +139,8 @@ def test_server_logp_of_sampled_and_top_k_tokens_equals_hf_transformers(rig, tem
 def test_greedy_follows_the_most_probable_token(rig):
     async def run() -> np.ndarray:
         async with client(rig) as open_client:
-            return await open_client.greedy(PROMPT, 12)
+            (answer,) = await open_client.answers(PROMPT, 12)
+            return answer
 
     tokens = asyncio.run(run())
     truth_RV = rig.a.logp(tokens)

@@ -225,14 +225,16 @@ def test_load_is_spread_bounded_and_a_failed_server_rests():
         assert len(dead.asked("generate")) <= 2 and len(alive.asked("generate")) == 12
 
 
-def test_greedy_returns_the_tokens():
-    async def run(url: str) -> np.ndarray:
+@pytest.mark.parametrize(("n", "temperature"), [(1, 0.0), (3, 0.6)])
+def test_answers_are_tokens_of_as_many_samples_as_were_asked_for(n: int, temperature: float):
+    async def run(url: str) -> list[np.ndarray]:
         async with SGLangClient([url], vocab_size=VOCAB, context_length=64) as client:
-            return await client.greedy((1, 2), 4)
+            return await client.answers((1, 2), 4, n=n, temperature=temperature)
 
-    with FakeServer(generate=[ok(sample())]) as server:
-        assert asyncio.run(run(server.url)).tolist() == sample()["output_ids"]
-        assert server.asked("generate")[0]["sampling_params"]["temperature"] == 0.0
+    with FakeServer(generate=[ok(sample() if n == 1 else [sample()] * n)]) as server:
+        assert [one.tolist() for one in asyncio.run(run(server.url))] == [sample()["output_ids"]] * n
+        asked = server.asked("generate")[0]["sampling_params"]
+        assert (asked["n"], asked["temperature"]) == (n, temperature)
 
 
 def test_a_control_call_names_the_server_that_refuses_or_is_late():

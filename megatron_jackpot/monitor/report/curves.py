@@ -12,8 +12,8 @@ MOST_POINTS = 1000
 LARGEST = 1e30
 """Larger numbers are drawn as missing: the canvas computes in floats too."""
 
-EVALUATION = r"eval/(?:(.+?)/)?\w+_accuracy(?:/(.+))?"
-"""An accuracy of a named set, or of a task."""
+EVALUATION = r"eval/(?:(.+?)/)?\w+_(?:accuracy|pass@\d+)(?:/(.+))?"
+"""An accuracy of a named set or of a task, and pass@k."""
 
 Chart = dict[str, object]
 
@@ -87,7 +87,7 @@ def charts(measured: Iterable[str]) -> list[Chart]:
     sets: dict[str, list[str]] = {}
     for name in sorted(here - usual):
         if parts := re.fullmatch(EVALUATION, name, re.DOTALL):
-            sets.setdefault(", ".join(filter(None, parts.groups())), []).append(name)
+            sets.setdefault(", ".join(filter(None, parts.groups())) or "pass@k", []).append(name)
     shown += [{"title": f"Evaluation: {what}", "help": "", "metrics": some} for what, some in sets.items()]
     return [chart for chart in shown if chart["metrics"]]
 

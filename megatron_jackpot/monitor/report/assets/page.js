@@ -80,10 +80,12 @@ function tasksOf(tree) {
 function answersOf(tree) {
   if (!tree.samples.length) return null;
   const steps = [...new Set(tree.samples.map((one) => one.step))];
-  if (!steps.includes(Number(answers.step)) || answers.step === "") answers.step = String(steps[steps.length - 1]);
+  if (!steps.includes(Number(answers.step))) answers.step = "";
+  // The newest, as long as none was chosen.
+  const step = () => Number(answers.step === "" ? steps[steps.length - 1] : answers.step);
   const place = make("div", { id: "answers" });
   function show() {
-    const rows = tree.samples.filter((one) => one.step === Number(answers.step));
+    const rows = tree.samples.filter((one) => one.step === step());
     const evaluated = new Map();
     for (const one of rows.filter((row) => row.kind === "evaluation")) {
       const key = JSON.stringify([one.set, one.prompt]);
@@ -103,7 +105,7 @@ function answersOf(tree) {
       ...(rolled.length ? [make("h3", {}, "Wrong rollouts beside the right answer"), ...rolled] : []));
   }
   const controls = make("p", { class: "controls" },
-    choice("step", "answers-step", steps.map((step) => [step, step]), answers.step, (value) => { answers.step = value; show(); }),
+    choice("step", "answers-step", steps.map((one) => [one, one]), step(), (value) => { answers.step = value; show(); }),
     choice("problems", "answers-which", [["wrong", "with a wrong answer"], ["all", "all"]], answers.which,
       (value) => { answers.which = value; show(); }));
   show();

@@ -66,14 +66,16 @@ function tokensOf(tree) {
   if (!tokens) return section("tokens", "Tokens", make("p", {}, tree.runs.length > 1
     ? "The page of a single run shows its tokens." : "None were recorded (logging.tokens_every)."));
   const all = rolloutsOf(tokens), steps = tokens.records.map((record) => record.step);
-  if (seen.step !== "all" && !steps.includes(Number(seen.step))) seen.step = String(steps[steps.length - 1]);
+  if (seen.step !== "all" && !steps.includes(Number(seen.step))) seen.step = "";
+  // The newest, as long as none was chosen.
+  const current = () => (seen.step === "" ? String(steps[steps.length - 1]) : seen.step);
   const list = make("div", { id: "rollouts" });
   const search = make("input", { id: "text", type: "search", value: seen.text, size: 12, placeholder: "token",
     on: { change: () => { seen.text = search.value; seen.more = 1; show(); } } });
 
   function show() {
     const mark = MARKS[seen.mark], wanted = seen.text;
-    let some = all.filter((one) => seen.step === "all" || one.record.step === Number(seen.step));
+    let some = all.filter((one) => current() === "all" || one.record.step === Number(current()));
     if (seen.verdict !== "all") some = some.filter((one) => one.rollout.right === (seen.verdict === "right"));
     some = some.filter((one) => {
       if (seen.mark === "all" && !wanted) return true;
@@ -94,7 +96,7 @@ function tokensOf(tree) {
 
   const change = (key) => (value) => { seen[key] = value; seen.more = 1; show(); };
   const controls = make("p", { class: "controls" },
-    choice("step", "step", [...steps.map((step) => [step, step]), ["all", "all"]], seen.step, change("step")),
+    choice("step", "step", [...steps.map((step) => [step, step]), ["all", "all"]], current(), change("step")),
     choice("rollouts", "verdict", [["all", "all"], ["right", "right"], ["wrong", "wrong"]], seen.verdict, change("verdict")),
     choice("order", "order", [["recorded", "as recorded"], ["rejected", "most rejected first"], ["heaviest", "largest weight first"]],
       seen.order, change("order")),
@@ -102,8 +104,8 @@ function tokensOf(tree) {
       seen.mark, change("mark")),
     make("label", {}, "text ", search),
     make("button", { id: "reset", on: { click: () => {
-      Object.assign(seen, { step: String(steps[steps.length - 1]), verdict: "all", order: "recorded", mark: "all", text: "", more: 1 });
-      for (const id of ["step", "verdict", "order", "mark"]) document.getElementById(id).value = seen[id];
+      Object.assign(seen, { step: "", verdict: "all", order: "recorded", mark: "all", text: "", more: 1 });
+      for (const id of ["step", "verdict", "order", "mark"]) document.getElementById(id).value = id === "step" ? current() : seen[id];
       search.value = "";
       show();
     } } }, "reset"));
