@@ -25,7 +25,10 @@ setup(
     packages=find_namespace_packages(
         include=["megatron_jackpot", "megatron_jackpot.*"], exclude=["*.__pycache__", "*.__pycache__.*"]
     ),
-    package_data={"megatron_jackpot.launch.jobs": ["*.sbatch", "*.sh"]},
+    package_data={
+        "megatron_jackpot.launch.jobs": ["*.sbatch", "*.sh"],
+        "megatron_jackpot.monitor.report.assets": ["*"],
+    },
     entry_points={"console_scripts": ["megatron-jackpot = megatron_jackpot.cli:main"]},
     install_requires=[
         "torch>=2.6",

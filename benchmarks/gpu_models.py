@@ -15,11 +15,11 @@ from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.models import cpu
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.records import Batch, Correction, Prompt, Rollout
+from megatron_jackpot.records import Aggregated, Batch, Prompt, Rollout
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.state import TrainState
-from megatron_jackpot.train.trainer import MiniBatch, Trainer
+from megatron_jackpot.train.trainer import Agreed, MiniBatch, Trainer
 from tests.loading import load_models
 from tests.tiny import hf_config
 
@@ -60,18 +60,19 @@ def make_batch(trainer: Trainer, lengths: list[int], vocab: int) -> Batch:
     return trainer.packer.pack([rollouts], K)
 
 
-def correct(trainer: Trainer, batch: Batch) -> tuple[MiniBatch, Correction, float]:
-    """The batch as one scored mini-batch, its correction, and the denominator of the policy's loss."""
+def correct(trainer: Trainer, batch: Batch) -> tuple[MiniBatch, Aggregated, Agreed]:
+    """The batch as one scored mini-batch, its weights, and the denominators."""
     scores = trainer.scorer(batch, step=0, served_version=0)
     correction = trainer.correct(scores)
-    agreed = trainer.agree(scores, correction)
+    aggregated = trainer.aggregate(scores, correction)
+    agreed = trainer.agree(scores, correction, aggregated)
     mini = MiniBatch(batch, slice(0, batch.num_microbatches), scores)
-    return mini, correction, max(agreed.num_policy, 1.0)
+    return mini, aggregated, agreed._replace(num_policy=max(agreed.num_policy, 1.0))
 
 
-def update_policy(trainer: Trainer, mini: MiniBatch, correction: Correction, denominator: float) -> None:
+def update_policy(trainer: Trainer, mini: MiniBatch, aggregated: Aggregated, agreed: Agreed) -> None:
     """One optimizer step of the policy, whether it has moved since it was scored or not."""
-    trainer.update_policy(mini, correction, denominator, trainer.measurements(), first=False)
+    trainer.update_policy(mini, aggregated, agreed, trainer.measurements(), first=False)
 
 
 def _rollout(sample: int, length: int, vocab: int) -> Rollout:

@@ -39,11 +39,15 @@ def measure(rank: int, world: int, fused: bool, shape: dict, tokens: int) -> dic
     def score_policy():
         return trainer.policy.score(batch, partial(trainer.scorer._read_policy, batch))
 
-    mini, correction, count = correct(trainer, batch)
+    mini, aggregated, agreed = correct(trainer, batch)
     loss = policy_loss(
-        mini.scores, correction, count, trainer.methods.objective, trainer.scorer.vocab(trainer.policy)
+        mini.scores,
+        aggregated,
+        agreed.num_policy,
+        trainer.methods.objective,
+        trainer.scorer.vocab(trainer.policy),
     )
-    update_policy(trainer, mini, correction, count)
+    update_policy(trainer, mini, aggregated, agreed)
     for _ in range(REPEATS):
         timed("score", score_policy)
         timed("update", lambda: trainer.policy.update(batch, loss))

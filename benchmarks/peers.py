@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.step import RUN, RUNS, assembled, beside
 from megatron_jackpot.config import Config, load_config
 from megatron_jackpot.data.problems import reasoning_gym_problems
-from megatron_jackpot.launch.cached import home
+from megatron_jackpot.home import home
 from megatron_jackpot.models.mesh import init_mesh
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,13 @@ import textwrap
 import time
 import traceback
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config, ConfigError, describe, examine_config
+from megatron_jackpot.run.interrupt import ending_when_asked, forget_stop
 
 EXIT_FAILED = 1
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -56,21 +57,35 @@ def main(argv: list[str] | None = None) -> int:
         return doctor(args.server_python)
     if args.command == "report":
         return _report(args)
+    here = args.command == "launch" and not args.slurm
     try:
-        config, mistakes = examine_config(args.config, args.overrides)
+        with ending_when_asked() if here else nullcontext():
+            config, mistakes = examine_config(args.config, args.overrides)
+            if args.command == "train":
+                return _train(config, mistakes)
+            if config is not None and here:
+                _take_up(config.run.folder)
+            if config is not None and args.command in ("launch", "plan"):
+                mistakes += _preflight(config, args)
+            if config is None or mistakes:
+                return refuse(ConfigError("\n".join(mistakes)))
     except (ValueError, OSError) as error:
         return refuse(error)
-    if args.command == "train":
-        return _train(config, mistakes)
-    if config is not None and args.command in ("launch", "plan"):
-        mistakes += _preflight(config, args)
-    if config is None or mistakes:
-        return refuse(ConfigError("\n".join(mistakes)))
     if args.command == "plan":
         return _plan(config, args)
     if args.command in ("serve", "join"):
         return _node(args.command, config, began)
     return _submit(config, args) if args.slurm else _launch(config, args.nproc, began)
+
+
+def _take_up(folder: Path) -> None:
+    """What an earlier run was asked is forgotten before the checks, which may take minutes: from here on it
+    is this one that is asked. Raises ConfigError when another launch has the folder."""
+    from megatron_jackpot.launch.lock import refuse_if_held
+
+    refuse_if_held(folder)
+    with suppress(OSError):  # A folder that cannot be one; the checks say so.
+        forget_stop(folder)
 
 
 def _preflight(config: Config, args: argparse.Namespace) -> list[str]:
@@ -121,9 +136,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "doctor", help="Check this machine, one line for each thing with its remedy."
     )
     command.add_argument("--server-python", type=Path, help="interpreter with SGLang; default this one")
-    command = commands.add_parser("report", help="A run on one HTML page, token by token.")
-    command.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
-    command.add_argument("--out", type=Path, help="the page; default RUN/report.html")
+    command = commands.add_parser("report", help="A run on one HTML page, or several beside each other.")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    command.add_argument("--out", type=Path, help="the page; default RUN/report.html, of one run")
+    command.add_argument("--serve", action="store_true", help="show the page on loopback while runs go on")
+    command.add_argument("--port", type=int, default=8300, help="with --serve; 0 takes a free one")
     args, rest = parser.parse_known_args(argv)
     # argparse takes `key=value ...` only in one run; those after an option arrive here.
     if any(word.startswith("-") or "=" not in word for word in rest) or (
@@ -201,12 +218,7 @@ def _train(config: Config | None, mistakes: list[str]) -> int:
 
 def _launch(config: Config, nproc: int | None, began: float) -> int:
     from megatron_jackpot.launch.local import launch
-    from megatron_jackpot.launch.lock import refuse_if_held
 
-    try:
-        refuse_if_held(config.run.folder)
-    except ValueError as error:
-        return refuse(error)
     return launch(config, nproc, began=began)
 
 
@@ -227,10 +239,14 @@ def _submit(config: Config, args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     _hush()
-    from megatron_jackpot.monitor.report import write_report
+    from megatron_jackpot.monitor.report.page import write_report
+    from megatron_jackpot.monitor.report.serve import serve
 
     try:
-        print(write_report(args.run, args.out))
+        if args.serve:
+            serve(args.runs, args.port)
+        else:
+            print(write_report(args.runs, args.out))
     except (ValueError, OSError) as error:
         return refuse(error)
     return 0

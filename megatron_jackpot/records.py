@@ -1,10 +1,11 @@
 """What travels between the stages of a step, and the one place where its shapes are written.
 
-reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Correction [M, T] -> one
-ObjectiveInputs [T] per micro-batch, with DistillInputs [T] beside the actor's -> loss. From Batch on each is
-constructed in one function and changed by `replace` alone, and no tensor of a Batch is held by another
-record. Nothing else holds numbers of tokens, but for what a function hands to its caller and nobody keeps
-(Local and VocabScores in parallel, SampledLogp in algorithm) and the TokenRecord that monitor writes to disk.
+reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Correction [M, T] ->
+Aggregated [M, T] -> one ObjectiveInputs [T] per micro-batch, with DistillInputs [T] beside the actor's ->
+loss. From Batch on each is constructed in one function and changed by `replace` alone, and no tensor of a
+Batch is held by another record. Nothing else holds numbers of tokens, but for what a function hands to its
+caller and nobody keeps (Local and VocabScores in parallel, SampledLogp in algorithm) and the TokenRecord that
+monitor writes to disk.
 
 Shapes: R response tokens of one rollout, M micro-batches on this DP rank, T packed tokens per micro-batch
 (the same for every micro-batch and rank), K ids per token: the server's top-k in a Batch, candidates in
@@ -72,8 +73,9 @@ class Rollout:
     """"stop", "length" or "abort"."""
     reward: float = 0.0
     correct: bool = False
-    advantage: float = 0.0
-    """Computed once, after collection, over the whole group and before any rejection."""
+    advantage: float | np.ndarray = 0.0
+    """Of each token alike, or [R] float32. Computed once, after collection, over the whole group and before
+    any rejection."""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -116,7 +118,7 @@ class Batch:
     weight_version_MT: Tensor
     """int64, version of the served weights behind each label; -1 outside the response."""
     advantage_MT: Tensor
-    """float32, the rollout's advantage on each of its response tokens."""
+    """float32, the advantage of each response token: its rollout's, or its own."""
     correct_MT: Tensor
     """bool, the rollout's verdict on each of its tokens."""
     cu_seqlens: tuple[Tensor, ...]
@@ -180,26 +182,38 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What the loss of a mini-batch needs: policy loss = -sum keep * weight * surrogate / denominator."""
+    """Which tokens of a mini-batch train the policy, and with what weight."""
 
     keep_MT: Tensor
     """bool, False removes the token from the numerator."""
     weight_MT: Tensor
     """float32, detached; finite everywhere."""
-    count: Tensor
-    """float64 scalar, this rank's contribution to the denominator N (summed over DP x CP by the caller)."""
-    acceptance: Pair
-    """Expected share of the valid tokens that are kept."""
+    counted_MT: Tensor
+    """float64, what each token counts in the denominator; 0 outside the mask."""
+    accept_MT: Tensor
+    """Probability with which each token was to be kept; 0 outside the mask."""
     kl: Pair
     """KL(p_target || q) over the candidates: a lower bound of that over the vocabulary."""
     metrics: Metrics = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aggregated:
+    """What the loss of a mini-batch needs: policy loss = -sum keep * weight * surrogate / N."""
+
+    keep_MT: Tensor
+    """bool, the correction's."""
+    weight_MT: Tensor
+    """float32, the correction's weight times the token's share in the loss; 0 where it is removed."""
+    count: Tensor
+    """float64 scalar, this rank's contribution to N (summed over DP x CP by the caller)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ObjectiveInputs:
     """The live log-probs and the constants of a micro-batch: all an objective may look at.
 
-    Everything is 0 outside `counted_T` and at least fp32. Rejected tokens are there, so that a response's
+    Every number is 0 outside `counted_T` and at least fp32. Rejected tokens are there, so that a response's
     ratio is whole, and so are those that nothing trains on because a model gives them probability 0. A
     rollout never spans two micro-batches, so sums over a segment are complete.
     """
@@ -211,9 +225,13 @@ class ObjectiveInputs:
     server_logp_T: Tensor
     """log q of the sampled token."""
     advantage_T: Tensor
-    """The rollout's advantage on each of its tokens; 0 outside `valid_T`."""
+    """The rollout's advantage on each of its tokens, or the token's own; 0 outside `valid_T`."""
     segment_T: Tensor
     """int64, which rollout of this rank a token belongs to; -1 outside `counted_T`."""
+    rollout_id_T3: Tensor
+    """int64, (epoch, prompt id, sample): with the position a token's own key of random draws."""
+    position_T: Tensor
+    """int64, position of the input token in its own sequence."""
     valid_T: Tensor
     """bool, tokens that can be trained on."""
 

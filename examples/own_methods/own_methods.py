@@ -4,6 +4,7 @@ Fields are keys in YAML, checks stand in __post_init__, the formula is the rest.
 tokens, N completions of a group; rho = p_old / q at the sampled token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_jackpot.algorithm.distill import Distillation
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import check_cap, log_ratio
 from megatron_jackpot.algorithm.tokens import SumOverBatch, sampled_logp
-from megatron_jackpot.records import Correction, DistillInputs, ObjectiveInputs, Scores
+from megatron_jackpot.records import Correction, DistillInputs, ObjectiveInputs, Rollout, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,22 @@ class GentleReinforce(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class MedianBaseline(Advantage):
-    """r - median r of the group: one lucky completion does not make all others bad."""
+    """r - median r of the group: one lucky completion does not make all others bad. A token n before the last
+    has discount^n of it."""
+
+    discount: float = 1.0
+    """1: every token of a response has the same advantage."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.discount <= 1:
+            raise ValueError(f"discount = {self.discount}: must lie in (0, 1]. Use 1.0.")
 
     def of_group(self, reward_N: Tensor) -> Tensor:
         return reward_N - reward_N.median()
+
+    def per_token(self, advantage_N: Tensor, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        left = [torch.arange(len(r.tokens) - 1, -1, -1, device=advantage_N.device) for r in rollouts]
+        return [one * self.discount**before_R for one, before_R in zip(advantage_N, left, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)

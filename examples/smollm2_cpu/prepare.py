@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import GgufConfig
 
 from megatron_jackpot.config import Data, load_config
 from megatron_jackpot.data.prompts import training_prompts
+from megatron_jackpot.home import home
 
 HERE = Path(__file__).parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -139,8 +140,7 @@ def texts_of(policy: LlamaForCausalLM, data: Data, tokenizer) -> list[list[int]]
 def cache_folder(data: Data) -> Path:
     digest = hashlib.sha256(Path(__file__).read_bytes())
     digest.update(yaml.safe_dump([data.tasks, data.size, data.seed, data.max_prompt_tokens]).encode())
-    home = Path(os.environ.get("JACKPOT_HOME", Path.home() / ".cache" / "megatron-jackpot"))
-    return home / f"smollm2-{digest.hexdigest()[:16]}"
+    return home() / f"smollm2-{digest.hexdigest()[:16]}"
 
 
 def make(folder: Path, data: Data) -> None:

@@ -1,18 +1,20 @@
 """Advantages from the rewards of one group: all completions of one prompt, before any token is rejected.
 
-Shapes: N completions, of one group in a call and of this rank's batch in `over_batch`. Computed in fp64,
-returned in fp32.
+Shapes: N completions, of one group in a call and of this rank's batch in `over_batch` and `per_token`; R
+tokens of one response. Computed in fp64, returned in fp32.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.registry import Registry
 from megatron_jackpot.algorithm.tokens import SumOverBatch
+from megatron_jackpot.records import Rollout
 
 
 class Advantage:
@@ -33,17 +35,23 @@ class Advantage:
         """Advantages [N] of finite fp64 rewards that are not all equal."""
         raise NotImplementedError
 
-    def over_batch(self, advantage_N: Tensor, sum_over_batch: SumOverBatch) -> Tensor:
-        """Advantages [N] of all completions of this rank once every group is known; here unchanged."""
+    def over_batch(self, advantage_N: Tensor, reward_N: Tensor, sum_over_batch: SumOverBatch) -> Tensor:
+        """Advantages [N] of all completions of this rank once every group is known; here unchanged.
+        `reward_N` are their fp64 rewards."""
         return advantage_N
+
+    def per_token(self, advantage_N: Tensor, rollouts: Sequence[Rollout]) -> Sequence[Tensor] | None:
+        """fp32 [R] for each of this rank's rollouts, whose advantages are [N]; None: every token of a
+        response has its response's."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPO(Advantage):
-    """(r - mean r) / (std r + eps) (arXiv 2402.03300), std with N - 1; 0 if all are equal."""
+class Scaled(Advantage):
+    """The reward minus a baseline of its group, over a standard deviation (with N - 1) or none."""
 
-    std: bool = True
-    """False leaves out the division by the standard deviation."""
+    std: Literal["group", "batch", "none"] = "group"
+    """Whose rewards' standard deviation divides: the group's, all of the batch's (arXiv 2508.08221), none."""
     eps: float = 1e-6
     """Added to the standard deviation."""
 
@@ -51,17 +59,34 @@ class GRPO(Advantage):
         _check_eps(self.eps)
 
     def of_group(self, reward_N: Tensor) -> Tensor:
-        centred_N = reward_N - reward_N.mean()
-        return centred_N / (reward_N.std() + self.eps) if self.std else centred_N
+        centred_N = self.centred(reward_N)
+        return centred_N / (reward_N.std() + self.eps) if self.std == "group" else centred_N
+
+    def centred(self, reward_N: Tensor) -> Tensor:
+        """The rewards [N] of one group minus their baseline."""
+        return reward_N - reward_N.mean()
+
+    def over_batch(self, advantage_N: Tensor, reward_N: Tensor, sum_over_batch: SumOverBatch) -> Tensor:
+        """Divided by the batch's standard deviation where `std` asks for it: then calls `sum_over_batch`
+        once, with [3] float64."""
+        if self.std != "batch":
+            return advantage_N
+        variance, count = _variance(reward_N, sum_over_batch)
+        unbiased = variance * count / (count - 1).clamp(min=1.0)
+        return (advantage_N.double() / (unbiased.sqrt() + self.eps)).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Scaled):
+    """(r - mean r) / (std r + eps) (arXiv 2402.03300); 0 if all are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrGRPO(Advantage):
     """r - mean r, no standard deviation (arXiv 2503.20783).
 
-    The paper also divides every response's sum of losses by one fixed length instead of its own. The global
-    token mean of our losses stands in for that: there too a token's weight does not depend on its response's
-    length.
+    The paper also divides every response's sum of losses by one fixed length instead of its own: the
+    aggregation "constant".
     """
 
     def of_group(self, reward_N: Tensor) -> Tensor:
@@ -69,10 +94,13 @@ class DrGRPO(Advantage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLOO(Advantage):
+class RLOO(Scaled):
     """r_i - mean of the other rewards (arXiv 2402.14740); 0 for equal rewards or a single one."""
 
-    def of_group(self, reward_N: Tensor) -> Tensor:
+    std: Literal["group", "batch", "none"] = "none"
+    """Whose rewards' standard deviation divides: none as in the paper, the group's or all of the batch's."""
+
+    def centred(self, reward_N: Tensor) -> Tensor:
         others_N = (reward_N.sum() - reward_N) / (len(reward_N) - 1)
         return reward_N - others_N
 
@@ -94,16 +122,20 @@ class ReinforcePP(Advantage):
     def of_group(self, reward_N: Tensor) -> Tensor:
         return reward_N - reward_N.mean()
 
-    def over_batch(self, advantage_N: Tensor, sum_over_batch: SumOverBatch) -> Tensor:
+    def over_batch(self, advantage_N: Tensor, reward_N: Tensor, sum_over_batch: SumOverBatch) -> Tensor:
         """A / (std over the batch + eps), [N] fp32. Calls `sum_over_batch` once, with [3] float64."""
-        wide_N = advantage_N.double()
-        sums = torch.stack([wide_N.sum(), wide_N.square().sum(), torch.ones_like(wide_N).sum()])
-        total, squares, count = sum_over_batch(sums).unbind()
-        variance = (squares / count - (total / count).square()).clamp(min=0.0)
-        return (wide_N / (variance.sqrt() + self.eps)).float()
+        variance, _ = _variance(advantage_N.double(), sum_over_batch)
+        return (advantage_N.double() / (variance.sqrt() + self.eps)).float()
 
 
 ADVANTAGES = Registry(Advantage, {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO, "reinforce++": ReinforcePP})
+
+
+def _variance(value_N: Tensor, sum_over_batch: SumOverBatch) -> tuple[Tensor, Tensor]:
+    """(variance, number) over the whole batch, float64 scalars. Calls `sum_over_batch` once, with [3]."""
+    sums = torch.stack([value_N.sum(), value_N.square().sum(), torch.ones_like(value_N).sum()])
+    total, squares, count = sum_over_batch(sums).unbind()
+    return (squares / count - (total / count).square()).clamp(min=0.0), count
 
 
 def _check_eps(eps: float) -> None:

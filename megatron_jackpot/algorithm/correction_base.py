@@ -18,7 +18,8 @@ from megatron_jackpot.records import Correction, Metrics, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectionMethod:
-    """Base of every correction: policy loss = -sum keep * weight * surrogate / N, N the global sum of count.
+    """Base of every correction: policy loss = -sum keep * weight * surrogate / N, N the global sum of what
+    counts (algorithm/aggregation.py knows other sums).
 
     Fields are the keys under `algorithm.correction` in YAML, checks stand in `__post_init__`, the formula in
     `__call__`, which ends with `corrected`.
@@ -31,6 +32,8 @@ class CorrectionMethod:
     """Whether it has a field `seed`, which is run.seed where YAML has none."""
     corrects: ClassVar[bool] = True
     """False where nothing corrects for the server, so that an objective may carry its own ratio to it."""
+    denominator: ClassVar[str] = "all"
+    """Which tokens count in N; a field of methods that can leave removed ones out."""
     lam: ClassVar[float] = 1.0
     """Accept with min(1, p_target / (lam q)); a field of methods that accept."""
     target_acceptance: ClassVar[float | None] = None
@@ -50,14 +53,15 @@ def corrected(
     scores: Scores, *, keep: Tensor, weight: Tensor, counted: Tensor, accept: Tensor, metrics: Metrics
 ) -> Correction:
     """The Correction of decisions [M, T]: which tokens stay, their weight, their share of the denominator,
-    and the probability with which each was to stay. Weights of removed tokens become 0."""
+    and the probability with which each was to stay. Weights of removed tokens become 0. What is counted or
+    accepted outside the mask is ignored."""
     mask = scores.batch.mask_MT
     kl = candidate_kl(scores.candidate_target_logp_MTK, scores.candidate_server_logp_MTK)
     return Correction(
         keep_MT=keep,
         weight_MT=torch.where(keep, weight, 0.0),
-        count=counted.double().sum(),
-        acceptance=mean_over(accept, mask),
+        counted_MT=torch.where(mask, counted, 0).double(),
+        accept_MT=torch.where(mask, accept, 0),
         kl=mean_over(kl, mask),
         metrics=metrics,
     )

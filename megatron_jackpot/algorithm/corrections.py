@@ -11,6 +11,7 @@ from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.importance import (
     CurrentIS,
     GeometricFilter,
+    GeometricTIS,
     IcePop,
     KFilter,
     MaskedIS,
@@ -31,6 +32,7 @@ CORRECTIONS = Registry(
         "icepop": IcePop,
         "seq_tis": SequenceTIS,
         "seq_mis": SequenceMIS,
+        "geo_tis": GeometricTIS,
         "geo_rs": GeometricFilter,
         "k_filter": KFilter,
         "tis_current": CurrentIS,

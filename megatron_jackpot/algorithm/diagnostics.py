@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.divergence import k3
-from megatron_jackpot.algorithm.obrs import log_ratio, masked_sum
-from megatron_jackpot.algorithm.tokens import trainable
+from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio, masked_sum
+from megatron_jackpot.algorithm.tokens import SumOverBatch, segment_reduce, trainable
 from megatron_jackpot.records import Correction, Metrics, Pair, Scores
 
 
 @torch.no_grad()
-def diagnostics(scores: Scores, correction: Correction) -> Metrics:
+def diagnostics(scores: Scores, correction: Correction, sum_over_batch: SumOverBatch) -> Metrics:
     """name -> (sum, count); the ESS ratio is weight/mean ** 2 / weight/mean_square.
 
     kl/server_{policy,actor}_k1 = -log rho and _k3 = rho - 1 - log rho estimate KL(server || model);
     {policy,actor,server}/log_ppl is the mean -log p; policy/chi2 = E_q[rho^2] - 1; gap/a_b is the mean
     |log p_a - log p_b|; kl/target_server is the correction's `kl`; rejected/{positive,negative,correct,wrong}
-    the share of tokens with such an advantage or verdict that keep removes.
+    the share of tokens with such an advantage or verdict that keep removes. By response: policy/chi2_sequence
+    is the mean (product of rho)^2 - 1, policy/ppl_ratio the mean exp(-mean log rho). weight/max and
+    weight/min are of kept tokens. Sums over the batch once.
     """
     s, batch, mask_MT = scores, scores.batch, scores.batch.mask_MT
     models = {"policy": s.policy_logp_MT}
@@ -39,6 +41,7 @@ def diagnostics(scores: Scores, correction: Correction) -> Metrics:
         metrics[f"kl/server_{model}_k3"] = mean_over(k3(log_rho_MT), known_MT)
     rho_MT = log_ratio(s.policy_logp_MT, batch.server_logp_MT).double().exp()
     metrics["policy/chi2"] = mean_over(rho_MT.square() - 1, known_MT)
+    metrics |= _of_responses(log_ratio(s.policy_logp_MT, batch.server_logp_MT), known_MT, batch.segment_MT)
     for model, value in logp.items():
         metrics[f"{model}/log_ppl"] = mean_over(-value, known_MT)
     for a, b in itertools.combinations(logp, 2):
@@ -46,6 +49,7 @@ def diagnostics(scores: Scores, correction: Correction) -> Metrics:
     used_MT = torch.where(correction.keep_MT, correction.weight_MT, 0.0).double()
     metrics["weight/mean"] = mean_over(used_MT, mask_MT)
     metrics["weight/mean_square"] = mean_over(used_MT.square(), mask_MT)
+    metrics |= _extremes(correction.weight_MT, correction.keep_MT, sum_over_batch)
     rejected_MT = ~correction.keep_MT
     metrics["rejected/positive"] = mean_over(rejected_MT, mask_MT & (batch.advantage_MT > 0))
     metrics["rejected/negative"] = mean_over(rejected_MT, mask_MT & (batch.advantage_MT < 0))
@@ -53,6 +57,36 @@ def diagnostics(scores: Scores, correction: Correction) -> Metrics:
     metrics["rejected/wrong"] = mean_over(rejected_MT, mask_MT & ~batch.correct_MT)
     metrics["kl/target_server"] = correction.kl
     return metrics
+
+
+def _of_responses(log_rho_MT: Tensor, mask_MT: Tensor, segment_MT: Tensor) -> Metrics:
+    """Each response counts once, by its tokens in the mask."""
+    share_MT = 1 / segment_reduce(mask_MT, mask_MT, segment_MT).clamp(min=1.0)
+    total_MT = segment_reduce(log_rho_MT, mask_MT, segment_MT)
+    # The logarithm of a product is clamped as that of a token's ratio.
+    chi2_MT = (2 * total_MT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)).exp() - 1
+    number = masked_sum(share_MT, mask_MT)
+    return {
+        "policy/chi2_sequence": (masked_sum(chi2_MT * share_MT, mask_MT), number),
+        "policy/ppl_ratio": (masked_sum((-total_MT * share_MT).exp() * share_MT, mask_MT), number),
+    }
+
+
+def _extremes(weight_MT: Tensor, keep_MT: Tensor, sum_over_batch: SumOverBatch) -> Metrics:
+    """Largest and least weight of kept tokens over the whole mini-batch: edges of bins 1% wide, the largest
+    rounded up, the least down. Sums over the batch once: a histogram."""
+    edges = torch.linspace(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, 4096, dtype=torch.float64).to(weight_MT.device)
+    index = torch.bucketize(torch.where(keep_MT, weight_MT, 1.0).double().log(), edges).flatten()
+    histogram = torch.zeros(len(edges) + 1, dtype=torch.float64, device=edges.device)
+    found = sum_over_batch(histogram.index_add_(0, index, keep_MT.flatten().double())).nonzero()[:, 0]
+    one = torch.ones([], dtype=torch.float64, device=edges.device)
+    if not len(found):
+        return {"weight/max": (0 * one, 0 * one), "weight/min": (0 * one, 0 * one)}
+    last = len(edges) - 1
+    return {
+        "weight/max": (edges[found[-1].clamp(max=last)].exp(), one),
+        "weight/min": (edges[(found[0] - 1).clamp(min=0)].exp(), one),
+    }
 
 
 def global_quantiles(

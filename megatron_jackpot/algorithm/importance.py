@@ -35,6 +35,9 @@ Weights = tuple[Tensor, Tensor, Metrics]
 class Importance(CorrectionMethod):
     """What every ratio method shares: masking, normalisation, the denominator."""
 
+    weight_only: ClassVar[tuple[str, ...]] = ("batch_normalize", "denominator")
+    """Settings that say nothing about which tokens are kept: a filter has none of them."""
+
     batch_normalize: bool = False
     """Divide the weights by their mean over all valid tokens of the global mini-batch."""
     denominator: Literal["all", "kept"] = "all"
@@ -84,22 +87,40 @@ class NoCorrection(Importance):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenIS(Importance):
-    """TIS: min(rho, cap); masked instead of truncated it is MIS: rho 1[rho <= cap] (M)."""
+    """TIS: min(rho, cap), at least low; masked instead of truncated it is MIS: rho 1[rho <= cap] (M)."""
 
     cap: float = 2.0
     """C, the largest weight."""
+    low: float = 0.0
+    """The least weight; 0 switches it off."""
 
     def __post_init__(self) -> None:
         check_cap("cap", self.cap)
+        if not 0 <= self.low <= 1:
+            raise ValueError(f"low = {self.low}: must lie in [0, 1]. Use 0.0 to switch it off.")
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_MT = log_ratio(logp.policy, logp.server).exp()
-        return rho_MT.clamp(max=self.cap), logp.valid, _over(rho_MT, self.cap, logp)
+        ratio_MT = self.ratio(logp, scores)
+        return ratio_MT.clamp(self.low, self.cap), logp.valid, self._outside(ratio_MT, logp)
+
+    def ratio(self, logp: SampledLogp, scores: Scores) -> Tensor:
+        """What is bounded, [M, T]."""
+        return log_ratio(logp.policy, logp.server).exp()
+
+    def _outside(self, ratio_MT: Tensor, logp: SampledLogp) -> Metrics:
+        below: Metrics = {"is/low_fraction": mean_over(ratio_MT < self.low, logp.valid)} if self.low else {}
+        return _over(ratio_MT, self.cap, logp) | below
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedIS(TokenIS):
+class MaskedIS(Importance):
     """MIS: rho 1[rho <= cap] (M)."""
+
+    cap: float = 2.0
+    """C, the largest ratio that is kept."""
+
+    def __post_init__(self) -> None:
+        check_cap("cap", self.cap)
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
         rho_MT = log_ratio(logp.policy, logp.server).exp()
@@ -110,9 +131,8 @@ class MaskedIS(TokenIS):
 class CurrentIS(TokenIS):
     """The paper's No-Clip baseline: min(p_target / q, cap), for algorithm.target "current" and reinforce."""
 
-    def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_MT = log_ratio(logp.target, logp.server).exp()
-        return rho_MT.clamp(max=self.cap), logp.valid, _over(rho_MT, self.cap, logp)
+    def ratio(self, logp: SampledLogp, scores: Scores) -> Tensor:
+        return log_ratio(logp.target, logp.server).exp()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,34 +149,50 @@ class IcePop(Importance):
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
         rho_MT = log_ratio(logp.policy, logp.server).exp()
-        return rho_MT, (rho_MT >= self.low) & (rho_MT <= self.high), _over(rho_MT, self.high, logp)
+        below = {"is/low_fraction": mean_over(rho_MT < self.low, logp.valid)}
+        keep_MT = (rho_MT >= self.low) & (rho_MT <= self.high)
+        return rho_MT, keep_MT, _over(rho_MT, self.high, logp) | below
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceTIS(TokenIS):
-    """min(product of rho over the response, cap) on each of its tokens (M)."""
+    """min(product of rho over the response, cap), at least low, on each of its tokens (M)."""
 
     cap: float = 5.0
     """C, the largest weight of a response."""
 
-    def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_MT = _sequence_ratio(logp, scores)
-        return rho_MT.clamp(max=self.cap), logp.valid, _over(rho_MT, self.cap, logp)
+    def ratio(self, logp: SampledLogp, scores: Scores) -> Tensor:
+        """The product, float64; its logarithm is clamped to +-20."""
+        log_rho_MT = log_ratio(logp.policy, logp.server)
+        total_MT = segment_reduce(log_rho_MT, scores.batch.mask_MT, scores.batch.segment_MT)
+        return total_MT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceMIS(SequenceTIS):
-    """product of rho over the response where it is at most cap, else the response is removed (M)."""
+    """product of rho over the response where it lies in [low, cap], else the response is removed (M)."""
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
-        rho_MT = _sequence_ratio(logp, scores)
-        return rho_MT, rho_MT <= self.cap, _over(rho_MT, self.cap, logp)
+        ratio_MT = self.ratio(logp, scores)
+        keep_MT = (ratio_MT >= self.low) & (ratio_MT <= self.cap)
+        return ratio_MT, keep_MT, self._outside(ratio_MT, logp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometricTIS(TokenIS):
+    """min(exp(mean log rho over the response), cap), at least low, on each of its tokens."""
+
+    def ratio(self, logp: SampledLogp, scores: Scores) -> Tensor:
+        log_rho_MT = log_ratio(logp.policy, logp.server)
+        return segment_mean(log_rho_MT, scores.batch.mask_MT, scores.batch.segment_MT).exp()
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeometricFilter(Importance):
     """Keeps a response iff low <= exp(mean log rho) <= high and no rho is below veto; weighs min(rho, cap) or
     1 (M)."""
+
+    weight_only: ClassVar[tuple[str, ...]] = (*Importance.weight_only, "cap")
 
     low: float = 0.999
     """Least geometric mean of rho."""
@@ -193,6 +229,8 @@ class GeometricFilter(Importance):
 class KFilter(Importance):
     """Keeps what has a small k1 = -log rho, k2 = log^2 rho / 2 or k3 = rho - 1 - log rho (K); weighs min(rho,
     cap) or 1."""
+
+    weight_only: ClassVar[tuple[str, ...]] = (*Importance.weight_only, "cap")
 
     kind: Literal["k1", "k2", "k3"] = "k3"
     """The divergence estimate."""
@@ -244,13 +282,6 @@ class KFilter(Importance):
     def _low(self) -> float:
         """Least ratio that k1 keeps."""
         return 1 / self.high if self.low is None else self.low
-
-
-def _sequence_ratio(logp: SampledLogp, scores: Scores) -> Tensor:
-    """Product of rho over a token's response, float64 [M, T]; its logarithm is clamped to +-20."""
-    log_rho_MT = log_ratio(logp.policy, logp.server)
-    total_MT = segment_reduce(log_rho_MT, scores.batch.mask_MT, scores.batch.segment_MT)
-    return total_MT.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def check_band(low: float, high: float) -> None:

@@ -4,8 +4,8 @@ Shapes: M micro-batches of T tokens; sg() stops the gradient.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -
         server_logp_T=only(batch.server_logp_MT[m].detach()),
         advantage_T=torch.where(valid_T, precise(batch.advantage_MT[m].detach()), 0.0),
         segment_T=torch.where(counted_T, batch.segment_MT[m], -1),
+        rollout_id_T3=batch.rollout_id_MT3[m],
+        position_T=batch.position_MT[m],
         valid_T=valid_T,
     )
 
@@ -138,6 +140,18 @@ def unprepared(name: str) -> RuntimeError:
         f"Objective '{name}' needs numbers of the whole mini-batch. "
         "Call prepare(scores, sum_over_batch) and use the objective that it returns."
     )
+
+
+def knobs_of(method: Objective, public: type) -> dict[str, Any]:
+    """The settings of a method, for the one that is prepared from it."""
+    return {item.name: getattr(method, item.name) for item in fields(public)}
+
+
+def constants(numbers: dict[str, float], like: Tensor) -> Metrics:
+    """Numbers as (sum, count) with count 1."""
+    made = {name: torch.tensor([value, 1.0], dtype=torch.float64) for name, value in numbers.items()}
+    moved = {name: pair.to(like.device) for name, pair in made.items()}
+    return {name: (pair[0], pair[1]) for name, pair in moved.items()}
 
 
 def check_that(ok: bool, name: str, value: float, rule: str, remedy: str) -> None:

@@ -5,8 +5,8 @@ Shapes: T tokens; r = p / q at the sampled token, p the live policy, q the serve
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from megatron_jackpot.algorithm.objectives_base import (
     check_that,
     clip_removed,
     clipped,
+    constants,
+    knobs_of,
     masked_log_ratio,
     ratio_to,
     unprepared,
@@ -39,9 +41,12 @@ class DPPO(Objective):
     """Upper bound of r."""
     anchor: Anchor = "server"
     """Region and ratio are around q (only with correction "none") or around p_old (with any correction)."""
+    kl_coef: float = 0.0
+    """Weight of log^2 r, which holds every token near the anchor (prime-rl: 1e-3)."""
 
     def __post_init__(self) -> None:
         check_cap("cap", self.cap)
+        check_that(self.kl_coef >= 0, "kl_coef", self.kl_coef, "be >= 0", "Use 1e-3, or 0 for none.")
         for name in ("delta_low", "delta_high"):
             value = getattr(self, name)
             check_that(value >= 0, name, value, "be >= 0", f"Use {type(self).__dict__[name]}.")
@@ -51,8 +56,12 @@ class DPPO(Objective):
         return self.anchor == "server"
 
     def surrogate(self, t: ObjectiveInputs) -> Tensor:
-        weight_T = ratio_to(t, self.anchor).detach().exp().clamp(max=self.cap)
-        return weight_T.masked_fill(self.removed(t), 0.0) * t.advantage_T * t.logp_T
+        log_ratio_T = ratio_to(t, self.anchor)
+        weight_T = log_ratio_T.detach().exp().clamp(max=self.cap)
+        surrogate_T = weight_T.masked_fill(self.removed(t), 0.0) * t.advantage_T * t.logp_T
+        if self.kl_coef == 0:
+            return surrogate_T
+        return surrogate_T - torch.where(t.valid_T, self.kl_coef * log_ratio_T.square(), 0.0)
 
     def _pair(self, t: ObjectiveInputs) -> tuple[Tensor, Tensor]:
         """(log p, log of the anchor's probability), float64, detached."""
@@ -165,7 +174,7 @@ class BAPO(Objective):
         places = self._places(len(lows), len(highs))
         # Without one advantage above 0 no bound could help.
         at, to = next(filter(met, places), places[-1]) if gains[0] > 0 else (0, 0)
-        return PreparedBAPO(**_knobs(self, BAPO), low=lows[at], high=highs[to])
+        return PreparedBAPO(**knobs_of(self, BAPO), low=lows[at], high=highs[to])
 
     def _places(self, num_low: int, num_high: int) -> list[tuple[int, int]]:
         """The bounds to be tried in turn, as steps of (low, high)."""
@@ -200,7 +209,7 @@ class PreparedBAPO(BAPO):
 
     def metrics(self, t: ObjectiveInputs) -> Metrics:
         numbers = {"bapo_low": self.low, "bapo_high": self.high}
-        return super().metrics(t) | _constants(numbers, t.logp_T)
+        return super().metrics(t) | constants(numbers, t.logp_T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +248,7 @@ class M2PO(Objective):
         num_kept = int((moment <= self.budget * count).sum())
         last = edges[num_kept - 1].item() if num_kept else 0.0
         threshold = math.inf if num_kept == len(edges) else last
-        return PreparedM2PO(**_knobs(self, M2PO), threshold=threshold)
+        return PreparedM2PO(**knobs_of(self, M2PO), threshold=threshold)
 
     def in_scope(self, log_ratio_T: Tensor, advantage_T: Tensor) -> Tensor:
         if self.scope == "all":
@@ -270,7 +279,7 @@ class PreparedM2PO(M2PO):
 
     def metrics(self, t: ObjectiveInputs) -> Metrics:
         numbers = {"m2po_threshold": min(self.threshold, LOG_RATIO_LIMIT)}
-        return super().metrics(t) | _constants(numbers, t.logp_T)
+        return super().metrics(t) | constants(numbers, t.logp_T)
 
 
 def _edges(device: torch.device) -> Tensor:
@@ -283,14 +292,3 @@ def _edges(device: torch.device) -> Tensor:
 def _steps(start: float, end: float, step: float) -> list[float]:
     num = math.ceil((end - start) / step - 1e-9)
     return [start + i * step for i in range(num)] + [end]
-
-
-def _knobs(method: Objective, public: type) -> dict[str, Any]:
-    return {item.name: getattr(method, item.name) for item in fields(public)}
-
-
-def _constants(numbers: dict[str, float], like: Tensor) -> Metrics:
-    """Numbers as (sum, count) with count 1."""
-    made = {name: torch.tensor([value, 1.0], dtype=torch.float64) for name, value in numbers.items()}
-    moved = {name: pair.to(like.device) for name, pair in made.items()}
-    return {name: (pair[0], pair[1]) for name, pair in moved.items()}

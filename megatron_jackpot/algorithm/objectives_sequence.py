@@ -54,6 +54,44 @@ class GSPO(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GMPO(Objective):
+    """exp(mean_t c_t) A with c = log s, clipped token by token on the side that A would push it to, as
+    sg(exp(mean c)) exp(c) / sg(exp(c)) on each token (arXiv 2507.20673).
+
+    With equal weights on a rollout's tokens and `aggregation: sequence` this is the gradient of the plain
+    form.
+    """
+
+    clip_low: float = 0.4
+    """For A < 0 log s is at least -clip_low."""
+    clip_high: float = 0.4
+    """For A > 0 log s is at most clip_high."""
+
+    def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high"):
+            check_that(getattr(self, name) >= 0, name, getattr(self, name), "be >= 0", "Use 0.4.")
+
+    def surrogate(self, t: ObjectiveInputs) -> Tensor:
+        clipped_T = self._clipped(t)
+        fixed_T = clipped_T.detach()
+        ratio_T = segment_mean(fixed_T, t.counted_T, t.segment_T).exp().to(t.logp_T.dtype)
+        return ratio_T * (clipped_T - fixed_T).exp() * t.advantage_T
+
+    def removed(self, t: ObjectiveInputs) -> Tensor:
+        log_ratio_T = ratio_to(t)
+        over_T = (log_ratio_T > self.clip_high) & (t.advantage_T > 0)
+        return over_T | ((log_ratio_T < -self.clip_low) & (t.advantage_T < 0))
+
+    def _clipped(self, t: ObjectiveInputs) -> Tensor:
+        """c [T]; a token that is not trained on is clipped as its rollout's others are."""
+        log_ratio_T = ratio_to(t)
+        rollout_T = segment_reduce(t.advantage_T, t.valid_T, t.segment_T)
+        negative_T = torch.where(t.valid_T, t.advantage_T < 0, rollout_T < 0)
+        up_T, down_T = log_ratio_T.clamp(max=self.clip_high), log_ratio_T.clamp(min=-self.clip_low)
+        return torch.where(negative_T, down_T, up_T)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TOPR(Objective):
     """A log p for A >= 0, sg(min(p(y)/q(y), 1)) A log p for A < 0, y the whole rollout (arXiv 2503.14286)."""
 

@@ -54,3 +54,5 @@ class Evaluation(Section):
     """reasoning_gym: seed of the held-out problems; any that also occur in training are removed."""
     max_new_tokens: int = Field(default=16, ge=1)
     """Longest greedy answer of the policy and of the actor."""
+    keep: int = Field(default=8, ge=0)
+    """Problems whose answers are kept in RUN/samples.jsonl for the report, the first ones of the set."""

@@ -146,6 +146,11 @@ class ModelShape:
         """Width of all key heads together, and of all value heads."""
         return self.num_groups * self.head_dim
 
+    @property
+    def layer_matrices(self) -> int:
+        """Entries of a layer's weight matrices: what a token is multiplied with."""
+        return self.hidden_size * (2 * self.query_size + 2 * self.key_size + 3 * self.ffn_size)
+
 
 def model_shapes(config: Config) -> dict[str, ModelShape]:
     """Of every model by name, checked against the layout and the run's lengths and top-k.

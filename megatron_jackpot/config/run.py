@@ -70,8 +70,8 @@ class Logging(Section):
     prometheus_host: str = "127.0.0.1"
     """Address that port is bound to; anyone who reaches it can read the metrics."""
     tokens_every: int | None = Field(default=10, ge=1)
-    """Steps between records of what was accepted, token by token, for `megatron-jackpot report`; null keeps
-    none."""
+    """Steps between records of what was accepted, token by token, and of wrong rollouts in words, for
+    `megatron-jackpot report`; null keeps none."""
     tokens_rollouts: int = Field(default=8, ge=1)
     """Rollouts in such a record."""
     profile_steps: tuple[PositiveInt, ...] = ()

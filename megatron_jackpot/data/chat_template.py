@@ -40,6 +40,8 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = now.strftime
+        # A run's prompts are the same when it goes on.
+        del environment.filters["random"], environment.globals["lipsum"]
         # What transformers hands to every template, so that "is defined" reads the same.
         given = {**special_tokens, "add_generation_prompt": True, "tools": None, "documents": None}
         self.variables = {**given, **arguments}

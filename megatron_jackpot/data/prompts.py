@@ -170,6 +170,12 @@ class _Choice:
 
     def done(self) -> PromptSet:
         """Raises ValueError with the mistakes, the first of them by name."""
+        prompts = self.prompts
+        if len(self.texts) > 1 and all(prompt.tokens == prompts[0].tokens for prompt in prompts):
+            self.mistakes.append(
+                f"{len(self.texts)} different problems give one and the same prompt: the template leaves "
+                "them out. Set data.template, or mend the chat template."
+            )
         if self.mistakes:
             left = len(self.mistakes) - MAX_REPORTED
             more = [f"... and {left} more rows."] if left > 0 else []

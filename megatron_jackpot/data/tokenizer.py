@@ -59,7 +59,10 @@ class Vocabulary:
                 "in tokenizer_config.json."
             )
         jinja = folder / "chat_template.jinja"
-        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
+        try:
+            template = jinja.read_text(encoding="utf-8") if jinja.is_file() else config.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{jinja} is not UTF-8: {error}") from error
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}
         return cls(backend, _default_template(template), special)

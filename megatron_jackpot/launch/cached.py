@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_jackpot.home import home
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -20,11 +22,6 @@ def content(*parts: object, files: Iterable[Path] = (), sources: Iterable[str] =
         with contextlib.suppress(FileNotFoundError, IsADirectoryError), path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def home() -> Path:
-    """Where environments, models and verdicts are kept: $JACKPOT_HOME, by default below ~/.cache."""
-    return Path(os.environ.get("JACKPOT_HOME") or "~/.cache/megatron-jackpot").expanduser()
 
 
 def cached(kind: str, key: str, compute: Callable[[], Any]) -> Any:

@@ -29,7 +29,6 @@ from megatron_jackpot.run.interrupt import (
     STARTED_VARIABLE,
     STOP_FILE,
     StopRequest,
-    forget_stop,
     was_stopped,
     write_stop,
 )
@@ -87,7 +86,7 @@ def launch(
     trainer_command: TrainerCommand | None = None,
     began: float | None = None,
 ) -> int:
-    """`run_job` in a folder of its own, cleared of what an earlier run was asked.
+    """`run_job` in a folder of its own. What it was asked since `forget_stop` counts.
 
     EXIT_REFUSED where another launch has it, or servers.host is not here.
     """
@@ -101,13 +100,12 @@ def launch(
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's folder within, cleared of what an earlier run in it was asked.
-
-    Raises ConfigError when another launch has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold a run's folder within. Raises ConfigError when another launch has it, or it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.folder = {folder} cannot be made: {error}. Set another one.") from error
     with only_launch(folder):
-        forget_stop(folder)
         yield
 
 

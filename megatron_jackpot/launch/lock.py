@@ -41,7 +41,7 @@ def only_launch(folder: Path) -> Iterator[None]:
 
 def refuse_if_held(folder: Path) -> None:
     """Raises ConfigError when a launch has the folder; writes nothing."""
-    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+    with suppress(OSError):  # No such file, or a folder that cannot be one.
         with (folder / LOCK_FILE).open("r+", encoding="utf-8") as file:
             _refuse_if_held(folder, file)
 
@@ -57,8 +57,8 @@ def _refuse_if_held(folder: Path, file: IO[str]) -> None:
         free = None
     file.seek(0)
     holder: dict[str, Any] = {}
-    with suppress(ValueError):
-        holder = json.loads(file.read() or "{}")
+    with suppress(ValueError, TypeError):
+        holder = dict(json.loads(file.read() or "{}"))
     if free is False or (holder and not _has_ended(holder, free)):
         raise ConfigError(_refusal(folder, holder))
 

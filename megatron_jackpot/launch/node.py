@@ -26,7 +26,7 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.launch import children
 from megatron_jackpot.launch.local import own_folder, run_job, say, start_model_servers, torchrun
-from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS, StopRequest
+from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS, StopRequest, forget_stop
 from megatron_jackpot.servers.address import free_port
 from megatron_jackpot.servers.process import stop_servers
 from megatron_jackpot.servers.supervisor import Supervisor
@@ -105,6 +105,8 @@ def join(config: Config, began: float | None = None) -> int:
     began = time.monotonic() if began is None else began
     first = place.rank == 0
     with own_folder(config.run.folder) if first else nullcontext():
+        if first:
+            forget_stop(config.run.folder)
         asked: list[int] = []
         for signum in SIGNALS:
             signal.signal(signum, lambda number, _frame: asked.append(number))

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from megatron_jackpot.run.provenance import (
     checkpoints,
     versions,
 )
-from megatron_jackpot.servers.address import port_is_free
+from megatron_jackpot.servers.address import LAST_PORT, free_port, port_is_free
 
 Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
@@ -165,7 +166,7 @@ def _methods(s: Subject) -> Iterator[str]:
         return  # The rank makes them at once.
     config = s.config
     chosen = [value for _, value in (*config.algorithm, *(config.actor or ())) if isinstance(value, Method)]
-    if any(method.is_own for method in chosen):
+    if any(method.is_own for method in (*chosen, *config.algorithm.filters)):
         yield from _ask_methods(config)
         return
     # No method looks at the actor's folder or optimizer: runs of other models share a verdict.
@@ -192,8 +193,9 @@ def _ask_methods(config: Config) -> list[str]:
 
 def _prompts(s: Subject) -> Iterator[str]:
     config, data = s.config, s.config.data
-    if not s.models_are_here or s.vocabulary is None:
-        return
+    source = data.path if data.source == "jsonl" else data.tasks
+    if not s.models_are_here or s.vocabulary is None or not source:
+        return  # Another check says so.
     try:
         now = started_at(config.run.folder, config.run.resume)
     except ValueError as error:
@@ -264,23 +266,46 @@ def _servers(s: Subject) -> Iterator[str]:
         return
     if servers.python is not None and not os.access(servers.python, os.X_OK):
         yield f"servers.python = {servers.python} is no program. Set it to the interpreter that has SGLang."
-    for port in range(servers.port, servers.port + servers.num) if servers.port else ():
-        if not port_is_free(servers.host, port):
+    try:
+        free_port(servers.host)
+    except ValueError as error:
+        yield str(error)
+        return
+    ports = range(servers.port, servers.port + servers.num) if servers.port else ()
+    if ports and ports[-1] > LAST_PORT:
+        yield (
+            f"servers.port = {servers.port} leaves no room for servers.num = {servers.num} below port "
+            f"{LAST_PORT}. Lower it, or set it to 0."
+        )
+    for port in ports:
+        if port <= LAST_PORT and not port_is_free(servers.host, port):
             yield (
                 f"Port {port} on {servers.host} is in use: no server can start there. "
                 "Set servers.port to a free one, or to 0 to have one chosen."
             )
 
 
+def _prometheus(s: Subject) -> Iterator[str]:
+    host, port = s.config.logging.prometheus_host, s.config.logging.prometheus_port
+    with suppress(ValueError):
+        if s.command != "launch" or port is None or port_is_free(host, port):
+            return
+    yield f"logging.prometheus_port = {port}: in use on {host}, or that is not here. Set another, or null."
+
+
 def _run_folder(s: Subject) -> Iterator[str]:
     run = s.config.run
     if s.command not in ("launch", "submit"):
         return
-    if run.folder.exists() and not run.folder.is_dir():
-        yield f"run.folder = {run.folder} is a file. Set run.folder to a new folder."
+    try:
+        parent = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    except OSError as error:  # A name that is too long.
+        yield f"run.folder = {run.folder}: {error.strerror}. Set another one."
         return
-    parent = next((path for path in (run.folder, *run.folder.absolute().parents) if path.exists()), None)
-    if parent is not None and not os.access(parent, os.W_OK):
+    if not parent.is_dir():
+        yield f"run.folder = {run.folder}: {parent} is a file. Set run.folder to a new folder."
+        return
+    if not os.access(parent, os.W_OK):
         yield f"run.folder = {run.folder}: user {os.geteuid()} may not write to {parent}. Set another one."
     try:
         if run.resume:
@@ -356,7 +381,13 @@ CHECKS: tuple[Check[Subject], ...] = (
         _prompts,
     ),
     Check("data.reward", "is known, or a dotted path to what a worker can load and call", "set it", _reward),
-    Check("servers.python, servers.port", "can be run, and are free", "set another", _servers),
+    Check(
+        "servers.python, servers.host, servers.port",
+        "can be run, is of this machine, are free",
+        "set another",
+        _servers,
+    ),
+    Check("logging.prometheus_host, logging.prometheus_port", "are free", "set another", _prometheus),
     Check(
         "run.folder, run.resume",
         "can be written, hold no other run, or a checkpoint of a format that is read, of the same models",

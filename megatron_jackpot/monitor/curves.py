@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from megatron_jackpot.monitor.differences import labels
 from megatron_jackpot.monitor.metrics import Row, read_metrics, series
-from megatron_jackpot.run.provenance import CONFIG_FILE
 
 CONTROL = "tab:gray"
 COLORS = (
@@ -59,32 +58,6 @@ def plot_runs(folders: Sequence[Path], out: Path, control: Path | None = None) -
     return figure
 
 
-def labels(folders: Sequence[Path]) -> list[str]:
-    """A name for each run: the settings in which they differ, else their folders' names.
-
-    Example: ["run.seed=0", "run.seed=1"].
-    """
-    settings = [_settings(Path(folder)) for folder in folders]
-    keys = sorted(key for key in set().union(*settings) if len({repr(one.get(key)) for one in settings}) > 1)
-    found = [", ".join(f"{key}={one[key]}" for key in keys if key in one) for one in settings]
-    return found if all(found) and len(set(found)) == len(found) else _names(folders)
-
-
-def _settings(folder: Path) -> dict[str, object]:
-    """Dotted key -> value of the run's configuration, less its folder; {} where it has none."""
-    config = folder / CONFIG_FILE
-    found = _flat(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else {}
-    found.pop("run.folder", None)
-    return found
-
-
-def _flat(tree: Mapping[str, object], above: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return flat
-
-
 def _draw(axes: Axes, rows: list[Row], metrics: Mapping[str, str], color: str) -> None:
     for metric, style in metrics.items():
         steps, values = series(rows, metric)
@@ -101,10 +74,3 @@ def _finish(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if not axes.lines:
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color=CONTROL)
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names where they differ, else with their parents."""
-    paths = [Path(folder).resolve() for folder in folders]
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in paths]

@@ -67,6 +67,8 @@ METRICS = {
     "time/update_actor": "seconds of the actor update",
     "time/sync": "seconds of export and sync",
     "time/step": "seconds of the whole step",
+    "memory/trainer_gib": "GiB that the largest rank has held at most: of its GPU, else of the machine",
+    "memory/server_gib": "GiB of weights, KV cache and graphs on the fullest GPU of the servers",
     "staleness/mean": "mean age of the tokens in weight versions",
     "idle/trainer": "share of the time in which the trainer waits for rollouts",
     "idle/servers": "share of the time in which servers are asked for none",

@@ -1,6 +1,7 @@
-"""What the main rank writes of a run: metrics, the account of prompts, progress."""
+"""What the main rank writes of a run: metrics, the account of prompts, some answers, progress."""
 
 import contextlib
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +11,7 @@ from megatron_jackpot.monitor.metrics import JsonLines, MetricsWriter, Row
 from megatron_jackpot.monitor.prometheus import PrometheusEndpoint
 
 PROMPTS_FILE = "prompts.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 
 class Outputs:
@@ -34,6 +36,8 @@ class Outputs:
             )
             self._prompts = JsonLines(folder / PROMPTS_FILE, resume_step)
             opened.callback(self._prompts.close)
+            self._samples = JsonLines(folder / SAMPLES_FILE, resume_step)
+            opened.callback(self._samples.close)
             progress = enter(StepLogger(config.run.steps, progress=logging.progress))
             self._sinks = [writer.write, progress.log]
             if logging.prometheus_port is not None:
@@ -48,6 +52,11 @@ class Outputs:
     def account(self, step: int, account: Row) -> None:
         """What became of a step's prompts, as one line."""
         self._prompts.write({"step": step, **account})
+
+    def keep(self, step: int, samples: Iterable[Row]) -> None:
+        """Answers in words, a line each, for the report."""
+        for sample in samples:
+            self._samples.write({"step": step, **sample})
 
     def __enter__(self) -> Self:
         return self

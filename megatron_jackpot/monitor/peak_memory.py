@@ -1,11 +1,23 @@
-"""Peak anonymous memory of this process and its children, from the kernel's accounting."""
+"""Memory: the peak of this rank for the metrics; anonymous memory of this process and its children for tests
+and benchmarks."""
 
 import os
+import resource
 import threading
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 EVERY_S = 0.005
+
+
+def trainer_mib() -> int:
+    """The most this rank has held so far: of its GPU by torch's allocator, without one of the machine's
+    memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def anonymous_bytes() -> int:

@@ -3,6 +3,7 @@ loopback."""
 
 import math
 import re
+import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -59,8 +60,11 @@ class PrometheusEndpoint:
             def log_message(self, format: str, *args: object) -> None:
                 """A scrape every few seconds is no news."""
 
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = Server((host, port), Handler)
         except OSError as error:
             raise ValueError(
                 f"logging.prometheus_port = {port} on {host} cannot be used: {error}. Set another, or null."

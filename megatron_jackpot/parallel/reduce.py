@@ -26,6 +26,23 @@ def make_sum_over(group: ProcessGroup | None) -> Callable[[Tensor], Tensor]:
     return sum_over
 
 
+def make_number_alike(group: ProcessGroup | None) -> Callable[[Tensor], tuple[Tensor, int]]:
+    """A function from int64 ids [..., k] to (numbers [...], how many), the same number for the same id on
+    every rank of the group. Gathers of objects: 1 per call."""
+
+    def number_alike(ids: Tensor) -> tuple[Tensor, int]:
+        mine_Nk, index_N = torch.unique(ids.flatten(0, -2), dim=0, return_inverse=True)
+        if group is None or group.size() == 1:
+            return index_N.view(ids.shape[:-1]), len(mine_Nk)
+        parts: list[list[tuple[int, ...]]] = [[] for _ in range(group.size())]
+        dist.all_gather_object(parts, [tuple(row) for row in mine_Nk.tolist()], group=group)
+        number = {row: i for i, row in enumerate(sorted({row for part in parts for row in part}))}
+        numbers_N = torch.tensor([number[tuple(row)] for row in mine_Nk.tolist()], device=ids.device)
+        return numbers_N[index_N].view(ids.shape[:-1]), len(number)
+
+    return number_alike
+
+
 def reduce_metrics(
     metrics: Mapping[str, tuple[Tensor, Tensor]], group: ProcessGroup | None
 ) -> dict[str, float]:

@@ -24,7 +24,7 @@ it."""
 def layer_split(shape: ModelShape) -> int:
     """Parameters of a layer that tensor parallelism divides."""
     bias = shape.query_size + 2 * shape.key_size if shape.qkv_bias else 0
-    return shape.hidden_size * (2 * shape.query_size + 2 * shape.key_size + 3 * shape.ffn_size) + bias
+    return shape.layer_matrices + bias
 
 
 def layer_copied(shape: ModelShape) -> int:

@@ -42,6 +42,8 @@ READER = LatexExtractionConfig(
     )
 )
 NUMERAL = re.compile(r"[0-9]+")
+VARIABLE = re.compile(r"(?<![\\A-Za-z])[abcghj-z](?![A-Za-z])")
+"""A lone letter that LaTeX's grammar gives no meaning of its own: not d, e, f or i."""
 ASCII = re.compile(
     r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta"
     r"|gamma|lambda|max|min|gcd|lcm)(?![A-Za-z])"
@@ -103,9 +105,16 @@ def readable(latex: str) -> bool:
     """Whether math-verify reads a formula. Raises TimeoutError.
 
     It is asked once for each form, which is what makes the check of many labels quick: 17 and 42 are read
-    alike in the same place. 0 and 1 stay, for they may make a formula another one.
+    alike in the same place, and so are k and n. 0 and 1 stay, for they may make a formula another one, and
+    different letters stay different: x - x is not x - y.
     """
-    return _form_is_read(NUMERAL.sub(_like, latex)) or parse_latex(latex) is not None
+    return _form_is_read(_form(latex)) or parse_latex(latex) is not None
+
+
+def _form(latex: str) -> str:
+    letters = dict.fromkeys(VARIABLE.findall(latex))
+    names = dict(zip(letters, "xyzabcghjklmnopqrstuvw", strict=False))
+    return NUMERAL.sub(_like, VARIABLE.sub(lambda found: names[found.group()], latex))
 
 
 @functools.lru_cache(maxsize=65536)

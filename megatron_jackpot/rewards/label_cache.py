@@ -8,10 +8,11 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from megatron_jackpot.home import home
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,8 @@ class CheckedLabels:
     """`label in checked`; `add` keeps labels for the next run, where the folder can be written to."""
 
     def __init__(self, reward: str):
-        home = os.environ.get("JACKPOT_HOME") or "~/.cache/megatron-jackpot"
         key = hashlib.sha256(json.dumps([reward, judges()]).encode()).hexdigest()[:16]
-        self.path = Path(home).expanduser() / "labels" / f"{key}.txt"
+        self.path = home() / "labels" / f"{key}.txt"
         self._hashes: set[str] = set()
         try:
             # A line cut short by a full disk has another length, and is no one's hash.

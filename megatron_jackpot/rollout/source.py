@@ -108,10 +108,10 @@ class ServerSource:
         """Raises ValueError naming the lines of `path` whose label no response could match."""
         self.thread.wait(self.pool.check_labels(prompts, path), self.limit_s, f"the labels of {path}")
 
-    def accuracy(
+    def verdicts(
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
-    ) -> tuple[float, float, float]:
-        """Numbers of correct answers, of prompts, and of rewards that failed. Raises RewardsFailing."""
+    ) -> tuple[list[bool], float]:
+        """Which answers are correct, and the number of rewards that failed. Raises RewardsFailing."""
         counts = self.pool.failures.begin()
 
         async def score() -> list[tuple[float, bool]]:
@@ -120,7 +120,18 @@ class ServerSource:
 
         verdicts = self.thread.wait(score(), self.limit_s, f"verdicts on {len(prompts)} answers")
         failed = sum(total for total, _ in failure_sums(counts).values())
-        return float(sum(correct for _, correct in verdicts)), float(len(prompts)), failed
+        return [correct for _, correct in verdicts], failed
+
+    def server_gib(self) -> float | None:
+        """Memory of the fullest server; None where one does not say."""
+        try:
+            return max(self.thread.wait(self.client.admin.memory_gib(), self.limit_s, "the servers' memory"))
+        except ServerError:
+            return None
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """As a reward reads it."""
+        return self.decode(tokens)
 
     def greedy(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         """Greedy answers of the servers' model."""

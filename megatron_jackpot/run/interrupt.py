@@ -9,8 +9,11 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from megatron_jackpot.config.run import Run
 
@@ -24,6 +27,7 @@ STARTED_VARIABLE = "JACKPOT_STARTED"
 """When the launch began, on this machine's monotonic clock: servers, and ranks that are started again, have
 used a part of run.time_limit_s."""
 TIME_LIMIT = "the time limit is near"
+ORPHANED = "torchrun has ended"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ONE_REQUEST_S = 0.5
 """What arrives again this soon is the same request: `timeout` signals its child, and then its group."""
@@ -40,6 +44,7 @@ class StopRequest:
         """`started`, on the monotonic clock: when the time of the run began; None asks the environment."""
         self.file = Path(run.folder) / STOP_FILE
         self.signum, self._signalled = 0, -math.inf
+        self.orphaned = False
         now = time.monotonic()
         self.started = float(os.environ.get(STARTED_VARIABLE, now)) if started is None else started
         # On the monotonic clock, so that a clock that is set anew stops no run.
@@ -53,19 +58,31 @@ class StopRequest:
             write_stop(self.file.parent, signal.Signals(self.signum).name)
         if self.deadline is not None and time.monotonic() > self.deadline:
             return TIME_LIMIT
+        return self._written() or (ORPHANED if self.orphaned else None)
+
+    def _written(self) -> str | None:
         try:
             return self.file.read_text(encoding="utf-8", errors="replace").strip() or "stop file"
+        except PermissionError:
+            return "stop file"  # Of another user, who keeps its reason to himself.
         except OSError:
             return None
 
     def done(self) -> None:
-        """The state is saved: leave word for whoever queues the job again. Call it on one rank."""
+        """The state is saved: leave word for whoever queues the job again. Call it on one rank.
+
+        None is left of torchrun's end, which nobody asked for: the launcher starts training again.
+        """
         reason = self.reason() or "stop"
+        if reason == ORPHANED:
+            return
         self.file.with_name(STOPPED_FILE).write_text(reason + "\n", encoding="utf-8")
         self.file.unlink(missing_ok=True)
 
     def listen(self) -> None:
         """From now on SIGTERM and SIGUSR1 ask for a stop, and a second one ends this process at once.
+
+        One that comes from the parent's end (`die_with_parent`) asks as well, but only this process.
 
         A thread hears them, because the main thread may be inside a collective that Python's handlers wait
         for.
@@ -75,25 +92,46 @@ class StopRequest:
         for signum in SIGNALS:
             signal.signal(signum, lambda *_: None)
         signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._hear, args=(hear, tell), daemon=True, name="signals").start()
+        arguments = (os.getppid(), hear, tell)
+        threading.Thread(target=self._hear, args=arguments, daemon=True, name="signals").start()
 
-    def _hear(self, hear: socket.socket, _tell: socket.socket) -> None:
+    def _hear(self, parent: int, hear: socket.socket, _tell: socket.socket) -> None:
         while received := hear.recv(1):
             signum = received[0]
             if signum not in SIGNALS or time.monotonic() - self._signalled < ONE_REQUEST_S:
                 continue
-            if self.signum:
+            if self.signum or self.orphaned:
                 os._exit(128 + signum)
-            self.signum, self._signalled = signum, time.monotonic()
+            self._signalled = time.monotonic()
+            # The kernel gives a child its new parent before it signals the old one's end.
+            if os.getppid() == parent:
+                self.signum = signum
+            else:
+                self.orphaned = True
+
+
+@contextmanager
+def ending_when_asked() -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 end this process with EXIT_REQUEUE: there is nothing to save yet."""
+
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(EXIT_REQUEUE)
+
+    before = {signum: signal.signal(signum, end) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def slurm_time_left() -> float | None:
-    """Seconds until the Slurm job ends; None outside one, or where it has no end ("Unknown")."""
+    """Seconds until the Slurm job ends; None outside one, or where it has no end ("Unknown", 0)."""
     try:
-        left_s = float(os.environ.get("SLURM_JOB_END_TIME", "")) - time.time()
+        end = float(os.environ.get("SLURM_JOB_END_TIME", ""))
     except ValueError:
         return None
-    return left_s if math.isfinite(left_s) else None
+    return end - time.time() if end > 0 and math.isfinite(end) else None
 
 
 def write_stop(folder: Path, reason: str) -> None:

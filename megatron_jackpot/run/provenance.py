@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,20 @@ def machine(threads: int) -> dict[str, str | int]:
     """What rounds: the same seed gives other bits on another processor, or in sums cut for other threads.
 
     Example: {"processor": "AMD EPYC", "cores": 2, "threads": 1}; cores are those this process may use,
-    threads those of a rank.
+    threads those of a rank; "gpu" is there where the machine has one.
     """
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "threads": threads}
+    found: dict[str, str | int] = {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+    gpu = _gpu()
+    return {**found, "threads": threads, **({"gpu": gpu} if gpu else {})}
+
+
+def _gpu() -> str | None:
+    """The first GPU's name as NVIDIA's driver tells it, without a tool of its own."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        with suppress(OSError):
+            if found := re.search(r"^Model:\s*(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+                return found[1].strip()
+    return None
 
 
 def _processor() -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_jackpot.config import ConfigError
 
+LAST_PORT = 65535
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses that bind to every interface -> where such a server is reached from this machine."""
 

@@ -44,6 +44,14 @@ class ServerAdmin:
     async def tp_sizes(self) -> list[int]:
         return [int(info["tp_size"]) for info in await self._all("GET", "/server_info")]
 
+    async def memory_gib(self) -> list[float]:
+        """Weights, KV cache and graphs of each server's fullest GPU, as it says itself; without the parts it
+        does not know."""
+        return [
+            max((_held_gib(state) for state in info.get("internal_states", ())), default=0.0)
+            for info in await self._all("GET", "/server_info")
+        ]
+
     async def pause(self, mode: PauseMode = "retract") -> None:
         """Stop sampling.
 
@@ -54,10 +62,6 @@ class ServerAdmin:
 
     async def resume(self) -> None:
         await self._all("POST", "/continue_generation", {"torch_empty_cache": False})
-
-    async def flush_cache(self) -> None:
-        """Drop cached prefixes. Refused by the server while requests hold them."""
-        await self._all("POST", "/flush_cache")
 
     async def abort(self, rid: str) -> None:
         await self._all("POST", "/abort_request", {"rid": rid})
@@ -106,7 +110,10 @@ class ServerAdmin:
         load_format: str | None = None,
         flush: bool = False,
     ) -> None:
-        """Receive one broadcast; the reply comes after it, so send and ask side by side."""
+        """Receive one broadcast; the reply comes after it, so send and ask side by side.
+
+        `flush` drops cached prefixes; the server refuses while requests hold them.
+        """
         body: JsonObject = {
             "names": list(names),
             "dtypes": list(dtypes),
@@ -119,9 +126,9 @@ class ServerAdmin:
             body["weight_version"] = str(version)
         await self._all("POST", "/update_weights_from_distributed", body)
 
-    async def update_from_tensor(self, serialised: Sequence[Sequence[str]]) -> None:
+    async def update_from_tensor(self, serialised: Sequence[Sequence[str]], *, flush: bool = False) -> None:
         """Flattened buckets in base64: per server, one for each of its ranks (sync/ipc.py)."""
-        shared = {"load_format": "flattened_bucket", "flush_cache": False}
+        shared = {"load_format": "flattened_bucket", "flush_cache": flush}
         bodies = [shared | {"serialized_named_tensors": list(ranks)} for ranks in serialised]
         await self._all("POST", "/update_weights_from_tensor", bodies)
 
@@ -191,6 +198,12 @@ async def _call(
     if status != 200 or (isinstance(content, dict) and content.get("success") is False):
         raise ServerError(f"{url}: {method} {path} was refused with HTTP {status}: {text[:500]}")
     return content if isinstance(content, dict) else {}
+
+
+def _held_gib(state: JsonObject) -> float:
+    usage = state.get("memory_usage", {})
+    parts = [usage.get(part) for part in ("weight", "kvcache", "graph")]
+    return float(sum(part for part in parts if isinstance(part, (int, float))))
 
 
 def _rank_name(rank: JsonObject) -> str:

@@ -3,6 +3,7 @@ servers and trainer, caches where they can be written."""
 
 import os
 import platform
+import pwd
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ CACHES = {
 
 def child_environment(environ: Mapping[str, str], folder: Path, urls: Iterable[str] = ()) -> dict[str, str]:
     """`environ` for a child whose run lies in `folder` and whose servers are at `urls`."""
-    return {**environ, "PYTHONUTF8": "1"} | without_proxy(environ, urls) | writable_caches(environ, folder)
+    own = {**environ, "PYTHONUTF8": "1"} | _user_name(environ)
+    return own | without_proxy(environ, urls) | writable_caches(environ, folder)
 
 
 def without_proxy(environ: Mapping[str, str], urls: Iterable[str] = ()) -> dict[str, str]:
@@ -49,7 +51,7 @@ def without_proxy(environ: Mapping[str, str], urls: Iterable[str] = ()) -> dict[
 
 def writable_caches(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
     """Caches below folder/cache where the home folder takes none; what `environ` sets already stays."""
-    if _takes_files(Path(environ.get("HOME") or "~").expanduser() / ".cache"):
+    if _takes_files(environ):
         return {}
     # By machine: the run's folder may be shared, and compiled kernels fit one kind of machine.
     base = (folder / "cache" / (platform.node() or "here")).absolute()
@@ -59,13 +61,28 @@ def writable_caches(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
     return missing
 
 
-def _takes_files(folder: Path) -> bool:
+def _takes_files(environ: Mapping[str, str]) -> bool:
+    """Whether there is a home folder, of this user, writable, with quota left."""
     try:
+        folder = Path(environ.get("HOME") or "~").expanduser() / ".cache"
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(65536))
+            os.fsync(file.fileno())
             return True
-    except OSError:
+    except (OSError, RuntimeError):
         return False
+
+
+def _user_name(environ: Mapping[str, str]) -> dict[str, str]:
+    """USER where the user id has no name, as in a container with one of its own: torch asks for it."""
+    if any(environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        return {}
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return {"USER": str(os.getuid())}
+    return {}
 
 
 def own_environment() -> dict[str, str]:

@@ -120,6 +120,11 @@ class ServerProcess:
         except (urllib.error.URLError, OSError):
             return False
 
+    def note(self, line: str) -> None:
+        """Into the server's log, between what the server says; the report counts restarts there."""
+        with suppress(OSError), self.log_path.open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
     def log_end(self, num_lines: int = 20) -> str:
         """The last lines of the log, without the noise of optional models."""
         if not self.log_path.exists():

@@ -73,9 +73,9 @@ class Supervisor:
         pause = min(FIRST_PAUSE_S * 2**child.restarts, LONGEST_PAUSE_S)
         child.restarts += 1
         child.start_at = time.monotonic() + pause
-        self.say(
-            f"server {server.url}: restart {child.restarts} of {self.config.max_restarts} in {pause:g} s"
-        )
+        restart = f"restart {child.restarts} of {self.config.max_restarts} in {pause:g} s"
+        self.say(f"server {server.url}: {restart}")
+        server.note(f"[supervisor] {restart}")
         return True
 
     def _ask(self, child: _Child) -> None:

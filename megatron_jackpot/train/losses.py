@@ -13,7 +13,7 @@ from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
-from megatron_jackpot.records import Correction, Direction, Scores
+from megatron_jackpot.records import Aggregated, Direction, Scores
 from megatron_jackpot.train.methods import ActorMethods
 
 TRAINED_GAP = "gap/trained_scored"
@@ -22,24 +22,38 @@ moved."""
 
 
 def policy_loss(
-    scores: Scores, correction: Correction, denominator: float, objective: Objective, vocab: VocabSpec
+    scores: Scores,
+    aggregated: Aggregated,
+    denominator: float,
+    objective: Objective,
+    vocab: VocabSpec,
+    *,
+    nll_weight: float = 0.0,
 ) -> Loss:
     """-sum keep * weight * surrogate / N, Eq. 5; p_current is live, everything else is a constant.
 
     `objective` is prepared; `denominator` is N over the whole mini-batch: DP x CP ranks and micro-batches.
+    `nll_weight` is that of -log p on each token of a correct rollout.
     """
     batch, old_MT = scores.batch, scores.policy_logp_MT
 
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
         logp_T = vocab_parallel_logp(logits_TV, batch.labels_MT[m], vocab)
         inputs = objective_inputs(logp_T, old_MT[m], batch, m)
-        weighted_T = correction.weight_MT[m] * objective.surrogate(inputs)
-        value = -torch.where(correction.keep_MT[m], weighted_T, 0.0).sum() / denominator
+        weighted_T = aggregated.weight_MT[m] * objective.surrogate(inputs)
+        value = -torch.where(aggregated.keep_MT[m], weighted_T, 0.0).sum() / denominator
         # Both -inf is no gap; one of them alone is an infinite one.
         known_T = batch.mask_MT[m] & (logp_T.detach() != old_MT[m])
         gap_T = torch.where(known_T, (logp_T.detach() - old_MT[m]).abs(), 0.0)
-        return value, {
+        added = {}
+        if nll_weight:
+            right_T = inputs.valid_T & batch.correct_MT[m]
+            nll = -nll_weight * torch.where(right_T, inputs.logp_T, 0.0).sum()
+            added = {"positive_nll": nll.detach()}
+        total = value + nll if nll_weight else value
+        return total, {
             "policy": value.detach(),
+            **added,
             TRAINED_GAP: torch.stack([gap_T.sum(), batch.mask_MT[m].sum()]),
             **{f"objective/{name}": torch.stack(pair) for name, pair in objective.metrics(inputs).items()},
         }

@@ -4,17 +4,21 @@ settings."""
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES, Advantage
+from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation
 from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
 from megatron_jackpot.algorithm.distill import DISTILL, Distillation
+from megatron_jackpot.algorithm.filters import Filter, filtered, make_filters
+from megatron_jackpot.algorithm.lengths import SoftOverlong
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
@@ -22,7 +26,7 @@ from megatron_jackpot.algorithm.registry import Registry, build
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
 from megatron_jackpot.config.load import examine
-from megatron_jackpot.records import Metrics, Pair, Rollout, Scores
+from megatron_jackpot.records import Correction, Metrics, Pair, Rollout, Scores
 from megatron_jackpot.train.own_methods import try_out
 
 M = TypeVar("M")
@@ -58,8 +62,12 @@ class Methods:
     """One of each kind. Raises ValueError from `from_config` for a method or setting that cannot work."""
 
     correction: CorrectionMethod
+    filters: Sequence[Filter]
     objective: Objective
     advantage: Advantage
+    aggregation: Aggregation
+    overlong: SoftOverlong | None = None
+    mask_truncated: bool = False
     actor: ActorMethods | None = None
     """None where the policy samples."""
     exact_lam: float | None = None
@@ -86,8 +94,12 @@ class Methods:
         wanted = correction.target_acceptance
         return cls(
             correction=correction,
+            filters=made["filters"],
             objective=made["objective"],
             advantage=made["advantage"],
+            aggregation=made["aggregation"],
+            overlong=made["overlong"],
+            mask_truncated=config.algorithm.mask_truncated,
             actor=actor,
             exact_lam=correction.lam if correction.needs_exact_overlap else None,
             acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
@@ -97,6 +109,12 @@ class Methods:
     def keeps_logits(self) -> bool:
         """Whether a distillation over the whole vocabulary asks for the policy's last hidden states."""
         return self.actor is not None and self.actor.distill.needs == "logits"
+
+    def correct(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
+        """The correction of a mini-batch with what the filters remove. Sums over the batch as the
+        correction does."""
+        found = self.correction(scores, sum_over_batch)
+        return filtered(found, self.filters, scores, counts_all=self.correction.denominator == "all")
 
     def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
         """Move lam and the distillation weight for the next mini-batch; what they are then, as metrics.
@@ -132,16 +150,54 @@ class Methods:
     def with_advantages(
         self, groups: list[list[Rollout]], sum_over_batch: SumOverBatch, device: torch.device
     ) -> list[list[Rollout]]:
-        """One DP leader's whole groups with their advantages; every leader calls it, as some formulas look at
-        the whole batch."""
-        of_groups = [self.advantage([rollout.reward for rollout in group]) for group in groups]
+        """One DP leader's whole groups with their advantages, and no valid token where a response is not to
+        train; every leader calls it, as some formulas look at the whole batch."""
+        rewards = [[rollout.reward + self._punished(rollout) for rollout in group] for group in groups]
+        of_groups = [self.advantage(own) for own in rewards]
         advantage_N = torch.cat([torch.empty(0), *of_groups]).to(device)
-        values = iter(self.advantage.over_batch(advantage_N, sum_over_batch).tolist())
-        return [[replace(rollout, advantage=next(values)) for rollout in group] for group in groups]
+        rollouts = [rollout for group in groups for rollout in group]
+        reward_N = torch.tensor([r for own in rewards for r in own], dtype=torch.float64, device=device)
+        advantage_N = self.advantage.over_batch(advantage_N, reward_N, sum_over_batch)
+        tokens = self.advantage.per_token(advantage_N, rollouts)
+        values = iter(advantage_N.tolist() if tokens is None else [one.cpu().numpy() for one in tokens])
+        return [[self._trained(rollout, next(values)) for rollout in group] for group in groups]
+
+    def reward_metrics(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, tuple[float, float]]:
+        """(sum, count) of what is added to the rewards; none where nothing is."""
+        if self.overlong is None:
+            return {}
+        punished = [self._punished(rollout) for group in groups for rollout in group]
+        return {"reward/overlong": (sum(punished), len(punished))}
+
+    def _punished(self, rollout: Rollout) -> float:
+        return 0.0 if self.overlong is None else self.overlong(len(rollout.tokens))
+
+    def _trained(self, rollout: Rollout, advantage: float | np.ndarray) -> Rollout:
+        masked = self.mask_truncated and rollout.finish == "length"
+        valid = np.zeros_like(rollout.valid) if masked else rollout.valid
+        return replace(rollout, advantage=advantage, valid=valid)
 
 
 def _build(chosen: Method, registry: Registry[M], where: str) -> M:
     return _tried(build(chosen.name, chosen.settings, registry, where), chosen, where)
+
+
+def _overlong(config: Config) -> SoftOverlong | None:
+    chosen = config.algorithm.overlong
+    if chosen is None:
+        return None
+    try:
+        return SoftOverlong(limit=config.rollout.max_new_tokens, **chosen.model_dump())
+    except ValueError as error:
+        raise ValueError(f"algorithm.overlong.{error}") from error
+
+
+def _filters(chosen: Sequence[Method]) -> list[Filter]:
+    where = "algorithm.filters"
+    made = make_filters([(one.name, one.settings) for one in chosen], where)
+    for index, (one, (_, method)) in enumerate(zip(chosen, made, strict=True)):
+        _tried(method, one, f"{where}[{index}]")
+    return made
 
 
 def _tried(method: M, chosen: Method, where: str) -> M:
@@ -164,8 +220,11 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         "correction": lambda: _tried(
             make_correction(chosen.name, chosen.settings, config.run.seed), chosen, "algorithm.correction"
         ),
+        "filters": lambda: _filters(algorithm.filters),
         "objective": lambda: _build(algorithm.objective, OBJECTIVES, "algorithm.objective"),
         "advantage": lambda: _build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
+        "overlong": lambda: _overlong(config),
+        "aggregation": lambda: _build(algorithm.aggregation, AGGREGATIONS, "algorithm.aggregation"),
     }
     together: list[Callable[[], object]] = []
     if actor is not None:
@@ -185,6 +244,8 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         together.append(lambda: _check_exact(made["correction"], config))
     if {"correction", "objective"} <= made.keys():
         together.append(lambda: _check_corrected_once(made["correction"], made["objective"], config))
+    if {"correction", "aggregation"} <= made.keys():
+        together.append(lambda: _check_counted(made["correction"], made["aggregation"], config))
     if actor is not None and "actor_objective" in made:
         together.append(lambda: _check_actor_objective(made["actor_objective"], actor))
     for check in together:
@@ -226,6 +287,15 @@ def _check_corrected_once(correction: CorrectionMethod, objective: Objective, co
             f"algorithm.objective.name = '{algorithm.objective.name}' carries its own ratio to the server, "
             f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction "
             "none" + (", or objective anchor old." if hasattr(objective, "anchor") else ".")
+        )
+
+
+def _check_counted(correction: CorrectionMethod, aggregation: Aggregation, config: Config) -> None:
+    if aggregation.counts_all and correction.denominator != "all":
+        raise ValueError(
+            f"algorithm.aggregation.name = '{config.algorithm.aggregation.name}' knows no removed tokens, "
+            f"algorithm.correction.denominator = '{correction.denominator}' leaves them out of N. Set "
+            "algorithm.correction.denominator to 'all'."
         )
 
 

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.advantages import Advantage
+from megatron_jackpot.algorithm.aggregation import Aggregation
 from megatron_jackpot.algorithm.candidates import make_scores, union_of_candidates
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.distill import Distillation, distill_inputs
+from megatron_jackpot.algorithm.importance import MaskedIS
 from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
 from megatron_jackpot.algorithm.registry import check_choice, shown
 from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
-from megatron_jackpot.parallel.reduce import make_sum_over
+from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
-from megatron_jackpot.records import Correction, Direction, Metrics, Prompt, Rollout, Scores
+from megatron_jackpot.records import Aggregated, Correction, Direction, Metrics, Prompt, Rollout, Scores
 
 V, T, K = 40, 64, 4
 REWARDS = ([1.0, 0.0, 0.5, -1.0, 1.0], [1.0, 1.0, 1.0], [0.3])
@@ -32,6 +34,7 @@ REWARDS = ([1.0, 0.0, 0.5, -1.0, 1.0], [1.0, 1.0, 1.0], [0.3])
 WIDE = (torch.float32, torch.float64)
 
 sum_over_batch = make_sum_over(None)
+number_alike = make_number_alike(None)
 
 
 class Broken(Exception):
@@ -41,7 +44,7 @@ class Broken(Exception):
 def try_out(method: object, name: str, where: str) -> None:
     """Raises ValueError naming `where`, the method, and the rule that its trial found broken or its error."""
     try:
-        TRIALS[where](method)
+        TRIALS[where.partition("[")[0]](method)
     except Broken as error:
         raise ValueError(f"{where}.name = '{name}': {error}") from error
     except Exception as error:
@@ -59,19 +62,35 @@ def try_correction(method: CorrectionMethod) -> None:
     shape, mask_MT = scores.batch.mask_MT.shape, scores.batch.mask_MT
     _check("keep_MT", found.keep_MT, shape, (torch.bool,))
     _check("weight_MT", found.weight_MT, shape, (torch.float32,))
-    _check("count", found.count, (), (torch.float64,))
-    if found.weight_MT.requires_grad or found.count.requires_grad:
+    _check("counted_MT", found.counted_MT, shape, (torch.float64,))
+    _check_finite("accept_MT", found.accept_MT)
+    if found.weight_MT.requires_grad or found.counted_MT.requires_grad:
         raise Broken("its weight_MT carries gradient, must be a constant. Put @torch.no_grad() on __call__.")
     if (found.keep_MT & ~mask_MT).any():
         raise Broken("keeps tokens outside batch.mask_MT, which no model scored. And keep_MT with the mask.")
-    if found.count < 0:
-        raise Broken(f"count = {found.count.item():g}: must be >= 0, the number of tokens that N counts.")
-    _check_metrics({"acceptance": found.acceptance, "kl": found.kl, **found.metrics})
+    if (found.counted_MT < 0).any():
+        raise Broken("its counted_MT is negative somewhere, must be what a token counts in N. Count masks.")
+    _check_metrics({"kl": found.kl, **found.metrics})
     if not (torch.equal(found.keep_MT, again.keep_MT) and torch.equal(found.weight_MT, again.weight_MT)):
         raise Broken(
             "gives another result when it is called again: tensor-parallel ranks would disagree. Draw with "
             "megatron_jackpot.algorithm.obrs.counter_uniform."
         )
+
+
+def try_aggregation(method: Aggregation) -> None:
+    """keep, weight and count for a correction that removes some tokens."""
+    scores = random_scores()
+    correction = MaskedIS(cap=1.5)(scores, sum_over_batch)
+    found = method(scores.batch, correction, sum_over_batch, number_alike)
+    if not isinstance(found, Aggregated):
+        raise Broken(f"must return an Aggregated, got {type(found).__name__}. Write `shares` alone.")
+    shape = scores.batch.mask_MT.shape
+    _check("keep_MT", found.keep_MT, shape, (torch.bool,))
+    _check("weight_MT", found.weight_MT, shape, (torch.float32,))
+    _check("count", found.count, (), (torch.float64,))
+    if found.count < 0:
+        raise Broken(f"count = {found.count.item():g}: must be >= 0, this rank's part of N. Count masks.")
 
 
 def try_objective(method: Objective) -> None:
@@ -96,13 +115,27 @@ def try_objective(method: Objective) -> None:
 
 
 def try_advantage(method: Advantage) -> None:
-    """Advantages of groups that differ, that do not, and of one completion; then over the batch."""
+    """Advantages of groups that differ, that do not, and of one completion; then over the batch, and of each
+    token."""
     of_groups = []
     for rewards in REWARDS:
         of_groups.append(method(rewards))
         _check(f"advantages of rewards {rewards}", of_groups[-1], (len(rewards),), (torch.float32,))
     together_N = torch.cat(of_groups)
-    _check("over_batch", method.over_batch(together_N, sum_over_batch), together_N.shape, (torch.float32,))
+    reward_N = torch.tensor([reward for rewards in REWARDS for reward in rewards], dtype=torch.float64)
+    made_N = method.over_batch(together_N, reward_N, sum_over_batch)
+    _check("over_batch", made_N, together_N.shape, (torch.float32,))
+    random = np.random.default_rng(0)
+    rollouts = [_random_rollout(prompt, 0, random) for prompt in range(len(made_N))]
+    tokens = method.per_token(made_N, rollouts)
+    if tokens is None:
+        return
+    if len(tokens) != len(rollouts):
+        raise Broken(
+            f"per_token returns {len(tokens)} tensors, must be {len(rollouts)}. One for each rollout."
+        )
+    for rollout, own_R in zip(rollouts, tokens, strict=True):
+        _check("a result of per_token", own_R, (len(rollout.tokens),), (torch.float32,))
 
 
 def try_distillation(method: Distillation) -> None:
@@ -136,12 +169,14 @@ def try_distillation(method: Distillation) -> None:
 
 TRIALS: dict[str, Callable[[Any], None]] = {
     "algorithm.correction": try_correction,
+    "algorithm.filters": try_correction,
     "algorithm.objective": try_objective,
     "algorithm.advantage": try_advantage,
+    "algorithm.aggregation": try_aggregation,
     "actor.objective": try_objective,
     "actor.distill": try_distillation,
 }
-"""Place in the configuration -> the trial of what is chosen there."""
+"""Place in the configuration, without its index -> the trial of what is chosen there."""
 
 
 def random_scores(*, exact: bool = False) -> Scores:

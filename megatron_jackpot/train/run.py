@@ -9,7 +9,9 @@ from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.console import print_report
+from megatron_jackpot.monitor.metrics import Row
 from megatron_jackpot.monitor.outputs import Outputs
+from megatron_jackpot.monitor.peak_memory import trainer_mib
 from megatron_jackpot.monitor.profile import profiled
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rewards.failures import RewardsFailing
@@ -21,6 +23,7 @@ from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.assembly import Assembly, assemble
 from megatron_jackpot.train.checkpoint import Saver
 from megatron_jackpot.train.guard import RollBack
+from megatron_jackpot.train.samples import wrong_row
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import StepMetrics
 from megatron_jackpot.train.trainer import Trainer
@@ -142,9 +145,10 @@ def _begin(assembly: Assembly, outputs: Outputs | None, resumed: bool) -> None:
     trainer.refuse_stop()
     metrics = assembly.probe()
     if not resumed:
-        metrics |= assembly.evaluate()
+        evaluated = assembly.evaluate()
         if outputs is not None:
-            outputs.report(0, metrics)
+            outputs.report(0, metrics | evaluated.metrics)
+            outputs.keep(0, evaluated.samples)
 
 
 def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None:
@@ -152,10 +156,13 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
     with profiled(config.run.folder, config.logging, trainer.state.num_steps + 1, dist.get_rank()):
         result = trainer.step()
     metrics, step, last = dict(result.metrics), result.step, result.step == config.run.steps
+    metrics["memory/trainer_gib"] = trainer.mesh.largest(trainer_mib()) / 1024
+    samples: list[Row] = []
     if step % config.sync.probe_every == 0:
         metrics |= assembly.probe()
     if assembly.evaluate.prompts and (step % config.evaluation.every == 0 or last):
-        metrics |= assembly.evaluate()
+        evaluated = assembly.evaluate()
+        metrics, samples = metrics | evaluated.metrics, evaluated.samples
     after = StepMetrics(step, trainer.watchdog)
     with after.timer("save"):
         saver.poll()
@@ -167,6 +174,11 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
         assert result.account is not None, "the main rank is a DP leader"
         outputs.account(step, result.account)
         outputs.report(step, metrics | after.values | {"save/failed": float(saver.num_failed)})
+        every = config.logging.tokens_every
+        judge = assembly.evaluate.judge
+        if judge is not None and every is not None and (step - 1) % every == 0:
+            samples = [*samples, *(wrong_row(pair, judge.text) for pair in result.wrong)]
+        outputs.keep(step, samples)
     if config.run.save_hf_every and step % config.run.save_hf_every == 0 and not last:
         try:
             _export(trainer)

@@ -18,6 +18,7 @@ from megatron_jackpot.records import Batch, Metrics
 from megatron_jackpot.rollout.collect import group_metrics
 from megatron_jackpot.rollout.pipeline import Collected
 from megatron_jackpot.run.watchdog import Watchdog
+from megatron_jackpot.train.samples import Wrong, wrong_rollouts
 
 AGE = "staleness/age_"
 """Sums of tokens by age, which no run reports as they are."""
@@ -33,6 +34,8 @@ class StepResult:
     """On the main rank; empty elsewhere."""
     account: dict[str, Any] | None
     """What became of the step's prompts (rollout/pipeline.py: account), on DP leaders."""
+    wrong: list[Wrong]
+    """A few rollouts that missed their answer, on DP leaders."""
 
 
 @dataclass
@@ -47,6 +50,8 @@ class StepMetrics:
     rollout_sums: Metrics = field(default_factory=dict)
     """On DP leaders."""
     values: dict[str, float] = field(default_factory=dict)
+    wrong: list[Wrong] = field(default_factory=list)
+    """Of this leader's rollouts."""
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -69,8 +74,11 @@ class StepMetrics:
             before = self.sums.get(key, (0.0, 0.0))
             self.sums[key] = (before[0] + total, before[1] + count)
 
-    def note_rollouts(self, collected: Collected, dp: int) -> None:
-        """What a leader's rollouts were; `dp` leaders share the step."""
+    def note_rollouts(
+        self, collected: Collected, dp: int, rewards: Mapping[str, tuple[float, float]]
+    ) -> None:
+        """What a leader's rollouts were, and what was added to their rewards; `dp` leaders share the step."""
+        self.wrong = wrong_rollouts(collected.groups)
         rollouts = [r for group in collected.groups for r in group]
         tokens = float(sum(len(r.tokens) for r in rollouts))
         trained = float(sum(r.num_tokens for r in rollouts))
@@ -79,6 +87,7 @@ class StepMetrics:
             "rollout/tokens_per_s": (tokens, collected.seconds / dp),
             **group_metrics(collected.groups),
             **collected.sums,
+            **rewards,
         }
         for name, (total, count) in pairs.items():
             self.rollout_sums[name] = (torch.tensor(float(total)), torch.tensor(float(count)))

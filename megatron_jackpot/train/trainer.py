@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_jackpot.algorithm.diagnostics import diagnostics
+from megatron_jackpot.algorithm.diagnostics import diagnostics, mean_over
 from megatron_jackpot.config import Config
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models.build import DTYPES
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.monitor.token_log import TokenLog
-from megatron_jackpot.parallel.reduce import make_sum_over
-from megatron_jackpot.records import Batch, Correction, Rollout, Scores
+from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
+from megatron_jackpot.records import Aggregated, Batch, Correction, Rollout, Scores
 from megatron_jackpot.rollout.pipeline import Collected, Pipeline, Source, StopRun, account
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.sync.proof import SyncReport
@@ -60,6 +60,8 @@ class Agreed(NamedTuple):
     """N of the policy's loss."""
     num_valid: float
     """All valid tokens: N of the actor's."""
+    num_positive: float
+    """Valid tokens of correct rollouts."""
     acceptance: float
     """Mean expected acceptance; NaN where no token is valid."""
     kl: float
@@ -114,6 +116,7 @@ class Trainer:
             vpp=config.parallel.vpp,
         )
         self.sum_over_batch = make_sum_over(mesh.dp_group)
+        self.number_alike = make_number_alike(mesh.dp_group)
         self.num_pushes = 0
 
     def step(self) -> StepResult:
@@ -130,11 +133,13 @@ class Trainer:
             with measured.timer("sync"):
                 measured.values |= self.push()
         if collected is not None:
-            measured.note_rollouts(collected, self.mesh.dp)
+            rewards = self.methods.reward_metrics(collected.groups)
+            measured.note_rollouts(collected, self.mesh.dp, rewards)
         return StepResult(
             step=measured.step,
             metrics=measured.reduced(self.mesh),
             account=None if collected is None else account(self.mesh, collected),
+            wrong=measured.wrong,
         )
 
     def learn(self, batch: Batch, measured: StepMetrics) -> None:
@@ -151,7 +156,8 @@ class Trainer:
             with measured.timer("correct"):
                 correction = self.correct(mini.scores)
                 self.measure(mini.scores, correction, measured)
-                agreed = self.agree(mini.scores, correction)
+                aggregated = self.aggregate(mini.scores, correction)
+                agreed = self.agree(mini.scores, correction, aggregated)
                 self.watch(agreed, measured)
             if agreed.num_valid == 0:
                 measured.count("batch/skipped")
@@ -162,7 +168,7 @@ class Trainer:
                     self.update_actor(mini, agreed.num_valid, measured)
             if agreed.num_policy > 0 and not self.guard.paused:
                 with measured.timer("update_policy"):
-                    self.update_policy(mini, correction, agreed.num_policy, measured, first=not policy_moved)
+                    self.update_policy(mini, aggregated, agreed, measured, first=not policy_moved)
                 policy_moved = True
 
     def measurements(self) -> StepMetrics:
@@ -199,7 +205,7 @@ class Trainer:
 
     def correct(self, scores: Scores | None) -> Correction | None:
         """The correction of a mini-batch; None off the last stage."""
-        return None if scores is None else self.methods.correction(scores, self.sum_over_batch)
+        return None if scores is None else self.methods.correct(scores, self.sum_over_batch)
 
     def measure(self, scores: Scores | None, correction: Correction | None, measured: StepMetrics) -> None:
         """Metrics and the token log of a mini-batch, and the controllers' move for the next one."""
@@ -207,25 +213,38 @@ class Trainer:
             return
         self.tokens.note(measured.step, scores, correction)
         measured.add(correction.metrics)
-        measured.add(diagnostics(scores, correction))
+        measured.add(diagnostics(scores, correction, self.sum_over_batch))
         measured.add(self.methods.steer(scores, correction.kl, self.sum_over_batch))
         measured.add(staleness(scores.batch, self.state.num_steps, self.config.rollout.max_staleness))
 
-    def agree(self, scores: Scores | None, correction: Correction | None) -> Agreed:
+    def aggregate(self, scores: Scores | None, correction: Correction | None) -> Aggregated | None:
+        """The loss's weights and part of N of a mini-batch; None off the last stage."""
+        if scores is None or correction is None:
+            return None
+        numbered = (self.sum_over_batch, self.number_alike)
+        return self.methods.aggregation(scores.batch, correction, *numbered)
+
+    def agree(
+        self, scores: Scores | None, correction: Correction | None, aggregated: Aggregated | None
+    ) -> Agreed:
         """The denominators and the guard's numbers, the same on every rank.
 
         Whether a mini-batch is trained on follows from the denominators, so every stage must know them before
         the next schedule starts. Reductions: 1 over dp; broadcasts: 1 over pp.
         """
-        counts = torch.zeros(6, dtype=torch.float64, device=self.mesh.device)
-        if scores is not None and correction is not None:
-            mine = (correction.count, scores.batch.mask_MT.sum(), *correction.acceptance, *correction.kl)
+        counts = torch.zeros(7, dtype=torch.float64, device=self.mesh.device)
+        if scores is not None and correction is not None and aggregated is not None:
+            mask_MT = scores.batch.mask_MT
+            accepted = mean_over(correction.accept_MT, mask_MT)
+            right = (mask_MT & scores.batch.correct_MT).sum()
+            mine = (aggregated.count, mask_MT.sum(), right, *accepted, *correction.kl)
             counts = self.sum_over_batch(torch.stack([number.double() for number in mine]))
-        num_policy, num_valid, *pairs = self.mesh.from_last_stage(counts).tolist()
+        num_policy, num_valid, num_positive, *pairs = self.mesh.from_last_stage(counts).tolist()
         accepted, of, kl, kl_count = pairs
         return Agreed(
             num_policy=num_policy,
             num_valid=num_valid,
+            num_positive=num_positive,
             acceptance=accepted / of if of else math.nan,
             kl=kl / kl_count if kl_count else math.nan,
         )
@@ -263,18 +282,21 @@ class Trainer:
     def update_policy(
         self,
         mini: MiniBatch,
-        correction: Correction | None,
-        denominator: float,
+        aggregated: Aggregated | None,
+        agreed: Agreed,
         measured: StepMetrics,
         *,
         first: bool,
     ) -> None:
         """`first`: the policy has not moved since it was scored."""
         loss: Loss | None = None
-        if mini.scores is not None and correction is not None:
+        if mini.scores is not None and aggregated is not None:
             objective = self.methods.objective.prepare(mini.scores, self.sum_over_batch)
             vocab = self.scorer.vocab(self.policy)
-            loss = policy_loss(mini.scores, correction, denominator, objective, vocab)
+            nll_weight = self.config.algorithm.positive_nll / max(agreed.num_positive, 1.0)
+            loss = policy_loss(
+                mini.scores, aggregated, agreed.num_policy, objective, vocab, nll_weight=nll_weight
+            )
         report = self.policy.update(mini.batch, loss, partial(self.guard.may_step, "policy"))
         gap = report.sums.pop(TRAINED_GAP, None)
         measured.note_update("policy", report, self.mesh)

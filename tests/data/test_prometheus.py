@@ -21,6 +21,14 @@ def scrape(endpoint: PrometheusEndpoint, path: str = "/metrics") -> str:
         return answer.read().decode()
 
 
+def test_the_endpoint_listens_on_ipv6_too() -> None:
+    if not (Path("/proc/net/if_inet6").exists() and Path("/proc/net/if_inet6").read_text()):
+        pytest.skip("no IPv6 here")
+    with PrometheusEndpoint("::1", 0) as endpoint:
+        with urllib.request.urlopen(f"http://[::1]:{endpoint.port}/metrics", timeout=5) as answer:
+            assert answer.status == 200
+
+
 def test_a_scrape_gives_the_last_values_in_prometheus_own_format() -> None:
     with PrometheusEndpoint("127.0.0.1", 0) as endpoint:
         endpoint.write(3, {"reward/mean": 0.25, "eval/policy_accuracy": 0.5})

@@ -265,6 +265,21 @@ def test_what_a_template_refuses_and_half_a_surrogate_pair_name_file_and_line(tm
         jsonl_problems(one_row(tmp_path, prompt="1\ud800"))
 
 
+@pytest.mark.parametrize("template", ["[]", "{{ messages[0].role }}", "{{ messages | length }}"])
+def test_a_template_that_leaves_the_problem_out_is_refused(template, tmp_path, tokenizer_folder):
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"{i}+1", "answer": "2"} for i in range(3)])
+    for read in with_template(tokenizer_folder, tmp_path / "empty", template):
+        with pytest.raises(ValueError, match="3 different problems give one and the same prompt"):
+            training_prompts(jsonl(path, template=None), read)
+
+
+@pytest.mark.parametrize("draws", ["{{ ['a', 'b'] | random }}{{ messages[0].content }}", "{{ lipsum(n=1) }}"])
+def test_a_template_that_draws_lots_is_refused(draws, tmp_path, tokenizer_folder):
+    for read in with_template(tokenizer_folder, tmp_path / "draws", draws):
+        with pytest.raises(ValueError, match="random|lipsum"):
+            training_prompts(jsonl(one_row(tmp_path), template=None), read)
+
+
 def test_template_args_reach_the_chat_template(tmp_path, tokenizer_folder):
     thinking = (
         "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}!{% endif %}"

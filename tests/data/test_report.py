@@ -1,15 +1,11 @@
-"""The record of tokens and the page made of it."""
-
-import html
-import re
+"""The record of tokens, and what the page gets of it."""
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_jackpot.config import Logging
-from megatron_jackpot.monitor.metrics import MetricsWriter
-from megatron_jackpot.monitor.report import chosen, most_rejected, write_report
+from megatron_jackpot.monitor.report.tokens import chosen, most_rejected, token_view
 from megatron_jackpot.monitor.token_log import TokenLog, load, record_of, records, save
 from megatron_jackpot.records import Batch, Correction, Scores
 
@@ -83,7 +79,11 @@ def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Scores, Corre
     )
     one = torch.ones([], dtype=torch.float64)
     correction = Correction(
-        keep_MT=shaped["keep"], weight_MT=shaped["weight"], count=one, acceptance=(one, one), kl=(one, one)
+        keep_MT=shaped["keep"],
+        weight_MT=shaped["weight"],
+        counted_MT=shaped["keep"].double(),
+        accept_MT=shaped["keep"],
+        kl=(one, one),
     )
     return scores, correction
 
@@ -153,46 +153,36 @@ def test_a_broken_record_is_named(tmp_path, damage: str) -> None:
         load(path)
 
 
-def run_folder(tmp_path):
-    with MetricsWriter(tmp_path, False, None) as out:
-        out.write(0, {"eval/policy_accuracy": 0.3})
-        out.write(1, {"reward/mean": 0.25, "time/step": 2.0})
-    (tmp_path / "config.yaml").write_text(
-        "policy: {hf: /gone}\nactor: {hf: '<b>'}\nalgorithm: {target: old}\n"
-    )
-    save(tmp_path / "tokens" / "step-000001.npz", record_of(1, *packed()[:2], 3))
-    return tmp_path
-
-
-def test_the_page_shows_every_token_once_in_its_class(tmp_path) -> None:
+def test_the_page_gets_every_token_once_with_its_kind_and_numbers() -> None:
     record = record_of(1, *packed()[:2], 3)
-    page = write_report(run_folder(tmp_path)).read_text()
-    rolled = page[page.index("<details") :]
-    found = {kind: len(re.findall(f'<span class="{kind}"', rolled)) for kind in "pkru"}
-    rejected = record.trained_N & ~record.keep_N
-    assert found == {
-        "p": int((~record.response_N).sum()),
-        "k": int(record.keep_N.sum()),
-        "r": int(rejected.sum()),
-        "u": int((record.response_N & ~record.trained_N).sum()),
-    }
-    assert min(found.values()) > 0
-    texts = re.findall(r'<span class="[pkru]"[^>]*>([^<]*)</span>', rolled)
-    assert texts == [f"[{token}]" for token in record.token_N]
-    assert f"{record.keep_N.sum() / record.trained_N.sum():.3f} accepted" in page
-    place = int(np.flatnonzero(rejected)[0])
-    ratio = np.exp(record.target_logp_N[place] - record.server_logp_N[place])
-    assert f"ratio {ratio:.3g}, weight" in rolled
-    assert "&lt;b&gt;" in page and "<b>" not in page
-    assert "0.250" in page and "data:image/png;base64," in page
+    view = token_view([record], lambda token: f"[{token}]")
+    (shown,) = view["records"]
+    assert [view["texts"][place] for place in shown["token"]] == [f"[{token}]" for token in record.token_N]
+    expected = np.where(record.keep_N, "k", "r")
+    expected = np.where(record.trained_N, expected, "u")
+    expected = np.where(record.response_N, expected, "p")
+    assert shown["kind"] == "".join(expected) and set(shown["kind"]) == set("pkru")
+    for name, values in (("policy", record.target_logp_N), ("server", record.server_logp_N)):
+        assert shown["logp"][name] == pytest.approx(values.tolist(), rel=1e-3)
+    assert shown["weight"] == pytest.approx(record.weight_N.tolist(), rel=1e-2)
+    assert [one["right"] for one in shown["rollouts"]] == record.correct_S.tolist()
+    assert [one["length"] for one in shown["rollouts"]] == list(LENGTHS)
+    assert view["recorded"] == record.trained_N.sum() and view["omitted"] == 0
 
 
-def test_tokens_cannot_break_out_of_the_page(tmp_path, monkeypatch) -> None:
-    evil = "</div><script>alert('\"')</script>\n"
-    monkeypatch.setattr("megatron_jackpot.monitor.report.decoder_of", lambda config: lambda token: evil)
-    page = write_report(run_folder(tmp_path)).read_text()
-    assert "<script" not in page
-    assert html.escape(evil.strip()) in page
+def test_a_page_holds_whole_rollouts_up_to_its_limit_and_counts_the_others(monkeypatch) -> None:
+    record = record_of(1, *packed()[:2], 3)
+    monkeypatch.setattr("megatron_jackpot.monitor.report.tokens.MOST_TOKENS", 2 * (LENGTHS[0] + LENGTHS[1]))
+    view = token_view([record, record], str)
+    assert view["omitted"] == 2 and all(len(one["kind"]) == sum(LENGTHS[:2]) for one in view["records"])
+    assert view["recorded"] == 2 * record.trained_N.sum()
+
+
+def test_a_number_that_is_not_finite_is_missing_on_the_page() -> None:
+    record = record_of(1, *packed()[:2], 3)
+    record.server_logp_N[:] = (np.nan, np.inf, -np.inf) * (len(record.token_N) // 3)
+    (shown,) = token_view([record], str)["records"]
+    assert shown["logp"]["server"] == [None] * len(record.token_N)
 
 
 def test_the_most_rejected_tokens_are_counted_by_hand() -> None:
@@ -217,14 +207,3 @@ def test_long_runs_show_the_first_the_last_and_some_between() -> None:
     assert chosen(list(range(5)), 12) == [0, 1, 2, 3, 4]
     some = chosen(list(range(100)), 12)
     assert len(some) == 12 and some[0] == 0 and some[-1] == 99 and some == sorted(set(some))
-
-
-def test_a_run_of_another_format_is_refused_with_the_commit_that_reads_it(tmp_path) -> None:
-    (tmp_path / "provenance.json").write_text('{"commit": "1234567"}')
-    with pytest.raises(ValueError, match="provenance.json has run folder format 0.*Commit 8170530 reads it"):
-        write_report(tmp_path)
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=r"metrics.jsonl"):
-        write_report(tmp_path)

@@ -27,6 +27,13 @@ def test_a_broken_tokenizer_file_is_named_in_the_error(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_chat_template_that_is_no_text_is_named_in_the_error(tmp_path, make_tokenizer):
+    folder = make_tokenizer(tmp_path / "t")
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="chat_template.jinja is not UTF-8"):
+        Vocabulary.read(folder)
+
+
 def test_a_loaded_tokenizer_gives_the_ids_of_its_vocabulary(tokenizer_folder):
     # Four special tokens, then the characters from the blank (code 32) on.
     assert load_tokenizer(tokenizer_folder).encode("1+2") == [ord(c) - 32 + 4 for c in "1+2"]

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
+from megatron_jackpot.algorithm.aggregation import AGGREGATIONS
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
+from megatron_jackpot.algorithm.filters import FILTERS
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.config import Parallel, load_config
 from megatron_jackpot.models.mesh import init_mesh
@@ -77,13 +79,15 @@ def test_every_method_has_a_file_and_every_file_trains(folder: Path, server: str
     assert written <= set(documented), written - set(documented)
     check_one_model(rows["on_policy"])
     configs = [load_config(path) for path in FILES]
+    assert {one.name for config in configs for one in config.algorithm.filters} == set(FILTERS)
     named = {
         kind: {getattr(config.algorithm, kind).name for config in configs}
-        for kind in ("correction", "objective", "advantage")
+        for kind in ("correction", "objective", "advantage", "aggregation")
     }
     assert named["correction"] == set(CORRECTIONS)
     assert named["objective"] == set(OBJECTIVES)
     assert named["advantage"] == set(ADVANTAGES)
+    assert named["aggregation"] == set(AGGREGATIONS)
     assert {config.actor.distill.name for config in configs if config.actor is not None} == set(DISTILL)
 
 

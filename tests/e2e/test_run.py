@@ -20,6 +20,7 @@ from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.train.assembly import assemble
 from megatron_jackpot.train.run import run
+from tests.data.runs import tree_of
 from tests.parallel.spawn import run_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
@@ -99,8 +100,15 @@ def check_report(out: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0 and Path(done.stdout.strip()) == out / "report.html", done.stderr
-    shown = (out / "report.html").read_text().partition("<details")[2]
-    assert shown.count('<span class="p"') == (~record.response_N).sum()
+    tree = tree_of((out / "report.html").read_text())
+    (shown,) = tree["tokens"]["records"]
+    assert shown["kind"].count("p") == (~record.response_N).sum()
+    assert tree["runs"][0]["verdict"]["text"].startswith("Finished: 2 of 2 steps")
+    answered = [row for row in tree["samples"] if row["kind"] == "evaluation" and row["step"] == 2]
+    assert {row["model"] for row in answered} == {"policy", "actor"}
+    assert all(row["prompt"] and row["answer"] for row in tree["samples"])
+    missed = [row for row in tree["samples"] if row["kind"] == "rollout"]
+    assert {row["step"] for row in missed} <= {1} and len(missed) <= 4
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def trainer_of(folder: Path, layout: Layout, **precision):
 def learn(trainer, steps: int = 1) -> dict[str, float]:
     for _ in range(steps):
         measured = trainer.measurements()
-        measured.note_rollouts(collected(groups(range(NUM_PROMPTS))), trainer.mesh.dp)
+        measured.note_rollouts(collected(groups(range(NUM_PROMPTS))), trainer.mesh.dp, {})
         trainer.learn(trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K), measured)
     return measured.reduced(trainer.mesh)
 

@@ -42,7 +42,7 @@ def test_the_end_of_a_slurm_job_counts_too(tmp_path, monkeypatch):
     assert StopRequest(Run(folder=tmp_path, stop_margin_s=10)).reason() is None
 
 
-@pytest.mark.parametrize("end", ["Unknown", "", "INVALID", "nan", "inf"])
+@pytest.mark.parametrize("end", ["Unknown", "", "INVALID", "nan", "inf", "0"])
 def test_a_slurm_job_without_an_end_sets_no_limit(tmp_path, monkeypatch, end):
     monkeypatch.setenv("SLURM_JOB_END_TIME", end)
     assert StopRequest(Run(folder=tmp_path)).deadline is None
@@ -92,6 +92,7 @@ from pathlib import Path
 from megatron_jackpot.config import parse_config
 from contextlib import nullcontext
 from megatron_jackpot.launch.local import own_folder, run_job
+from megatron_jackpot.run.interrupt import forget_stop
 folder, first = Path(sys.argv[1]), sys.argv[2] == "first"
 tree = {
     "run": {"folder": folder}, "servers": {"urls": ["http://127.0.0.1:1"]}, "policy": {"hf": folder},
@@ -101,6 +102,8 @@ tree = {
 train = "import pathlib, sys; print('asked to stop:', (pathlib.Path(sys.argv[1]) / 'stop').exists())"
 command = [sys.executable, "-c", train, str(folder)]
 with own_folder(folder) if first else nullcontext():
+    if first:
+        forget_stop(folder)
     run_job(parse_config(tree), 1, trainer_command=lambda *_: command, first=first)
 """
 
@@ -110,6 +113,49 @@ def test_only_the_first_node_of_a_job_clears_what_was_asked(tmp_path: Path, node
     write_stop(tmp_path, "the time limit is near")
     subprocess.run([sys.executable, "-c", NODE, str(tmp_path), node], check=True, timeout=60)
     assert f"asked to stop: {asked}" in (tmp_path / "train.log").read_text()
+
+
+ORPHAN = """
+import os, signal, subprocess, sys
+from pathlib import Path
+if len(sys.argv) == 2:  # torchrun, killed once its rank listens
+    rank = subprocess.Popen([sys.executable, __file__, sys.argv[1], "rank"], stdout=subprocess.PIPE)
+    rank.stdout.readline()
+    os.kill(os.getpid(), signal.SIGKILL)
+import time
+from megatron_jackpot.config.run import Run
+from megatron_jackpot.run.interrupt import StopRequest, die_with_parent
+die_with_parent(signal.SIGTERM)
+folder = Path(sys.argv[1])
+stop = StopRequest(Run(folder=folder)); stop.listen()
+print("ready", flush=True)
+while (reason := stop.reason()) is None: time.sleep(0.01)
+stop.done()
+(folder / "reason").write_text(reason)
+"""
+
+
+def test_the_end_of_torchrun_makes_a_rank_save_and_is_no_request_to_the_run(tmp_path: Path):
+    script, folder = tmp_path / "orphan.py", tmp_path / "run"
+    script.write_text(ORPHAN)
+    folder.mkdir()
+    parent = subprocess.run([sys.executable, str(script), str(folder)], timeout=60)
+    assert parent.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while not (folder / "reason").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)
+    assert (folder / "reason").read_text() == "torchrun has ended"
+    assert [path.name for path in folder.iterdir()] == ["reason"]
+
+
+def test_a_request_that_this_user_may_not_read_counts(tmp_path: Path, monkeypatch):
+    def closed(*_args: object, **_more: object) -> str:
+        raise PermissionError
+
+    write_stop(tmp_path, "of root's")
+    monkeypatch.setattr(Path, "read_text", closed)
+    assert StopRequest(Run(folder=tmp_path)).reason() == "stop file"
 
 
 FAILS = """

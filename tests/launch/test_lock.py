@@ -98,7 +98,7 @@ def test_without_the_kernels_lock_the_process_and_its_start_decide(tmp_path, mon
             refuse_if_held(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "not JSON"])
+@pytest.mark.parametrize("text", ["", "{", "not JSON", "5", "[1]"])
 def test_a_lock_that_says_nothing_is_taken(tmp_path, text):
     (tmp_path / LOCK_FILE).write_text(text)
     with only_launch(tmp_path):

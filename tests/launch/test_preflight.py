@@ -1,7 +1,10 @@
 """All mistakes of a configuration at once, before anything starts."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +15,12 @@ import yaml
 from megatron_jackpot import cli
 from megatron_jackpot.config import load_config
 from megatron_jackpot.config.model_folder import stop_token_ids
+from megatron_jackpot.home import home
+from megatron_jackpot.launch import local
 from megatron_jackpot.launch import preflight as module
 from megatron_jackpot.launch.cached import cached, content
 from megatron_jackpot.launch.preflight import Subject, preflight
+from megatron_jackpot.run.interrupt import EXIT_REQUEUE, write_stop
 from tests.tiny import hf_config, write_tokenizer
 from tools.refused import PAGE, page
 
@@ -163,6 +169,56 @@ def test_a_tokenizer_and_a_file_of_settings_that_cannot_be_read_are_told(run_fil
     assert "tokenizer.json cannot be read" in found
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data.source=jsonls"], "data.source = 'jsonls'"),
+        (["data.path=~no-such-user/rows.jsonl"], "'~no-such-user/rows.jsonl'"),
+        (["data.path=[1]"], "data.path = \\[1\\]"),
+        (["servers.port=65535", "servers.num=2"], "servers.port = 65535 leaves no room for servers.num = 2"),
+        (
+            ["servers.port=39999", "servers.host=no-such-host.invalid"],
+            "servers.host = 'no-such-host.invalid'",
+        ),
+        (["servers.port=39999", "servers.host=203.0.113.9"], "servers.host = '203.0.113.9' is no address"),
+        (["logging.prometheus_port=39999", "logging.prometheus_host=203.0.113.9"], "logging.prometheus_port"),
+        (["run.folder=/dev/null/x"], "run.folder = /dev/null/x: /dev/null is a file"),
+        (["run.folder=" + 300 * "x"], "File name too long. Set another one."),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_and_not_by_a_traceback(
+    run_file: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], told: str
+) -> None:
+    assert cli.main(["launch", str(run_file), *overrides]) == 2
+    said = capsys.readouterr().err
+    assert re.search(told, said) and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_the_checks_ends_the_launch_as_one_to_be_queued_again(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, signum: int
+) -> None:
+    monkeypatch.setattr(cli, "_preflight", lambda *_: os.kill(os.getpid(), signum))
+    before = signal.getsignal(signum)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["launch", str(run_file)])
+    assert ended.value.code == EXIT_REQUEUE and signal.getsignal(signum) == before
+
+
+def test_a_stop_asked_during_the_checks_counts_and_one_from_before_does_not(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_file.parent / "run"
+    folder.mkdir()
+    found: list[bool] = []
+    monkeypatch.setattr(local, "launch", lambda *_, **__: found.append((folder / "stop").exists()) or 0)
+    write_stop(folder, "asked of the run before")
+    assert cli.main(["launch", str(run_file)]) == 0
+    monkeypatch.setattr(cli, "_preflight", lambda *_: write_stop(folder, "asked of this one") or [])
+    assert cli.main(["launch", str(run_file)]) == 0
+    assert found == [False, True]
+
+
 def test_rows_are_read_again_only_when_something_changed(run_file: Path, monkeypatch) -> None:
     seen = []
     read = module.training_prompts
@@ -202,6 +258,18 @@ def test_a_cache_that_cannot_be_written_or_read_keeps_nothing(tmp_path: Path, mo
     monkeypatch.setenv("JACKPOT_HOME", str(tmp_path / "file" / "below"))
     assert [cached("x", "k", iter([n]).__next__) for n in (1, 2)] == [1, 2]
     assert content(1, files=[tmp_path / "none"]) != content(1, files=[tmp_path / "file"])
+
+
+def test_who_has_no_home_folder_keeps_it_in_a_temporary_one(tmp_path: Path, monkeypatch) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(f"uid not found: {uid}")
+
+    for name in ("JACKPOT_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cached("x", "k", lambda: 1) == cached("x", "k", lambda: 2) == 1
+    assert home().parent == tmp_path
 
 
 def test_rows_are_checked_at_5000_a_second_of_processor_time(run_file: Path) -> None:

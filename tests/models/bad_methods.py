@@ -105,13 +105,13 @@ class Infinite(Changed):
 @frozen
 class Owing(Changed):
     def changed(self, found):
-        return replace(found, count=-found.count)
+        return replace(found, counted_MT=-found.counted_MT)
 
 
 @frozen
 class Single(Changed):
     def changed(self, found):
-        return replace(found, metrics={"mine": found.count})
+        return replace(found, metrics={"mine": found.counted_MT.sum()})
 
 
 @frozen
@@ -182,8 +182,23 @@ class Lonely(Advantage):
 
 @frozen
 class Reduced(GRPO):
-    def over_batch(self, advantage_N, sum_over_batch):
+    def over_batch(self, advantage_N, reward_N, sum_over_batch):
         return sum_over_batch(advantage_N.sum())
+
+
+@frozen
+class Shortened(GRPO):
+    def per_token(self, advantage_N, rollouts):
+        return [
+            one * torch.ones(len(rollout.tokens) - 1)
+            for one, rollout in zip(advantage_N, rollouts, strict=True)
+        ]
+
+
+@frozen
+class Sparse(GRPO):
+    def per_token(self, advantage_N, rollouts):
+        return []
 
 
 @frozen

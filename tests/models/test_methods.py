@@ -1,5 +1,8 @@
 """What a choice of methods may not combine, and the advantages that it gives to groups."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +35,14 @@ def config(**changes: dict) -> Config:
         ({"algorithm_objective": {"name": "topr"}}, "Use correction none, or objective anchor old"),
         ({"actor_objective": {"name": "m2po"}}, "actor.objective.name = 'm2po' carries its own ratio"),
         ({"algorithm_correction": {"name": "jackpt"}}, "Did you mean 'jackpot'"),
+        (
+            {"algorithm_aggregation": {"name": "constant", "length": 64}},
+            "'constant' knows no removed tokens.*denominator = 'accepted'.*Set .*denominator to 'all'",
+        ),
+        (
+            {"algorithm_overlong": {"buffer": 65}},
+            r"algorithm.overlong.buffer = 65: must lie in \[1, 64\], rollout.max_new_tokens",
+        ),
         ({"actor_distill": {"name": "k3"}}, "actor.distill.name = 'k3' is unknown"),
         (
             {
@@ -61,6 +72,40 @@ def test_methods_that_go_together_are_built() -> None:
     made = Methods.from_config(exact)
     assert made.exact_lam == 2.0 and made.acceptance is not None
     assert Methods.from_config(config(actor_distill_target_kl=0.1)).actor.adaptive is not None
+
+
+def test_a_long_response_is_punished_and_a_cut_one_trains_nothing_but_counts_in_its_group() -> None:
+    length = dict(buffer=16, penalty=0.5)
+    changes = dict(algorithm_overlong=length, algorithm_mask_truncated=True)
+    made = Methods.from_config(config(algorithm_advantage={"name": "dr_grpo"}, **changes))
+    (group,) = groups(range(1), samples=3)
+    tokens = [np.ones(n, np.int32) for n in (48, 52, 64)]
+    group = [
+        replace(r, tokens=own, valid=np.ones(len(own), bool), reward=1.0, finish=finish)
+        for r, own, finish in zip(group, tokens, ("stop", "stop", "length"), strict=True)
+    ]
+    # 64 - 16 tokens cost nothing, 4 more a quarter of 0.5, all 16 the whole.
+    shaped = [1.0, 1.0 - 0.125, 0.5]
+    mean = sum(shaped) / 3
+    (after,) = made.with_advantages([group], lambda sums: sums, torch.device("cpu"))
+    assert [r.advantage for r in after] == pytest.approx([x - mean for x in shaped], rel=1e-6)
+    assert [bool(r.valid.all()) for r in after] == [True, True, False] and not after[2].valid.any()
+    assert [r.reward for r in after] == [1.0] * 3
+    total, count = made.reward_metrics([group])["reward/overlong"]
+    assert (total, count) == (pytest.approx(-0.625), 3)
+    plain = Methods.from_config(config())
+    assert plain.reward_metrics([group]) == {}
+    (after,) = plain.with_advantages([group], lambda sums: sums, torch.device("cpu"))
+    assert all(r.valid.all() and r.advantage == 0 for r in after)
+
+
+def test_filters_are_a_list_and_may_be_ones_own() -> None:
+    own = "megatron_jackpot.algorithm.importance:TokenIS"  # As another package's class would be named.
+    made = Methods.from_config(config(algorithm_filters=[{"name": "k_filter", "high": 0.5}, {"name": own}]))
+    assert [name for name, _ in made.filters] == ["k_filter", "TokenIS"] and made.filters[0][1].high == 0.5
+    assert Methods.from_config(config()).filters == []
+    with pytest.raises(ValueError, match=r"algorithm.filters\[0\].name = 'jackpot' is unknown"):
+        Methods.from_config(config(algorithm_filters=[{"name": "jackpot"}]))
 
 
 def test_advantages_are_those_of_each_whole_group_in_its_order() -> None:

@@ -7,15 +7,18 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
+from megatron_jackpot.algorithm.aggregation import AGGREGATIONS
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.registry import Registry
 from megatron_jackpot.config import load_config
+from megatron_jackpot.data.packing import pack_row
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.own_methods import random_scores, try_out
@@ -23,10 +26,11 @@ from tests.models import bad_methods
 from tests.models.test_methods import config
 from tests.parallel.layouts import Layout, run_layout
 from tests.parallel.spawn import run_ranks
-from tests.tiny import write_models
+from tests.tiny import groups, write_models
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_methods"
 REGISTRIES: dict[str, Registry] = {
+    "algorithm.aggregation": AGGREGATIONS,
     "algorithm.correction": CORRECTIONS,
     "algorithm.objective": OBJECTIVES,
     "algorithm.advantage": ADVANTAGES,
@@ -102,11 +106,17 @@ def test_the_example_has_one_for_every_seam_and_their_settings_arrive(
     scores = random_scores()
     found = made.correction(scores, lambda sums: sums)
     p_MT, mask_MT = scores.policy_logp_MT.detach().exp(), scores.batch.mask_MT
-    assert torch.equal(found.keep_MT, mask_MT & (p_MT >= 0.02)) and found.count == mask_MT.sum()
+    assert torch.equal(found.keep_MT, mask_MT & (p_MT >= 0.02)) and found.counted_MT.sum() == mask_MT.sum()
     weight_MT = (p_MT / scores.batch.server_logp_MT.exp()).clamp(max=2.0)
     torch.testing.assert_close(found.weight_MT[found.keep_MT], weight_MT[found.keep_MT])
     assert 0 < int(found.keep_MT.sum()) < int(mask_MT.sum())
     assert made.advantage([1.0, 0.0, 0.0]).tolist() == [1.0, 0.0, 0.0]
+    (group,) = made.with_advantages(groups(range(1), samples=3), lambda sums: sums, torch.device("cpu"))
+    row = pack_row(group, 256, 8, first_segment=0)
+    for index, rollout in enumerate(group):  # Rewards 0, 1, 0.
+        length, own = len(rollout.tokens), row["segment_MT"] == index
+        want = (index == 1) * 0.9 ** np.arange(length - 1, -1, -1)
+        np.testing.assert_allclose(row["advantage_MT"][own][-length - 1 : -1], want, rtol=1e-6)
     with RewardPool(chosen.data.reward, 1, 10.0) as pool:
         label = {"answer": "12"}
         scored = [asyncio.run(pool(text, label)) for text in (" 12\n", "-1.5", "twelve")]
@@ -116,7 +126,7 @@ def test_the_example_has_one_for_every_seam_and_their_settings_arrive(
 def test_every_method_of_the_package_does_what_is_asked_of_one_s_own() -> None:
     for where, registry in REGISTRIES.items():
         for name, method in registry.items():
-            try_out(method(), name, where)
+            try_out(method(**({"length": 8} if name == "constant" else {})), name, where)
 
 
 CORRECTION, OBJECTIVE, ADVANTAGE, ACTOR, TEACHER = (
@@ -158,7 +168,7 @@ REFUSED = [
     (CORRECTION, "bad:Wide", {}, r"weight_MT is torch.float64 .* must be a tensor torch.float32"),
     (CORRECTION, "bad:Flat", {}, r"keep_MT is torch.bool \[128\], must be .* \[2, 64\]"),
     (CORRECTION, "bad:Infinite", {}, "weight_MT holds NaN or infinity, must be finite"),
-    (CORRECTION, "bad:Owing", {}, "count = -.*: must be >= 0"),
+    (CORRECTION, "bad:Owing", {}, "its counted_MT is negative somewhere"),
     (CORRECTION, "bad:Single", {}, r"metric 'mine' must be a pair \(sum, count\)"),
     (CORRECTION, "bad:Pair", {}, "must return a Correction, got tuple"),
     (CORRECTION, "bad:Gambling", {}, "another result when it is called again.*counter_uniform"),
@@ -172,6 +182,8 @@ REFUSED = [
     (ADVANTAGE, "bad:Doubled", {}, r"advantages of rewards .* torch.float32 \[10\], must be .* \[5\]"),
     (ADVANTAGE, "bad:Lonely", {}, r"advantages of rewards .* holds NaN or infinity"),
     (ADVANTAGE, "bad:Reduced", {}, r"over_batch is torch.float64 \[\], must be .* \[9\]"),
+    (ADVANTAGE, "bad:Shortened", {}, r"a result of per_token is torch.float32 \[\d+\], must be"),
+    (ADVANTAGE, "bad:Sparse", {}, "per_token returns 0 tensors, must be 9. One for each rollout"),
     (TEACHER, "bad:Teaching", {}, "sends gradient into the policy's log-probs.*Detach them"),
     (TEACHER, "bad:Frozen", {}, "has no gradient into the actor's log-probs"),
     (TEACHER, "bad:Silent", {}, "calls t.kl, needs = 'sampled'. Declare needs = 'logits'"),

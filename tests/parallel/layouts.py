@@ -36,7 +36,9 @@ class Layout:
     overlap: bool = False
     sharded_optimizer: bool = True
     correction: tuple[tuple[str, object], ...] = (("name", "jackpot"),)
+    filters: tuple[str, ...] = ()
     objective: str = "ppo"
+    aggregation: str = "token"
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
@@ -78,7 +80,9 @@ def make_config(layout: Layout, folder: Path) -> Config:
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
                 correction=dict(layout.correction),
+                filters=[dict(name=name) for name in layout.filters],
                 objective=dict(name=layout.objective),
+                aggregation=dict(name=layout.aggregation),
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
             ),
@@ -114,7 +118,7 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
     for _ in range(steps):
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
         measured = trainer.measurements()
-        measured.note_rollouts(collected(mine or []), mesh.dp)
+        measured.note_rollouts(collected(mine or []), mesh.dp, {})
         trainer.learn(trainer.packer.pack(mine, TOP_K), measured)
         trainer.state.num_steps += 1
         history.append(measured.reduced(mesh))

@@ -91,8 +91,22 @@ def test_two_ranks_equal_one_rank(folder: Path, serial) -> None:
 
 EXACT_Z = dict(correction=(("name", "jackpot"), ("z", "exact")))
 EXACT = dict(**EXACT_Z, distill="forward_full")
-REVERSE = dict(correction=(("name", "jackpot"), ("preset", "recommended")), distill="reverse_full")
-CANDIDATES = dict(correction=(("name", "seq_tis"), ("batch_normalize", True)), distill="forward_topk")
+REVERSE = dict(
+    correction=(("name", "jackpot"), ("preset", "recommended")),
+    distill="reverse_full",
+    aggregation="sequence",
+    filters=("seq_mis", "icepop"),
+)
+CANDIDATES = dict(
+    correction=(("name", "seq_tis"), ("batch_normalize", True)), distill="forward_topk", aggregation="prompt"
+)
+"""The packer spreads a prompt's responses over data-parallel ranks."""
+
+
+def methods_of(layout: Layout) -> Layout:
+    """The same methods on one rank."""
+    names = ("correction", "distill", "aggregation", "filters")
+    return Layout(**{name: getattr(layout, name) for name in names})
 
 
 def test_methods_over_the_whole_vocabulary_do_not_depend_on_the_layout(folder: Path, serial) -> None:
@@ -106,8 +120,7 @@ def test_methods_over_the_whole_vocabulary_do_not_depend_on_the_layout(folder: P
         Layout(dp=2, **CANDIDATES),
     )
     for layout, result in zip(layouts, run(layouts, folder), strict=True):
-        plain = Layout(correction=layout.correction, distill=layout.distill)
-        check_equal(result, serial(plain), layout)
+        check_equal(result, serial(methods_of(layout)), layout)
 
 
 def test_logits_that_exist_train_as_those_that_are_made_in_blocks(folder: Path, serial) -> None:
@@ -121,7 +134,7 @@ def test_logits_that_exist_train_as_those_that_are_made_in_blocks(folder: Path, 
         Layout(pp=2, vpp=2, overlap=True, fused=False),
     )
     for layout, result in zip(layouts, run(layouts, folder), strict=True):
-        check_equal(result, serial(Layout(correction=layout.correction, distill=layout.distill)), layout)
+        check_equal(result, serial(methods_of(layout)), layout)
 
 
 def test_a_run_of_one_model_does_not_depend_on_the_layout(folder: Path, serial) -> None:

@@ -91,7 +91,7 @@ def _corrections(folder: str) -> dict[str, dict]:
         correction = method(scores, trainer.sum_over_batch)
         used_MT = torch.where(correction.keep_MT, correction.weight_MT, 0.0)
         off = float((used_MT - 1)[agreed.mask_MT].abs().max())
-        found[name] = dict(off=off, lost=float(agreed.mask_MT.sum() - correction.count), steps=[])
+        found[name] = dict(off=off, lost=float(agreed.mask_MT.sum() - correction.counted_MT.sum()), steps=[])
         for _ in range(2):
             measured = trainer.measurements()
             trainer.learn(_as_scored(trainer, noise=0.05, prompts=4), measured)

@@ -153,10 +153,11 @@ def _plain_grpo(trainer) -> dict:
 
 
 def _policy_loss(trainer, scores, correction):
+    aggregated = trainer.aggregate(scores, correction)
     return policy_loss(
         scores,
-        correction,
-        float(correction.count),
+        aggregated,
+        float(aggregated.count),
         trainer.methods.objective,
         trainer.scorer.vocab(trainer.policy),
     )

@@ -273,10 +273,24 @@ def test_long_answers_cost_next_to_nothing(answer):
     assert time.process_time() - started < 4.0
 
 
-def test_other_numbers_in_the_same_places_are_not_asked_again_and_the_verdict_is_that_of_the_formula():
+LETTERS = (
+    r"\frac{1}{%s-%s}",
+    r"\int %s d%s",
+    r"\log_%s %s",
+    "%s(%s)",
+    r"\frac%s%s",
+    r"\binom{%s}{%s}",
+    "%s:%s",
+    "%s!-%s'",
+)
+
+
+def test_other_numbers_or_letters_in_the_same_places_are_not_asked_again_and_the_verdict_is_the_formulas():
     algebra._form_is_read.cache_clear()
     labels = [rf"{i}\sqrt{{{i + 20}}}+\frac{{\pi}}{{{i + 30}}}" for i in range(11, 61)]
     assert all(map(algebra.readable, labels)) and algebra._form_is_read.cache_info().misses == 1
+    labels = [rf"\frac{{2{a}+{i}}}{{{b}}}-{a}" for a in "akn" for b in "mpz" for i in (3, 5)]
+    assert all(map(algebra.readable, labels)) and algebra._form_is_read.cache_info().misses == 2
     formulas = [gold for _, (gold, *_) in cases(3, 7)] + [
         r"\frac{5}{1-1}",
         r"\frac12",
@@ -284,6 +298,11 @@ def test_other_numbers_in_the_same_places_are_not_asked_again_and_the_verdict_is
         "3^",
         r"\sqrt",
         "5)(3",
+        *(
+            form % pair
+            for form in LETTERS
+            for pair in (("x", "x"), ("n", "k"), ("d", "e"), ("i", "c"), ("f", "g"))
+        ),
     ]
     for formula in formulas:
         assert algebra.readable(formula) == (algebra.parse_latex(formula) is not None), formula

@@ -66,5 +66,8 @@ class ScriptedSource:
 
     async def abort(self) -> None: ...
 
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(list(tokens))
+
     def close(self) -> None:
         self.thread.close()

@@ -1,6 +1,7 @@
 """What children get whatever this machine's environment says: no proxy, caches, UTF-8, IPv6 addresses."""
 
 import asyncio
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -67,6 +68,28 @@ def test_without_a_home_caches_lie_in_the_runs_folder_and_what_is_set_stays(tmp_
     for path in map(Path, caches.values()):
         assert path.is_dir() and tmp_path / "cache" in path.parents
     assert child_environment(given, tmp_path)["TRITON_CACHE_DIR"] == "/mine"
+
+
+def test_a_home_whose_quota_is_used_up_takes_no_caches(tmp_path):
+    (tmp_path / "home").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        caches = writable_caches({"HOME": str(tmp_path / "home")}, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caches.keys() == CACHES.keys()
+
+
+def test_a_user_id_without_a_name_gets_one_and_caches_in_the_runs_folder(tmp_path, monkeypatch):
+    def nobody(uid):
+        raise KeyError(f"uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    given = child_environment({"LANG": "C"}, tmp_path)
+    assert given["USER"].isdigit() and given.keys() >= CACHES.keys()
+    assert "USER" not in child_environment({"LOGNAME": "me"}, tmp_path)
 
 
 def test_with_a_home_nothing_is_moved(tmp_path):

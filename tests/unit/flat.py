@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.diagnostics import diagnostics
+from megatron_jackpot.algorithm.diagnostics import diagnostics, mean_over
 from megatron_jackpot.algorithm.objectives_base import objective_inputs
 from megatron_jackpot.records import Batch, Correction, ObjectiveInputs, Scores
 
@@ -101,22 +101,23 @@ def scores_of(s: Flat) -> Scores:
 
 def run(correction, s: Flat, sum_over_batch=identity) -> SimpleNamespace:
     """keep_T, weight_T, count, acceptance, kl, metrics of a correction, and the record itself."""
-    record = correction(scores_of(s), sum_over_batch)
+    scores = scores_of(s)
+    record = correction(scores, sum_over_batch)
     row_T, column_T, _, _ = places(s)
     return SimpleNamespace(
         keep_T=record.keep_MT[row_T, column_T],
         weight_T=record.weight_MT[row_T, column_T],
-        count=record.count,
-        acceptance=record.acceptance,
+        count=record.counted_MT.sum(),
+        acceptance=mean_over(record.accept_MT, scores.batch.mask_MT),
         kl=record.kl,
         metrics=record.metrics,
         record=record,
     )
 
 
-def diagnose(s: Flat, result: SimpleNamespace) -> dict[str, tuple[Tensor, Tensor]]:
+def diagnose(s: Flat, result: SimpleNamespace, sum_over_batch=identity) -> dict[str, tuple[Tensor, Tensor]]:
     assert isinstance(result.record, Correction)
-    return diagnostics(scores_of(s), result.record)
+    return diagnostics(scores_of(s), result.record, sum_over_batch)
 
 
 @dataclass(frozen=True, kw_only=True)

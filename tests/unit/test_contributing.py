@@ -34,6 +34,8 @@ def inputs(logp: list[float], old_logp: list[float], advantage: list[float]) -> 
         old_logp_T=torch.tensor(old_logp),
         server_logp_T=torch.tensor(old_logp),
         advantage_T=torch.tensor(advantage),
+        rollout_id_T3=torch.zeros(1, 3, dtype=torch.int64),
+        position_T=torch.zeros(1, dtype=torch.int64),
         segment_T=torch.zeros(length, dtype=torch.int64),
         valid_T=torch.ones(length, dtype=torch.bool),
     )

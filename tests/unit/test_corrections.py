@@ -314,7 +314,12 @@ def test_diagnostics_are_their_formulas():
         "rejected/correct": (~keep)[s.correct_T[mask]].double().mean(),
         "rejected/wrong": (~keep)[~s.correct_T[mask]].double().mean(),
     }
-    assert got.keys() == want.keys() | {"kl/target_server"}
+    own = [(p - q)[s.segment_T[mask] == i] for i in s.segment_T.unique()]
+    want["policy/chi2_sequence"] = torch.stack([x.sum().exp() ** 2 - 1 for x in own]).mean()
+    want["policy/ppl_ratio"] = torch.stack([(-x.mean()).exp() for x in own]).mean()
+    assert got.keys() == want.keys() | {"kl/target_server", "weight/max", "weight/min"}
+    assert weight.max() <= got["weight/max"] <= weight.max() * 1.01
+    assert weight[keep].min() * 0.99 <= got["weight/min"] <= weight[keep].min()
     for name, value in want.items():
         assert got[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
 

@@ -25,6 +25,11 @@ CASES = [
     ("icepop", {"low": 0.6, "high": 1.7}),
     ("seq_tis", {"cap": 4.0}),
     ("seq_mis", {"cap": 4.0}),
+    ("tis", {"cap": 1.3, "low": 0.8}),
+    ("seq_tis", {"cap": 4.0, "low": 0.9}),
+    ("seq_mis", {"cap": 4.0, "low": 0.2}),
+    ("geo_tis", {"cap": 1.05, "low": 0.97}),
+    ("tis_current", {"cap": 1.3, "low": 0.8}),
     ("geo_rs", {"low": 0.9, "high": 1.05, "veto": None}),
     ("geo_rs", {"low": 0.5, "high": 1.5, "veto": 0.05, "cap": 2.0}),
     ("k_filter", {"kind": "k1", "level": "token", "high": 1.5}),
@@ -111,19 +116,21 @@ def oracle(name, k, s):
         weight = accept * np.minimum(z * np.maximum(lam, r), cap) * np.minimum(drift, 1.28)
         every = k.get("preset") == "recommended"
         return accept > 0, weight, mask.sum() if every else accept.sum()
-    weight = np.ones(len(rho))
+    weight, low = np.ones(len(rho)), k.get("low", 0.0)
     if name == "tis":
-        weight = np.minimum(rho, cap)
+        weight = np.clip(rho, low, cap)
     elif name == "tis_current":
-        weight = np.minimum(np.exp(np.where(mask, a["target_logp_T"] - a["server_logp_T"], 0)), cap)
+        weight = np.clip(np.exp(np.where(mask, a["target_logp_T"] - a["server_logp_T"], 0)), low, cap)
+    elif name == "geo_tis":
+        weight = np.clip(np.exp(per_sequence(log_rho, a, np.mean)), low, cap)
     elif name == "mis":
         weight, keep = rho, keep & (rho <= cap)
     elif name == "icepop":
         weight, keep = rho, keep & (rho >= k["low"]) & (rho <= k["high"])
     elif name in ("seq_tis", "seq_mis"):
         product = np.exp(per_sequence(log_rho, a, np.sum))
-        weight = np.minimum(product, cap) if name == "seq_tis" else product
-        keep = keep if name == "seq_tis" else keep & (product <= cap)
+        weight = np.clip(product, low, cap) if name == "seq_tis" else product
+        keep = keep if name == "seq_tis" else keep & (product <= cap) & (product >= low)
     elif name == "geo_rs":
         geometric = np.exp(per_sequence(log_rho, a, np.mean))
         keep = keep & (geometric >= k["low"]) & (geometric <= k["high"])

@@ -12,6 +12,8 @@ from megatron_jackpot.algorithm.distill import DISTILL, ForwardFull, ForwardTopK
 from megatron_jackpot.algorithm.registry import build
 from megatron_jackpot.records import DistillInputs
 
+UNREAD = torch.zeros(0)
+"""Rewards that nobody looks at."""
 GROUPS = ([1.0, 0.0, 0.0, 1.0, 1.0], [0.3, -2.0, 7.5], [5.0, 5.0 + 1e-3], [0.1, 0.7])
 
 
@@ -229,9 +231,9 @@ def test_a_full_divergence_passes_through_up_to_its_limit(method):
 
 
 @pytest.mark.parametrize("rewards", GROUPS)
-@pytest.mark.parametrize("std", [True, False])
+@pytest.mark.parametrize("std", ["group", "none"])
 def test_grpo_is_centred_and_scaled(rewards, std):
-    scale = statistics.stdev(rewards) + 1e-6 if std else 1.0
+    scale = statistics.stdev(rewards) + 1e-6 if std == "group" else 1.0
     want = [(r - statistics.fmean(rewards)) / scale for r in rewards]
     for given in (rewards, torch.tensor(rewards, dtype=torch.float64)):
         torch.testing.assert_close(GRPO(std=std)(given), torch.tensor(want), rtol=1e-5, atol=1e-6)
@@ -241,6 +243,8 @@ def test_grpo_is_centred_and_scaled(rewards, std):
 def test_rloo_is_the_reward_minus_the_mean_of_the_others(rewards):
     want = [r - statistics.fmean(rewards[:i] + rewards[i + 1 :]) for i, r in enumerate(rewards)]
     torch.testing.assert_close(RLOO()(rewards), torch.tensor(want), rtol=1e-5, atol=1e-6)
+    scaled = [x / (statistics.stdev(rewards) + 1e-6) for x in want]
+    torch.testing.assert_close(RLOO(std="group")(rewards), torch.tensor(scaled), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rewards", GROUPS)
@@ -260,9 +264,9 @@ def test_reinforce_pp_divides_by_the_deviation_over_all_ranks(size):
     ranks = [torch.cat([torch.zeros(0), *advantages[rank::size]]) for rank in range(size)]
     sent = []
     for advantage_N in ranks:  # what every rank puts into the sum, then the step with what comes out
-        method.over_batch(advantage_N, lambda sums: sent.append(sums) or sums)
+        method.over_batch(advantage_N, UNREAD, lambda sums: sent.append(sums) or sums)
     assert len(sent) == size and all(sums.dtype == torch.float64 for sums in sent)
-    got = [method.over_batch(advantage_N, lambda sums: sum(sent)) for advantage_N in ranks]
+    got = [method.over_batch(advantage_N, UNREAD, lambda sums: sum(sent)) for advantage_N in ranks]
     centred = np.concatenate([np.array(group) - np.mean(group) for group in groups])
     for advantage_N, got_N in zip(ranks, got, strict=True):
         np.testing.assert_allclose(got_N.numpy(), advantage_N.numpy() / (centred.std() + 1e-6), rtol=1e-5)
@@ -270,9 +274,30 @@ def test_reinforce_pp_divides_by_the_deviation_over_all_ranks(size):
     assert torch.cat(got).numpy().std() == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("method", [GRPO(std="batch"), RLOO(std="batch")])
+def test_the_deviation_of_the_batch_is_that_of_all_rewards_on_all_ranks(method, size):
+    groups = [*GROUPS, [1.0, 1.0], [0.1] * 3, [0.5]]
+    mine = [groups[rank::size] for rank in range(size)]
+    advantages = [torch.cat([method(group) for group in own]) for own in mine]
+    rewards = [torch.tensor([r for group in own for r in group], dtype=torch.float64) for own in mine]
+    sent = []
+    for pair in zip(advantages, rewards, strict=True):
+        method.over_batch(*pair, lambda sums: sent.append(sums) or sums)
+    scale = statistics.stdev([r for group in groups for r in group]) + 1e-6
+    for rank, own in enumerate(mine):
+        got = method.over_batch(advantages[rank], rewards[rank], lambda sums: sum(sent)).tolist()
+        want = []
+        for group in own:
+            for i, r in enumerate(group):
+                others = group[:i] + group[i + 1 :] if isinstance(method, RLOO) else group
+                want.append((r - statistics.fmean(others or [r])) / scale if len(set(group)) > 1 else 0.0)
+        assert got == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize("advantage_N", [torch.zeros(0), torch.zeros(5)])
 def test_reinforce_pp_of_a_batch_without_signal_is_zero(advantage_N):
-    got_N = ReinforcePP().over_batch(advantage_N, lambda sums: sums)
+    got_N = ReinforcePP().over_batch(advantage_N, UNREAD, lambda sums: sums)
     assert got_N.tolist() == advantage_N.tolist()
 
 
@@ -282,10 +307,10 @@ def test_the_others_need_nothing_from_the_batch(name):
         raise AssertionError("no collective is needed")
 
     advantage_N = torch.tensor([0.5, -3.0])
-    assert build(name, {}, ADVANTAGES, "here").over_batch(advantage_N, refuse) is advantage_N
+    assert build(name, {}, ADVANTAGES, "here").over_batch(advantage_N, UNREAD, refuse) is advantage_N
 
 
-@pytest.mark.parametrize("advantage", [GRPO(), GRPO(std=False), RLOO(), DrGRPO(), ReinforcePP()])
+@pytest.mark.parametrize("advantage", [GRPO(), GRPO(std="batch"), RLOO(), DrGRPO(), ReinforcePP()])
 @pytest.mark.parametrize("rewards", [[0.1] * 3, [1.0] * 8, [0.5], []])
 def test_equal_rewards_and_lone_samples_have_no_advantage(advantage, rewards):
     assert advantage(rewards).tolist() == [0.0] * len(rewards)
@@ -303,14 +328,14 @@ def test_a_reward_that_is_not_finite_is_an_error(advantage):
     ("registry", "name", "knobs", "message"),
     [
         (ADVANTAGES, "grpo", {"eps": 0}, "here.eps = 0.0: must be a finite number > 0. Use 1e-6."),
-        (ADVANTAGES, "grpo", {"std": 1}, "here.std = 1: must be of type bool, got int."),
+        (ADVANTAGES, "grpo", {"std": False}, "here.std = False: must be one of 'group', 'batch', 'none'."),
         (ADVANTAGES, "rlo", {}, "here.name = 'rlo' is unknown. Did you mean 'rloo'?"),
         (DISTILL, "k3_sample", {"limit": 0}, "here.limit = 0.0: must lie in (0, 20.0]. Use 10."),
         (ADVANTAGES, "reinforce++", {"eps": -1}, "here.eps = -1.0: must be a finite number > 0. Use 1e-6."),
         (
             ADVANTAGES,
             "dr_grpo",
-            {"std": True},
+            {"std": "none"},
             "Unknown setting 'here.std' of 'dr_grpo'. It has no settings.",
         ),
         (DISTILL, "k3", {}, "here.name = 'k3' is unknown."),

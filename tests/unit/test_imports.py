@@ -16,10 +16,11 @@ ENGINES = {"megatron", "transformer_engine", "sglang"}
 
 OURS: dict[str, set[str]] = {
     "records": set(),
+    "home": set(),
     "algorithm": {"records"},
     "config": {"algorithm.registry"},
     "parallel": {"algorithm", "records"},
-    "rewards": {"records", "algorithm.registry"},
+    "rewards": {"records", "home", "algorithm.registry"},
     "run": {"config"},
     "servers": {"config"},
     "data": {"records", "config", "parallel", "algorithm.registry"},
@@ -43,7 +44,8 @@ OURS: dict[str, set[str]] = {
         "sync",
     },
     "launch": {
-        *{"records", "config", "run", "servers", "plan", "data.prompts", "data.problems", "data.tokenizer"},
+        *{"records", "home", "config", "run", "servers", "plan"},
+        *{"data.prompts", "data.problems", "data.tokenizer"},
         *{"rewards.pool", "rewards.label_cache"},
     },
     "cli": {"config", "run", "launch", "plan", "monitor", "train"},
@@ -53,6 +55,7 @@ OURS: dict[str, set[str]] = {
 
 FOREIGN: dict[str, set[str]] = {
     "records": {"torch", "numpy"},
+    "home": set(),
     "algorithm": {"torch"},
     "config": {"pydantic", "yaml"},
     "parallel": {"torch", "triton"},

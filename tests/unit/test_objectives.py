@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_jackpot.algorithm.objectives import OBJECTIVES, OPSM, PPO, DecoupledPPO
+from megatron_jackpot.algorithm.objectives import OBJECTIVES, OPSM, PPO, SAPO, DecoupledPPO
+from megatron_jackpot.algorithm.objectives_covariance import KLCov
 from megatron_jackpot.algorithm.objectives_masked import BAPO, M2PO
-from megatron_jackpot.algorithm.objectives_sequence import GSPO, TOPR, MinPRO
+from megatron_jackpot.algorithm.objectives_sequence import GMPO, GSPO, TOPR, MinPRO
 from megatron_jackpot.algorithm.registry import build
 from megatron_jackpot.records import Scores
 from tests.unit.flat import Tokens, batch_of, identity, inputs_of
@@ -45,7 +46,8 @@ def make_tokens(seed=0, gap=0.4, padding=6):
 
 def scores_of(logp_T, tokens):
     """What `prepare` sees when the target is the live policy; what it must not look at is None."""
-    known = dict(batch=batch_of(tokens), policy_logp_MT=tokens.old_logp_T[None], target_logp_MT=logp_T[None])
+    models = dict(policy_logp_MT=tokens.old_logp_T[None], target_logp_MT=logp_T[None])
+    known = dict(batch=batch_of(tokens), **models, step=3)
     names = [name for name, item in Scores.__dataclass_fields__.items() if name != "exact_overlap_MT"]
     return Scores(**{name: known.get(name) for name in names})
 
@@ -74,6 +76,10 @@ EVERY += [
     GSPO(clip_low=0.03, clip_high=0.04),
     TOPR(level="token"),
     MinPRO(anchor="old"),
+    OPSM(delta=0.05, anchor="server"),
+    SAPO(tau_positive=2.0, tau_negative=3.0),
+    GMPO(clip_low=0.05, clip_high=0.1),
+    KLCov(share=0.1),
     BAPO(positive_share=0.9),
     M2PO(scope="all"),
 ]
@@ -264,7 +270,7 @@ def test_gspo_has_the_gradient_of_the_clipped_sequence_ratio():
     torch.testing.assert_close(grad_T, live_T.grad)
 
 
-@pytest.mark.parametrize("name", ["bapo", "m2po"])
+@pytest.mark.parametrize("name", ["bapo", "m2po", "clip_cov", "kl_cov"])
 def test_an_objective_that_was_not_prepared_says_so(name):
     logp_T, tokens = make_tokens()
     objective = OBJECTIVES[name]()
@@ -291,7 +297,13 @@ def test_an_objective_that_was_not_prepared_says_so(name):
         ("minpro", {"cap": 0}, "cap = 0.0: must be >= 1."),
         ("dppo_tv", {"delta_low": -0.1}, "delta_low = -0.1: must be >= 0. Use 0.15."),
         ("dppo_kl", {"delta_high": "nan"}, "delta_high = nan: must be >= 0. Use 0.05."),
+        ("dppo_tv", {"kl_coef": -1}, "kl_coef = -1.0: must be >= 0. Use 1e-3, or 0 for none."),
         ("dppo_kl", {"cap": 0.1}, "cap = 0.1: must be >= 1."),
+        ("sapo", {"tau_negative": 0}, "tau_negative = 0.0: must be a finite number > 0. Use 1.0 and 1.05."),
+        ("gmpo", {"clip_low": -1}, "clip_low = -1.0: must be >= 0. Use 0.4."),
+        ("clip_cov", {"share": 1}, "share = 1.0: must lie in (0, 1)."),
+        ("clip_cov", {"cov_low": 6}, "cov_low = 6.0: must be < cov_high = 5.0."),
+        ("kl_cov", {"coef": 0}, "coef = 0.0: must be > 0. Use 1.0."),
         ("bapo", {"positive_share": 1}, "positive_share = 1.0: must lie in (0, 1)."),
         ("bapo", {"low_end": 0.5}, "low_end = 0.5: must lie in [low_start = 0.6, 1]."),
         ("bapo", {"high_start": 4}, "high_start = 4.0: must lie in [1, high_end = 3.0]."),

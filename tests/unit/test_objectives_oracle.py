@@ -5,13 +5,20 @@ An oracle is f(live, frozen): log-probs with a gradient and those under a stop-g
 differences in `live` alone give the gradient that the method asks for.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_jackpot.algorithm.objectives import OBJECTIVES
+from megatron_jackpot.algorithm.objectives import OBJECTIVES, PPO
+from megatron_jackpot.algorithm.objectives_base import objective_inputs
+from megatron_jackpot.algorithm.obrs import counter_uniform
 from megatron_jackpot.algorithm.registry import build
-from tests.unit.flat import inputs_of, on_ranks
+from tests.unit.flat import identity, inputs_of, on_ranks, places
+from tests.unit.flat import scores_of as flat_scores
+from tests.unit.test_corrections import make_scores
+from tests.unit.test_corrections import part as flat_part
 from tests.unit.test_objectives import (
     LENGTHS,
     make_tokens,
@@ -40,12 +47,52 @@ def decoupled(live, frozen, d, cap=5.0):
     return np.minimum(np.exp(d["old"] - d["q"]), cap) * ppo(live, frozen, d, high=0.2)
 
 
-def opsm(live, frozen, d, delta=1e-4):
+def opsm(live, frozen, d, delta=1e-4, anchor="old"):
     value = ppo(live, frozen, d)
     for own in rollouts(d):
-        if d["a"][own[0]] < 0 and np.mean(d["old"][own] - frozen[own]) > delta:
+        if d["a"][own[0]] < 0 and np.mean(d[anchor][own] - frozen[own]) > delta:
             value[own] = 0
     return value
+
+
+def sapo(live, frozen, d, positive=1.0, negative=1.05):
+    tau = np.where(d["a"] > 0, positive, negative)
+    return 4 / tau / (1 + np.exp(-tau * (np.exp(live - d["old"]) - 1))) * d["a"]
+
+
+def gmpo(live, frozen, d, low=0.4, high=0.4):
+    """The published form has one term a rollout, |i| times its derivative is what each token asks for."""
+    value = np.zeros(len(live))
+    for own in rollouts(d):
+
+        def clipped(x, own=own):
+            log_s, a = x[own] - d["old"][own], d["a"][own]
+            return np.where(a < 0, np.maximum(log_s, -low), np.minimum(log_s, high))
+
+        ratio = np.prod(np.exp(clipped(frozen))) ** (1 / len(own))
+        value[own] = ratio * np.exp(clipped(live) - clipped(frozen)) * d["a"][own]
+    return value
+
+
+def covariance(frozen, d):
+    mask = d["mask"]
+    return np.where(mask, (frozen - frozen[mask].mean()) * (d["a"] - d["a"][mask].mean()), -np.inf)
+
+
+def clip_cov(live, frozen, d, share=2e-4, low=1.0, high=5.0):
+    cov = covariance(frozen, d)
+    inside = (cov > low) & (cov < high)
+    uniform = counter_uniform(1 << 32, 3, torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1).long()).item()
+    # Every token of these tests has one key: all inside are drawn, or none.
+    drawn = inside & (uniform < share * d["mask"].sum() / max(inside.sum(), 1))
+    return np.where(drawn, 0, ppo(live, frozen, d))
+
+
+def kl_cov(live, frozen, d, share=2e-3, coef=1.0):
+    cov = covariance(frozen, d)
+    most = max(1, int(share * d["mask"].sum()))
+    held = cov >= np.sort(cov)[-most]  # Equal ones, of log-probs at their bound, go together.
+    return np.exp(live - d["old"]) * d["a"] - coef * held * np.abs(live - d["old"])
 
 
 def cispo(live, frozen, d, low=0.0, high=5.0):
@@ -81,10 +128,11 @@ def minpro(live, frozen, d, cap=5.0, anchor="q"):
     return weight * d["a"] * live
 
 
-def dppo_tv(live, frozen, d, low=0.15, high=0.15, cap=20.0, anchor="q"):
+def dppo_tv(live, frozen, d, low=0.15, high=0.15, cap=20.0, anchor="q", kl=0.0):
     rise = np.exp(frozen) - np.exp(d[anchor])
     keep = np.where(d["a"] > 0, rise <= high, rise >= -low)
-    return keep * np.minimum(np.exp(frozen - d[anchor]), cap) * d["a"] * live
+    pull = kl * (live - d[anchor]) ** 2
+    return keep * np.minimum(np.exp(frozen - d[anchor]), cap) * d["a"] * live - pull
 
 
 def dppo_kl(live, frozen, d, low=0.05, high=0.05, cap=20.0, anchor="q"):
@@ -148,6 +196,15 @@ CASES = [
     ("decoupled_ppo", {"cap": 1.1}, decoupled, {"cap": 1.1}),
     ("opsm", {}, opsm, {}),
     ("opsm", {"delta": 0.05}, opsm, {"delta": 0.05}),
+    ("opsm", {"delta": 0.05, "anchor": "server"}, opsm, {"delta": 0.05, "anchor": "q"}),
+    ("sapo", {}, sapo, {}),
+    ("sapo", {"tau_positive": 2.0, "tau_negative": 5.0}, sapo, {"positive": 2.0, "negative": 5.0}),
+    ("gmpo", {}, gmpo, {}),
+    ("gmpo", {"clip_low": 0.1, "clip_high": 0.2}, gmpo, {"low": 0.1, "high": 0.2}),
+    ("clip_cov", {}, clip_cov, {}),
+    ("clip_cov", {"share": 0.9, "cov_low": 0.3}, clip_cov, {"share": 0.9, "low": 0.3}),
+    ("kl_cov", {}, kl_cov, {}),
+    ("kl_cov", {"share": 0.2, "coef": 0.3}, kl_cov, {"share": 0.2, "coef": 0.3}),
     ("cispo", {}, cispo, {}),
     ("cispo", {"clip_low": 0.2, "clip_high": 0.3}, cispo, {"low": 0.8, "high": 1.3}),
     ("reinforce", {}, reinforce, {}),
@@ -164,6 +221,7 @@ CASES = [
         dppo_tv,
         {"low": 0.02, "high": 0.05, "cap": 1.2, "anchor": "old"},
     ),
+    ("dppo_tv", {"kl_coef": 0.3}, dppo_tv, {"kl": 0.3}),
     ("dppo_kl", {}, dppo_kl, {}),
     (
         "dppo_kl",
@@ -296,3 +354,37 @@ def test_bapo_leaves_its_bounds_where_no_advantage_is_above_0():
     index = (make_tokens(seed=1)[1].advantage_T < 0).nonzero()[:, 0]
     made = prepared(build("bapo", {"positive_share": 0.99}, OBJECTIVES, "objective"), logp_T[index], tokens)
     assert (made.low, made.high) == (0.6, 1.2)
+
+
+def test_clip_cov_draws_its_share_of_the_tokens_inside_whatever_the_split():
+    """Every token has its own draw. Over many steps the share that is drawn is what is asked."""
+    s = make_scores(seed=1)
+    objective = build("clip_cov", {"share": 0.1, "cov_low": 0.1, "cov_high": 2.0}, OBJECTIVES, "objective")
+    logp, a, mask = s.target_logp_T.double().numpy(), s.advantage_T.numpy(), s.mask_T.numpy()
+    cov = (logp - logp[mask].mean()) * (a - a[mask].mean())
+    inside = mask & (cov > 0.1) & (cov < 2.0)
+    assert 0.15 * mask.sum() < inside.sum() < 0.6 * mask.sum()
+
+    def drawn(flat, sum_over_batch=identity):
+        scores = flat_scores(flat)
+        made = objective.prepare(scores, sum_over_batch)
+        row_T, column_T, _, _ = places(flat)
+        inputs = [
+            objective_inputs(scores.target_logp_MT[m], scores.policy_logp_MT[m], scores.batch, m)
+            for m in range(len(scores.target_logp_MT))
+        ]
+        plain = [PPO().removed(t) for t in inputs]
+        removed = [made.removed(t) & ~own for t, own in zip(inputs, plain, strict=True)]
+        return torch.stack(removed)[row_T, column_T], torch.stack(plain)[row_T, column_T].numpy()
+
+    whole_T, clipped = drawn(s)
+    index = [(s.microbatch_T == rank).nonzero()[:, 0].flip(0) for rank in range(3)]
+    for i, (own_T, _) in zip(index, on_ranks([flat_part(s, i) for i in index], drawn), strict=True):
+        assert torch.equal(own_T, whole_T[i])
+    found = [drawn(replace(s, step=step))[0].numpy() for step in range(200)]
+    assert not any((one & ~inside).any() for one in found)
+    seen, wanted = (
+        np.mean([one.sum() for one in found]),
+        0.1 * mask.sum() * (inside & ~clipped).sum() / inside.sum(),
+    )
+    assert seen == pytest.approx(wanted, rel=0.05)  # 200 x 24 draws: a deviation of 1.3%.

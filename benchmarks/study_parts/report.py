@@ -1,0 +1,207 @@
+"""Tables and pictures of what is finished of a stage: balanced blocks only, every arm shown, won or lost."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study_parts import stats
+from benchmarks.study_parts.plan import Plan, Run, run_folder
+from benchmarks.study_parts.runner import DONE, LINES, ORIGIN, difference, origin
+
+POLICY, ACTOR = "eval/policy_accuracy", "eval/actor_accuracy"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The evaluations of a finished run, [E]."""
+
+    run: Run
+    rows: list[dict[str, Any]]
+    stale: list[str]
+    """Which of code, settings and models have changed since."""
+
+    def values(self, name: str = POLICY) -> list[float]:
+        return [row[name] for row in self.rows if name in row]
+
+    @property
+    def steps(self) -> list[int]:
+        return [row["step"] for row in self.rows if POLICY in row]
+
+    @property
+    def failed(self) -> bool:
+        return any("failed" in row for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is compared at one mismatch: the same rates and seeds in every arm."""
+
+    mismatch: str
+    rates: list[float]
+    seeds: list[int]
+    warmups: list[int]
+    curves: dict[str, dict[float, dict[int, Curve]]]
+    """Arm -> rate -> seed -> its run."""
+
+    def measured(self, arm: str, measure: str) -> np.ndarray:
+        """[rates, U] of "last" or "area"."""
+        return np.array([[_measure(self.curves[arm][r][s], measure) for s in self.seeds] for r in self.rates])
+
+    def judged(self, arm: str, measure: str) -> tuple[np.ndarray, int]:
+        """(measure [U] at the rate that is best, by "last", for the other units; the best rate's index)."""
+        _, best = stats.cross_fitted(self.measured(arm, "last"))
+        last, values = self.measured(arm, "last"), self.measured(arm, measure)
+        if last.shape[1] == 1:
+            return values[best], best
+        chosen = [int((last.sum(1) - last[:, unit]).argmax()) for unit in range(last.shape[1])]
+        return values[chosen, np.arange(last.shape[1])], best
+
+
+def _measure(curve: Curve, measure: str) -> float:
+    return curve.values()[-1] if measure == "last" else stats.area(curve.steps, curve.values())
+
+
+def finished(plan: Plan, folder: Path) -> list[Curve]:
+    """Every run that is done."""
+    found = []
+    for run in plan.runs:
+        place = run_folder(folder, run)
+        if not (place / DONE).is_file():
+            continue
+        rows = [json.loads(line) for line in (place / LINES).read_text(encoding="utf-8").splitlines()]
+        then = json.loads((place / ORIGIN).read_text(encoding="utf-8"))
+        found.append(Curve(run, rows, difference(then, origin(plan, run, folder))))
+    return found
+
+
+def blocks(plan: Plan, curves: Sequence[Curve]) -> list[Block]:
+    """Of each mismatch the seeds of which every arm is done at the plan's first rate, and the rates of which
+    all of these are."""
+    done = {(c.run.mismatch, c.run.lr, c.run.seed, c.run.arm): c for c in curves}
+    made = []
+    for mismatch in plan.mismatches:
+        whole = {
+            (lr, seed)
+            for lr in plan.lrs
+            for seed in plan.seeds
+            if all((mismatch, lr, seed, arm) in done for arm in plan.arms)
+        }
+        seeds = [seed for seed in plan.seeds if (plan.lrs[0], seed) in whole]
+        rates = [lr for lr in plan.lrs if seeds and all((lr, seed) in whole for seed in seeds)]
+        if rates:
+            by_arm = {
+                arm: {lr: {seed: done[mismatch, lr, seed, arm] for seed in seeds} for lr in rates}
+                for arm in plan.arms
+            }
+            made.append(Block(mismatch, rates, seeds, [seed % plan.warmups for seed in seeds], by_arm))
+    return made
+
+
+def write_report(plan: Plan, folder: Path) -> str:
+    """Markdown of everything that is finished; also into FOLDER/stage_X/report.md."""
+    curves = finished(plan, folder)
+    found = blocks(plan, curves)
+    used = sum(len(block.rates) * len(block.seeds) * len(plan.arms) for block in found)
+    lines = [f"# Stage {plan.stage}: {len(curves)} of {len(plan.runs)} runs", "", plan.question.strip(), ""]
+    if used < len(plan.runs):
+        lines += [
+            f"NOT WHOLE: {used} runs form balanced blocks, {len(curves) - used} others are left out.",
+            "",
+        ]
+    if stale := Counter(what for curve in curves for what in curve.stale):
+        lines += [f"STALE: made with other {dict(stale)} (runs each) than this checkout has.", ""]
+    commits = Counter(str(curve.rows[0]["commit"])[:12] for curve in curves)
+    lines += [f"Commits: {dict(commits)}. Decision rule: {plan.decision.strip()}", ""]
+    for block in found:
+        lines += _tables(plan, block)
+    text = "\n".join(lines)
+    (folder / f"stage_{plan.stage}" / "report.md").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _tables(plan: Plan, block: Block) -> list[str]:
+    rates = ", ".join(f"{rate:g}" for rate in block.rates)
+    lines = [f"## Mismatch {block.mismatch}: seeds {block.seeds}, learning rates {rates}", ""]
+    head = ("arm", "best lr", "last, mean [95%]", "lowest-highest", "area [95%]", "actor, last")
+    lines += [_row((*head, "collapsed", "drawdown", "failed", "s a step")), _row(["---"] * 10)]
+    for arm in plan.arms:
+        last, best = block.judged(arm, "last")
+        surface, _ = block.judged(arm, "area")
+        at_best = list(block.curves[arm][block.rates[best]].values())
+        actors = [curve.values(ACTOR)[-1] for curve in at_best if curve.values(ACTOR)]
+        seconds = np.median([value for curve in at_best for value in curve.values("time/step")])
+        cells = [
+            arm,
+            f"{block.rates[best]:g}",
+            _interval(last, block.warmups),
+            f"{last.min():.3f}-{last.max():.3f}",
+            _interval(surface, block.warmups),
+            f"{np.mean(actors):.3f}" if actors else "",
+            f"{sum(stats.collapsed_at(curve.values()) is not None for curve in at_best)} of {len(at_best)}",
+            f"{max(stats.drawdown(curve.values()) for curve in at_best):.3f}",
+            str(sum(curve.failed for curve in at_best)),
+            f"{seconds:.2f}",
+        ]
+        lines.append(_row(cells))
+    start = np.mean([curve.values()[0] for curve in block.curves[plan.reference][block.rates[0]].values()])
+    lines += [
+        "",
+        f"At step 0 the policy has {start:.3f}. Paired differences of the accuracy at the last step:",
+        "",
+    ]
+    lines += [_row(("arm", "against", "mean [95%]", "wins", "resolvable, 80% power")), _row(["---"] * 5)]
+    against = [(arm, plan.reference) for arm in plan.arms if arm != plan.reference]
+    for one, other in dict.fromkeys([*plan.contrasts, *against]):
+        gaps = block.judged(one, "last")[0] - block.judged(other, "last")[0]
+        sd = float(gaps.std(ddof=1)) if len(gaps) > 1 else plan.assumed_sd
+        smallest = stats.resolvable(sd, len(gaps))
+        wins = f"{int((gaps > 0).sum())} of {len(gaps)}"
+        lines.append(_row((one, other, _interval(gaps, block.warmups), wins, f"{smallest:.3f}")))
+    return [*lines, ""]
+
+
+def _interval(values: np.ndarray, warmups: Sequence[int]) -> str:
+    if len(values) < 2:
+        return f"{values.mean():.3f}"
+    low, high = stats.bootstrap(values, warmups)
+    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def draw(plan: Plan, folder: Path) -> list[Path]:
+    """A picture of each mismatch: mean curves with bands from lowest to highest seed, and survival."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    paths = []
+    for block in blocks(plan, finished(plan, folder)):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1))
+        for arm in plan.arms:
+            _, best = block.judged(arm, "last")
+            curves = [c for c in block.curves[arm][block.rates[best]].values() if not c.failed]
+            if not curves:
+                continue
+            values, steps = np.array([curve.values() for curve in curves]), curves[0].steps
+            (line,) = left.plot(steps, values.mean(0), label=f"{arm}, lr {block.rates[best]:g}")
+            left.fill_between(steps, values.min(0), values.max(0), alpha=0.12, color=line.get_color())
+            right.step(steps, stats.survival(values.tolist()), where="post", color=line.get_color())
+        left.set(
+            xlabel="step", ylabel="policy: share of held-out sums right", title=f"mismatch {block.mismatch}"
+        )
+        right.set(xlabel="step", ylabel="share of runs not collapsed", ylim=(0, 1.05))
+        left.legend(fontsize=8)
+        figure.tight_layout()
+        paths.append(folder / f"stage_{plan.stage}" / f"{block.mismatch}.png")
+        figure.savefig(paths[-1], dpi=110)
+        pyplot.close(figure)
+    return paths

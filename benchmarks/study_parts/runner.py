@@ -1,0 +1,129 @@
+"""One run of the study from start or checkpoint to end, or to a time limit; a line for each evaluation."""
+
+import fcntl
+import hashlib
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study_parts.plan import ROOT, Plan, Run, fingerprint, run_folder
+from benchmarks.study_parts.testbed import Testbed, build, model_files
+from megatron_jackpot.monitor.metrics import JsonLines
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.run.provenance import checkpoints, git_commit, record
+from megatron_jackpot.train import checkpoint
+from megatron_jackpot.train.checkpoint import Saver
+from megatron_jackpot.train.guard import RollBack
+
+LINES, ORIGIN, DONE = "evaluations.jsonl", "origin.json", "done"
+KEPT = (
+    *("reward/mean", "rollout/equal_rewards", "rollout/response_tokens", "kl/target_server", "weight/ess"),
+    *(
+        "jackpot/acceptance_expected",
+        "jackpot/z_p05",
+        "gap/actor_server",
+        "grad_norm/policy",
+        "grad_norm/actor",
+    ),
+    *("loss/distill", "objective/clip_fraction", "kl/server_policy_k3", "time/step"),
+)
+"""Metrics of steps whose means stand in the next evaluation's line."""
+
+
+class Stale(ValueError):
+    """A run that was begun with other code, settings or models than there are now."""
+
+
+def origin(plan: Plan, run: Run, folder: Path) -> dict[str, Any]:
+    """What decides a run's numbers, and the commit: of a run that would start now."""
+    config = plan.config(run, folder)
+    settings = json.dumps(config.model_dump(mode="json", exclude={"run": {"folder"}}), sort_keys=True)
+    commit, dirty = git_commit(ROOT / "benchmarks")
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "code": fingerprint(),
+        "settings": _short(
+            json.dumps(settings, sort_keys=True, default=str).replace(str(folder), "").encode()
+        ),
+        "models": _short(b"".join(path.read_bytes() for path in model_files(config))),
+    }
+
+
+def difference(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Which of code, settings and models are others; commits may differ where none of them does."""
+    return [key for key in ("code", "settings", "models") if then[key] != now[key]]
+
+
+def perform(plan: Plan, run: Run, folder: Path, mesh: Mesh, deadline: float) -> bool:
+    """Whether the run is done: it saves and ends at the first evaluation after `deadline` (time.monotonic).
+
+    Raises Stale for one begun otherwise, BlockingIOError where another process is at it.
+    """
+    place = run_folder(folder, run)
+    with _locked(place):
+        if (place / DONE).is_file():
+            return True
+        now = origin(plan, run, folder)
+        if (place / ORIGIN).is_file():
+            now = json.loads((place / ORIGIN).read_text(encoding="utf-8"))
+            if others := difference(now, origin(plan, run, folder)):
+                raise Stale(f"{place} was begun with other {' and '.join(others)}. Remove it to begin anew.")
+        bed = build(plan.config(run, folder), mesh)
+        saved = bool(checkpoints(place))
+        if saved:
+            checkpoint.resume(bed.trainer.state, place)
+        else:
+            record(bed.trainer.config, place)
+            (place / ORIGIN).write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        lines = JsonLines(place / LINES, resume_step=bed.trainer.state.num_steps if saved else -1)
+        line = {**run.key, "commit": now["commit"], "code": now["code"]}
+        try:
+            return _perform(bed, lines, line, place, plan.every, deadline)
+        finally:
+            lines.close()
+
+
+def _perform(
+    bed: Testbed, lines: JsonLines, line: dict[str, Any], place: Path, every: int, deadline: float
+) -> bool:
+    trainer, state = bed.trainer, bed.trainer.state
+    trainer.push()
+    if state.num_steps == 0:
+        lines.write({**line, "step": 0, **bed.evaluate()})
+    while state.num_steps < trainer.config.run.steps:
+        means: dict[str, list[float]] = defaultdict(list)
+        try:
+            for _ in range(every):
+                for name, value in trainer.step().metrics.items():
+                    if name in KEPT:
+                        means[name].append(value)
+        except (RollBack, RuntimeError) as error:
+            # Numbers that are not finite, again and again: that is a result of the arm.
+            lines.write({**line, "step": state.num_steps, "failed": str(error)})
+            break
+        # Of times the median: others are on the machine.
+        kept = {k: (statistics.median if k == "time/step" else statistics.fmean)(v) for k, v in means.items()}
+        lines.write({**line, "step": state.num_steps, **bed.evaluate(), **kept})
+        if time.monotonic() > deadline and state.num_steps < trainer.config.run.steps:
+            Saver(state, trainer.config.run, trainer.watchdog).save(background=False)
+            return False
+    (place / DONE).touch()
+    return True
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

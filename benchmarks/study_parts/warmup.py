@@ -1,0 +1,138 @@
+"""Makes the study's problems and warmed models: a policy and an actor of each mismatch a warm-up seed.
+examples/quickstart trains and writes them.
+
+FOLDER/data/*.jsonl; FOLDER/models/warmup-0/{policy,near,far}/ with policy.json, near.json, far.json beside.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.study_parts import task
+from benchmarks.study_parts.decoder import Decoder, greedy
+from megatron_jackpot.config import Optimizer, Parallel, Precision
+from megatron_jackpot.data.packing import Packer
+from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.families import family_of
+from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.records import Rollout
+from megatron_jackpot.sync.stream import export
+
+PLANS = Path(__file__).parents[1] / "plans"
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+TOLD_EVERY = 100
+
+
+def quickstart() -> Any:
+    """The example's modules, which are no package: (corpus.example, prepare, supervised.train, tokenizer)."""
+    if str(QUICKSTART) not in sys.path:
+        sys.path.insert(0, str(QUICKSTART))
+    import corpus
+    import prepare
+    import supervised
+    import tokenizer
+
+    return corpus.example, prepare, supervised.train, tokenizer.build()
+
+
+def read_settings() -> dict[str, Any]:
+    return yaml.safe_load((PLANS / "warmup.yaml").read_text(encoding="utf-8"))
+
+
+def warm_up(folder: Path, seed: int, mesh: Mesh) -> None:
+    """Make FOLDER/models/warmup-SEED and, where they are missing, the problems. Minutes of one core."""
+    data = folder / "data"
+    if not (data / task.DEVELOPMENT).is_file():
+        data.mkdir(parents=True, exist_ok=True)
+        task.write_problems(data)
+    settings = read_settings()
+    for name in settings["models"]:
+        place = folder / "models" / f"warmup-{seed}" / name
+        if (place.parent / f"{name}.json").is_file():
+            continue
+        made = _warm_up_one(name, settings, data, seed, mesh, place)
+        (place.parent / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        print(f"warm-up {seed}, {name}: {made}", flush=True)
+
+
+def _warm_up_one(
+    name: str, settings: dict[str, Any], data: Path, seed: int, mesh: Mesh, place: Path
+) -> dict[str, Any]:
+    _, prepare, train, tokenizer = quickstart()
+    knobs = settings["models"][name]
+    lr, steps = knobs["lr"], knobs["steps"]
+    hf_config = prepare.hf_config(knobs["hf"], tokenizer)
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()))
+    family = family_of(hf_config)
+    model = MegatronModel.load(
+        name,
+        family,
+        None,
+        mesh=mesh,
+        parallel=Parallel(),
+        precision=Precision(dtype="float32", fused_linear=False),
+        padded_vocab=family.vocab_size,
+    )
+    model.add_optimizer(
+        Optimizer(lr=lr, min_lr=lr / 10, warmup_steps=50, decay="cosine", weight_decay=0.01), steps
+    )
+    packer = Packer(mesh, tokens=settings["packing_tokens"], enabled=True, num_minibatches=1, vpp=None)
+    forbidden = task.read_questions(data, task.HELDOUT, task.DEVELOPMENT)
+    corpus = examples(tokenizer, settings["carelessness"], f"{seed}/{name}", forbidden)
+    decoder, last, started = Decoder(hf_config), None, time.perf_counter()
+
+    def on_step(progress: Any) -> bool:
+        nonlocal last
+        last = progress
+        if progress.step % TOLD_EVERY:
+            return False
+        decoder.load(export(model))
+        found = accuracy(decoder, data / task.DEVELOPMENT, tokenizer)
+        print(f"warm-up {seed}, {name}: {progress.step}, loss {progress.loss:.3f}, {found:.3f}", flush=True)
+        return False
+
+    train(model, corpus, packer, batch=settings["batch"], steps=steps, on_step=on_step)
+    shutil.rmtree(place, ignore_errors=True)  # What an earlier call that was ended left.
+    prepare.write(model, tokenizer, place)
+    decoder.load({key: tensor.half().float() for key, tensor in export(model).items()})
+    return dict(
+        accuracy=accuracy(decoder, data / task.HELDOUT, tokenizer),
+        parameters=sum(p.numel() for p in model.chunks[0].parameters()),
+        steps=last.step,
+        tokens=last.tokens,
+        seconds=round(time.perf_counter() - started),
+        sha256=hashlib.sha256((place / "model.safetensors").read_bytes()).hexdigest(),
+    )
+
+
+def examples(tokenizer: Any, carelessness: float, seed: str, forbidden: frozenset[str]) -> Iterator[Rollout]:
+    """Endless careless answers; none to a question in `forbidden`."""
+    example, *_ = quickstart()
+    chance = random.Random(f"{seed}/careless")
+    for items in task.problems(f"warm-up/{seed}"):
+        question = task.question(items)
+        if question not in forbidden:
+            text = task.answer(items, chance, carelessness)
+            yield example(
+                tokenizer.encode(f"{question}\n"), [*tokenizer.encode(text), tokenizer.eos_token_id]
+            )
+
+
+def accuracy(decoder: Decoder, path: Path, tokenizer: Any, size: int | None = None) -> float:
+    """Share of the items of a file (its first `size` lines) that the model answers rightly, greedily."""
+    lines = itertools.islice(path.read_text(encoding="utf-8").splitlines(), size)
+    rows = [json.loads(line) for line in lines]
+    prompts = [tokenizer.encode(f"{row['prompt']}\n") for row in rows]
+    answers = greedy(decoder, prompts, max_new_tokens=task.RESPONSE_TOKENS, stop_ids=[tokenizer.eos_token_id])
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return sum(task.score(text, row) for text, row in zip(texts, rows, strict=True)) / len(rows)

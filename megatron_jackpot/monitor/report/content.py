@@ -1,0 +1,140 @@
+"""What the page says of its runs, as one tree of plain values: JSON without a number that is not finite."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from megatron_jackpot.monitor.console import final_rows
+from megatron_jackpot.monitor.differences import groups, labels, names
+from megatron_jackpot.monitor.metrics import Row, read_metrics
+from megatron_jackpot.monitor.report import curves, health, samples
+from megatron_jackpot.monitor.report.tokens import Decode, token_view
+from megatron_jackpot.monitor.report.utilisation import flops_per_token, peak_flops
+from megatron_jackpot.monitor.token_log import FOLDER as TOKENS
+from megatron_jackpot.monitor.token_log import records
+from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE, check_run_folder
+
+MOST_RUNS = 30
+Tree = Row
+"""Names to whatever JSON can hold."""
+
+
+def content(folders: Sequence[Path]) -> Tree:
+    """Of one run everything; of several what can be compared.
+
+    Raises ValueError for a folder without metrics, a bad record, or too many runs.
+    """
+    if len(folders) > MOST_RUNS:
+        raise ValueError(f"{len(folders)} runs: a page takes {MOST_RUNS}. Compare fewer at a time.")
+    at = version(folders)
+    runs = [run_content(Path(folder)) for folder in folders]
+    for run, label, name in zip(runs, labels(folders), names(folders), strict=True):
+        run |= {"label": label if len(folders) > 1 else "", "name": name}
+    measured = dict.fromkeys(name for run in runs for name in run["points"])
+    one = Path(folders[0]) if len(folders) == 1 else None
+    return {
+        "made": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "version": at,
+        "runs": runs,
+        "groups": [{"label": group.label, "members": group.members} for group in groups(folders)],
+        "charts": curves.charts(measured),
+        "meanings": curves.meanings(measured),
+        "samples": [] if one is None else samples.kept(one),
+        "tokens": None if one is None else _tokens(one),
+    }
+
+
+def version(folders: Sequence[Path]) -> str:
+    """Another one when a run has written something that the page shows, and every minute: a run that falls
+    silent has news, too."""
+    parts = [str(int(time.time() // 60))]
+    for folder in map(Path, folders):
+        shown = [folder / "metrics.jsonl", folder / samples.FILE, *sorted((folder / TOKENS).glob("*.npz"))]
+        held = (path.stat() for path in shown if path.is_file())
+        parts += [f"{one.st_mtime_ns}.{one.st_size}" for one in held]
+    return hashlib.sha256("-".join(parts).encode()).hexdigest()[:16]
+
+
+def run_content(folder: Path) -> Tree:
+    check_run_folder(folder)
+    rows = read_metrics(folder)
+    if not rows:
+        raise ValueError(
+            f"{folder} has no rows in metrics.jsonl: name the folder of a run that has done a step."
+        )
+    config = config_of(folder)
+    made = _provenance(folder)
+    rollout, run = _section(config, "rollout"), _section(config, "run")
+    found = health.findings(
+        folder,
+        rows,
+        prompts=int(rollout.get("prompts_per_step", 0)),
+        samples=int(rollout.get("samples_per_prompt", 0)),
+    )
+    judged = health.verdict(rows, found, steps=run.get("steps"), age_s=health.age_s(folder / "metrics.jsonl"))
+    rated = curves.with_rates(rows, flops_per_token(config), peak_flops(folder, made))
+    return {
+        "verdict": {"state": judged.state, "text": judged.text},
+        "findings": [{"level": one.level, "text": one.text} for one in found],
+        "facts": list(facts(config, made)),
+        "numbers": final_rows(rows),
+        "points": curves.points(rated),
+        "phases": curves.phases(rows),
+    }
+
+
+def facts(config: Tree, made: Tree) -> Iterator[tuple[str, str]]:
+    """What was run: models, methods, commit, versions, time."""
+    for role in ("policy", "actor"):
+        if config.get(role):
+            yield role, str(_section(config, role).get("hf"))
+    algorithm = _section(config, "algorithm")
+    for part in ("correction", "objective", "advantage"):
+        if part in algorithm:
+            yield part, json.dumps(algorithm[part])
+    if made:
+        dirty = " and uncommitted changes" if made.get("dirty") else ""
+        yield "commit", str(made.get("commit"))[:12] + dirty
+        yield "started", f"{made.get('time')} on {made.get('host')}"
+        machine = _section(made, "machine")
+        if machine:
+            yield "machine", ", ".join(f"{key} {value}" for key, value in machine.items())
+        versions = _section(made, "versions")
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def decoder_of(config: Tree) -> Decode:
+    """The policy's tokenizer; numbers in brackets where it is not there any more."""
+    folder = Path(str(_section(config, "policy").get("hf", "")))
+    if not (folder / "tokenizer_config.json").is_file():
+        return lambda token: f"[{token}]"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda token: tokenizer.decode([token])
+
+
+def config_of(folder: Path) -> Tree:
+    """The run's configuration as it stands in its folder; {} where it has none."""
+    path = folder / CONFIG_FILE
+    held = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return held if isinstance(held, dict) else {}
+
+
+def _provenance(folder: Path) -> Tree:
+    path = folder / PROVENANCE_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _section(tree: Tree, name: str) -> Tree:
+    found = tree.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def _tokens(folder: Path) -> Tree | None:
+    kept = records(folder)
+    return token_view(kept, decoder_of(config_of(folder))) if kept else None

@@ -1,0 +1,103 @@
+"""The page while the run goes on: over HTTP, on loopback alone."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import parse_qs, urlsplit
+
+from megatron_jackpot.monitor.report.content import Tree, content, version
+from megatron_jackpot.monitor.report.page import render
+
+HOST = "127.0.0.1"
+NAMES = (HOST, "localhost")
+ASK_EVERY_S = 3.0
+REQUEST_LIMIT_S = 10
+
+
+class ReportServer:
+    """http://127.0.0.1:PORT/ is the page, /data its tree where that is newer than ?than=VERSION.
+
+    Use as a context manager. Raises ValueError when the port is in use, or for runs that have no page yet.
+    """
+
+    def __init__(self, folders: Sequence[Path], port: int) -> None:
+        self.folders = folders
+        self._lock = threading.Lock()
+        self._tree: Tree = content(folders)
+        report = self
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = REQUEST_LIMIT_S
+
+            def do_GET(self) -> None:
+                self.answer(*report.reply(self.path, self.headers.get("Host", "")))
+
+            def answer(self, status: int, kind: str, text: str) -> None:
+                body = text.encode()
+                self.send_response(status)
+                self.send_header("Content-Type", f"{kind}; charset=utf-8")
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Cache-Control", "no-store")
+                self.send_header("X-Content-Type-Options", "nosniff")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """A request every few seconds is no news."""
+
+        try:
+            self._server = ThreadingHTTPServer((HOST, port), Handler)
+        except OSError as error:
+            raise ValueError(
+                f"--port {port} on {HOST} cannot be used: {error}. Name another, or 0 for any that is free."
+            ) from error
+        self.port = self._server.server_address[1]
+        self.url = f"http://{HOST}:{self.port}/"
+
+    def reply(self, path: str, host: str) -> tuple[int, str, str]:
+        """(status, type, body) of a request. A page of another name that resolves to this machine is not
+        answered: it could read what the runs say."""
+        if host.rpartition(":")[0] not in NAMES:
+            return 403, "text/plain", f"ask for {self.url}\n"
+        parts = urlsplit(path)
+        try:
+            if parts.path == "/":
+                return 200, "text/html", render(self.tree(), live_s=ASK_EVERY_S)
+            if parts.path == "/data":
+                than = parse_qs(parts.query).get("than", [""])[0]
+                if version(self.folders) == than:
+                    return 204, "application/json", ""
+                return 200, "application/json", json.dumps(self.tree(), allow_nan=False)
+        except (ValueError, OSError) as error:
+            # Between two writes of a run, or after its folder has gone: the page says so and asks again.
+            return 503, "text/plain", f"{error}\n"
+        return 404, "text/plain", "see /\n"
+
+    def tree(self) -> Tree:
+        with self._lock:
+            if self._tree["version"] != version(self.folders):
+                self._tree = content(self.folders)
+            return self._tree
+
+    def serve_forever(self) -> None:
+        self._server.serve_forever()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.server_close()
+
+
+def serve(folders: Sequence[Path], port: int) -> None:
+    """Say where the page is, and serve it until Ctrl-C. Raises ValueError as `ReportServer`."""
+    with ReportServer(folders, port) as report, contextlib.suppress(KeyboardInterrupt):
+        print(f"{report.url} (on this machine alone; Ctrl-C ends it)", flush=True)
+        report.serve_forever()

@@ -1,0 +1,207 @@
+"""What the report says of runs, and how the page holds it; without a browser."""
+
+import html.parser
+import json
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from megatron_jackpot.monitor.differences import groups
+from megatron_jackpot.monitor.metrics import METRICS, MetricsWriter
+from megatron_jackpot.monitor.report.content import content
+from megatron_jackpot.monitor.report.curves import CHARTS, points
+from megatron_jackpot.monitor.report.page import write_report
+from megatron_jackpot.monitor.report.serve import ReportServer
+from tests.data.runs import EVIL, make_run, tree_of
+
+
+class Elements(html.parser.HTMLParser):
+    """Tags of a page with their text, as a parser sees them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.found.append((tag, dict(attributes)))
+
+
+def test_the_page_is_one_file_of_known_elements_whatever_the_run_says(tmp_path: Path) -> None:
+    page = write_report([make_run(tmp_path / "run")]).read_text()
+    found = Elements(page).found
+    assert [tag for tag, _ in found if tag in ("header", "main", "noscript")] == [
+        "noscript",
+        "header",
+        "main",
+    ]
+    assert [one.get("id") for tag, one in found if tag == "script"] == ["data", *[None] * 5]
+    assert not [one for _, one in found if "src" in one or "href" in one]
+    assert "img" not in dict(found) and EVIL not in page
+    policy = next(one["content"] for tag, one in found if tag == "meta" and "http-equiv" in one)
+    assert "default-src 'none'" in policy and "connect-src 'none'" in policy and "unsafe" not in policy
+    tree = tree_of(page)
+    assert tree["runs"][0]["facts"][1] == ["actor", EVIL]
+    assert tree["samples"][0]["text"].startswith(EVIL) and "letters more" in tree["samples"][0]["text"]
+
+
+def test_what_is_not_finite_or_not_drawable_is_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"format": 1, "step": 31, "loss/policy": NaN, "weight/ess": -Infinity, "odd": "text"}\n')
+    (tree,) = content([run])["runs"]
+    json.dumps(tree, allow_nan=False)
+    steps, values = tree["points"]["loss/policy"]
+    assert {step for step, value in zip(steps, values, strict=True) if value is None} == {5, 31}
+    assert dict(zip(*tree["points"]["grad_norm/policy"], strict=True))[6] is None
+    assert tree["points"]["weight/ess"][1][-1] is None and "odd" not in tree["points"]
+
+
+def test_every_charted_metric_is_one_that_tools_may_rely_on() -> None:
+    derived = {"train/tokens_per_s", "train/mfu", "is/kept"}
+    assert {name for _, _, names in CHARTS for name in names} <= METRICS.keys() | derived
+
+
+def test_a_long_run_is_thinned_and_keeps_its_ends_and_evaluations() -> None:
+    rows = [{"step": step, "reward/mean": 0.5} for step in range(5001)]
+    rows[777] |= {"eval/policy_accuracy": 0.1}
+    found = points(rows)
+    steps = found["reward/mean"][0]
+    assert len(steps) <= 1002 and steps[0] == 0 and steps[-1] == 5000 and 777 in steps
+    assert found["eval/policy_accuracy"] == ([777], [0.1])
+
+
+def test_a_healthy_run_is_said_to_be_healthy_and_where_it_stands(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "x").mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {steps: 4}\n")
+    with MetricsWriter(folder, False, None) as out:
+        for step in range(5):
+            out.write(step, {"eval/policy_accuracy": (0.2, 0.5, 0.9, 0.4, 0.6)[step], "time/step": 30.0})
+            if step == 2:
+                (half,) = content([folder])["runs"]
+    (whole,) = content([folder])["runs"]
+    assert half["verdict"]["state"] == "running"
+    assert half["verdict"]["text"].startswith("Running: 2 of 4 steps, about 1 min 0 s left.")
+    assert whole["verdict"]["state"] == "good" and whole["findings"] == []
+    assert whole["verdict"]["text"].startswith("Finished: 4 of 4 steps in 2 min 30 s.")
+    assert "0.200 \u2192 0.600 (best 0.900 at step 2)" in whole["verdict"]["text"]
+    assert "Healthy" in whole["verdict"]["text"]
+
+
+TROUBLES = {
+    "3 requests tried again": {"rollout/retries": 0.75},
+    "2 rewards timed out": {"reward/timed_out": 0.25},
+    "1 reward crashed": {"reward/crashed": 0.125},
+    "1 step of the policy skipped": {"guard/skipped_policy": 1.0},
+    "1 checkpoint could not be saved": {"save/failed": 1.0},
+    "policy paused in 1 step": {"guard/paused": 1.0},
+    "loss/actor not finite in 1 row": {"loss/actor": float("nan")},
+    "95% of the last groups have equal rewards": {"rollout/equal_rewards": 0.95},
+    "30% of the last responses were cut": {"rollout/truncated": 0.3},
+    "effective sample size is 5%": {"weight/ess": 0.05},
+    "up to 2.0% of an evaluation's rewards failed": {"eval/failed_rewards": 0.02},
+}
+
+
+@pytest.mark.parametrize("said", TROUBLES)
+def test_trouble_in_the_metrics_is_counted_and_named_in_the_verdict(tmp_path: Path, said: str) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "run: {steps: 1}\nrollout: {prompts_per_step: 4, samples_per_prompt: 2}\n"
+    )
+    with MetricsWriter(tmp_path, False, None) as out:
+        out.write(1, TROUBLES[said])
+    (tree,) = content([tmp_path])["runs"]
+    assert len(tree["findings"]) == 1 and said in tree["verdict"]["text"]
+    assert tree["verdict"]["state"] in ("warn", "bad") and "Healthy" not in tree["verdict"]["text"]
+
+
+def test_restarts_and_warnings_are_read_from_the_logs(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, False, None) as out:
+        out.write(1, {"reward/mean": 0.1})
+    (tmp_path / "server-0.log").write_bytes(b"\xff x\n[supervisor] restart 1 of 5 in 1 s\n" * 2)
+    (tmp_path / "train.log").write_text(
+        "resumed after step 4\nWARNING: a disk is full\nstep 5/9 WARNING: no\n"
+    )
+    (tree,) = content([tmp_path])["runs"]
+    assert [one["text"] for one in tree["findings"]] == [
+        "2 restarts of a server",
+        "training went on from a checkpoint 1 time",
+        "train.log: a disk is full",
+    ]
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_group(tmp_path: Path) -> None:
+    made = [("a", 0, "jackpot"), ("b", 1, "jackpot"), ("c", 0, "tis"), ("d", 1, "tis")]
+    runs = [make_run(tmp_path / name, seed=seed, correction=which) for name, seed, which in made]
+    assert [(group.label, group.members) for group in groups(runs)] == [
+        ("algorithm.correction.name=jackpot", (0, 1)),
+        ("algorithm.correction.name=tis", (2, 3)),
+    ]
+    assert [group.members for group in groups(runs[:2])] == [(0, 1)]
+    # Twice the same seed is no spread of seeds.
+    assert [group.members for group in groups([runs[0], runs[0]])] == [(0,), (1,)]
+
+
+def test_the_page_of_several_runs_must_be_named_and_overwrites_none(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))]
+    with pytest.raises(ValueError, match="--out FILE"):
+        write_report(runs)
+    tree = tree_of(write_report(runs, tmp_path / "both.html").read_text())
+    assert [run["label"] for run in tree["runs"]] == ["run.seed=0", "run.seed=1"]
+    assert not list(tmp_path.glob("*/report.html"))
+
+
+def test_a_folder_without_a_run_or_of_another_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=r"metrics.jsonl"):
+        write_report([tmp_path])
+    (tmp_path / "provenance.json").write_text('{"commit": "1234567"}')
+    with pytest.raises(ValueError, match="provenance.json has run folder format 0.*Commit 8170530 reads it"):
+        write_report([tmp_path])
+
+
+def test_the_served_page_follows_the_run_and_answers_to_this_machine_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=3)
+    with ReportServer([run], 0) as report:
+        serving = threading.Thread(target=report.serve_forever, daemon=True)
+        serving.start()
+
+        def get(path: str, **headers: str) -> tuple[int, str]:
+            request = urllib.request.Request(report.url + path, headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=10) as reply:
+                    return reply.status, reply.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read().decode()
+
+        status, page = get("")
+        first = tree_of(page)
+        assert status == 200 and first["live_s"] > 0 and "connect-src 'self'" in page
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"format": 1, "step": 4, "reward/mean": 0.75}\n')
+        status, data = get(f"data?than={first['version']}")
+        second = json.loads(data)
+        assert status == 200 and second["runs"][0]["points"]["reward/mean"][1][-1] == 0.75
+        assert get(f"data?than={second['version']}")[0] in (204, 200)
+        assert get("data", Host="evil.example:80")[0] == 403
+        assert get("../etc/passwd")[0] == 404
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write("broken\n")
+        status, said = get("data?than=old")
+        assert status == 503 and re.search("line 6: not JSON", said)
+        report._server.shutdown()
+        serving.join(timeout=10)
+    assert report.url.startswith("http://127.0.0.1:")
+
+
+def test_a_port_that_is_taken_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=3)
+    with (
+        ReportServer([run], 0) as first,
+        pytest.raises(ValueError, match=f"--port {first.port}.*Name another"),
+    ):
+        ReportServer([run], first.port)

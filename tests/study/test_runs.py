@@ -1,0 +1,120 @@
+"""Runs of the study: the same numbers whether interrupted or not, and results that know when they are old."""
+
+import json
+import math
+import shutil
+
+import pytest
+
+from benchmarks.study_parts.plan import BASE, ROOT, WATCHED, Plan, fingerprint, read_plan, run_folder
+from benchmarks.study_parts.report import blocks, finished, write_report
+from benchmarks.study_parts.runner import LINES, Stale, perform
+
+PLANS = sorted((ROOT / "benchmarks" / "plans").glob("stage_*.yaml"))
+LATER = math.inf
+
+
+@pytest.fixture
+def plan() -> Plan:
+    small = {"rollout.max_new_tokens": 6, "evaluation.size": 24, "packing.tokens": 512}
+    jackpot = {"algorithm.correction": {"name": "jackpot"}, "rollout.prompts_per_step": 2, **small}
+    return Plan(
+        stage="test",
+        question="?",
+        steps=4,
+        every=2,
+        mismatches=("near",),
+        warmups=1,
+        seeds=(0,),
+        lrs=(1e-3,),
+        actor_lr_factor=1.0,
+        arms={"on_policy": {**jackpot, "actor": None, "rollout.model": "policy"}, "jackpot": jackpot},
+        reference="on_policy",
+        contrasts=(("jackpot", "on_policy"),),
+        assumed_sd=0.05,
+        decision="!",
+        budget_h=1.0,
+    )
+
+
+def lines(folder, run) -> list[dict]:
+    rows = (run_folder(folder, run) / LINES).read_text().splitlines()
+    return [{k: v for k, v in json.loads(row).items() if not k.startswith("time/")} for row in rows]
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_lines(plan, folder, mesh) -> None:
+    run = plan.runs[1]
+    assert perform(plan, run, folder, mesh, LATER)
+    whole = lines(folder, run)
+    shutil.rmtree(folder / "stage_test")
+    assert not perform(plan, run, folder, mesh, 0.0)
+    assert [line["step"] for line in lines(folder, run)] == [0, 2]
+    assert perform(plan, run, folder, mesh, LATER)
+    assert lines(folder, run) == whole and [line["step"] for line in whole] == [0, 2, 4]
+    assert whole[-1]["reward/mean"] is not None and len(whole[-1]["code"]) == 16
+
+
+def test_finished_runs_form_a_block_once_every_arm_is_there_and_changed_models_make_them_stale(
+    plan, folder, mesh
+) -> None:
+    assert perform(plan, plan.runs[0], folder, mesh, LATER)
+    assert not blocks(plan, finished(plan, folder))
+    assert not perform(plan, plan.runs[1], folder, mesh, 0.0)
+    assert "1 of 2 runs" in write_report(plan, folder)
+    models = folder / "models" / "warmup-0"
+    held = models.resolve()
+    models.unlink()
+    shutil.copytree(held, models)
+    weights = models / "policy" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "STALE" in write_report(plan, folder)
+    with pytest.raises(Stale, match="other models"):
+        perform(plan, plan.runs[1], folder, mesh, LATER)
+    weights.write_bytes(bytes([*content[:-1], content[-1] ^ 1]))
+    assert perform(plan, plan.runs[1], folder, mesh, LATER)
+    text = write_report(plan, folder)
+    assert len(blocks(plan, finished(plan, folder))) == 1 and "STALE" not in text and "NOT WHOLE" not in text
+
+
+def test_code_counts_by_what_it_does_not_by_what_it_says(tmp_path) -> None:
+    for watched in WATCHED:
+        source, to = ROOT / watched, tmp_path / watched
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, to) if source.is_dir() else shutil.copyfile(source, to)
+    (tmp_path / BASE.relative_to(ROOT)).parent.mkdir(parents=True)
+    shutil.copyfile(BASE, tmp_path / BASE.relative_to(ROOT))
+    assert fingerprint(tmp_path) == fingerprint()
+    losses = tmp_path / "megatron_jackpot" / "train" / "losses.py"
+    losses.write_text("# Another comment.\n" + losses.read_text())
+    assert fingerprint(tmp_path) == fingerprint()
+    obrs = tmp_path / "megatron_jackpot" / "algorithm" / "obrs.py"
+    obrs.write_text(obrs.read_text().replace("LOG_RATIO_LIMIT = 20", "LOG_RATIO_LIMIT = 21"))
+    assert fingerprint(tmp_path) != fingerprint()
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_arm_of_a_committed_plan_is_a_configuration(path, folder) -> None:
+    plan = read_plan(path)
+    for warmup in range(plan.warmups):
+        place = folder / "models" / f"warmup-{warmup}"
+        if warmup:
+            place.symlink_to(folder / "models" / "warmup-0")
+    first = [run for run in plan.runs if (run.lr, run.seed) == (plan.lrs[0], plan.seeds[0])]
+    for run in first:
+        config = plan.config(run, folder)
+        assert (config.actor is None) == (config.rollout.model == "policy") == (run.arm == "on_policy")
+        assert config.evaluation.size >= 1000 and config.run.steps == plan.steps
+
+
+def test_a_plan_with_an_unknown_arm_or_key_is_refused(tmp_path) -> None:
+    text = PLANS[0].read_text()
+    for old, new, what in (
+        ("reference: on_policy", "reference: nobody", "nobody"),
+        ("every: 20", "evry: 20", "evry"),
+    ):
+        path = tmp_path / "plan.yaml"
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=what):
+            read_plan(path)

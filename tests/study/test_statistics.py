@@ -1,0 +1,52 @@
+"""The study's statistics, against known laws and by simulation."""
+
+import numpy as np
+import pytest
+
+from benchmarks.study_parts import stats
+
+
+def test_quantiles_of_t_are_those_in_the_tables() -> None:
+    table = {(0.975, 1): 12.706, (0.975, 2): 4.303, (0.975, 4): 2.776, (0.8, 4): 0.941, (0.975, 29): 2.045}
+    for (probability, freedom), value in table.items():
+        assert stats.t_quantile(probability, freedom) == pytest.approx(value, abs=6e-4)
+
+
+def test_the_resolvable_difference_is_found_with_the_power_it_promises() -> None:
+    sd, units = 0.05, 15
+    gap = stats.resolvable(sd, units)
+    draws = np.random.default_rng(0).normal(gap, sd, (4000, units))
+    t = draws.mean(1) / (draws.std(1, ddof=1) / np.sqrt(units))
+    assert (np.abs(t) > stats.t_quantile(0.975, units - 1)).mean() == pytest.approx(0.8, abs=0.02)
+    assert stats.resolvable(sd, 1) == np.inf
+
+
+def test_the_bootstrap_covers_a_mean_with_its_level_and_is_wider_where_warm_ups_differ() -> None:
+    rng, covered = np.random.default_rng(1), 0
+    for trial in range(200):
+        values = rng.normal(0.7, 0.1, 24)
+        low, high = stats.bootstrap(values, range(24), draws=400, seed=trial)
+        covered += low <= 0.7 <= high
+    assert 0.89 <= covered / 200 <= 0.99
+    values = np.repeat([0.2, 0.5, 0.8], 8) + rng.normal(0, 0.01, 24)
+    one, two = stats.bootstrap(values, range(24)), stats.bootstrap(values, np.repeat([0, 1, 2], 8))
+    assert two[1] - two[0] > 1.5 * (one[1] - one[0])
+
+
+def test_area_drawdown_and_collapse_of_curves_drawn_by_hand() -> None:
+    assert stats.area([0, 10, 30], [0.0, 1.0, 1.0]) == pytest.approx((5 + 20) / 30)
+    assert stats.drawdown([0.2, 0.8, 0.5, 0.9, 0.8]) == pytest.approx(0.3)
+    fell = [0.2, 0.8, 0.3, 0.3, 0.39, 0.8]
+    assert stats.collapsed_at(fell) == 4
+    assert stats.collapsed_at([0.2, 0.8, 0.3, 0.3, 0.4, 0.3, 0.3]) is None
+    assert stats.survival([fell, [0.5] * 6]) == [1, 1, 1, 1, 0.5, 0.5]
+
+
+def test_a_rate_is_chosen_by_the_other_units_so_that_luck_is_not_counted_twice() -> None:
+    # Rate 1 is best only in unit 0, by luck; the others would never choose it for unit 0.
+    values = np.array([[0.5, 0.6, 0.6], [0.9, 0.4, 0.4]])
+    judged, best = stats.cross_fitted(values)
+    assert judged.tolist() == [0.5, 0.4, 0.4] and best == 0
+    noise = np.random.default_rng(0).normal(0, 1, (2000, 3, 5))
+    assert abs(np.mean([stats.cross_fitted(sample)[0].mean() for sample in noise])) < 0.03
+    assert np.mean([sample.mean(1).max() for sample in noise]) > 0.3
