@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent import futures
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -23,11 +23,11 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="rollouts")
         self._thread.start()
 
-    def submit(self, work: Coroutine[Any, Any, T]) -> futures.Future[T]:
+    def submit(self, work: Coroutine[object, None, T]) -> futures.Future[T]:
         """Have the loop run `work`. What is submitted first takes its first step first."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def wait(self, work: Coroutine[Any, Any, T], limit_s: float, what: str) -> T:
+    def wait(self, work: Coroutine[object, None, T], limit_s: float, what: str) -> T:
         """The result of `work`. Raises TimeoutError naming `what` after `limit_s`, and its own errors."""
         future = self.submit(work)
         if not futures.wait([future], limit_s).done:

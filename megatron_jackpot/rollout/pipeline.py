@@ -53,13 +53,13 @@ class Source(Protocol):
         samples: int | None = None,
         stop: Stop = lambda: None,
         keep: Keep = lambda group: None,
-    ) -> Coroutine[Any, Any, tuple[list[list[Rollout]], Sums]]: ...
+    ) -> Coroutine[object, None, tuple[list[list[Rollout]], Sums]]: ...
 
-    def hold(self, *, until_quiet: bool) -> Coroutine[Any, Any, None]: ...
+    def hold(self, *, until_quiet: bool) -> Coroutine[object, None, None]: ...
 
-    def use(self, version: int) -> Coroutine[Any, Any, None]: ...
+    def use(self, version: int) -> Coroutine[object, None, None]: ...
 
-    def abort(self) -> Coroutine[Any, Any, None]: ...
+    def abort(self) -> Coroutine[object, None, None]: ...
 
     def close(self) -> None: ...
 
@@ -175,7 +175,7 @@ class Pipeline:
             if worst == STOPPED:
                 raise StopRun
             if worst >= REFUSED:
-                _raise_everywhere(worst, error)
+                _raise_everywhere(worst, error if outcome == worst else None)
             if error is not None:
                 log.warning(f"step {step}: {error} Sending the weights again.")
             recover()
@@ -280,17 +280,16 @@ class Pipeline:
         `ahead`, or a server that kept the weights of before a rollback.
         """
         newest = batch.step - 1
+        oldest = newest - self.config.max_staleness
         stale: list[list[Rollout]] = []
-        for prompt in batch.prompts:
-            versions = {int(v) for r in self.finished.get(batch.key(prompt), ()) for v in r.weight_version}
-            if versions and not (
-                newest - self.config.max_staleness <= min(versions) <= max(versions) <= newest
-            ):
-                stale.append(self.finished.pop(batch.key(prompt)))
+        for key in map(batch.key, batch.prompts):
+            spoken = [r.weight_version for r in self.finished.get(key, ()) if len(r.tokens)]
+            if any(versions.min() < oldest or versions.max() > newest for versions in spoken):
+                stale.append(self.finished.pop(key))
         rollouts = [rollout for group in stale for rollout in group]
         batch.add(
             {
-                "rollout/stale_groups": (len(stale), len(batch.prompts)),
+                "rollout/stale_groups": (len(stale), 0),
                 "rollout/stale_tokens": (sum(len(r.tokens) for r in rollouts), len(rollouts)),
             }
         )
@@ -309,6 +308,7 @@ class Pipeline:
         period, waited = now.time - self._since.time, now.time - started
         idle = period - (now.asked - self._since.asked)
         self._since = now
+        batch.add({"rollout/stale_groups": (0, len(batch.prompts))})
         batch.add({"idle/trainer": (waited, period), "idle/servers": (max(idle, 0.0), period)})
         return Collected(
             groups=[group for group in groups.values() if group is not None],
@@ -350,7 +350,7 @@ class Stopwatch:
 
 
 def _raise_everywhere(outcome: int, error: BaseException | None) -> None:
-    """A leader's error, on every rank: itself there, where it may be caught by its type elsewhere too."""
+    """A leader's error on every rank: itself there, RewardsFailing or OSError elsewhere."""
     if outcome == REFUSED and error is None:
         error = RewardsFailing("Rewards failed on another rank, whose log says how.")
     with raise_on_all_ranks():

@@ -121,6 +121,11 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
             ({"servers": {"urls": ["http://n1:3", url]}}, r"servers.urls has .*: must be http://HOST:PORT")
             for url in ("127.0.0.1:3", "n1", "http://::1:3", "http://n1:99999", "ftp://n1:3", "http://n1:3/")
         ),
+        ({"rollout": {"ahead": 2}}, "Set rollout.max_staleness=2, or lower ahead"),
+        (
+            {"rollout": {"ahead": 1}, "servers": {"release_memory": True}},
+            "rollout.ahead = 1 has servers sample while the trainer learns",
+        ),
         ({"parallel": {"vpp": 2}}, "needs parallel.pp > 1"),
         (
             {"actor": {"optimizer": {"lr": 1e-6, "min_lr": 1e-5}}},

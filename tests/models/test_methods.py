@@ -52,6 +52,10 @@ def config(**changes: dict) -> Config:
             },
             "z = 'exact' is scored once per step",
         ),
+        (
+            {"algorithm_correction": {"name": "jackpot", "z": "exact"}, "rollout_ahead": 1},
+            "rollout.ahead = 1 trains on tokens of older ones. Use z='topk'",
+        ),
     ],
 )
 def test_methods_that_do_not_go_together_are_refused(changes: dict, message: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_jackpot.data.loader import PromptLoader, epoch_order
+from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
 from megatron_jackpot.run.formats import FORMATS, current
@@ -49,10 +49,10 @@ def _train(
     trainer.pipeline.stop = lambda: "test" if state.num_steps == stop_at else None
     troubles = checkpoint.resume(state, Path(run)) if options.get("resume") else []
     if stop_at is not None:
-        # Of each step from that one on, this leader finishes one group and no more.
-        per, order = NUM_PROMPTS, epoch_order([p.id for p in prompts], 5, 0)
-        later = [order[i : i + per][mesh.dp_rank :: mesh.dp] for i in range(stop_at * per, len(order), per)]
-        source.slow = {(0, prompts[i].id) for step in later for i in step[1:]}
+        # Of each step after that one, this leader finishes one group and no more.
+        order = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
+        given = [order.next() for _ in range(steps)]
+        source.slow = {(epoch, p.id) for epoch, mine in given[stop_at:] for p in mine[1:]}
     saver = checkpoint.Saver(state, saving, trainer.watchdog)
     trainer.push()
     if options.get("late"):
@@ -237,8 +237,8 @@ def test_with_rollouts_ahead_an_interrupted_run_keeps_what_was_finished_of_every
     first = train(folder, run, STEERED, 6, stop_at=2, per_epoch=4, **how)
     second = train(folder, run, STEERED, 6, resume=True, per_epoch=4, **how)
     assert len(first[0]) == 2 and len(second[0]) == 4
-    # Two steps, a group of each of the two that the epoch had left, and two of the next epoch, whole.
-    assert len(first[4]) == 2 * NUM_PROMPTS + 2 + 2 * NUM_PROMPTS
+    # Two steps, and a group of each of the four in flight, of two epochs.
+    assert len(first[4]) == 2 * NUM_PROMPTS + 4
     asked = [*first[4], *second[4]]
     assert len(asked) == len(set(asked)) == 6 * NUM_PROMPTS
 

@@ -167,7 +167,7 @@ def test_what_fails_in_one_leaders_thread_is_raised_on_every_rank(seen) -> None:
 def test_groups_that_are_too_old_are_sampled_anew_and_counted_with_their_length(seen) -> None:
     half = NUM_PROMPTS // 2
     assert seen[0]["ages"] == [{3}, (0, half), False]
-    assert seen[1]["ages"] == [{3}, (half, 2 * half), True]
+    assert seen[1]["ages"] == [{3}, (half, half), True]
 
 
 def test_a_stop_keeps_what_is_finished_of_every_step_and_the_place_of_the_first(seen) -> None:
