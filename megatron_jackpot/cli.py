@@ -2,22 +2,23 @@
 
 import argparse
 import os
-import shutil
 import signal
 import sys
-import textwrap
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from megatron_jackpot import __version__
-from megatron_jackpot.config import Config, ConfigError, describe, examine_config
+from megatron_jackpot.config import Config, ConfigError, examine_config, placed
 from megatron_jackpot.run.interrupt import ending_when_asked, forget_stop
+from megatron_jackpot.settings_help import settings
 
 EXIT_FAILED = 1
+EXIT_REFUSED = 2
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "launch": {
         "--nproc": dict(type=int, help="training processes; default tp * pp * cp"),
@@ -43,6 +44,25 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+HELP = "everything, or what one key or section takes: --help rollout, --help algorithm.correction"
+
+
+class _Help(argparse.Action):
+    """--help, or --help KEY."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, args: object, key: object, option: str | None = None
+    ) -> None:
+        try:
+            text = settings("" if key is None else str(key))
+        except ValueError as error:
+            parser.error(str(error))
+        if key is None:
+            parser.print_help()
+        print(text if key is not None else f"\n{text}")
+        parser.exit()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a mistake in the config or the command line."""
     if argv is None and sys.getfilesystemencoding() != "utf-8":
@@ -51,26 +71,35 @@ def main(argv: list[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     began = time.monotonic()
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.command == "doctor":
-        from megatron_jackpot.launch.doctor import doctor
+    try:
+        return _run(args, began)
+    except KeyboardInterrupt:
+        print("megatron-jackpot: interrupted; nothing was started", file=sys.stderr)
+        return 128 + signal.SIGINT
 
-        return doctor(args.server_python)
+
+def _run(args: argparse.Namespace, began: float) -> int:
     if args.command == "report":
         return _report(args)
+    config, mistakes = None, []
     here = args.command == "launch" and not args.slurm
-    try:
-        with ending_when_asked() if here else nullcontext():
-            config, mistakes = examine_config(args.config, args.overrides)
-            if args.command == "train":
-                return _train(config, mistakes)
-            if config is not None and here:
-                _take_up(config.run.folder)
-            if config is not None and args.command in ("launch", "plan"):
-                mistakes += _preflight(config, args)
-            if config is None or mistakes:
-                return refuse(ConfigError("\n".join(mistakes)))
-    except (ValueError, OSError) as error:
-        return refuse(error)
+    if args.config is not None:
+        try:
+            with ending_when_asked() if here else nullcontext():
+                config, mistakes = examine_config(args.config, args.overrides)
+                if config is not None and here:
+                    _take_up(config.run.folder)
+                if config is not None and args.command in ("launch", "plan", "doctor"):
+                    mistakes += _preflight(config, args)
+                mistakes = placed(list(dict.fromkeys(mistakes)), args.config, args.overrides)
+        except (ValueError, OSError) as error:
+            config, mistakes = None, str(error).splitlines()
+    if args.command == "doctor":
+        return _doctor(config, mistakes, args)
+    if args.command == "train":
+        return _train(config, mistakes, args)
+    if config is None or mistakes:
+        return refuse(mistakes)
     if args.command == "plan":
         return _plan(config, args)
     if args.command in ("serve", "join"):
@@ -91,9 +120,9 @@ def _take_up(folder: Path) -> None:
 def _preflight(config: Config, args: argparse.Namespace) -> list[str]:
     from megatron_jackpot.launch.preflight import Command, Subject, preflight
 
-    command: Command = args.command
+    command: Command = "launch" if args.command == "doctor" else args.command
     mistakes = []
-    if command == "launch" and args.slurm:
+    if args.command == "launch" and args.slurm:
         from megatron_jackpot.launch.slurm import job_mistakes
 
         _hush()
@@ -125,16 +154,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
             help=text,
             description=text,
             usage=f"megatron-jackpot {name} CONFIG [key=value ...]" + " [options]" * (name in OPTIONS),
-            epilog=settings(),
+            add_help=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
+        command.add_argument("-h", "--help", nargs="?", action=_Help, metavar="KEY", help=HELP)
         for option, arguments in OPTIONS.get(name, {}).items():
             command.add_argument(option, **arguments)
     command = commands.add_parser(
-        "doctor", help="Check this machine, one line for each thing with its remedy."
+        "doctor",
+        help="Check this machine, and a config where one is given: a line for each thing with its remedy.",
     )
+    command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
     command.add_argument("--server-python", type=Path, help="interpreter with SGLang; default this one")
     command = commands.add_parser("report", help="A run on one HTML page, or several beside each other.")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
@@ -143,9 +176,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--port", type=int, default=8300, help="with --serve; 0 takes a free one")
     args, rest = parser.parse_known_args(argv)
     # argparse takes `key=value ...` only in one run; those after an option arrive here.
-    if any(word.startswith("-") or "=" not in word for word in rest) or (
-        rest and args.command in ("doctor", "report")
-    ):
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and args.command == "report"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides += rest
@@ -154,32 +185,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def settings() -> str:
-    """Every setting with its default and meaning, for --help."""
-    width = min(shutil.get_terminal_size().columns, 110)
-    lines = ["settings (key, default, meaning):"]
-    for key, default, meaning in describe():
-        lines.append(f"  {key} = {default}")
-        indent = " " * 6
-        lines += textwrap.wrap(
-            " ".join(meaning.split()),
-            width,
-            initial_indent=indent,
-            subsequent_indent=indent,
-            break_on_hyphens=False,
-        )
-    return "\n".join(lines)
-
-
-def refuse(error: Exception) -> int:
-    for line in str(error).splitlines():
+def refuse(mistakes: Iterable[str]) -> int:
+    for line in mistakes:
         print(f"megatron-jackpot: {line}", file=sys.stderr)
-    return 2
+    return EXIT_REFUSED
 
 
-def _train(config: Config | None, mistakes: list[str]) -> int:
+def _doctor(config: Config | None, mistakes: list[str], args: argparse.Namespace) -> int:
+    """Mistakes of the configuration, where one is given, and then the machine."""
+    from megatron_jackpot.launch.doctor import doctor
+
+    code = refuse(mistakes) if mistakes else 0
+    server_python = args.server_python or (config and config.servers.python)
+    return doctor(server_python) or code
+
+
+def _train(config: Config | None, mistakes: list[str], args: argparse.Namespace) -> int:
+    main_rank = os.environ.get("RANK", "0") == "0"
     if config is None:
-        return refuse(ConfigError("\n".join(mistakes)))
+        return refuse(mistakes if main_rank else ())
     from megatron_jackpot.launch.preflight import Subject, preflight
     from megatron_jackpot.monitor.messages import configure
     from megatron_jackpot.run.interrupt import STARTED_VARIABLE, StopRequest, die_with_parent
@@ -190,23 +214,26 @@ def _train(config: Config | None, mistakes: list[str]) -> int:
     stop = StopRequest(config.run)
     stop.listen()
     configure()
-    if os.environ.get("RANK", "0") == "0":
-        mistakes += preflight(Subject(config, "train"))
+    if main_rank:
+        mistakes += placed(preflight(Subject(config, "train")), args.config, args.overrides)
     if mistakes:
-        return refuse(ConfigError("\n".join(mistakes)))
+        return refuse(mistakes if main_rank else ())
     _hush()
+    from megatron_jackpot.launch.folder import missing, take_back
     from megatron_jackpot.launch.lock import only_launch
     from megatron_jackpot.train.run import run
 
     # A launch has the folder already; of a bare torchrun the first rank takes it.
-    alone = os.environ.get("RANK", "0") == "0" and STARTED_VARIABLE not in os.environ
+    alone = main_rank and STARTED_VARIABLE not in os.environ
+    made = missing(config.run.folder) if alone else []
     try:
         if alone:
             config.run.folder.mkdir(parents=True, exist_ok=True)
         with only_launch(config.run.folder) if alone else nullcontext():
             run(config, stop=stop)
     except ConfigError as error:
-        return refuse(error)
+        take_back(made)
+        return refuse(str(error).splitlines())
     except Exception:
         traceback.print_exc()
         sys.stdout.flush()
@@ -228,7 +255,7 @@ def _node(role: str, config: Config, began: float) -> int:
     try:
         return serve(config) if role == "serve" else join(config, began)
     except ValueError as error:
-        return refuse(error)
+        return refuse(str(error).splitlines())
 
 
 def _submit(config: Config, args: argparse.Namespace) -> int:
@@ -248,7 +275,7 @@ def _report(args: argparse.Namespace) -> int:
         else:
             print(write_report(args.runs, args.out))
     except (ValueError, OSError) as error:
-        return refuse(error)
+        return refuse(str(error).splitlines())
     return 0
 
 
@@ -265,16 +292,18 @@ def _hush() -> None:
 
 def _plan(config: Config, args: argparse.Namespace) -> int:
     _hush()
+    from megatron_jackpot.config.placement import expected_processes
     from megatron_jackpot.plan.tables import Assumptions, memory_troubles, show_plan
 
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
-    if args.gpu_memory:
-        cluster = config.cluster.model_copy(update={"gpu_memory_gib": args.gpu_memory})
-        config = config.model_copy(update={"cluster": cluster})
     try:
-        return int(bool(memory_troubles(show_plan(config, args.gpus, assumed))))
+        gpus, why = (args.gpus, "--gpus") if args.gpus else expected_processes(config)
+        if args.gpu_memory:
+            cluster = config.cluster.model_copy(update={"gpu_memory_gib": args.gpu_memory})
+            config = config.model_copy(update={"cluster": cluster})
+        return int(bool(memory_troubles(show_plan(config, gpus, assumed, why=why))))
     except ValueError as error:
-        return refuse(error)
+        return refuse(str(error).splitlines())
 
 
 if __name__ == "__main__":

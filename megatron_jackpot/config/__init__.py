@@ -4,7 +4,7 @@ from megatron_jackpot.config.algorithm import Algorithm, Packing
 from megatron_jackpot.config.base import Check, ConfigError, Method
 from megatron_jackpot.config.cluster import Cluster
 from megatron_jackpot.config.data import Data, Evaluation
-from megatron_jackpot.config.load import describe, examine_config, load_config, parse_config
+from megatron_jackpot.config.load import describe, examine_config, load_config, parse_config, placed
 from megatron_jackpot.config.models import Actor, Optimizer, Parallel, Policy, Precision
 from megatron_jackpot.config.run import Guards, Logging, Run
 from megatron_jackpot.config.schema import Config
@@ -35,4 +35,5 @@ __all__ = [
     "examine_config",
     "load_config",
     "parse_config",
+    "placed",
 ]

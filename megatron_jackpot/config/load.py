@@ -1,15 +1,16 @@
 """From YAML and overrides to a checked configuration; the list of its settings for --help."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config.base import ConfigError, section_of
-from megatron_jackpot.config.schema import MISTAKES, Config
-from megatron_jackpot.config.yaml_tree import Tree, apply_override, read_tree
+from megatron_jackpot.config.schema import METHOD_KEYS, MISTAKES, Config
+from megatron_jackpot.config.suggest import meant
+from megatron_jackpot.config.yaml_tree import Tree, apply_override, place_of, read_tree, spell_out
 
 RENAMED = {"cluster.time": "cluster.minutes"}
 """Key that was once read -> the one that says it now."""
@@ -19,7 +20,7 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
     """Read YAML, apply `a.b=value` overrides (values are YAML), check everything.
 
     `base: FILE`, relative to the YAML, is a file whose keys count where the YAML has none; a method counts
-    whole.
+    whole, and may be its name alone.
     Raises ConfigError naming the field, the value and what to do, FileNotFoundError for a missing file.
     """
     config, mistakes = examine_config(path, overrides)
@@ -53,7 +54,7 @@ def parse_config(tree: Tree) -> Config:
 def examine(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
     """As `examine_config`, of a nested mapping."""
     mistakes: list[str] = []
-    tree = copy.deepcopy(tree)
+    tree = spell_out(copy.deepcopy(tree))
     for _ in range(2):
         across: list[str] = []
         try:
@@ -61,7 +62,7 @@ def examine(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
         except ValidationError as error:
             if mistakes:
                 break  # What is left cannot be mended by leaving it out.
-            mistakes = [_explain(item) for item in error.errors()]
+            mistakes = [line for item in error.errors() for line in _explain(item)]
             for item in error.errors():
                 # A method without a name counts as not given; a folder that is missing has no substitute.
                 _leave_out(tree, item["loc"][: -1 if item["type"] == "missing" else None])
@@ -79,22 +80,60 @@ def _leave_out(tree: Any, where: tuple[int | str, ...]) -> None:
         tree = below
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any) -> list[str]:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        section: Any = Config
-        prefix = item["loc"][:-1]
-        for part in prefix:
-            section = section_of(section.model_fields[part].annotation)
-        if where in RENAMED:
-            return f"Unknown config key '{where}'. It is '{RENAMED[where]}' now: docs/changelog.md."
-        full = [".".join([*map(str, prefix), name]) for name in section.model_fields]
-        return f"Unknown config key '{where}'. {nearest(where, full)}"
+        return _unknown(where, item["loc"][:-1], item["input"])
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
+        return str(item["ctx"]["error"]).splitlines()
     if item["type"] == "missing":
-        return f"Config key '{where}' is missing. Set it in the YAML file or as {where}=VALUE."
-    return f"{where} = {item['input']!r}: {item['msg']}."
+        return [f"Config key '{where}' is missing. Set it in the YAML file or as {where}=VALUE."]
+    if where in METHOD_KEYS:
+        return [
+            f"{where} = {item['input']!r}: must be a method's name, or {{name: ..., key: value}}. "
+            "Write it so."
+        ]
+    defaults = {key: default for key, default, _ in describe()}
+    known = next((key for key in defaults if f"{where}.".startswith(f"{key}.")), None)
+    if known is None:
+        return [f"{where} = {item['input']!r}: must be a section. Put its keys below it."]
+    remedy = "Set one that is" if defaults[known] == "required" else f"Its default is {defaults[known]}"
+    return [f"{where} = {item['input']!r}: {item['msg']}. {remedy}; `launch --help {known}` says what it is."]
+
+
+def _unknown(where: str, above: tuple[int | str, ...], value: object) -> list[str]:
+    """A line for an unknown key, or for each key in an unknown section that is not just misspelled."""
+    if where in RENAMED:
+        return [f"Unknown config key '{where}'. It is '{RENAMED[where]}' now: docs/changelog.md."]
+    section: Any = Config
+    for part in above:
+        section = section_of(section.model_fields[part].annotation)
+    names, keys = list(section.model_fields), [key for key, _, _ in describe()]
+    strangers = [where] if meant(where, names, ()) else _leaves(where, value)
+    lines = []
+    for stranger in strangers:
+        found = " or ".join(f"'{key}'" for key in meant(stranger, names if stranger == where else (), keys))
+        remedy = f"Did you mean {found}?" if found else f"Known: {', '.join(sorted(names))}."
+        lines.append(f"Unknown config key '{stranger}'. {remedy}")
+    return lines
+
+
+def _leaves(where: str, value: object) -> list[str]:
+    if not isinstance(value, dict) or not value:
+        return [where]
+    return [leaf for key, below in value.items() for leaf in _leaves(f"{where}.{key}", below)]
+
+
+def placed(mistakes: list[str], path: Path, overrides: list[str]) -> list[str]:
+    """Mistakes, each that begins with a key with where that stands: "[run.yaml]", "[command line]"."""
+    sections = "|".join(Config.model_fields)
+    begins = re.compile(rf"(?:(?:Unknown|Config) [a-z ]*'([\w.]+)'|((?:{sections})(?:\.[\w.]+\w|(?= = ))))")
+    found = []
+    for line in mistakes:
+        key = begins.match(line)
+        place = place_of(key[1] or key[2], path, overrides) if key else ""
+        found.append(f"{line} [{place}]" if place else line)
+    return found
 
 
 def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:

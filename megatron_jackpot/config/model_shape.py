@@ -214,7 +214,10 @@ def check_layout(shape: ModelShape, parallel: Parallel) -> None:
     }
     for name, size in sizes.items():
         if size % parallel.tp:
-            raise ValueError(f"parallel.tp = {parallel.tp} does not divide config.json's {name} = {size}.")
+            raise ValueError(
+                f"parallel.tp = {parallel.tp} does not divide config.json's {name} = {size}. "
+                "Set one that does."
+            )
     stages = parallel.pp * (parallel.vpp or 1)
     if shape.num_layers % stages:
         raise ValueError(

@@ -36,6 +36,15 @@ def trainer_procs(config: Config) -> int:
     return procs
 
 
+def expected_processes(config: Config) -> tuple[int, str]:
+    """Training processes of a run of which nobody says how many, and why so many: those of the cluster
+    section, or, where that is at its defaults, of `launch` on one machine. Raises ValueError."""
+    if config.cluster == type(config.cluster)():
+        p = config.parallel
+        return p.tp * p.pp * p.cp, "as `launch` starts without --nproc; there is no cluster section"
+    return training_processes(config), "of the cluster section"
+
+
 def training_processes(config: Config) -> int:
     """All of them, checked against the mesh. Raises ValueError with the arithmetic for an impossible
     layout."""

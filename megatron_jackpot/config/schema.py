@@ -3,6 +3,7 @@
 The text under a field is its documentation: `megatron-jackpot train --help` prints it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,7 @@ from pydantic import ValidationInfo, model_validator
 
 from megatron_jackpot.config.agreement import AGREEMENT
 from megatron_jackpot.config.algorithm import Algorithm, Packing
-from megatron_jackpot.config.base import Section
+from megatron_jackpot.config.base import Method, Section, section_of
 from megatron_jackpot.config.cluster import Cluster
 from megatron_jackpot.config.data import Data, Evaluation
 from megatron_jackpot.config.models import Actor, Parallel, Policy, Precision
@@ -68,3 +69,15 @@ class Config(Section):
         elif mistakes:
             raise ValueError("\n".join(mistakes))
         return self
+
+
+def _method_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if field.annotation is Method:
+            yield f"{prefix}{name}"
+        elif (below := section_of(field.annotation)) is not None:
+            yield from _method_keys(below, f"{prefix}{name}.")
+
+
+METHOD_KEYS = tuple(_method_keys(Config))
+"""Keys whose value is a method of a registry: {name: ..., setting: value}, or the name alone."""

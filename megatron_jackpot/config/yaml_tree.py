@@ -1,31 +1,76 @@
-"""A run's YAML as a nested mapping, before it is checked: base files and overrides."""
+"""A run's YAML as a nested mapping, before it is checked: base files, overrides, where each key stands."""
 
+from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_jackpot.config.base import ConfigError
+from megatron_jackpot.config.schema import METHOD_KEYS
 
 Tree = dict[str, Any]
 """Sections, keys and values as YAML gives them."""
 
 
-def read_tree(path: Path, above: tuple[Path, ...] = ()) -> Tree:
+def read_tree(path: Path) -> Tree:
     """The mapping in a YAML file, over that of its `base`. Raises ConfigError for what is not one, or a
-    circle."""
-    if path.resolve() in above:
-        raise ConfigError(f"{path}: base files form a circle. Remove one of their `base` keys.")
+    circle; FileNotFoundError for a file that is not there."""
+    trees = [tree for _, tree in files_of(path)]
+    return reduce(_merge, reversed(trees))
+
+
+def files_of(path: Path) -> Iterator[tuple[Path, Tree]]:
+    """A YAML file, its `base`, the base of that, and so on, with the keys that each gives."""
+    above: list[Path] = []
+    base: Path | None = path
+    while base is not None:
+        path, base = base, None
+        if path.resolve() in above:
+            raise ConfigError(f"{path}: base files form a circle. Remove one of their `base` keys.")
+        above.append(path.resolve())
+        tree = _read(path)
+        if (name := tree.pop("base", None)) is not None:
+            base = path.parent / str(name)
+        yield path, spell_out(tree)
+
+
+def _read(path: Path) -> Tree:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))[:5])
+        known = (
+            f"There {'are' if ',' in there else 'is'} {there}." if there else "Give the path of a YAML file."
+        )
+        raise FileNotFoundError(f"{path} does not exist. {known}") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a folder. Give the path of a YAML file in it.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not text in UTF-8: {error}. Save it as UTF-8.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(
+            f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend it there."
+        ) from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, got {type(tree).__name__}.")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    return _merge(read_tree(path.parent / str(base), (*above, path.resolve())), tree)
+        raise ConfigError(
+            f"{path} must hold a mapping of sections, got {type(tree).__name__}. "
+            "See examples/quickstart/run.yaml."
+        )
+    return tree
+
+
+def spell_out(tree: Tree) -> Tree:
+    """`tree`, in place: where a method is given by its name alone, `tis` becomes {name: tis}."""
+    for key in METHOD_KEYS:
+        *parents, last = key.split(".")
+        section: object = tree
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(section.get(last), str):
+            section[last] = {"name": section[last]}
+    return tree
 
 
 def _merge(base: Tree, tree: Tree) -> Tree:
@@ -43,16 +88,39 @@ def apply_override(tree: Tree, override: str) -> None:
     """Set `a.b=value` in place, the value in YAML. Raises ConfigError for another form."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"Override '{override}' is not of the form section.key=value.")
+        raise ConfigError(f"Override '{override}' is not of the form section.key=value. Write it so.")
     *parents, last = key.split(".")
+    section = tree
     for parent in parents:
-        node = tree.get(parent)
+        node = section.get(parent)
         if node is None:
-            node = tree[parent] = {}
+            node = section[parent] = {}
         if not isinstance(node, dict):
-            raise ConfigError(f"Override '{override}': '{parent}' holds {node!r}, which is not a section.")
-        tree = node
+            raise ConfigError(
+                f"Override '{override}': '{parent}' holds {node!r}, which is not a section. Leave out what "
+                f"follows '{parent}'."
+            )
+        section = node
     try:
-        tree[last] = yaml.safe_load(value)
+        section[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"Override '{override}' has a value that is not YAML: {error}") from error
+        raise ConfigError(
+            f"Override '{override}' has a value that is not YAML: {' '.join(str(error).split())}. "
+            f"Quote it: '{key}=\"...\"'."
+        ) from error
+    spell_out(tree)
+
+
+def place_of(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
+    """Where a key, or what is below it, is given: "command line", a file, or "default"."""
+    for override in overrides:
+        given = override.partition("=")[0]
+        if f"{given}.".startswith(f"{key}.") or f"{key}.".startswith(f"{given}."):
+            return "command line"
+    for file, tree in files_of(path):
+        node: object = tree
+        for part in key.split("."):
+            node = node.get(part, {}) if isinstance(node, dict) else node
+        if node != {}:
+            return str(file)
+    return "default"

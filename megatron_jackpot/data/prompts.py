@@ -193,7 +193,9 @@ class _Renderer:
                 "data.template is not set and the tokenizer has no chat template. Set data.template."
             )
         if template is not None and "{question}" not in template:
-            raise ValueError(f"data.template = {template!r} does not contain {{question}}.")
+            raise ValueError(
+                f"data.template = {template!r} does not contain {{question}}. Put it where the text goes."
+            )
         self.vocabulary, self.template, self.limits = vocabulary, template, limits
         self.chat: ChatTemplate | None = None
         if template is None and vocabulary.chat_template is not None:

@@ -7,6 +7,7 @@ then the servers.
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -20,8 +21,9 @@ import psutil
 
 from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.launch import children
+from megatron_jackpot.launch.folder import TRAIN_LOG, missing, take_back
 from megatron_jackpot.launch.lock import only_launch
-from megatron_jackpot.launch.preflight import TRAIN_LOG, Subject, preflight
+from megatron_jackpot.launch.preflight import Subject, preflight
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
     ONE_REQUEST_S,
@@ -32,10 +34,7 @@ from megatron_jackpot.run.interrupt import (
     was_stopped,
     write_stop,
 )
-from megatron_jackpot.run.provenance import (
-    checkpoints,
-    record,
-)
+from megatron_jackpot.run.provenance import CONFIG_FILE, checkpoints, record
 from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.environment import child_environment
 from megatron_jackpot.servers.gpus import place_servers, visible_gpus
@@ -88,14 +87,24 @@ def launch(
 ) -> int:
     """`run_job` in a folder of its own. What it was asked since `forget_stop` counts.
 
-    EXIT_REFUSED where another launch has it, or servers.host is not here.
+    EXIT_REFUSED where another launch has it, servers.host is not here, or a rank refuses; a folder that was
+    made for it is then gone again.
     """
+    folder = config.run.folder
+    made = missing(folder)
+    again = ["megatron-jackpot", "launch", str(folder / CONFIG_FILE), "run.resume=auto"]
+    go_on = shlex.join([*again, *(["--nproc", str(nproc)] if nproc else [])])
     try:
-        with own_folder(config.run.folder):
-            return run_job(config, nproc, start=start, trainer_command=trainer_command, began=began)
+        with own_folder(folder):
+            code = run_job(
+                config, nproc, start=start, trainer_command=trainer_command, began=began, go_on=go_on
+            )
     except ConfigError as error:
         say(str(error))
-        return EXIT_REFUSED
+        code = EXIT_REFUSED
+    if code == EXIT_REFUSED:
+        take_back(made)
+    return code
 
 
 @contextmanager
@@ -118,6 +127,7 @@ def run_job(
     log: str = TRAIN_LOG,
     first: bool = True,
     began: float | None = None,
+    go_on: str = "run.resume=auto",
 ) -> int:
     """Run the job to its end and return the exit code: 0 done, EXIT_REQUEUE if it saved and ended as asked.
 
@@ -128,14 +138,14 @@ def run_job(
     Must run in the main thread of its process. Every process started here has ended when this returns.
 
     `first`: of a job's nodes, the one that has the folder; another may still see what an earlier run was
-    asked. `began`, on the monotonic clock: from when run.time_limit_s counts, None for now. Raises
-    ConfigError where servers.host is not here.
+    asked. `began`, on the monotonic clock: from when run.time_limit_s counts, None for now. `go_on`:
+    the command, or the setting, that goes on with the run. Raises ConfigError where servers.host is not here.
     """
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     config_file = record(config, folder)
     children.become_subreaper()
-    with _Job(config, folder / log, first, began) as job:
+    with _Job(config, folder / log, first, began, go_on) as job:
         urls: Sequence[str] = config.servers.urls
         if not urls:
             api_key.provide(config.servers.host)
@@ -197,7 +207,8 @@ def say(text: str) -> None:
 class _Job:
     """The children of one launch and the one way they end: leaving the block, for whatever reason."""
 
-    def __init__(self, config: Config, log: Path, first: bool, began: float | None):
+    def __init__(self, config: Config, log: Path, first: bool, began: float | None, go_on: str):
+        self.go_on = go_on
         self.config, self.folder, self.log, self.first = config, config.run.folder, log, first
         self.look_after(())
         self.trainer: children.Streamed | None = None
@@ -224,6 +235,8 @@ class _Job:
                 self.code = 128 + error.signum
                 say(f"{signal.Signals(error.signum).name}: ending the run (once more to end it at once)")
             self._end()
+            if isinstance(error, Stopped):
+                say(f"ended at once ({signal.Signals(error.signum).name}): {self._left()}")
         finally:
             for signum, handler in self._handlers.items():
                 signal.signal(signum, handler)
@@ -261,14 +274,18 @@ class _Job:
         return self._why_stop() is not None
 
     def nothing_to_save(self) -> int:
-        say(f"told to stop ({self._why_stop()}) before training began: {self.folder}")
+        say(f"told to stop ({self._why_stop()}) before training began: {self._left()}")
         return EXIT_REQUEUE
 
     def _left_to_the_queue(self) -> int:
-        say(
-            f"told to stop ({self._why_stop()}): not started again; go on with run.resume=auto: {self.folder}"
-        )
+        say(f"told to stop ({self._why_stop()}): not started again; {self._left()}")
         return EXIT_REQUEUE
+
+    def _left(self) -> str:
+        """What there is to go on from, and how."""
+        saved = checkpoints(self.folder)
+        state = f"saved is {saved[-1]}" if saved else "nothing is saved, a run begins anew"
+        return f"{state}; go on with: {self.go_on}"
 
     def _why_stop(self) -> str | None:
         return signal.Signals(self._asked).name if self._asked is not None else self._stop.reason()
@@ -289,7 +306,7 @@ class _Job:
             time.sleep(0.2)
         self.trainer.drain(limit_s=1)
         if reason := was_stopped(self.folder):
-            say(f"saved and ended ({reason}); go on with run.resume=auto: {self.folder}")
+            say(f"saved and ended ({reason}): {self._left()}")
             return EXIT_REQUEUE
         if code:
             say(f"training ended with exit code {code}; its output is in {self.trainer.log}")

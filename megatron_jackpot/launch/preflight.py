@@ -24,32 +24,17 @@ from megatron_jackpot.config.model_shape import ModelShape, model_shapes
 from megatron_jackpot.data.prompts import Limits, heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_same_tokenizer
 from megatron_jackpot.launch.cached import cached, content
+from megatron_jackpot.launch.folder import used_for
 from megatron_jackpot.launch.labels import label_mistakes, load_mistakes, whole_rows
-from megatron_jackpot.launch.lock import LOCK_FILE
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import judges
-from megatron_jackpot.run.clock import STARTED_FILE, started_at
-from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
-from megatron_jackpot.run.provenance import (
-    CONFIG_FILE,
-    PROVENANCE_FILE,
-    check_models,
-    check_run_folder,
-    checkpoints,
-    versions,
-)
+from megatron_jackpot.run.clock import started_at
+from megatron_jackpot.run.provenance import check_models, check_run_folder, checkpoints, versions
 from megatron_jackpot.servers.address import LAST_PORT, free_port, port_is_free
 
 Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
 REWARDS = ("exact", "reasoning_gym", "math_verify")
-
-TRAIN_LOG = "train.log"
-OWN_FILES = (
-    *(STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, STARTED_FILE, TRAIN_LOG),
-    *(LOCK_FILE, "server-*.log", "served-fp8", "cache"),
-)
-"""What a launch writes before training starts: a folder with nothing else may be used again."""
 
 NOT_CHECKED = (
     "weights: that they are whole, and that models and servers fit the GPUs' memory",
@@ -171,7 +156,8 @@ def _methods(s: Subject) -> Iterator[str]:
         return
     # No method looks at the actor's folder or optimizer: runs of other models share a verdict.
     actor = config.actor and config.actor.model_dump(exclude={"hf", "optimizer"})
-    key = content(config.algorithm, actor, config.run.seed, sources=("algorithm/*.py", "train/methods.py"))
+    asked = (config.algorithm, actor, config.run.seed, config.rollout.max_new_tokens)
+    key = content(*asked, sources=("algorithm/*.py", "train/methods.py"))
     yield from cached("methods", key, lambda: _ask_methods(config))
 
 
@@ -312,22 +298,17 @@ def _run_folder(s: Subject) -> Iterator[str]:
             check_run_folder(run.folder)
             for checkpoint in checkpoints(run.folder)[-1:]:
                 check_models(checkpoint, s.config.models)
-        elif s.command == "launch":
-            _check_unused(run.folder)
+        elif s.command == "launch" and (found := used_for(run.folder)):
+            yield (
+                f"run.folder = {run.folder} already holds a run ({', '.join(found[:4])}). Continue it with "
+                "run.resume=auto, which starts afresh where nothing was saved, or set another run.folder."
+            )
     except ValueError as error:
         yield str(error)
     if run.resume is True and not checkpoints(run.folder):
-        yield f"run.resume = true, but run.folder = {run.folder} holds no checkpoint. Set run.resume=false."
-
-
-def _check_unused(folder: Path) -> None:
-    """Raises ValueError for a folder that holds more than a launch writes before training starts."""
-    found = sorted(folder.iterdir()) if folder.exists() else []
-    foreign = [path.name for path in found if not any(path.match(pattern) for pattern in OWN_FILES)]
-    if foreign:
-        raise ValueError(
-            f"run.folder = {folder} already holds a run ({', '.join(foreign[:4])}). "
-            "Set run.folder to a new folder, delete this one, or continue it with run.resume=true."
+        yield (
+            f"run.resume = true, but run.folder = {run.folder} holds no checkpoint. Set run.resume=auto, "
+            "which starts afresh there."
         )
 
 

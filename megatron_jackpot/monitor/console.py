@@ -1,11 +1,14 @@
 """What one sees of a run: a line of progress per step, and a table at the end."""
 
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
 
 from megatron_jackpot.monitor.metrics import Row, read_metrics, series
 
@@ -32,37 +35,71 @@ REPORTED = {
 """Metric -> (title, format, which value is best) of the final table."""
 
 
+PROGRESS_FILE = "progress.log"
+"""The lines of progress in a run's folder, each with the time."""
+PACE_STEPS = 20
+"""Last steps behind seconds per step and the time left."""
+
+
 class StepLogger:
     """Progress of rank 0: a rich bar on a terminal, else a plain line per step. Use as a context manager."""
 
     def __init__(
-        self, num_steps: int, *, progress: bool = True, console: Console | None = None, first_step: int = 0
+        self,
+        num_steps: int,
+        *,
+        progress: bool = True,
+        console: Console | None = None,
+        first_step: int = 0,
+        file: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        """`first_step` is the number of steps already done, as after a resume."""
+        """`first_step` is the number of steps already done, as after a resume; `file` gets every line too."""
         self.console = console or Console()
-        self.num_steps = num_steps
+        self.num_steps, self.file, self._clock = num_steps, file, clock
+        self._times = deque([(first_step, clock())], maxlen=PACE_STEPS + 1)
         self._accuracy: dict[str, float] = {}
         self._bar = None
         if progress and self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
+                # On a narrow terminal the metrics are cut, not the step.
+                TextColumn(
+                    "step {task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=12)
+                ),
+                BarColumn(bar_width=10),
+                TextColumn("{task.fields[pace]}", table_column=Column(no_wrap=True, min_width=22)),
                 TextColumn("{task.fields[line]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
                 console=self.console,
             )
-            self._task = self._bar.add_task("steps", total=num_steps, completed=first_step, line="")
+            self._task = self._bar.add_task("steps", total=num_steps, completed=first_step, line="", pace="")
             self._bar.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` counts from 1; 0 is the evaluation before the first step."""
         self._accuracy |= {name: value for name, value in metrics.items() if name.startswith("eval/")}
-        line = progress_line({**self._accuracy, **metrics})
+        line, pace = progress_line({**self._accuracy, **metrics}), self._pace(step)
+        whole = "  ".join(filter(None, [f"step {step}/{self.num_steps}", pace, line]))
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, line=line)
+            self._bar.update(self._task, completed=step, line=line, pace=pace)
         else:
-            self.print(f"step {step}/{self.num_steps}  {line}")
+            self.print(whole)
+        if self.file is not None:
+            with suppress(OSError):  # A full disk must not end a run that only tells how far it is.
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {whole}\n")
+
+    def _pace(self, step: int) -> str:
+        """'2.9 s/step, 3:20 left', evaluations and saves included; nothing before the first step's end."""
+        if step <= self._times[-1][0]:
+            self._times.clear()
+        self._times.append((step, self._clock()))
+        (before, began), (done, now) = self._times[0], self._times[-1]
+        if done == before:
+            return ""
+        seconds = (now - began) / (done - before)
+        left = round(seconds * (self.num_steps - done))
+        hours = f"{left // 3600}:{left // 60 % 60:02}" if left >= 3600 else str(left // 60)
+        return f"{seconds:.1f} s/step, {hours}:{left % 60:02} left"
 
     def print(self, message: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -86,13 +123,12 @@ def progress_line(metrics: Mapping[str, float]) -> str:
 
 
 def final_rows(rows: list[Row]) -> list[tuple[str, str, str, str]]:
-    """(metric, first, last, best) of each reported metric, "-" where it was not measured, and the time of all
-    steps."""
+    """(metric, first, last, best) of each reported metric that was measured, and the time of all steps."""
     cells = []
     for name, (title, form, best) in REPORTED.items():
         values = series(rows, name)[1]
-        shown = (values[0], values[-1], best(values)) if values else ()
-        cells.append((title, *([form.format(value) for value in shown] or ["-"] * 3)))
+        if values:
+            cells.append((title, *(form.format(value) for value in (values[0], values[-1], best(values)))))
     return [*cells, ("total time", "", f"{sum(series(rows, 'time/step')[1]):.1f} s", "")]
 
 

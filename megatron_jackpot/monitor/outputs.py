@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import Self
 
 from megatron_jackpot.config import Config
-from megatron_jackpot.monitor.console import StepLogger
+from megatron_jackpot.monitor.console import PROGRESS_FILE, StepLogger
+from megatron_jackpot.monitor.equal_rewards import EqualRewards
 from megatron_jackpot.monitor.metrics import JsonLines, MetricsWriter, Row
 from megatron_jackpot.monitor.prometheus import PrometheusEndpoint
 
@@ -38,8 +39,15 @@ class Outputs:
             opened.callback(self._prompts.close)
             self._samples = JsonLines(folder / SAMPLES_FILE, resume_step)
             opened.callback(self._samples.close)
-            progress = enter(StepLogger(config.run.steps, progress=logging.progress))
-            self._sinks = [writer.write, progress.log]
+            progress = enter(
+                StepLogger(
+                    config.run.steps,
+                    progress=logging.progress,
+                    first_step=max(resume_step or 0, 0),
+                    file=folder / PROGRESS_FILE,
+                )
+            )
+            self._sinks = [writer.write, progress.log, EqualRewards(config).look]
             if logging.prometheus_port is not None:
                 endpoint = PrometheusEndpoint(logging.prometheus_host, logging.prometheus_port)
                 self._sinks.append(enter(endpoint).write)

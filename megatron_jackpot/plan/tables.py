@@ -6,7 +6,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jackpot.config import Config
-from megatron_jackpot.config.placement import training_processes
 from megatron_jackpot.plan.formulas import GIB, SERVER_SHARE, TRAINER_RESERVE_GIB, ModelPlan, Plan, make_plan
 
 
@@ -24,15 +23,35 @@ class Assumptions:
     """Achieved by a GPU towards its tensor-parallel peers, 1e9 bytes/s."""
 
 
-def show_plan(config: Config, gpus: int | None, assumed: Assumptions, console: Console | None = None) -> Plan:
-    """Print the plan on `gpus` training GPUs, by default those of the cluster section. Raises ValueError."""
-    plan = make_plan(config, gpus or training_processes(config), assumed.mean_tokens)
+def show_plan(
+    config: Config, gpus: int, assumed: Assumptions, console: Console | None = None, *, why: str = "as given"
+) -> Plan:
+    """Print the plan on `gpus` training GPUs, `why` so many, and what it assumes. Raises ValueError."""
+    plan = make_plan(config, gpus, assumed.mean_tokens)
     console = console or Console()
+    for line in assumptions(plan, assumed, why):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in (memory_table(plan), step_table(plan, assumed), sharing_table(plan, assumed)):
         console.print(table)
     for trouble in memory_troubles(plan):
         console.print(f"DOES NOT FIT: {trouble}", markup=False, highlight=False, soft_wrap=True)
     return plan
+
+
+def assumptions(plan: Plan, assumed: Assumptions, why: str) -> list[str]:
+    """What the numbers rest on, and the option or key that changes it, a line each."""
+    cluster, servers = plan.config.cluster, plan.config.servers
+    memory = f"{cluster.gpu_memory_gib:g} GiB each (--gpu-memory)"
+    length = "the longest allowed" if assumed.mean_tokens is None else "as given"
+    return [
+        f"assumed: {plan.gpus} training GPU(s) or processes, {why} (--gpus); "
+        + ("a cluster of CPUs" if cluster.gpus_per_node == 0 else memory),
+        f"assumed: {plan.num_servers} server(s) of servers.tp = {servers.tp} "
+        + ("at servers.urls" if servers.urls else "beside them"),
+        f"assumed: {plan.mean_tokens:g} tokens a sequence, {length} (--mean-tokens); acceptance "
+        f"{assumed.acceptance:g} (--acceptance); {assumed.tflops:g} TFLOP/s (--tflops), "
+        f"{assumed.tp_gbs:g} GB/s between tp peers (--tp-gbs)",
+    ]
 
 
 def memory_troubles(plan: Plan) -> list[str]:

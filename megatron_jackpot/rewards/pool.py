@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_jackpot.rewards.failures import Counts, Failures
@@ -37,6 +37,8 @@ PROGRESS_LABELS = 1000
 
 class RewardPool:
     """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
+
+    `seen` of a call holds what the reward asks for by keyword: `asks`.
 
     An item beyond `timeout_s` or a TimeoutError in the reward, an item beyond its memory or one that ends its
     worker, gets reward 0 and is counted in `failures`. Too many of them raise RewardsFailing. Another error
@@ -71,6 +73,8 @@ class RewardPool:
             deadline = time.monotonic() + start_timeout_s
             for worker in self._idle:
                 worker.block_until_ready(deadline)
+            self.asks = self._idle[0].asks
+            """Names in the reward's signature beside text and label: some of the worker's SEEN."""
             if self._idle[0].exposed:
                 # Not refused: a container may allow no namespaces, and its own network may be closed already.
                 warnings.warn(f"rewards can reach the network: {self._idle[0].exposed}", stacklevel=2)
@@ -79,11 +83,15 @@ class RewardPool:
             raise
 
     async def __call__(
-        self, response_text: str, label: Any, counts: Counts | None = None
+        self,
+        response_text: str,
+        label: Any,
+        counts: Counts | None = None,
+        seen: Mapping[str, object] | None = None,
     ) -> tuple[float, bool]:
         """`counts` are those of the call it belongs to, from `failures.begin`; else those of the pool."""
         counts = self.failures.counters if counts is None else counts
-        reply = await self._ask("score", response_text, label)
+        reply = await self._ask("score", response_text, label, seen)
         if "failed" in reply:
             self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
             return 0.0, False
@@ -159,10 +167,12 @@ class RewardPool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    async def _ask(self, kind: str, response_text: str, label: Any) -> dict[str, Any]:
+    async def _ask(
+        self, kind: str, response_text: str, label: Any, seen: Mapping[str, object] | None = None
+    ) -> dict[str, Any]:
         """The worker's reply; {"failed": kind, "why": text} also when the time limit passed or the worker
         died."""
-        request = frame(pickle.dumps((kind, response_text, label)))
+        request = frame(pickle.dumps((kind, response_text, label, dict(seen or {}))))
         worker = await self._acquire()
         reply: dict[str, Any] | None = None
         whole = False
@@ -224,6 +234,7 @@ class _Worker:
 
     def __init__(self, reward: str, limits: dict[str, Any]):
         self.exposed: str | None = None
+        self.asks: list[str] = []
         self.connection, other = socket.socketpair()
         self.connection.setblocking(False)
         self._received = b""
@@ -304,6 +315,7 @@ class _Worker:
         if "error" in reply:
             raise ValueError(reply["error"])
         self._ready, self.exposed = True, reply.get("exposed", self.exposed)
+        self.asks = reply.get("asks", self.asks)
         return True
 
     def _take_reply(self) -> dict[str, Any] | None:

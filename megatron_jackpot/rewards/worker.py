@@ -4,7 +4,8 @@ LIMITS`.
 LIMITS is a JSON object of memory_bytes, cpu_s (of one item) and network.
 
 It answers one request at a time in its main thread. Messages are a 4-byte length and a body: requests are
-pickled (kind, response_text, label) with kind "score", or "check" and a list of labels; replies are JSON.
+pickled (kind, response_text, label, seen) with kind "score", or "check" and a list of labels; `seen` is what
+else the reward asks for, by keyword: SEEN. Replies are JSON.
 """
 
 import ctypes
@@ -28,13 +29,19 @@ from megatron_jackpot.rewards.confine import confine, cpu_left, limit_cpu
 
 REWARDS = {name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify")}
 
-Score = Callable[[str, Any], float]
+SEEN = ("prompt", "num_tokens", "finish_reason")
+"""What a reward is given by keyword where it has a parameter of that name: the prompt's text as the model saw
+it, tokens of the response, and why it ended ("stop", "length")."""
+
+Score = Callable[..., float]
+"""(response_text, label, and those of SEEN that it asks for)."""
 Check = Callable[[Any], None]
 
 
 def find_reward(name: str) -> tuple[Score, Check | None]:
     """(score, check) of a built-in reward, or of the user's own: `package.module:name` of a function, or of a
-    class, of which one instance is made. A last dot may stand for the colon.
+    class, of which one instance is made. A last dot may stand for the colon. `asked_for` says what else it is
+    given.
 
     Raises ValueError for neither.
     """
@@ -53,22 +60,30 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     try:
         if not callable(score):
             raise TypeError(f"{score!r} is not a callable object")
-        inspect.signature(score).bind("response", None)
+        inspect.signature(score).bind("response", None, **dict.fromkeys(asked_for(score), ""))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"data.reward = '{name}': must be called with (response_text, label): {error}. Write it so."
+            f"data.reward = '{name}': must be called with (response_text, label), and by keyword with "
+            f"{', '.join(SEEN)} where it has them: {error}. Write it so."
         ) from error
     return cast(Score, score), None
 
 
-def answer(score: Score, check: Check | None, request: tuple[str, str, Any]) -> dict[str, Any]:
+def asked_for(score: Score) -> list[str]:
+    """Which of SEEN a reward has as a parameter, after the first two."""
+    return [name for name in list(inspect.signature(score).parameters)[2:] if name in SEEN]
+
+
+def answer(
+    score: Score, check: Check | None, request: tuple[str, str, Any, dict[str, object]]
+) -> dict[str, Any]:
     """{"reward": float}, {"faults": text or None of each label} or {"error": text}; {"failed": "timed_out" or
     "crashed", "why": text} where the item met a limit."""
-    kind, response_text, label = request
+    kind, response_text, label, seen = request
     try:
         if kind == "check":
             return {"faults": [check and _fault(check, one) for one in label]}
-        reward = score(response_text, label)
+        reward = score(response_text, label, **seen)
     except (MemoryError, RecursionError) as error:
         return {"failed": "crashed", "why": f"{type(error).__name__} {error}".strip()}
     except TimeoutError as error:
@@ -103,7 +118,8 @@ def main(name: str, fd: int, parent: int, limits: dict[str, Any]) -> None:
     stream = connection.makefile("rb")
     try:
         score, check = find_reward(name)
-        ready: dict[str, Any] = {"ready": True, "exposed": confine(limits["memory_bytes"], limits["network"])}
+        exposed = confine(limits["memory_bytes"], limits["network"])
+        ready: dict[str, Any] = {"ready": True, "exposed": exposed, "asks": asked_for(score)}
     except ValueError as error:
         ready = {"error": str(error)}
     except Exception:

@@ -86,7 +86,15 @@ class ServerSource:
         return groups, sums | failure_sums(counts)
 
     async def reward(self, counts: Counts, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
-        return await self.pool(self.decode(tokens), prompt.label, counts)
+        offered: dict[str, Callable[[], object]] = {
+            "prompt": lambda: self.decode(prompt.tokens),
+            "num_tokens": lambda: len(tokens),
+            "finish_reason": lambda: (
+                "stop" if set(tokens[-1:]) & set(self.sampling.stop_token_ids) else "length"
+            ),
+        }
+        seen = {name: offered[name]() for name in self.pool.asks}
+        return await self.pool(self.decode(tokens), prompt.label, counts, seen)
 
     async def hold(self, *, until_quiet: bool) -> None:
         """Begin no request until `use`, and wait until servers have none where that is asked for."""

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_jackpot.config import parse_config
 from megatron_jackpot.monitor.console import StepLogger, final_table, print_report, progress_line
+from megatron_jackpot.monitor.equal_rewards import EqualRewards
 from megatron_jackpot.monitor.metrics import METRICS, MetricsWriter, read_metrics, series
 from megatron_jackpot.run.formats import FORMATS, current
 
@@ -140,21 +142,50 @@ def test_the_tools_use_only_stable_metric_names():
     assert set(REPORTED) | set(SHOWN) <= set(METRICS)
 
 
-def test_without_a_terminal_each_step_is_one_plain_line_that_keeps_the_last_accuracy():
-    text = io.StringIO()
-    with StepLogger(9, console=Console(file=text)) as log:
-        log.log(1, {"reward/mean": 0.25, "jackpot/acceptance": 0.9, "eval/policy_accuracy": 0.5})
+def test_without_a_terminal_each_step_is_one_plain_line_that_keeps_the_last_accuracy(tmp_path):
+    text, clock = io.StringIO(), iter([0.0, 50.0, 52.0, 56.0, 1056.0])
+    file = tmp_path / "progress.log"
+    with StepLogger(9, console=Console(file=text), file=file, clock=clock.__next__) as log:
+        log.log(0, {"eval/policy_accuracy": 0.5})
+        log.log(1, {"reward/mean": 0.25, "jackpot/acceptance": 0.9})
         log.log(2, {"reward/mean": 0.75})
-    assert text.getvalue().splitlines() == [
-        "step 1/9  reward 0.250  accept 0.900  policy 0.500",
-        "step 2/9  reward 0.750  policy 0.500",
+        log.log(3, {})
+    lines = [
+        "step 0/9  policy 0.500",
+        "step 1/9  2.0 s/step, 0:16 left  reward 0.250  accept 0.900  policy 0.500",
+        "step 2/9  3.0 s/step, 0:21 left  reward 0.750  policy 0.500",
+        "step 3/9  335.3 s/step, 33:32 left  policy 0.500",
     ]
+    assert text.getvalue().splitlines() == lines
+    assert [line.partition("  ")[2] for line in file.read_text().splitlines()] == lines
+
+
+def test_rewards_that_are_all_equal_are_told_once_after_ten_steps_with_likely_causes(caplog, tmp_path):
+    tree = {"run": {"folder": str(tmp_path)}, "policy": {"hf": "p"}, "actor": {"hf": "a"},
+            "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 7},
+            }  # fmt: skip
+    equal, unequal = {"rollout/equal_rewards": 1.0, "rollout/truncated": 0.9}, {"rollout/equal_rewards": 0.9}
+    for steps, told in (([{}, *[equal] * 9], 0), ([{}, *[equal] * 25], 1), ([unequal, *[equal] * 25], 0)):
+        caplog.clear()
+        watch = EqualRewards(parse_config(tree))
+        for step, metrics in enumerate(steps):
+            watch.look(step, metrics)
+        assert len(caplog.messages) == told
+    watch = EqualRewards(parse_config(tree))
+    for step in range(10):
+        watch.look(step, equal)
+    for part in ("data.reward = 'exact'", "rollout.max_new_tokens = 7", "90% were cut", "too hard"):
+        assert part in caplog.messages[-1]
 
 
 def test_on_a_terminal_the_bar_shows_the_step_and_the_metrics():
     text = io.StringIO()
     with StepLogger(9, console=Console(file=text, force_terminal=True, width=160)) as log:
         log.log(4, {"reward/mean": 0.25, "rollout/tokens_per_s": 512.3})
+    narrow = io.StringIO()
+    with StepLogger(9, console=Console(file=narrow, force_terminal=True, width=60)) as log:
+        log.log(4, {"reward/mean": 0.25, "rollout/tokens_per_s": 512.3})
+    assert "step 4/9" in narrow.getvalue()
     assert "step 4/9" in text.getvalue() and "reward 0.250  tok/s 512" in text.getvalue()
     assert progress_line({"other": 1.0}) == ""
 
@@ -170,7 +201,8 @@ def test_the_final_table_shows_first_last_and_best(tmp_path):
     assert "policy accuracy 0.200 0.600 0.700" in table
     assert "KL(policy||server) 0.1000 2.1000 0.1000" in table
     assert "total time 6.0 s" in table
-    assert final_table([]).row_count == final_table(read_metrics(tmp_path)).row_count
+    # What was not measured has no row; the time of all steps has one.
+    assert (final_table([]).row_count, final_table(read_metrics(tmp_path)).row_count) == (1, 3)
 
 
 def test_every_metric_that_tools_rely_on_is_defined_in_the_documents():

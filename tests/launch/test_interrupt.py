@@ -160,6 +160,7 @@ def test_a_request_that_this_user_may_not_read_counts(tmp_path: Path, monkeypatc
 
 FAILS = """
 import atexit, os, sys
+from argparse import Namespace
 from pathlib import Path
 from megatron_jackpot import cli
 from megatron_jackpot.config import parse_config
@@ -174,7 +175,7 @@ tree = {
     "run": {"folder": folder}, "policy": {"hf": folder}, "actor": {"hf": folder},
     "data": {"tasks": {"chain_sum": {}}, "max_prompt_tokens": 64}, "rollout": {"max_new_tokens": 64},
 }
-sys.exit(cli._train(parse_config(tree), []))
+sys.exit(cli._train(parse_config(tree), [], Namespace()))
 """
 
 

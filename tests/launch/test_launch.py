@@ -95,6 +95,10 @@ def test_a_signal_ends_every_child_and_nothing_else(start, signum):
         launch.wait_for("worker")
         launch.popen.send_signal(signum)
         assert launch.code(limit_s=20) == 128 + signum, launch.text()
+        last = launch.text().splitlines()[-1]
+        assert "nothing is saved" in last and last.endswith(
+            f"go on with: megatron-jackpot launch {launch.folder / 'config.yaml'} run.resume=auto"
+        )
         assert launch.names() == {"server", "scheduler", "trainer", "worker"}
         assert launch.alive() == []
         assert bystander.poll() is None
@@ -112,6 +116,7 @@ def test_asked_to_stop_it_lets_training_save_and_says_that_the_job_is_to_be_queu
         time.sleep(0.05)
     assert launch.code(limit_s=20) == EXIT_REQUEUE, launch.text()
     assert f"saved and ended ({signal.Signals(signum).name})" in launch.text()
+    assert "go on with: megatron-jackpot launch" in launch.text().splitlines()[-1]
     assert launch.alive() == []
 
 

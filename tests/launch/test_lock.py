@@ -107,6 +107,7 @@ def test_a_lock_that_says_nothing_is_taken(tmp_path, text):
 
 TRAIN = """
 import os, sys
+from argparse import Namespace
 from pathlib import Path
 from megatron_jackpot import cli
 from megatron_jackpot.config import parse_config
@@ -120,7 +121,7 @@ tree = {
 for rank, started in (("0", None), ("1", None), ("0", "17.5")):
     os.environ["RANK"] = rank
     os.environ.update({"JACKPOT_STARTED": started} if started else {})
-    print(cli._train(parse_config(tree), []))
+    print(cli._train(parse_config(tree), [], Namespace(config=folder, overrides=[])))
 """
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_jackpot.algorithm.advantages import GRPO, Advantage
+from megatron_jackpot.algorithm.aggregation import TokenMean
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod, corrected
 from megatron_jackpot.algorithm.distill import Distillation
 from megatron_jackpot.algorithm.importance import TokenIS
@@ -184,6 +185,12 @@ class Lonely(Advantage):
 class Reduced(GRPO):
     def over_batch(self, advantage_N, reward_N, sum_over_batch):
         return sum_over_batch(advantage_N.sum())
+
+
+@frozen
+class Indebted(TokenMean):
+    def shares(self, batch, counted_MT, sum_over_batch, number_alike):
+        return None, -counted_MT.sum()
 
 
 @frozen

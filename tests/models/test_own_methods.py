@@ -184,6 +184,7 @@ REFUSED = [
     (ADVANTAGE, "bad:Reduced", {}, r"over_batch is torch.float64 \[\], must be .* \[9\]"),
     (ADVANTAGE, "bad:Shortened", {}, r"a result of per_token is torch.float32 \[\d+\], must be"),
     (ADVANTAGE, "bad:Sparse", {}, "per_token returns 0 tensors, must be 9. One for each rollout"),
+    ("algorithm.aggregation", "bad:Indebted", {}, "count = -.*: must be >= 0, this rank's part of N"),
     (TEACHER, "bad:Teaching", {}, "sends gradient into the policy's log-probs.*Detach them"),
     (TEACHER, "bad:Frozen", {}, "has no gradient into the actor's log-probs"),
     (TEACHER, "bad:Silent", {}, "calls t.kl, needs = 'sampled'. Declare needs = 'logits'"),

@@ -48,7 +48,8 @@ OURS: dict[str, set[str]] = {
         *{"data.prompts", "data.problems", "data.tokenizer"},
         *{"rewards.pool", "rewards.label_cache"},
     },
-    "cli": {"config", "run", "launch", "plan", "monitor", "train"},
+    "settings_help": {"config", "train.method_help"},
+    "cli": {"config", "run", "launch", "plan", "monitor", "train", "settings_help"},
     "__init__": set(),
 }
 """Layer, a folder or a module right below the top -> what of ours it may import beside itself."""
@@ -63,6 +64,7 @@ FOREIGN: dict[str, set[str]] = {
     "servers": {"aiohttp", "numpy"},
     "plan": {"rich"},
     "launch": {"psutil", "yaml"},
+    "settings_help": set(),
     "cli": set(),
     "__init__": set(),
 }

@@ -1,0 +1,287 @@
+"""A list of the mistakes of a first day: each is told before anything starts, with field, value, where it
+stands and what to do, and leaves nothing behind."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_jackpot import cli
+from megatron_jackpot.config import describe
+from megatron_jackpot.config.schema import METHOD_KEYS
+from megatron_jackpot.config.suggest import SYNONYMS
+from megatron_jackpot.launch.folder import missing, take_back
+from tests.tiny import hf_config, write_tokenizer
+
+Spoil = Callable[[Path], object]
+LINE = "[command line]"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One for all of them: each verdict on methods that it lacks costs an import of torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JACKPOT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run that could start: two models of 61 ids, eight rows."""
+    for name in ("policy", "actor"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(hf_config()))
+        (tmp_path / name / "model.safetensors").touch()
+        write_tokenizer(tmp_path / name)
+    write_rows(tmp_path, *({"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(8)))
+    tree = dict(
+        run=dict(folder="runs/first", steps=3),
+        policy=dict(hf="policy"),
+        actor=dict(hf="actor"),
+        data=dict(source="jsonl", path="rows.jsonl", max_prompt_tokens=100),
+        rollout=dict(max_new_tokens=100, prompts_per_step=4),
+        packing=dict(tokens=256),
+        evaluation=dict(size=0),
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+def write_rows(folder: Path, *rows: object) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def in_yaml(key: str, value: object) -> Spoil:
+    """A key in the file itself."""
+
+    def write(folder: Path) -> None:
+        tree = yaml.safe_load((folder / "run.yaml").read_text())
+        section, _, name = key.rpartition(".")
+        (tree[section] if section else tree)[name] = value
+        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+
+    return write
+
+
+def remove(name: str) -> Spoil:
+    return lambda folder: os.unlink(folder / name)
+
+
+def write(name: str, text: str) -> Spoil:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def same(folder: Path) -> None:
+    """Nothing is spoiled: the mistake is on the command line."""
+
+
+MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
+    ("a key of other trainers", same, ["policy.learning_rate=1e-5"],
+     ["'policy.learning_rate'", "Did you mean 'policy.optimizer.lr'?", LINE]),
+    ("a key without its section", same, ["steps=5"], ["'steps'", "Did you mean 'run.steps'?", LINE]),
+    ("a key in another section", same, ["data.temperature=0.7"],
+     ["'data.temperature'", "Did you mean 'rollout.temperature'?", LINE]),
+    ("an unknown section", in_yaml("trainer", {"num_generations": 4}), [],
+     ["'trainer.num_generations'", "Did you mean 'rollout.samples_per_prompt'?", "[run.yaml]"]),
+    ("a misspelled section", in_yaml("rolout", {"temperature": 1.0}), [],
+     ["'rolout'", "Did you mean 'rollout'?", "[run.yaml]"]),
+    ("a misspelled key", same, ["run.stepz=5"], ["'run.stepz'", "Did you mean 'run.steps'?", LINE]),
+    ("an unknown method", same, ["algorithm.correction=tiss"],
+     ["algorithm.correction.name = 'tiss'", "Did you mean 'tis'?", LINE]),
+    ("a method that is no name", same, ["algorithm.objective=[ppo]"],
+     ["algorithm.objective = ['ppo']", "must be a method's name", "Write it so", LINE]),
+    ("a method's bound", same, ["algorithm.correction={name: tis, cap: 0.5}"],
+     ["algorithm.correction.cap = 0.5", "must be >= 1", "Use .inf", LINE]),
+    ("a number out of its bounds", same, ["run.steps=0"],
+     ["run.steps = 0", "greater than or equal to 1", "default is 100", "launch --help run.steps", LINE]),
+    ("a word for a number", in_yaml("rollout.temperature", "hot"), [],
+     ["rollout.temperature = 'hot'", "valid number", "default is 1.0", "[run.yaml]"]),
+    ("an unknown choice", same, ["sync.method=nccl"],
+     ["sync.method = 'nccl'", "'disk', 'broadcast' or 'ipc'", "default is broadcast", LINE]),
+    ("a value for a section", in_yaml("rollout", 3), [],
+     ["rollout = 3", "must be a section", "Put its keys below it", "[run.yaml]"]),
+    ("a key that is missing", in_yaml("policy", {}), [], ["'policy.hf' is missing", "policy.hf=VALUE"]),
+    ("an override without a value", same, ["run.steps"], ["'run.steps'", "section.key=value", "Write it so"]),
+    ("an override below a value", same, ["run.folder.name=a"], ["'run.folder.name=a'", "Leave out"]),
+    ("no YAML", write("run.yaml", "run: [1"), [], ["run.yaml", "not valid YAML", "Mend"]),
+    ("a base that is not there", in_yaml("base", "none.yaml"), [],
+     ["none.yaml does not exist", "There is run.yaml"]),
+    ("a model that is not there", same, ["policy.hf=missing"],
+     ["policy.hf = missing", "no config.json", "Set it to", LINE]),
+    ("a model without weights", remove("actor/model.safetensors"), [],
+     ["actor.hf = actor", "no weights", "Download", "[run.yaml]"]),
+    ("a model of an unknown kind", write("actor/config.json", '{"architectures": ["MambaForCausalLM"]}'), [],
+     ["actor", "MambaForCausalLM", "Known"]),
+    ("other tokenizers", write("actor/tokenizer.json", "{}"), [], ["tokenizer.json", "."]),
+    ("a data file that is not there", remove("rows.jsonl"), [],
+     ["rows.jsonl: no such file", "Set data.path"]),
+    ("a row without an answer", lambda folder: write_rows(folder, *[{"prompt": "1="}] * 4), [],
+     ["rows.jsonl, line 1", "'answer'"]),
+    ("fewer rows than a step takes", lambda folder: write_rows(folder, {"prompt": "1=", "answer": "1"}), [],
+     ["rollout.prompts_per_step = 4", "1 usable", "Lower it or add data", "[run.yaml]"]),
+    ("a template without a place for the text", same, ["data.template=hello"],
+     ["data.template = 'hello'", "{question}", "Put it", LINE]),
+    ("a reward that is not there", same, ["data.reward=my_rewards:length"],
+     ["data.reward = 'my_rewards:length'", "no package my_rewards", "PYTHONPATH", LINE]),
+    ("a reward that is misspelled", same, ["data.reward=exakt"],
+     ["data.reward = 'exakt'", "must be one of", "Set one", LINE]),
+    ("a layout that does not divide", same, ["parallel.tp=3"],
+     ["parallel.tp = 3", "num_", "Set one that", LINE]),
+    ("sequences longer than a micro-batch", same, ["packing.tokens=100"],
+     ["packing.tokens = 100", "Raise packing.tokens", LINE]),
+    ("an evaluation without problems", same, ["evaluation.size=8"],
+     ["evaluation.size = 8", "data.heldout_path", "Set it", LINE]),
+    ("a run folder that is a file", write("runs", ""), [], ["run.folder = runs/first", "Set", "[run.yaml]"]),
+    ("a resume without a checkpoint", same, ["run.resume=true"],
+     ["run.resume = true", "holds no checkpoint", "run.resume=auto", LINE]),
+    ("processes that do not make a mesh", same, ["parallel.pp=2", "--nproc", "3"],
+     ["--nproc 3", "multiple", "Use --nproc 2"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "parts"), [case[1:] for case in MISTAKES], ids=[c[0] for c in MISTAKES]
+)
+def test_a_mistake_is_told_with_field_value_place_and_remedy_and_leaves_nothing(
+    spoil: Spoil, words: list[str], parts: list[str], folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    spoil(folder)
+    before = sorted(folder.rglob("*"))
+    assert cli.main(["launch", "run.yaml", *words]) == cli.EXIT_REFUSED
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert any(all(part in line for part in parts) for line in lines), said.err
+    assert all(line.startswith("megatron-jackpot: ") for line in lines) and said.out == ""
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["launch", "train", "plan", "doctor"])
+def test_every_command_makes_the_same_checks_first_and_tells_all_at_once(
+    command: str, folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("megatron_jackpot.launch.doctor.doctor", lambda server_python: 0)
+    monkeypatch.setattr("megatron_jackpot.run.interrupt.die_with_parent", lambda signum: None)
+    monkeypatch.setattr("megatron_jackpot.run.interrupt.StopRequest.listen", lambda self: None)
+    words = ["run.steps=0", "policy.lr=1", "data.template=x", "policy.hf=none", "data.reward=a:b"]
+    assert cli.main([command, "run.yaml", *words]) == 2
+    said = capsys.readouterr().err
+    for part in ("run.steps = 0", "'policy.optimizer.lr'", "{question}", "policy.hf = none", "'a:b'"):
+        assert part in said, said
+
+
+def test_a_method_may_be_its_name_in_yaml_in_a_base_and_on_the_command_line(
+    folder: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(folder)
+    names = {"algorithm.correction": "tis", "algorithm.objective": "gspo", "algorithm.advantage": "rloo",
+             "actor.objective": "reinforce", "actor.distill": "forward_topk"}  # fmt: skip
+    assert sorted(names) == sorted(METHOD_KEYS)
+    tree = yaml.safe_load((folder / "run.yaml").read_text())
+    for key, name in names.items():
+        section, _, method = key.partition(".")
+        tree.setdefault(section, {})[method] = name
+    (folder / "base.yaml").write_text(yaml.safe_dump(tree))
+    (folder / "over.yaml").write_text("base: base.yaml\nalgorithm: {correction: {cap: 3.0}}\n")
+    on_line = [f"{key}={name}" for key, name in names.items()]
+    for file, overrides, cap in (
+        ("base.yaml", [], {}), ("run.yaml", on_line, {}), ("over.yaml", [], {"cap": 3.0}),
+        ("base.yaml", ["algorithm.correction.cap=3.0"], {"cap": 3.0}),
+        ("over.yaml", ["algorithm.correction=tis"], {}),
+    ):  # fmt: skip
+        config, mistakes = cli.examine_config(Path(file), overrides)
+        assert config is not None and mistakes == []
+        found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in names}
+        assert {key: method.name for key, method in found.items()} == names
+        assert found["algorithm.correction"].settings == cap
+
+
+def test_what_other_trainers_call_a_key_is_a_key_here() -> None:
+    known = {key for key, _, _ in describe()}
+    assert {key for keys in SYNONYMS.values() for key in keys} <= known
+    assert not known & set(SYNONYMS)
+
+
+@pytest.mark.parametrize("key", METHOD_KEYS)
+def test_help_of_a_method_lists_every_choice_with_its_settings(key: str, capsys) -> None:
+    from dataclasses import fields
+
+    from megatron_jackpot.train.method_help import CHOICES, choices
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["launch", "--help", key])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert set(CHOICES) == set(METHOD_KEYS)
+    for choice, method in zip(choices(key), CHOICES[key].values(), strict=True):
+        assert f" {choice.name} " in shown and choice.meaning and choice.meaning in shown
+        listed = [name for name, _, _ in choice.settings if name != "preset"]
+        assert listed == [field.name for field in fields(method)]
+        # A field without a text of its own stands in a group that has one.
+        assert not listed or any(not meaning.startswith("(") for _, _, meaning in choice.settings)
+
+
+def test_help_of_a_section_is_that_section_and_a_word_that_is_none_is_refused(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help", "evaluation"])
+    shown = capsys.readouterr().out
+    assert "evaluation.every = 10" in shown and "rollout." not in shown
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "--help", "evaluations"])
+    assert ended.value.code == 2 and "Did you mean 'evaluation'?" in capsys.readouterr().err
+
+
+def test_after_an_end_without_a_checkpoint_both_refusals_name_a_way_that_is_accepted(
+    folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "metrics.jsonl").touch()
+    started = []
+    monkeypatch.setattr("megatron_jackpot.launch.local.launch", lambda *a, **k: started.append(a) or 0)
+    for resume in ("true", "false"):
+        assert cli.main(["launch", "run.yaml", f"run.resume={resume}"]) == 2
+        assert "run.resume=auto" in capsys.readouterr().err
+    assert cli.main(["launch", "run.yaml", "run.resume=auto"]) == 0 and len(started) == 1
+
+
+def test_what_a_refused_start_made_is_taken_back_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    run = tmp_path / "runs" / "new" / "first"
+    for wrote, left in (("config.yaml", False), ("metrics.jsonl", True)):
+        made = missing(run)
+        assert made == [run, run.parent]
+        run.mkdir(parents=True)
+        (run / wrote).touch()
+        take_back(made)
+        assert run.exists() == run.parent.exists() == left and (tmp_path / "runs").exists()
+    take_back(missing(run))
+    assert run.exists()
+
+
+def test_ctrl_c_before_anything_started_is_a_line_and_no_traceback(folder: Path, monkeypatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_jackpot.launch.preflight.preflight", interrupted)
+    assert cli.main(["launch", str(folder / "run.yaml")]) == 130
+    assert capsys.readouterr().err == "megatron-jackpot: interrupted; nothing was started\n"
+
+
+def test_plan_says_what_it_assumes_and_takes_as_many_processes_as_launch(
+    folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    write_rows(folder, *({"prompt": f"{i}+{i}=", "answer": "1"} for i in range(40)))
+    for words, said in (
+        (["parallel.pp=2"], "2 training GPU(s) or processes, as `launch` starts"),
+        (["cluster.nodes=2"], "14 training GPU(s) or processes, of the cluster section"),
+        (["--gpus", "3"], "3 training GPU(s) or processes, --gpus"),
+    ):
+        cli.main(["plan", "run.yaml", "rollout.prompts_per_step=28", *words])
+        out = capsys.readouterr()
+        assert said in out.out and "200 tokens a sequence, the longest allowed" in out.out, out
