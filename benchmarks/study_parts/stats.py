@@ -102,7 +102,7 @@ def survival(curves: Sequence[Sequence[float]]) -> list[float]:
 
 
 def cross_fitted(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Of `values` [rates, U]: (for each unit the rate that is best for the others, the best for all), indices.
+    """Indices, of `values` [rates, U]: (each unit's, the best rate for the others; the best rate for all).
 
     Nobody chooses by what it is then judged by; a single unit has no others and chooses itself.
     """
