@@ -59,4 +59,6 @@ def measure(plan: Plan, folder: Path, mesh: Mesh) -> tuple[float, float]:
             bed.trainer.step()
         middle = time.process_time()
         bed.evaluate()
-        return (middle - began) / STEPS, time.process_time() - middle
+        end = time.process_time()
+        bed.close()
+        return (middle - began) / STEPS, end - middle

@@ -54,12 +54,8 @@ class Block:
 
     def judged(self, arm: str, measure: str) -> tuple[np.ndarray, int]:
         """(measure [U] at the rate that is best, by "last", for the other units; the best rate's index)."""
-        _, best = stats.cross_fitted(self.measured(arm, "last"))
-        last, values = self.measured(arm, "last"), self.measured(arm, measure)
-        if last.shape[1] == 1:
-            return values[best], best
-        chosen = [int((last.sum(1) - last[:, unit]).argmax()) for unit in range(last.shape[1])]
-        return values[chosen, np.arange(last.shape[1])], best
+        chosen, best = stats.cross_fitted(self.measured(arm, "last"))
+        return self.measured(arm, measure)[chosen, np.arange(len(self.seeds))], best
 
 
 def _measure(curve: Curve, measure: str) -> float:

@@ -87,6 +87,7 @@ def perform(plan: Plan, run: Run, folder: Path, mesh: Mesh, deadline: float) -> 
             return _perform(bed, lines, line, place, plan.every, deadline)
         finally:
             lines.close()
+            bed.close()
 
 
 def _perform(
@@ -103,7 +104,7 @@ def _perform(
                 for name, value in trainer.step().metrics.items():
                     if name in KEPT:
                         means[name].append(value)
-        except (RollBack, RuntimeError) as error:
+        except RollBack as error:
             # Numbers that are not finite, again and again: that is a result of the arm.
             lines.write({**line, "step": state.num_steps, "failed": str(error)})
             break

@@ -102,12 +102,10 @@ def survival(curves: Sequence[Sequence[float]]) -> list[float]:
 
 
 def cross_fitted(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """(each unit's value [U] at the learning rate that is best for the others, the best for all) of
-    `values` [rates, U]: nobody chooses by what it is then judged by."""
-    rates, units = values.shape
-    if units == 1:
-        best = int(values[:, 0].argmax())
-        return values[best], best
-    total = values.sum(1)
-    chosen = [int((total - values[:, unit]).argmax()) for unit in range(units)]
-    return values[chosen, np.arange(units)], int(total.argmax())
+    """Indices, of `values` [rates, U]: (each unit's, the best rate for the others; the best rate for all).
+
+    Nobody chooses by what it is then judged by; a single unit has no others and chooses itself.
+    """
+    total = values.sum(1, keepdims=True)
+    others = total - values if values.shape[1] > 1 else values
+    return others.argmax(0), int(total.argmax())

@@ -5,7 +5,7 @@ Records, packing, scoring, corrections, losses, distillation and optimizers are 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import load_tokenizer
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Prompt, Rollout
-from megatron_jackpot.rollout.collect import Sums
+from megatron_jackpot.rollout.collect import Keep, Sums
+from megatron_jackpot.rollout.loop_thread import LoopThread
+from megatron_jackpot.servers.protocol import Completion
 from megatron_jackpot.sync.proof import SyncReport
 from megatron_jackpot.sync.stream import WeightStream, export
 from megatron_jackpot.train.assembly import checked_stop_ids, load_families, load_model
@@ -34,12 +36,16 @@ Decode = Callable[[list[list[int]]], list[str]]
 
 
 class LocalServer:
-    """Source of rollouts and end of a push: it holds the served model's weights of the last push."""
+    """Source of rollouts and end of a push: it holds the served model's weights of the last push.
+
+    It samples in a thread of its own, and a push waits for the samples that are under way.
+    """
 
     def __init__(self, config: Config, draws: Draws, decode: Decode) -> None:
         self.decoder = Decoder(read_hf_config(config.served_hf))
         self.samples, self.draws, self.decode = config.rollout.samples_per_prompt, draws, decode
         self.version = -1
+        self.thread = LoopThread()
 
     def push(self, named_tensors: WeightStream, version: int) -> SyncReport:
         started = time.perf_counter()
@@ -50,53 +56,60 @@ class LocalServer:
         seconds = time.perf_counter() - started
         return SyncReport(version=version, seconds=seconds, num_bytes=num_bytes, checksum="", proved=False)
 
-    def collect(
+    async def collect(
         self,
         epoch: int,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         *,
         samples: int | None = None,
         stop: Callable[[], str | None] = lambda: None,
+        keep: Keep = lambda group: None,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Whole groups, in the order of `prompts`; it is over too soon to be stopped."""
-        groups = sample_groups(
-            self.decoder, prompts, samples or self.samples, epoch, self.version, self.draws
-        )
-        judged = []
-        for prompt, group in zip(prompts, groups, strict=True):
-            texts = self.decode([completion.tokens.tolist() for completion in group])
-            rewards = [score(text, prompt.label) for text in texts]
-            judged.append(
-                [
-                    Rollout(
-                        prompt=prompt,
-                        epoch=epoch,
-                        sample=sample,
-                        tokens=completion.tokens,
-                        server_logp=completion.server_logp,
-                        topk_ids=completion.topk_ids,
-                        topk_logp=completion.topk_logp,
-                        valid=completion.valid,
-                        weight_version=completion.weight_version,
-                        finish=completion.finish,
-                        reward=reward,
-                        correct=reward == 1.0,
-                    )
-                    for sample, (completion, reward) in enumerate(zip(group, rewards, strict=True))
-                ]
-            )
-        return judged, {}
+        samples = samples or self.samples
+        completions = sample_groups(self.decoder, prompts, samples, epoch, self.version, self.draws)
+        groups = [self._judged(p, epoch, group) for p, group in zip(prompts, completions, strict=True)]
+        for group in groups:
+            keep(group)
+        return groups, {}
 
-    def require_version(self, oldest: int) -> None:
-        """Raises RuntimeError for weights older than that: a push was left out."""
-        if self.version < oldest:
-            raise RuntimeError(f"the sampler holds weight version {self.version}, older than {oldest}.")
+    def _judged(self, prompt: Prompt, epoch: int, group: list[Completion]) -> list[Rollout]:
+        texts = self.decode([completion.tokens.tolist() for completion in group])
+        rewards = [score(text, prompt.label) for text in texts]
+        return [
+            Rollout(
+                prompt=prompt,
+                epoch=epoch,
+                sample=sample,
+                tokens=completion.tokens,
+                server_logp=completion.server_logp,
+                topk_ids=completion.topk_ids,
+                topk_logp=completion.topk_logp,
+                valid=completion.valid,
+                weight_version=completion.weight_version,
+                finish=completion.finish,
+                reward=reward,
+                correct=reward == 1.0,
+            )
+            for sample, (completion, reward) in enumerate(zip(group, rewards, strict=True))
+        ]
+
+    async def hold(self, *, until_quiet: bool) -> None:
+        """The thread that hears this samples nothing any more."""
+
+    async def use(self, version: int) -> None:
+        """Raises RuntimeError for other weights than it was pushed last."""
+        if self.version != version:
+            raise RuntimeError(f"the sampler holds weight version {self.version}, not {version}.")
+
+    async def abort(self) -> None:
+        """Nothing is under way when this is heard."""
 
     def release(self) -> None:
         """It shares no GPU."""
 
     def close(self) -> None:
-        """It holds nothing open."""
+        self.thread.close()
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,11 @@ class Testbed:
     heldout: list[Prompt]
     stop_ids: tuple[int, ...]
     decode: Decode
+
+    def close(self) -> None:
+        """End the sampler's thread."""
+        assert self.trainer.source is not None
+        self.trainer.source.close()
 
     def evaluate(self) -> dict[str, float]:
         """Of every model, greedily: the share of the held-out items it gets right, and of problems without a

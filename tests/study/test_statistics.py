@@ -43,10 +43,11 @@ def test_area_drawdown_and_collapse_of_curves_drawn_by_hand() -> None:
 
 
 def test_a_rate_is_chosen_by_the_other_units_so_that_luck_is_not_counted_twice() -> None:
-    # Rate 1 is best only in unit 0, by luck; the others would never choose it for unit 0.
-    values = np.array([[0.5, 0.6, 0.6], [0.9, 0.4, 0.4]])
-    judged, best = stats.cross_fitted(values)
-    assert judged.tolist() == [0.5, 0.4, 0.4] and best == 0
-    noise = np.random.default_rng(0).normal(0, 1, (2000, 3, 5))
-    assert abs(np.mean([stats.cross_fitted(sample)[0].mean() for sample in noise])) < 0.03
+    # Rate 1 is best for all by unit 0's luck alone: the others would not choose it for unit 0.
+    values = np.array([[0.5, 0.6, 0.6], [1.5, 0.5, 0.5]])
+    chosen, best = stats.cross_fitted(values)
+    assert chosen.tolist() == [0, 1, 1] and best == 1
+    assert stats.cross_fitted(values[:, :1])[0].tolist() == [1]
+    noise, units = np.random.default_rng(0).normal(0, 1, (2000, 3, 5)), np.arange(5)
+    assert abs(np.mean([sample[stats.cross_fitted(sample)[0], units].mean() for sample in noise])) < 0.03
     assert np.mean([sample.mean(1).max() for sample in noise]) > 0.3
