@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, dataclass
 from typing import get_type_hints
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
+from megatron_jackpot.algorithm.aggregation import AGGREGATIONS
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
@@ -17,6 +18,7 @@ CHOICES: dict[str, Mapping[str, type]] = {
     "algorithm.correction": CORRECTIONS,
     "algorithm.objective": OBJECTIVES,
     "algorithm.advantage": ADVANTAGES,
+    "algorithm.aggregation": AGGREGATIONS,
     "actor.objective": OBJECTIVES,
     "actor.distill": DISTILL,
 }

@@ -33,8 +33,9 @@ def test_information_is_a_plain_line_of_the_main_rank_and_a_warning_a_line_of_ev
 
 
 def test_nothing_but_answers_to_the_user_is_printed():
-    """Files that may print: the command's and the launcher's answers, and the watchdog's last words."""
-    may = {"cli.py", "launch", "run/watchdog.py", "monitor/messages.py"}
+    """Files that may print: the command's and the launcher's answers, where the report is served, and the
+    watchdog's last words."""
+    may = {"cli.py", "launch", "run/watchdog.py", "monitor/messages.py", "monitor/report/serve.py"}
     package = Path(megatron_jackpot.__file__).parent
     for path in package.rglob("*.py"):
         name = path.relative_to(package)

@@ -49,7 +49,7 @@ def test_a_port_in_use_is_named_and_nothing_is_written(tree, tmp_path, capsys):
 def test_a_folder_that_holds_a_run_is_refused(tree, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match=r"already holds a run \(metrics.jsonl\).*Set run.folder"):
+    with pytest.raises(ValueError, match=r"already holds a run \(metrics.jsonl\).*set another run.folder"):
         check(parse_config(tree))
 
 

@@ -83,7 +83,7 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
      ["'policy.learning_rate'", "Did you mean 'policy.optimizer.lr'?", LINE]),
     ("a key without its section", same, ["steps=5"], ["'steps'", "Did you mean 'run.steps'?", LINE]),
     ("a key in another section", same, ["data.temperature=0.7"],
-     ["'data.temperature'", "Did you mean 'rollout.temperature'?", LINE]),
+     ["'data.temperature'", "Did you mean 'rollout.temperature' or 'evaluation.temperature'?", LINE]),
     ("an unknown section", in_yaml("trainer", {"num_generations": 4}), [],
      ["'trainer.num_generations'", "Did you mean 'rollout.samples_per_prompt'?", "[run.yaml]"]),
     ("a misspelled section", in_yaml("rolout", {"temperature": 1.0}), [],
@@ -179,6 +179,7 @@ def test_a_method_may_be_its_name_in_yaml_in_a_base_and_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(folder)
     names = {"algorithm.correction": "tis", "algorithm.objective": "gspo", "algorithm.advantage": "rloo",
+             "algorithm.aggregation": "sequence",
              "actor.objective": "reinforce", "actor.distill": "forward_topk"}  # fmt: skip
     assert sorted(names) == sorted(METHOD_KEYS)
     tree = yaml.safe_load((folder / "run.yaml").read_text())
