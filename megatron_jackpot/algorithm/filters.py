@@ -8,7 +8,6 @@ Shapes: M micro-batches of T tokens.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -40,7 +39,7 @@ FILTERS = Registry(
 )
 
 
-def make_filters(chosen: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> list[Filter]:
+def make_filters(chosen: Sequence[tuple[str, Mapping[str, object]]], where: str) -> list[Filter]:
     """The filters of (name, settings), the second one of a name called NAME_2. Raises ValueError, a line for
     each mistake, for what `build` refuses and for settings of a weight."""
     made, mistakes, seen = [], [], Counter[str]()

@@ -44,8 +44,8 @@ def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -
         server_logp_T=only(batch.server_logp_MT[m].detach()),
         advantage_T=torch.where(valid_T, precise(batch.advantage_MT[m].detach()), 0.0),
         segment_T=torch.where(counted_T, batch.segment_MT[m], -1),
-        rollout_id_T3=batch.rollout_id_MT3[m],
-        position_T=batch.position_MT[m],
+        rollout_id_T3=torch.where(counted_T.unsqueeze(-1), batch.rollout_id_MT3[m], 0),
+        position_T=torch.where(counted_T, batch.position_MT[m], 0),
         valid_T=valid_T,
     )
 

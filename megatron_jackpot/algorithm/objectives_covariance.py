@@ -4,6 +4,7 @@ cov = (log p - mean log p) (A - mean A), the means over all tokens of the mini-b
 Shapes: M micro-batches of T tokens; log p is at least -20 in cov.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +56,9 @@ class ClipCov(PPO):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self.share)
+        for name in ("cov_low", "cov_high"):
+            value = getattr(self, name)
+            check_that(math.isfinite(value), name, value, "be finite", "Use 1.0 and 5.0.")
         ok = self.cov_low < self.cov_high
         check_that(ok, "cov_low", self.cov_low, f"be < cov_high = {self.cov_high}", "Use 1.0 and 5.0.")
 
@@ -111,7 +115,7 @@ class KLCov(Objective):
 
     def __post_init__(self) -> None:
         _check_share(self.share)
-        check_that(self.coef > 0, "coef", self.coef, "be > 0", "Use 1.0.")
+        check_that(0 < self.coef < math.inf, "coef", self.coef, "be finite and > 0", "Use 1.0.")
 
     @torch.no_grad()
     def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedKLCov":

@@ -46,7 +46,8 @@ class DPPO(Objective):
 
     def __post_init__(self) -> None:
         check_cap("cap", self.cap)
-        check_that(self.kl_coef >= 0, "kl_coef", self.kl_coef, "be >= 0", "Use 1e-3, or 0 for none.")
+        ok = 0 <= self.kl_coef < math.inf
+        check_that(ok, "kl_coef", self.kl_coef, "be finite and >= 0", "Use 1e-3, or 0 for none.")
         for name in ("delta_low", "delta_high"):
             value = getattr(self, name)
             check_that(value >= 0, name, value, "be >= 0", f"Use {type(self).__dict__[name]}.")

@@ -3,6 +3,7 @@
 Shapes: T tokens; i the rollout of token t, |i| its number of counted tokens.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,8 +69,9 @@ class GMPO(Objective):
     """For A > 0 log s is at most clip_high."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_low", "clip_high"):
-            check_that(getattr(self, name) >= 0, name, getattr(self, name), "be >= 0", "Use 0.4.")
+        ok = 0 <= self.clip_low < math.inf
+        check_that(ok, "clip_low", self.clip_low, "be finite and >= 0", "Use 0.4.")
+        check_that(self.clip_high >= 0, "clip_high", self.clip_high, "be >= 0", "Use 0.4.")
 
     def surrogate(self, t: ObjectiveInputs) -> Tensor:
         clipped_T = self._clipped(t)

@@ -3,7 +3,7 @@
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,6 +12,7 @@ from megatron_jackpot.config.schema import METHOD_KEYS, MISTAKES, Config
 from megatron_jackpot.config.suggest import meant
 from megatron_jackpot.config.yaml_tree import Tree, apply_override, place_of, read_tree, spell_out
 
+NAME = "NAME"
 RENAMED = {"cluster.time": "cluster.minutes"}
 """Key that was once read -> the one that says it now."""
 
@@ -94,7 +95,8 @@ def _explain(item: Any) -> list[str]:
             "Write it so."
         ]
     defaults = {key: default for key, default, _ in describe()}
-    known = next((key for key in defaults if f"{where}.".startswith(f"{key}.")), None)
+    named = _described(item["loc"])
+    known = next((key for key in defaults if f"{named}.".startswith(f"{key}.")), None)
     if known is None:
         return [f"{where} = {item['input']!r}: must be a section. Put its keys below it."]
     remedy = "Set one that is" if defaults[known] == "required" else f"Its default is {defaults[known]}"
@@ -106,8 +108,12 @@ def _unknown(where: str, above: tuple[int | str, ...], value: object) -> list[st
     if where in RENAMED:
         return [f"Unknown config key '{where}'. It is '{RENAMED[where]}' now: docs/changelog.md."]
     section: Any = Config
-    for part in above:
-        section = section_of(section.model_fields[part].annotation)
+    parts = iter(above)
+    for part in parts:
+        annotation = section.model_fields[part].annotation
+        section = section_of(annotation)
+        if get_origin(annotation) is dict:
+            next(parts)
     names, keys = list(section.model_fields), [key for key, _, _ in describe()]
     strangers = [where] if meant(where, names, ()) else _leaves(where, value)
     lines = []
@@ -116,6 +122,20 @@ def _unknown(where: str, above: tuple[int | str, ...], value: object) -> list[st
         remedy = f"Did you mean {found}?" if found else f"Known: {', '.join(sorted(names))}."
         lines.append(f"Unknown config key '{stranger}'. {remedy}")
     return lines
+
+
+def _described(where: tuple[int | str, ...]) -> str:
+    """The dotted key at `where` as `describe` writes it: sections that have names of the user's own under
+    NAME."""
+    section: Any = Config
+    parts, found = iter(where), []
+    for part in parts:
+        found.append(str(part))
+        field = None if section is None else section.model_fields.get(part)
+        section = None if field is None else section_of(field.annotation)
+        if field is not None and get_origin(field.annotation) is dict and next(parts, None) is not None:
+            found.append(NAME)
+    return ".".join(found)
 
 
 def _leaves(where: str, value: object) -> list[str]:
@@ -137,12 +157,12 @@ def placed(mistakes: list[str], path: Path, overrides: list[str]) -> list[str]:
 
 
 def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted key, default, meaning) of every setting, in file order."""
+    """(dotted key, default, meaning) of every setting, in file order; NAME stands for one of the user's."""
     rows = []
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
         if (below := section_of(field.annotation)) is not None:
-            rows += describe(below, f"{key}.")
+            rows += describe(below, f"{key}.{NAME}." if get_origin(field.annotation) is dict else f"{key}.")
         else:
             default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
             rows.append((key, default, field.description or ""))

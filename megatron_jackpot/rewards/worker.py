@@ -69,7 +69,7 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     return cast(Score, score), None
 
 
-def asked_for(score: Score) -> list[str]:
+def asked_for(score: Callable[..., object]) -> list[str]:
     """Which of SEEN a reward has as a parameter, after the first two."""
     return [name for name in list(inspect.signature(score).parameters)[2:] if name in SEEN]
 

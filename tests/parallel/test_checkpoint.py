@@ -35,7 +35,12 @@ def _train(
     knobs = config.policy.optimizer.model_copy(update=options.get("optimizer", {}))
     config = config.model_copy(update={"policy": config.policy.model_copy(update={"optimizer": knobs})})
     saving = config.run.model_copy(
-        update={"folder": Path(run), "keep": 2, "keep_every": options.get("keep_every")}
+        update={
+            "folder": Path(run),
+            "keep": 2,
+            "keep_every": options.get("keep_every"),
+            "steps": options.get("run_steps", config.run.steps),
+        }
     )
     if ahead := options.get("ahead"):
         rollouts = config.rollout.model_copy(update={"ahead": ahead, "max_staleness": ahead})
@@ -232,7 +237,7 @@ def test_with_rollouts_ahead_an_interrupted_run_keeps_what_was_finished_of_every
     folder, tmp_path
 ) -> None:
     """Tokens are the same whoever samples them; of two epochs' steps in flight nothing is mixed up."""
-    how = dict(ahead=3)
+    how = dict(ahead=3, run_steps=6)
     run = tmp_path / "run"
     first = train(folder, run, STEERED, 6, stop_at=2, per_epoch=4, **how)
     second = train(folder, run, STEERED, 6, resume=True, per_epoch=4, **how)
