@@ -127,11 +127,11 @@ def _unknown(where: str, above: tuple[int | str, ...], value: object) -> list[st
 def _described(where: tuple[int | str, ...]) -> str:
     """The dotted key at `where` as `describe` writes it: sections that have names of the user's own under
     NAME."""
-    section: Any = Config
-    parts, found = iter(where), []
+    section: type[BaseModel] | None = Config
+    parts, found = iter(where), list[str]()
     for part in parts:
         found.append(str(part))
-        field = None if section is None else section.model_fields.get(part)
+        field = None if section is None else section.model_fields.get(str(part))
         section = None if field is None else section_of(field.annotation)
         if field is not None and get_origin(field.annotation) is dict and next(parts, None) is not None:
             found.append(NAME)

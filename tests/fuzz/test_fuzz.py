@@ -68,6 +68,8 @@ def test_any_value_of_any_knob_is_taken_or_refused_by_name(key: str, value: obje
     *parents, last = key.split(".")
     for parent in parents:
         section = section.setdefault(parent, {})
+    if parents[-1] == "NAME":
+        section["path"] = "set.jsonl"  # What a set must have.
     section[last] = value
     try:
         parse_config(tree)
