@@ -220,20 +220,15 @@ def _train(config: Config | None, mistakes: list[str], args: argparse.Namespace)
     if mistakes:
         return refuse(mistakes if main_rank else ())
     _hush()
-    from megatron_jackpot.launch.folder import missing, take_back
-    from megatron_jackpot.launch.lock import only_launch
+    from megatron_jackpot.launch.folder import own_folder
     from megatron_jackpot.train.run import run
 
     # A launch has the folder already; of a bare torchrun the first rank takes it.
     alone = main_rank and STARTED_VARIABLE not in os.environ
-    made = missing(config.run.folder) if alone else []
     try:
-        if alone:
-            config.run.folder.mkdir(parents=True, exist_ok=True)
-        with only_launch(config.run.folder) if alone else nullcontext():
+        with own_folder(config.run.folder) if alone else nullcontext():
             run(config, stop=stop)
     except ConfigError as error:
-        take_back(made)
         return refuse(str(error).splitlines())
     except Exception:
         traceback.print_exc()

@@ -174,8 +174,8 @@ def _one_model(c: "Config") -> Iterator[str]:
 def _evaluation(c: "Config") -> Iterator[str]:
     e = c.evaluation
     for name in e.sets:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-            yield f"evaluation.sets has '{name}': letters, digits, '_', '.' and '-' make a metric. Rename it."
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            yield f"evaluation.sets has '{name}': letters, digits, '_' and '-' make a metric. Rename it."
     if e.samples > 1 and e.temperature == 0:
         yield (
             f"evaluation.samples = {e.samples} needs evaluation.temperature > 0, got 0: greedy answers are "

@@ -71,13 +71,15 @@ class Config(Section):
         return self
 
 
-def _method_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+def _method_keys(section: type[Section], kind: object, prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
-        if field.annotation is Method:
+        if field.annotation == kind:
             yield f"{prefix}{name}"
         elif (below := section_of(field.annotation)) is not None:
-            yield from _method_keys(below, f"{prefix}{name}.")
+            yield from _method_keys(below, kind, f"{prefix}{name}.")
 
 
-METHOD_KEYS = tuple(_method_keys(Config))
+METHOD_KEYS = tuple(_method_keys(Config, Method))
 """Keys whose value is a method of a registry: {name: ..., setting: value}, or the name alone."""
+METHOD_LIST_KEYS = tuple(_method_keys(Config, tuple[Method, ...]))
+"""Keys whose value is a list of such methods."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_jackpot.config.base import ConfigError
-from megatron_jackpot.config.schema import METHOD_KEYS
+from megatron_jackpot.config.schema import METHOD_KEYS, METHOD_LIST_KEYS
 
 Tree = dict[str, Any]
 """Sections, keys and values as YAML gives them."""
@@ -63,13 +63,18 @@ def _read(path: Path) -> Tree:
 
 def spell_out(tree: Tree) -> Tree:
     """`tree`, in place: where a method is given by its name alone, `tis` becomes {name: tis}."""
-    for key in METHOD_KEYS:
+    for key in (*METHOD_KEYS, *METHOD_LIST_KEYS):
         *parents, last = key.split(".")
         section: object = tree
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(section.get(last), str):
-            section[last] = {"name": section[last]}
+        if not isinstance(section, dict):
+            continue
+        given = section.get(last)
+        if key in METHOD_KEYS and isinstance(given, str):
+            section[last] = {"name": given}
+        elif key in METHOD_LIST_KEYS and isinstance(given, list):
+            section[last] = [{"name": one} if isinstance(one, str) else one for one in given]
     return tree
 
 

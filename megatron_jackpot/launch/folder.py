@@ -1,10 +1,12 @@
 """A run's folder around a start: what a launch writes before training, and taking that back."""
 
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_jackpot.launch.lock import LOCK_FILE
+from megatron_jackpot.config import ConfigError
+from megatron_jackpot.launch.lock import LOCK_FILE, only_launch
 from megatron_jackpot.run.clock import STARTED_FILE
 from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
 from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE
@@ -38,3 +40,24 @@ def take_back(made: list[Path]) -> None:
     with suppress(OSError):
         for folder in made[1:]:
             folder.rmdir()
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[list[Path]]:
+    """Hold a run's folder within; the folders that were made for it.
+
+    Raises ConfigError when another launch has it, or it cannot be made. They are taken back where a
+    ConfigError ends what is done within, while the folder is still held: another launch's stay.
+    """
+    made = missing(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        take_back(made)
+        raise ConfigError(f"run.folder = {folder} cannot be made: {error}. Set another one.") from error
+    with only_launch(folder):
+        try:
+            yield made
+        except ConfigError:
+            take_back(made)
+            raise

@@ -11,8 +11,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,8 +21,7 @@ import psutil
 
 from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.folder import TRAIN_LOG, missing, take_back
-from megatron_jackpot.launch.lock import only_launch
+from megatron_jackpot.launch.folder import TRAIN_LOG, own_folder, take_back
 from megatron_jackpot.launch.preflight import Subject, preflight
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
@@ -91,31 +90,19 @@ def launch(
     made for it is then gone again.
     """
     folder = config.run.folder
-    made = missing(folder)
     again = ["megatron-jackpot", "launch", str(folder / CONFIG_FILE), "run.resume=auto"]
     go_on = shlex.join([*again, *(["--nproc", str(nproc)] if nproc else [])])
     try:
-        with own_folder(folder):
+        with own_folder(folder) as made:
             code = run_job(
                 config, nproc, start=start, trainer_command=trainer_command, began=began, go_on=go_on
             )
+            if code == EXIT_REFUSED:
+                take_back(made)
     except ConfigError as error:
         say(str(error))
         code = EXIT_REFUSED
-    if code == EXIT_REFUSED:
-        take_back(made)
     return code
-
-
-@contextmanager
-def own_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's folder within. Raises ConfigError when another launch has it, or it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run.folder = {folder} cannot be made: {error}. Set another one.") from error
-    with only_launch(folder):
-        yield
 
 
 def run_job(

@@ -25,7 +25,8 @@ import psutil
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.local import own_folder, run_job, say, start_model_servers, torchrun
+from megatron_jackpot.launch.folder import own_folder
+from megatron_jackpot.launch.local import run_job, say, start_model_servers, torchrun
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS, StopRequest, forget_stop
 from megatron_jackpot.servers.address import free_port
 from megatron_jackpot.servers.process import stop_servers

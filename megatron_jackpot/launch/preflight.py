@@ -156,7 +156,8 @@ def _methods(s: Subject) -> Iterator[str]:
         return
     # No method looks at the actor's folder or optimizer: runs of other models share a verdict.
     actor = config.actor and config.actor.model_dump(exclude={"hf", "optimizer"})
-    asked = (config.algorithm, actor, config.run.seed, config.rollout.max_new_tokens)
+    rollout = (config.rollout.max_new_tokens, config.rollout.ahead)
+    asked = (config.algorithm, actor, config.run.seed, rollout)
     key = content(*asked, sources=("algorithm/*.py", "train/methods.py"))
     yield from cached("methods", key, lambda: _ask_methods(config))
 

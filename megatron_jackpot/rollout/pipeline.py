@@ -179,6 +179,8 @@ class Pipeline:
             if error is not None:
                 log.warning(f"step {step}: {error} Sending the weights again.")
             recover()
+            if self.mesh.largest(int(self.stop() is not None)):
+                raise StopRun
         raise RuntimeError(
             f"step {step}: rollouts failed {MAX_RECOVERIES + 1} times. Last error here: {error}"
         ) from error

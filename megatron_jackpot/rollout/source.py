@@ -15,10 +15,12 @@ from megatron_jackpot.rewards.failures import Counts, failure_sums
 from megatron_jackpot.rewards.pool import START_TIMEOUT_S, RewardPool
 from megatron_jackpot.rollout.collect import GroupSampler, Keep, Sums, Unfinished
 from megatron_jackpot.rollout.loop_thread import LoopThread
+from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Sampling, ServerError
 
 OPEN_LIMIT_S = 60.0
+ABORT_LIMIT_S = 10.0
 """For what opens or closes a session, or ends workers."""
 
 
@@ -110,7 +112,7 @@ class ServerSource:
         """Servers drop what they were asked for: nobody waits for it any more."""
         with suppress(ServerError):
             # One that does not answer samples nothing that anyone could read.
-            await self.client.admin.abort_all()
+            await ServerAdmin(self.client.admin.urls, timeout_s=ABORT_LIMIT_S).abort_all()
 
     def check_labels(self, prompts: Sequence[Prompt], path: Path) -> None:
         """Raises ValueError naming the lines of `path` whose label no response could match."""

@@ -61,13 +61,15 @@ class ServerAdmin:
         await self._all("POST", "/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
-        await self._all("POST", "/continue_generation", {"torch_empty_cache": False})
+        """On every server that answers, whatever another one does."""
+        await self._all("POST", "/continue_generation", {"torch_empty_cache": False}, until_all=True)
 
     async def abort(self, rid: str) -> None:
         await self._all("POST", "/abort_request", {"rid": rid})
 
     async def abort_all(self) -> None:
-        await self._all("POST", "/abort_request", {"abort_all": True})
+        """On every server that answers, whatever another one does."""
+        await self._all("POST", "/abort_request", {"abort_all": True}, until_all=True)
 
     async def update_from_disk(self, path: str, version: int | None = None, *, flush: bool = True) -> None:
         # Named, because a server may have been started with weights of the format "dummy".
@@ -157,8 +159,10 @@ class ServerAdmin:
         body: JsonObject | list[JsonObject] | None = None,
         *,
         timeout_s: float | None = None,
+        until_all: bool = False,
     ) -> list[JsonObject]:
-        """One body for all servers, or a list of one each. The first failure ends the call."""
+        """One body for all servers, or a list of one each. The first failure ends the call, with `until_all`
+        after every server has answered or failed."""
         bodies = body if isinstance(body, list) else [body] * len(self.urls)
         limit = self.timeout_s if timeout_s is None else timeout_s
         timeout = aiohttp.ClientTimeout(total=limit)
@@ -168,6 +172,8 @@ class ServerAdmin:
                 for url, own_body in zip(self.urls, bodies, strict=True)
             ]
             try:
+                if until_all:
+                    await asyncio.wait(calls)
                 return await asyncio.gather(*calls)
             finally:
                 for call in calls:

@@ -214,23 +214,31 @@ class SGLangClient:
                 await self._open.wait()
                 server = self._pick(tried)
                 tried.add(server.url)
-                server.in_flight += weight
-                self._quiet.clear()
                 try:
                     if server.suspect:
                         await self._readmit(server)
-                    return await self._post(server.url, body, parse)
+                        await self._open.wait()  # A push may have begun meanwhile.
+                    return await self._count_post(server, weight, body, parse)
                 except RequestRejected:
                     raise
                 except (ServerError, StaleWeights) as error:
                     failure = error
                     server.suspect, server.rests_until = True, time.monotonic() + REST_S
-                finally:
-                    server.in_flight -= weight
-                    if not any(one.in_flight for one in self.servers):
-                        self._quiet.set()
         kind = StaleWeights if isinstance(failure, StaleWeights) else ServerError
         raise kind(f"/generate failed {self.retries + 1} times, last: {failure}") from failure
+
+    async def _count_post(
+        self, server: Server, weight: int, body: JsonObject, parse: Callable[[bytes, int], T]
+    ) -> T:
+        """`_post`, counted as in flight meanwhile."""
+        server.in_flight += weight
+        self._quiet.clear()
+        try:
+            return await self._post(server.url, body, parse)
+        finally:
+            server.in_flight -= weight
+            if not any(one.in_flight for one in self.servers):
+                self._quiet.set()
 
     async def _readmit(self, server: Server) -> None:
         """A server that was started anew holds the first weights until the next sync, and must not sample."""

@@ -72,12 +72,12 @@ class Evaluator:
         pairs: Metrics = {}
         samples: list[Row] = []
         failed = judged = 0.0
-        for name, prompts in self.sets.items():
-            mine = prompts[mesh.dp_rank :: mesh.dp]
-            given = self._recomputed(mine)
+        # All of it before servers are asked: ranks that ask none wait in the store, not in a collective.
+        recomputed = {name: self._recomputed(mine) for name, (mine, _) in self._parts().items()}
+        for name, (mine, prompts) in self._parts().items():
             if self.judge is None:
                 continue
-            given[self.state.served.name] = self._served(mine, self.judge)
+            given = recomputed[name] | {self.state.served.name: self._served(mine, self.judge)}
             for model, answers in given.items():
                 right, lost = self._judged(mine, answers, self.judge)
                 failed, judged = failed + lost, judged + sum(map(len, answers))
@@ -93,6 +93,11 @@ class Evaluator:
         if self.judge is not None and (held := self.judge.server_gib()) is not None:
             metrics["memory/server_gib"] = held
         return Evaluated(metrics, samples)
+
+    def _parts(self) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
+        """(this rank's part, the whole) of every set."""
+        mesh = self.state.mesh
+        return {name: (whole[mesh.dp_rank :: mesh.dp], whole) for name, whole in self.sets.items()}
 
     def _samples(self, model: str) -> int:
         """Answers of a model to each problem: the same on every leader, also on one without a problem."""

@@ -306,6 +306,11 @@ def _check_actor_objective(objective: Objective, actor: Actor) -> None:
             "actor's "
             "loss is weighted by actor.tis_cap's already. Use ppo, gspo, cispo, opsm or reinforce."
         )
+    if type(objective).prepare is not Objective.prepare:
+        raise ValueError(
+            f"actor.objective.name = '{actor.objective.name}' asks for numbers of the whole mini-batch, "
+            "which are taken for the policy alone. Use ppo, gspo, cispo, opsm or reinforce."
+        )
 
 
 if __name__ == "__main__":  # The launcher's checks, in a child: the launcher itself loads no torch.

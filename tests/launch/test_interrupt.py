@@ -91,7 +91,8 @@ import sys
 from pathlib import Path
 from megatron_jackpot.config import parse_config
 from contextlib import nullcontext
-from megatron_jackpot.launch.local import own_folder, run_job
+from megatron_jackpot.launch.folder import own_folder
+from megatron_jackpot.launch.local import run_job
 from megatron_jackpot.run.interrupt import forget_stop
 folder, first = Path(sys.argv[1]), sys.argv[2] == "first"
 tree = {

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from megatron_jackpot import cli
-from megatron_jackpot.config import describe
+from megatron_jackpot.config import ConfigError, describe
 from megatron_jackpot.config.schema import METHOD_KEYS
 from megatron_jackpot.config.suggest import SYNONYMS
-from megatron_jackpot.launch.folder import missing, take_back
+from megatron_jackpot.launch.folder import missing, own_folder, take_back
 from tests.tiny import hf_config, write_tokenizer
 
 Spoil = Callable[[Path], object]
@@ -262,6 +262,29 @@ def test_what_a_refused_start_made_is_taken_back_and_nothing_else(tmp_path: Path
         assert run.exists() == run.parent.exists() == left and (tmp_path / "runs").exists()
     take_back(missing(run))
     assert run.exists()
+
+
+def test_a_launch_that_is_refused_because_another_has_the_folder_takes_nothing_back(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with own_folder(run):
+        (run / "config.yaml").touch()
+        with pytest.raises(ConfigError, match="is in use"), own_folder(run):
+            raise AssertionError
+        assert (run / "config.yaml").exists()
+    with pytest.raises(ConfigError, match="refused"), own_folder(tmp_path / "new" / "run"):
+        raise ConfigError("refused")
+    assert not (tmp_path / "new").exists() and run.exists()
+
+
+def test_a_filter_may_be_its_name_in_a_list(folder: Path) -> None:
+    config, mistakes = cli.examine_config(
+        folder / "run.yaml", ["algorithm.filters=[mis, {name: icepop, low: 0.1}]"]
+    )
+    assert config is not None and mistakes == []
+    assert [(one.name, one.settings) for one in config.algorithm.filters] == [
+        ("mis", {}),
+        ("icepop", {"low": 0.1}),
+    ]
 
 
 def test_ctrl_c_before_anything_started_is_a_line_and_no_traceback(folder: Path, monkeypatch, capsys) -> None:

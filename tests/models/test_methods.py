@@ -33,6 +33,10 @@ def config(**changes: dict) -> Config:
             "'bapo' carries its own ratio.*'jackpot' would correct twice",
         ),
         ({"algorithm_objective": {"name": "topr"}}, "Use correction none, or objective anchor old"),
+        (
+            {"actor_objective": {"name": "kl_cov"}},
+            "actor.objective.name = 'kl_cov' asks for numbers",
+        ),
         ({"actor_objective": {"name": "m2po"}}, "actor.objective.name = 'm2po' carries its own ratio"),
         ({"algorithm_correction": {"name": "jackpt"}}, "Did you mean 'jackpot'"),
         (

@@ -267,3 +267,11 @@ def test_requests_carry_the_version_they_begin_with_and_none_begins_while_it_is_
     with FakeServer(generate=replies) as server:
         assert asyncio.run(push_in_between(server.url)) == [False]
         assert [body["extra_key"] for body in server.asked("generate")] == ["3", "4"]
+
+
+def test_an_abort_reaches_every_server_that_answers_though_another_refuses_at_once() -> None:
+    slow = ok({}, after_s=0.3)
+    with FakeServer(abort_request=[error(500)]) as dead, FakeServer(abort_request=[slow]) as alive:
+        with pytest.raises(ServerError, match="HTTP 500"):
+            asyncio.run(ServerAdmin([dead.url, alive.url], timeout_s=5).abort_all())
+        assert alive.asked("abort_request") == [{"abort_all": True}]

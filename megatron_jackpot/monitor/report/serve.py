@@ -62,7 +62,7 @@ class ReportServer:
     def reply(self, path: str, host: str) -> tuple[int, str, str]:
         """(status, type, body) of a request. A page of another name that resolves to this machine is not
         answered: it could read what the runs say."""
-        if host.rpartition(":")[0] not in NAMES:
+        if _name(host) not in NAMES:
             return 403, "text/plain", f"ask for {self.url}\n"
         parts = urlsplit(path)
         try:
@@ -94,6 +94,14 @@ class ReportServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._server.server_close()
+
+
+def _name(host: str) -> str | None:
+    """Without the port, which browsers leave out where it is 80."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def serve(folders: Sequence[Path], port: int) -> None:
