@@ -21,7 +21,7 @@ from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import load_tokenizer
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Prompt, Rollout
-from megatron_jackpot.rollout.collect import Keep, Sums
+from megatron_jackpot.rollout.collect import Keep, Sums, rollouts_of
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.protocol import Completion
 from megatron_jackpot.sync.proof import SyncReport
@@ -76,23 +76,7 @@ class LocalServer:
     def _judged(self, prompt: Prompt, epoch: int, group: list[Completion]) -> list[Rollout]:
         texts = self.decode([completion.tokens.tolist() for completion in group])
         rewards = [score(text, prompt.label) for text in texts]
-        return [
-            Rollout(
-                prompt=prompt,
-                epoch=epoch,
-                sample=sample,
-                tokens=completion.tokens,
-                server_logp=completion.server_logp,
-                topk_ids=completion.topk_ids,
-                topk_logp=completion.topk_logp,
-                valid=completion.valid,
-                weight_version=completion.weight_version,
-                finish=completion.finish,
-                reward=reward,
-                correct=reward == 1.0,
-            )
-            for sample, (completion, reward) in enumerate(zip(group, rewards, strict=True))
-        ]
+        return rollouts_of(prompt, epoch, group, [(reward, reward == 1.0) for reward in rewards])
 
     async def hold(self, *, until_quiet: bool) -> None:
         """The thread that hears this samples nothing any more."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -132,23 +132,8 @@ class GroupSampler:
     ) -> list[Rollout]:
         judged = (self.reward(completion.tokens.tolist(), prompt) for completion in completions)
         verdicts = await asyncio.gather(*judged)
-        return [
-            Rollout(
-                prompt=prompt,
-                epoch=epoch,
-                sample=sample,
-                tokens=completion.tokens,
-                server_logp=completion.server_logp,
-                topk_ids=completion.topk_ids,
-                topk_logp=completion.topk_logp,
-                valid=completion.valid & known[sample],
-                weight_version=completion.weight_version,
-                finish=completion.finish,
-                reward=float(verdict[0]),
-                correct=bool(verdict[1]),
-            )
-            for sample, (completion, verdict) in enumerate(zip(completions, verdicts, strict=True))
-        ]
+        made = rollouts_of(prompt, epoch, completions, verdicts)
+        return [replace(one, valid=one.valid & ids) for one, ids in zip(made, known, strict=True)]
 
 
 def _known(completion: Completion, num_ids: int) -> np.ndarray:
@@ -196,6 +181,29 @@ def _metrics(tally: Tally) -> Sums:
         "rollout/aborted_groups": (tally.aborted, tally.num_prompts),
         "rollout/retries": (tally.retries, tally.num_prompts),
     }
+
+
+def rollouts_of(
+    prompt: Prompt, epoch: int, completions: Sequence[Completion], verdicts: Sequence[tuple[float, bool]]
+) -> list[Rollout]:
+    """A group of a prompt from what was sampled and (reward, correct) of each."""
+    return [
+        Rollout(
+            prompt=prompt,
+            epoch=epoch,
+            sample=sample,
+            tokens=completion.tokens,
+            server_logp=completion.server_logp,
+            topk_ids=completion.topk_ids,
+            topk_logp=completion.topk_logp,
+            valid=completion.valid,
+            weight_version=completion.weight_version,
+            finish=completion.finish,
+            reward=float(reward),
+            correct=bool(correct),
+        )
+        for sample, (completion, (reward, correct)) in enumerate(zip(completions, verdicts, strict=True))
+    ]
 
 
 def group_metrics(groups: Sequence[Sequence[Rollout]]) -> Sums:

@@ -3,7 +3,7 @@ stands and what to do, and leaves nothing behind."""
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,7 @@ Spoil = Callable[[Path], object]
 LINE = "[command line]"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One for all of them: each verdict on methods that it lacks costs an import of torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JACKPOT_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +23,7 @@ from megatron_jackpot.run.interrupt import EXIT_REQUEUE, write_stop
 from tests.tiny import hf_config, write_tokenizer
 from tools.refused import PAGE, page
 
-
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One for all of them: each verdict on methods that it lacks costs an import of torch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JACKPOT_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
