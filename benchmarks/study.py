@@ -4,6 +4,7 @@
     python benchmarks/study.py run PLAN.yaml FOLDER --dry-run        what it would take, what it could resolve
     python benchmarks/study.py run PLAN.yaml FOLDER [--limit-s 840]  goes on where an earlier call ended
     python benchmarks/study.py report PLAN.yaml FOLDER               Markdown, and pictures beside it
+    python benchmarks/study.py revalidate PLAN.yaml FOLDER           whether stale runs would come out so
     python benchmarks/study.py compare PLAN.yaml FOLDER --arm tis --seed 0    the same run on SGLang
 
 Of several callers with one FOLDER each takes runs that no other is at. One core each: OMP_NUM_THREADS=1.
@@ -20,7 +21,8 @@ from benchmarks.study_parts.compare import compare  # noqa: E402
 from benchmarks.study_parts.estimate import estimate  # noqa: E402
 from benchmarks.study_parts.plan import Plan, read_plan, run_folder  # noqa: E402
 from benchmarks.study_parts.report import draw, write_report  # noqa: E402
-from benchmarks.study_parts.runner import DONE, Stale, perform  # noqa: E402
+from benchmarks.study_parts.revalidate import revalidate  # noqa: E402
+from benchmarks.study_parts.runner import DONE, FIRST_STEPS, Stale, perform  # noqa: E402
 from benchmarks.study_parts.warmup import warm_up  # noqa: E402
 from megatron_jackpot.config import Parallel  # noqa: E402
 from megatron_jackpot.models.mesh import init_mesh  # noqa: E402
@@ -57,13 +59,15 @@ def main() -> None:
     prepare = commands.add_parser("prepare")
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("seeds", type=int, nargs="*", default=[0, 1, 2])
-    for name in ("run", "report", "compare"):
+    for name in ("run", "report", "revalidate", "compare"):
         command = commands.add_parser(name)
         command.add_argument("plan", type=Path)
         command.add_argument("folder", type=Path)
         if name == "run":
             command.add_argument("--dry-run", action="store_true")
             command.add_argument("--limit-s", type=float, default=1e9, help="save and end soon after that")
+        if name == "revalidate":
+            command.add_argument("--steps", type=int, default=FIRST_STEPS, help="to repeat in every arm")
         if name == "compare":
             command.add_argument("--arm", required=True)
             command.add_argument("--seed", type=int, default=0)
@@ -78,6 +82,8 @@ def main() -> None:
     if given.command == "report":
         print(write_report(plan, folder))
         print("\n".join(str(path) for path in draw(plan, folder)))
+    elif given.command == "revalidate":
+        sys.exit(min(1, revalidate(plan, folder, init_mesh(Parallel(threads=1), 0), given.steps)))
     elif given.command == "compare":
         compare(plan, folder, given.arm, given.seed)
     else:

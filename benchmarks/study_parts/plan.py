@@ -90,9 +90,9 @@ class Plan:
 
     @property
     def runs(self) -> list[Run]:
-        """In order: whole blocks of all arms, seed after seed, the first learning rate and mismatch first."""
-        cells = itertools.product(self.mismatches, self.lrs, self.seeds, self.arms)
-        return [Run(self.stage, arm, m, lr, seed, seed % self.warmups) for m, lr, seed, arm in cells]
+        """In order: whole blocks of all arms, seed after seed, mismatch after mismatch, then the next rate."""
+        cells = itertools.product(self.lrs, self.mismatches, self.seeds, self.arms)
+        return [Run(self.stage, arm, m, lr, seed, seed % self.warmups) for lr, m, seed, arm in cells]
 
     def config(self, run: Run, folder: Path) -> Config:
         """The settings of a run whose models and problems lie in `folder`. Raises ConfigError."""
