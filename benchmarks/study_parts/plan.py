@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def runs(self) -> list[Run]:
-        """In order: whole blocks of all arms, seed after seed, mismatch after mismatch, then the next rate."""
+        """In order: whole blocks of all arms, seed after seed, all mismatches, then the next rate."""
         cells = itertools.product(self.lrs, self.mismatches, self.seeds, self.arms)
         return [Run(self.stage, arm, m, lr, seed, seed % self.warmups) for lr, m, seed, arm in cells]
 

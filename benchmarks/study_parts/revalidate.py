@@ -28,7 +28,7 @@ MADE = ("commit", "dirty", "code", "settings")
 
 
 def revalidate(plan: Plan, folder: Path, mesh: Mesh, steps: int) -> int:
-    """Print a line for each arm and stamp its stale runs where the first `steps` repeat; how many arms do not."""
+    """Stamp the stale runs of each arm whose first `steps` repeat, and say so; how many arms do not."""
     failed = 0
     for arm in plan.arms:
         begun = [run for run in plan.runs if run.arm == arm and (run_folder(folder, run) / ORIGIN).is_file()]
