@@ -90,9 +90,16 @@ class Plan:
 
     @property
     def runs(self) -> list[Run]:
-        """In order: whole blocks of all arms, seed after seed, all mismatches, then the next rate."""
-        cells = itertools.product(self.lrs, self.mismatches, self.seeds, self.arms)
-        return [Run(self.stage, arm, m, lr, seed, seed % self.warmups) for lr, m, seed, arm in cells]
+        """In order: all arms, then a seed of every warm-up, then the mismatches; after that more seeds, and the
+        next rate last."""
+        rounds = [
+            self.seeds[begin : begin + self.warmups] for begin in range(0, len(self.seeds), self.warmups)
+        ]
+        return [
+            Run(self.stage, arm, mismatch, lr, seed, seed % self.warmups)
+            for lr, seeds, mismatch in itertools.product(self.lrs, rounds, self.mismatches)
+            for seed, arm in itertools.product(seeds, self.arms)
+        ]
 
     def config(self, run: Run, folder: Path) -> Config:
         """The settings of a run whose models and problems lie in `folder`. Raises ConfigError."""
