@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def runs(self) -> list[Run]:
-        """In order: all arms, a seed of every warm-up, the mismatches; then more seeds, and last the next rate."""
+        """In order: all arms, a seed of every warm-up, the mismatches; more seeds; the next rate."""
         rounds = [
             self.seeds[begin : begin + self.warmups] for begin in range(0, len(self.seeds), self.warmups)
         ]
