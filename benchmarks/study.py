@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.study_parts.compare import compare  # noqa: E402
 from benchmarks.study_parts.estimate import estimate  # noqa: E402
+from benchmarks.study_parts.picture import draw  # noqa: E402
 from benchmarks.study_parts.plan import Plan, read_plan, run_folder  # noqa: E402
-from benchmarks.study_parts.report import draw, write_report  # noqa: E402
+from benchmarks.study_parts.report import write_report  # noqa: E402
 from benchmarks.study_parts.revalidate import revalidate  # noqa: E402
 from benchmarks.study_parts.runner import DONE, FIRST_STEPS, Stale, perform  # noqa: E402
 from benchmarks.study_parts.warmup import warm_up  # noqa: E402
