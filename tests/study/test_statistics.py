@@ -70,8 +70,8 @@ def test_a_verdict_takes_a_mean_that_is_worth_it_and_resolved(gap: float, smalle
 
 
 def test_a_verdict_takes_an_interval_without_0() -> None:
-    gaps = np.array([0.3, -0.05, 0.3, -0.05, 0.3])
-    assert verdict(gaps, range(5), 0.1, close=False).startswith("no difference larger than")
+    gaps = np.array([0.3, -0.2, 0.3, -0.2, 0.3])
+    assert verdict(gaps, range(5), 0.05, close=False).startswith("no difference larger than")
 
 
 def test_curves_are_priced_as_the_cost_table_has_it() -> None:
