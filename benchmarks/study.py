@@ -72,6 +72,7 @@ def main() -> None:
         if name == "compare":
             command.add_argument("--arm", required=True)
             command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--steps", type=int, help="on SGLang; all of them if not given")
     given = parser.parse_args()
     folder = given.folder.resolve()
     if given.command == "prepare":
@@ -86,7 +87,7 @@ def main() -> None:
     elif given.command == "revalidate":
         sys.exit(min(1, revalidate(plan, folder, init_mesh(Parallel(threads=1), 0), given.steps)))
     elif given.command == "compare":
-        compare(plan, folder, given.arm, given.seed)
+        compare(plan, folder, given.arm, given.seed, given.steps or plan.steps)
     else:
         mesh = init_mesh(Parallel(threads=1), 0)
         begun = (folder / f"stage_{plan.stage}").exists()
