@@ -17,8 +17,8 @@ LIMIT_S = 7200
 
 
 def compare(plan: Plan, folder: Path, arm: str, seed: int, steps: int) -> None:
-    """Run `steps` of it where they were not, and print a line for each evaluation: SGLang, the testbed with the
-    same seed, and mean and standard deviation of all its finished seeds.
+    """Run `steps` of it where they were not, and print a line for each evaluation: SGLang, the testbed with
+    the same seed, and mean and standard deviation of all its finished seeds.
 
     At the plan's first mismatch and learning rate. Raises ValueError when the testbed's run is not done.
     """
