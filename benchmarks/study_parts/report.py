@@ -15,6 +15,8 @@ from benchmarks.study_parts.runner import DONE, LINES, ORIGIN, difference, origi
 
 WORTH, CLOSE = 0.02, 0.05
 """A smaller mean difference makes no arm better; an interval above -CLOSE is close to the reference."""
+FEWEST = 3
+"""Seeds of a verdict."""
 POLICY, ACTOR = "eval/policy_accuracy", "eval/actor_accuracy"
 
 
@@ -167,6 +169,8 @@ def _tables(plan: Plan, block: Block) -> list[str]:
 
 def verdict(gaps: np.ndarray, groups: Sequence[int], smallest: float, *, close: bool) -> str:
     """The plans' rule: better where the interval excludes 0 and the mean is worth it and can be resolved."""
+    if len(gaps) < FEWEST:
+        return "too few seeds"
     low, high = stats.bootstrap(gaps, groups)
     mean = float(gaps.mean())
     if low * high > 0 and abs(mean) >= max(WORTH, smallest):
