@@ -103,11 +103,12 @@ def blocks(plan: Plan, curves: Sequence[Curve]) -> list[Block]:
 
 
 def write_report(plan: Plan, folder: Path) -> str:
-    """Markdown of everything that is finished; also into FOLDER/stage_X/report.md."""
+    """Markdown of everything that is finished, under a heading of the second level; also into
+    FOLDER/stage_X/report.md."""
     curves = finished(plan, folder)
     found = blocks(plan, curves)
     used = sum(len(block.rates) * len(block.seeds) * len(plan.arms) for block in found)
-    lines = [f"# Stage {plan.stage}: {len(curves)} of {len(plan.runs)} runs", "", plan.question.strip(), ""]
+    lines = [f"## Stage {plan.stage}: {len(curves)} of {len(plan.runs)} runs", "", plan.question.strip(), ""]
     if used < len(plan.runs):
         lines += [
             f"NOT WHOLE: {used} runs form balanced blocks, {len(curves) - used} others are left out.",
@@ -124,9 +125,21 @@ def write_report(plan: Plan, folder: Path) -> str:
     return text
 
 
+def put_into(document: Path, plan: Plan, text: str) -> None:
+    """Replace what stands between the document's two marks of the stage. Raises ValueError without them."""
+    begin, end = (f"<!-- stage {plan.stage}: {what} -->" for what in ("begin", "end"))
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(
+            f"{document}: has no {begin} with a {end} after it. Write both where the report is to stand."
+        )
+    document.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}", encoding="utf-8")
+
+
 def _tables(plan: Plan, block: Block) -> list[str]:
     rates = ", ".join(f"{rate:g}" for rate in block.rates)
-    lines = [f"## Mismatch {block.mismatch}: seeds {block.seeds}, learning rates {rates}", ""]
+    lines = [f"### Mismatch {block.mismatch}: seeds {block.seeds}, learning rates {rates}", ""]
     head = ("arm", "best lr", "last, mean [95%]", "lowest-highest", "area [95%]", "actor, last")
     lines += [_row((*head, "collapsed", "drawdown", "failed", "s a step")), _row(["---"] * 10)]
     for arm in plan.arms:

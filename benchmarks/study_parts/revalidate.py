@@ -1,7 +1,7 @@
 """Whether runs of older code still say what this checkout would: by what it does, not by how it reads.
 
 Of every arm one run's first steps are repeated. Where they come to the recorded numbers, what was written
-otherwise since does not reach the arm, and all its runs take this checkout's stamp beside their own.
+otherwise since does not reach the arm, and all its finished runs take this checkout's stamp beside their own.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study_parts.plan import Plan, Run, run_folder
-from benchmarks.study_parts.runner import FIRST, LINES, ORIGIN, difference, origin, proof_of
+from benchmarks.study_parts.runner import DONE, FIRST, LINES, ORIGIN, difference, origin, proof_of
 from benchmarks.study_parts.testbed import build
 from megatron_jackpot.config.yaml_tree import read_tree
 from megatron_jackpot.monitor.metrics import read_metrics
@@ -31,10 +31,11 @@ def revalidate(plan: Plan, folder: Path, mesh: Mesh, steps: int) -> int:
     """Stamp the stale runs of each arm whose first `steps` repeat, and say so; how many arms do not."""
     failed = 0
     for arm in plan.arms:
-        begun = [run for run in plan.runs if run.arm == arm and (run_folder(folder, run) / ORIGIN).is_file()]
-        stale = [run for run in begun if difference(_origin(folder, run), origin(plan, run, folder))]
+        # One that is under way goes on with the code it was begun with, or not at all.
+        done = [run for run in plan.runs if run.arm == arm and (run_folder(folder, run) / DONE).is_file()]
+        stale = [run for run in done if difference(_origin(folder, run), origin(plan, run, folder))]
         if not stale:
-            print(f"{arm}: {len(begun)} runs, none is stale", flush=True)
+            print(f"{arm}: {len(done)} finished runs, none is stale", flush=True)
             continue
         witness = stale[0]
         if found := _repeat(plan, witness, folder, mesh, steps):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from benchmarks.study_parts.plan import BASE, ROOT, WATCHED, Plan, fingerprint, read_plan, run_folder
-from benchmarks.study_parts.report import blocks, finished, write_report
+from benchmarks.study_parts.report import blocks, finished, put_into, write_report
 from benchmarks.study_parts.revalidate import revalidate
 from benchmarks.study_parts.runner import LINES, ORIGIN, Stale, perform
 
@@ -136,3 +136,16 @@ def test_runs_whose_first_steps_repeat_are_stamped_anew_and_others_stay_stale(
     assert "STALE" not in write_report(plan, folder)
     stamped = json.loads((run_folder(folder, plan.runs[1]) / ORIGIN).read_text())
     assert stamped["code"] == "written otherwise" and stamped["made"]["code"] == made["code"]
+
+
+def test_a_report_takes_the_place_between_its_stages_marks_and_no_other(plan, tmp_path) -> None:
+    document = tmp_path / "evidence.md"
+    document.write_text("above\n<!-- stage test: begin -->\nold\n<!-- stage test: end -->\nbelow\n")
+    for text in ("first", "second\n"):
+        put_into(document, plan, text)
+    assert (
+        document.read_text() == "above\n<!-- stage test: begin -->\nsecond\n<!-- stage test: end -->\nbelow\n"
+    )
+    document.write_text("above\n<!-- stage b: begin -->\n<!-- stage b: end -->\n")
+    with pytest.raises(ValueError, match="Write both"):
+        put_into(document, plan, "third")
