@@ -33,7 +33,9 @@ def draw(plan: Plan, folder: Path) -> list[Path]:
     place, paths = folder / f"stage_{plan.stage}", []
     found = blocks(plan, finished(plan, folder))
     for block in found:
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1))
+        figure, (left, right) = pyplot.subplots(
+            1, 2, figsize=(11, 4.2), width_ratios=(2, 1), layout="constrained"
+        )
         for arm in plan.arms:
             values, steps, rate = _curves(block, arm)
             if not len(values):
@@ -54,7 +56,12 @@ def _draw_costs(plan: Plan, found: list[Block], path: Path) -> Path:
     from matplotlib import pyplot
 
     figure, rows = pyplot.subplots(
-        len(found), 1 + len(PRICED), figsize=(13, 3.6 * len(found)), sharey="row", squeeze=False
+        len(found),
+        1 + len(PRICED),
+        figsize=(13, 3.8 * len(found)),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
     for block, panels in zip(found, rows, strict=True):
         for arm in plan.arms:
@@ -70,7 +77,7 @@ def _draw_costs(plan: Plan, found: list[Block], path: Path) -> Path:
         )
         for panel, concurrency in zip(panels[1:], PRICED, strict=True):
             panel.set(title=f"priced as {PAIR}, {concurrency} at once", xlabel="cost, in steps of on-policy")
-    rows[0][0].legend(fontsize=8, loc="lower right")
+    figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(plan.arms))
     return _save(figure, path)
 
 
@@ -111,7 +118,6 @@ def _band(panel: Any, x: Any, values: np.ndarray, arm: str, label: str) -> Any:
 def _save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot
 
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path

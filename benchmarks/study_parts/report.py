@@ -181,15 +181,18 @@ def _tables(plan: Plan, block: Block) -> list[str]:
 
 
 def verdict(gaps: np.ndarray, groups: Sequence[int], smallest: float, *, close: bool) -> str:
-    """The plans' rule: better where the interval excludes 0 and the mean is worth it and can be resolved."""
+    """Better where the interval excludes 0 and the mean is worth it and resolvable; unresolved, it leans."""
     if len(gaps) < FEWEST:
         return "too few seeds"
     low, high = stats.bootstrap(gaps, groups)
     mean = float(gaps.mean())
-    if low * high > 0 and abs(mean) >= max(WORTH, smallest):
-        found = "better" if mean > 0 else "worse"
+    sign = "better" if mean > 0 else "worse"
+    # Percentiles of a few seeds end at the extremes: what cannot be resolved cannot be excluded either.
+    largest = max(abs(low), abs(high), smallest)
+    if low * high > 0 and abs(mean) >= WORTH:
+        found = sign if abs(mean) >= smallest else f"leans {sign}, unresolved; at most {largest:.3f}"
     else:
-        found = f"no difference larger than {max(abs(low), abs(high)):.3f}"
+        found = f"no difference larger than {largest:.3f}"
     return f"{found}; {'close' if low > -CLOSE else 'not shown to be close'}" if close else found
 
 

@@ -59,9 +59,9 @@ def test_a_rate_is_chosen_by_the_other_units_so_that_luck_is_not_counted_twice()
     ("gap", "smallest", "says"),
     [
         (0.06, 0.03, "better; close"),
-        # Its interval excludes 0, but so small a mean is worth nothing, or cannot be told from noise.
+        # Both intervals exclude 0, but so small a mean is worth nothing, and the other may be noise.
         (0.015, 0.01, "no difference larger than 0.015; close"),
-        (0.06, 0.07, "no difference larger than 0.060; close"),
+        (0.06, 0.07, "leans better, unresolved; at most 0.070; close"),
         (-0.15, 0.08, "worse; not shown to be close"),
     ],
 )
@@ -71,7 +71,7 @@ def test_a_verdict_takes_a_mean_that_is_worth_it_and_resolved(gap: float, smalle
 
 def test_a_verdict_takes_an_interval_without_0() -> None:
     gaps = np.array([0.3, -0.2, 0.3, -0.2, 0.3])
-    assert verdict(gaps, range(5), 0.05, close=False).startswith("no difference larger than")
+    assert verdict(gaps, range(5), 0.5, close=False) == "no difference larger than 0.500"
 
 
 def test_curves_are_priced_as_the_cost_table_has_it() -> None:
