@@ -20,7 +20,7 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.run.provenance import CONFIG_FILE
 
 TOLERANCE = 1e-6
-"""Relative; other threads add in another order, and nothing else may change."""
+"""Relative, or absolute of gaps that are rounding alone; other threads add in another order, no more."""
 EVALUATED = ("eval/policy_accuracy", "eval/policy_exact")
 STEPPED = ("loss/policy", "grad_norm/policy", "reward/mean", "weight/ess", "kl/target_server")
 """What must be there on both sides, lest nothing be compared; other names that only one has do not count."""
@@ -73,11 +73,7 @@ def first_difference(then: Mapping[str, Any], now: Mapping[str, Any], required: 
     """Example: 'step 3, loss/policy: 0.25 then, 0.26 now'; "" where all that both have is equal."""
     for name in sorted((then.keys() & now.keys()) | set(required)):
         one, other = then.get(name), now.get(name)
-        if (
-            one is None
-            or other is None
-            or not math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE**2)
-        ):
+        if one is None or other is None or not math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
             return f"step {then['step']}, {name}: {one} then, {other} now"
     return ""
 
