@@ -46,6 +46,6 @@ def microbatch_advice(config: Config, gpus: int, mean_tokens: float | None = Non
     if most is None or 2 * config.packing.tokens > most:
         return None
     return (
-        f"packing.tokens = {config.packing.tokens}: up to {most} fit. Few large micro-batches keep a GPU busy; "
-        "one of 16,384 tokens trained a 0.6B model 7 times as fast as eight of 2048 did (H200)."
+        f"packing.tokens = {config.packing.tokens}: up to {most} fit. Few large ones keep a GPU busy: "
+        "one micro-batch of 16,384 tokens trained a 0.6B model 7 times as fast as eight of 2048 did (H200)."
     )
