@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_jackpot.cli import main
 from megatron_jackpot.config import parse_config
 from megatron_jackpot.plan.splits import Measured, choose, splits
 from megatron_jackpot.plan.tables import Assumptions, total_seconds
@@ -67,7 +69,8 @@ def test_lengths_have_their_mean_and_their_spread() -> None:
     assert below == pytest.approx(0.8413, abs=0.01)
 
 
-def test_no_split_of_4096_gpus_is_faster_than_its_trainers_or_its_servers_alone(tmp_path) -> None:
+def large_pair(folder: Path) -> dict:
+    """A run of 8B parameters and an actor, as `plan` sees it."""
     big = dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32)
     shape = dict(
         head_dim=128,
@@ -76,18 +79,29 @@ def test_no_split_of_4096_gpus_is_faster_than_its_trainers_or_its_servers_alone(
         num_hidden_layers=36,
         max_position_embeddings=40960,
     )
-    config = parse_config(
-        dict(
-            run=dict(folder=str(tmp_path / "run")),
-            policy=dict(hf=str(hf_folder(tmp_path / "policy", **big, **shape))),
-            actor=dict(hf=str(hf_folder(tmp_path / "actor", num_attention_heads=8, **shape))),
-            data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=1024),
-            rollout=dict(prompts_per_step=1024, samples_per_prompt=16, max_new_tokens=8192),
-            packing=dict(tokens=9216),
-            parallel=dict(tp=4),
-            cluster=dict(gpus_per_node=8),
-        )
+    return dict(
+        run=dict(folder=str(folder / "run")),
+        policy=dict(hf=str(hf_folder(folder / "policy", **big, **shape))),
+        actor=dict(hf=str(hf_folder(folder / "actor", num_attention_heads=8, **shape))),
+        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=1024),
+        rollout=dict(prompts_per_step=1024, samples_per_prompt=16, max_new_tokens=8192),
+        packing=dict(tokens=9216),
+        parallel=dict(tp=4),
+        cluster=dict(gpus_per_node=8),
     )
+
+
+def test_the_command_prints_its_own_split_and_the_best_one(tmp_path, capsys) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(large_pair(tmp_path)))
+    few = ["rollout.prompts_per_step=16", "rollout.samples_per_prompt=2", "servers.num=8"]
+    given = [*few, "--gpus", "8", "--mean-tokens", "4000"]
+    assert main(["plan", str(tmp_path / "run.yaml"), *given, "--server-tps", "4000"]) == 0
+    printed = capsys.readouterr().out
+    assert "This split" in printed and "splits of 16 GPUs" in printed
+
+
+def test_no_split_of_4096_gpus_is_faster_than_its_trainers_or_its_servers_alone(tmp_path) -> None:
+    config = parse_config(large_pair(tmp_path))
     assumed = Assumptions(mean_tokens=4000.0)
     measured = Measured(server_tps=4000.0, stream_tps=150.0, push_s=5.0, spread=0.5)
     tried = list(splits(config, 4096, assumed))
