@@ -1,6 +1,7 @@
 """The command megatron-jackpot. Thin: parse, build, run."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -284,6 +285,8 @@ def _hush() -> None:
     if not sys.warnoptions:
         for module in (r"megatron\.", r"torch\.", r"transformer_engine"):
             warnings.filterwarnings("ignore", module=module)
+        # A CUDA build of torch says at its import that a machine without a GPU has none.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _plan(config: Config, args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """What the sections of the configuration ask of each other, check by check."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -197,6 +198,25 @@ def _evaluation(c: "Config") -> Iterator[str]:
         )
 
 
+def _keep_best(c: "Config") -> Iterator[str]:
+    run, every = c.run, c.evaluation.every
+    if run.keep_best is None:
+        return
+    if run.save_every is None:
+        yield f"run.keep_best = '{run.keep_best}' needs checkpoints to choose from. Set run.save_every."
+        return
+    if not run.keep_best.removeprefix("-").startswith("eval/"):
+        return
+    if not c.evaluation.wanted:
+        yield f"run.keep_best = '{run.keep_best}', but nothing is evaluated. Set evaluation.size or sets."
+    elif (first := math.lcm(run.save_every, every)) > run.steps:
+        yield (
+            f"run.keep_best = '{run.keep_best}' compares the checkpoints of steps that are evaluated, but "
+            f"run.save_every = {run.save_every} and evaluation.every = {every} meet at step {first} first, "
+            f"of {run.steps}. Set run.save_every={every}."
+        )
+
+
 def _ahead(c: "Config") -> Iterator[str]:
     ahead = c.rollout.ahead
     if c.rollout.max_staleness < ahead:
@@ -265,6 +285,12 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "greedily and up to 256 tokens",
         "set evaluation.temperature, or evaluation.policy=off",
         _evaluation,
+    ),
+    Check(
+        "run.keep_best",
+        "has checkpoints to choose from; of an evaluation, some whose step is evaluated",
+        "set run.save_every to evaluation.every or a multiple of it",
+        _keep_best,
     ),
     Check(
         "policy.optimizer.min_lr, actor.optimizer.min_lr",
