@@ -188,13 +188,14 @@ def _evaluation(c: "Config") -> Iterator[str]:
         yield (
             f"evaluation.max_new_tokens = {e.max_new_tokens} with evaluation.policy = 'recompute': for each "
             f"token the whole answer is computed anew, at most {LONGEST_RECOMPUTED} tokens. Lower it, or set "
-            "evaluation.policy=off: the servers' model is evaluated alone."
+            "evaluation.policy=off and judge checkpoints with `megatron-jackpot evaluate RUN`, which starts "
+            "servers of the policy."
         )
     if e.temperature > 0:
         yield (
             f"evaluation.temperature = {e.temperature:g} with evaluation.policy = 'recompute', whose answers "
             "are greedy: the two models' accuracies would not compare. Set evaluation.temperature=0 and "
-            "samples=1, or evaluation.policy=off."
+            "samples=1, or evaluation.policy=off and `megatron-jackpot evaluate RUN` for the policy."
         )
 
 
@@ -283,7 +284,7 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "evaluation.samples, evaluation.temperature, evaluation.max_new_tokens",
         "several answers are drawn at a temperature above 0; a policy that no server holds is recomputed, "
         "greedily and up to 256 tokens",
-        "set evaluation.temperature, or evaluation.policy=off",
+        "set evaluation.temperature, or evaluation.policy=off and use `megatron-jackpot evaluate RUN`",
         _evaluation,
     ),
     Check(
