@@ -302,7 +302,6 @@ def _evaluate(args: argparse.Namespace) -> int:
     _hush()
     from megatron_jackpot.monitor.console import print_evaluations
     from megatron_jackpot.monitor.messages import configure
-    from megatron_jackpot.servers.protocol import ServerError
     from megatron_jackpot.train.evaluand import evaluand, settings
     from megatron_jackpot.train.evaluate import evaluate
 
@@ -311,11 +310,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         with ending_when_asked():
             it = evaluand(args.what, args.model, args.run)
             print_evaluations(evaluate(it, settings(it, args.data, args.overrides)))
-    except (ValueError, OSError) as error:
-        return refuse(str(error).splitlines())
-    except (RuntimeError, ServerError) as error:
+    except (RuntimeError, TimeoutError) as error:
         refuse(str(error).splitlines())
         return EXIT_FAILED
+    except (ValueError, OSError) as error:
+        return refuse(str(error).splitlines())
+    except KeyboardInterrupt:
+        print("megatron-jackpot: interrupted; the servers have ended, nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -5,7 +5,8 @@ They lie beside metrics.jsonl, not in it: a run that goes on writes there, and c
 
 import fcntl
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_jackpot.monitor.metrics import Row, line_of, read_metrics
@@ -29,18 +30,27 @@ def read_evaluations(folder: Path) -> list[Row]:
 
 def evaluation_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells, for terminal and report; pass@k has a column for each k that some row has."""
-    sizes = sorted({int(name.rpartition("@")[2]) for row in rows for name in row["metrics"] if "@" in name})
-    heads = ["step", "model", "set", "problems", "answers", "T", "avg", *(f"pass@{k}" for k in sizes)]
+    passes = [{int(k): value for k, value in _passes(row)} for row in rows]
+    sizes = sorted({k for found in passes for k in found})
     cells = []
-    for row in rows:
-        name = f"eval/{row['set']}/{row['model']}" if row["set"] else f"eval/{row['model']}"
-        numbers = [
-            row["metrics"].get(f"{name}_{part}") for part in ("accuracy", *(f"pass@{k}" for k in sizes))
-        ]
+    for row, found in zip(rows, passes, strict=True):
         settings = [row["step"], row["model"], row["set"] or "held out", row["problems"], row["samples"]]
+        numbers = [row["metrics"].get(f"{prefix(row)}_accuracy"), *map(found.get, sizes)]
         shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
         cells.append([*map(str, settings), f"{row['temperature']:g}", *shown, f"{row['truncated']:.1%}"])
-    return [*heads, "cut"], cells
+    heads = ["step", "model", "set", "problems", "answers", "T", "avg", *(f"pass@{k}" for k in sizes), "cut"]
+    return heads, cells
+
+
+def prefix(row: Row) -> str:
+    """What a row's metrics begin with. Example: "eval/aime/policy"."""
+    return "/".join(filter(None, ("eval", row["set"], row["model"])))
+
+
+def _passes(row: Row) -> Iterator[tuple[str, float]]:
+    for name, value in row["metrics"].items():
+        if found := re.fullmatch(rf"{re.escape(prefix(row))}_pass@(\d+)", name):
+            yield found[1], value
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:

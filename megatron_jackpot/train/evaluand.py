@@ -82,7 +82,10 @@ def settings(it: Evaluand, sets: Sequence[str], overrides: Sequence[str]) -> Con
     tree["policy"], tree["actor"] = {"hf": str(it.folder)}, None
     tree["run"] = {**tree.get("run", {}), "folder": str(it.run)}
     tree["packing"] = {"tokens": NO_PACKING}
-    chosen = dict(_named(one) for one in sets)
+    named = [_named(one) for one in sets]
+    chosen = dict(named)
+    if len(chosen) < len(named):
+        raise ConfigError(f"--data names two sets alike: {', '.join(name for name, _ in named)}. Rename one.")
     if not chosen and not it.has_settings:
         raise ConfigError("There is nothing to evaluate. Name a set with --data NAME=FILE.")
     if chosen:

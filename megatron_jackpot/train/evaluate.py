@@ -20,7 +20,7 @@ from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts
 from megatron_jackpot.data.tokenizer import load_tokenizer, text_of
 from megatron_jackpot.models.convert import megatron_to_hf
 from megatron_jackpot.models.dist_folder import is_dist_folder
-from megatron_jackpot.monitor.evaluations import write_evaluations
+from megatron_jackpot.monitor.evaluations import prefix, write_evaluations
 from megatron_jackpot.monitor.metrics import Row
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.run.clock import started_at
@@ -138,7 +138,7 @@ def ask(asked: Asked, name: str, judge: Judge) -> tuple[Row, list[Row]]:
     )
     seconds = time.monotonic() - began
     right, failed = judged(prompts, answers, judge)
-    scored = Scored(f"eval/{name}/{model}" if name else f"eval/{model}", prompts, right)
+    scored = Scored(prefix({"set": name, "model": model}), prompts, right)
     pairs = scored.metrics(tasks_of(prompts)) | scored.passes(wanted.samples)
     row = {
         "step": asked.it.step,
