@@ -175,8 +175,8 @@ class _Choice:
             try:
                 tokens = self.render(problem)
             except ValueError as error:
-                of_file = isinstance(origin, Path)
-                place = place_in(origin, problem.id) if of_file else f"problem {problem.id}"
+                generated = isinstance(origin, str)
+                place = f"problem {problem.id}" if generated else place_in(origin, problem.id)
                 self.mistakes.append(f"{origin}, {place}: {error}")
                 continue
             too_long = len(tokens) > self.data.max_prompt_tokens

@@ -1,6 +1,7 @@
 """Which checkpoints of a run stay on disk, and the links to the newest and the best of them."""
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config import ConfigError
 from megatron_jackpot.config.run import Run
 from megatron_jackpot.run.provenance import BEST, LATEST, checkpoints
+
+log = logging.getLogger(__name__)
 
 STATE = "state.json"
 """What a checkpoint holds beside the models, as JSON."""
@@ -38,10 +41,12 @@ def tidy(run: Run, newest: Path) -> None:
     link(newest, LATEST)
     saved = checkpoints(newest.parent.parent)
     best = None if run.keep_best is None else best_of(saved, run.keep_best)
-    if best is None:
-        newest.with_name(BEST).unlink(missing_ok=True)
-    else:
+    if best is not None:
         link(best, BEST)
+    else:
+        newest.with_name(BEST).unlink(missing_ok=True)
+        if run.keep_best is not None:
+            log.warning(f"run.keep_best = '{run.keep_best}': no checkpoint's step has measured it so far")
     for old in saved[: -run.keep]:
         divided = run.keep_every is not None and int(old.name.removeprefix("step-")) % run.keep_every == 0
         if old != best and not divided:
