@@ -1,5 +1,6 @@
 """What the sections of the configuration ask of each other, check by check."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -187,13 +188,33 @@ def _evaluation(c: "Config") -> Iterator[str]:
         yield (
             f"evaluation.max_new_tokens = {e.max_new_tokens} with evaluation.policy = 'recompute': for each "
             f"token the whole answer is computed anew, at most {LONGEST_RECOMPUTED} tokens. Lower it, or set "
-            "evaluation.policy=off: the servers' model is evaluated alone."
+            "evaluation.policy=off and judge checkpoints with `megatron-jackpot evaluate RUN`, which starts "
+            "servers of the policy."
         )
     if e.temperature > 0:
         yield (
             f"evaluation.temperature = {e.temperature:g} with evaluation.policy = 'recompute', whose answers "
             "are greedy: the two models' accuracies would not compare. Set evaluation.temperature=0 and "
-            "samples=1, or evaluation.policy=off."
+            "samples=1, or evaluation.policy=off and `megatron-jackpot evaluate RUN` for the policy."
+        )
+
+
+def _keep_best(c: "Config") -> Iterator[str]:
+    run, every = c.run, c.evaluation.every
+    if run.keep_best is None:
+        return
+    if run.save_every is None:
+        yield f"run.keep_best = '{run.keep_best}' needs checkpoints to choose from. Set run.save_every."
+        return
+    if not run.keep_best.removeprefix("-").startswith("eval/"):
+        return
+    if not c.evaluation.wanted:
+        yield f"run.keep_best = '{run.keep_best}', but nothing is evaluated. Set evaluation.size or sets."
+    elif (first := math.lcm(run.save_every, every)) > run.steps:
+        yield (
+            f"run.keep_best = '{run.keep_best}' compares the checkpoints of steps that are evaluated, but "
+            f"run.save_every = {run.save_every} and evaluation.every = {every} meet at step {first} first, "
+            f"of {run.steps}. Set run.save_every={every}."
         )
 
 
@@ -263,8 +284,14 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "evaluation.samples, evaluation.temperature, evaluation.max_new_tokens",
         "several answers are drawn at a temperature above 0; a policy that no server holds is recomputed, "
         "greedily and up to 256 tokens",
-        "set evaluation.temperature, or evaluation.policy=off",
+        "set evaluation.temperature, or evaluation.policy=off and use `megatron-jackpot evaluate RUN`",
         _evaluation,
+    ),
+    Check(
+        "run.keep_best",
+        "has checkpoints to choose from; of an evaluation, some whose step is evaluated",
+        "set run.save_every to evaluation.every or a multiple of it",
+        _keep_best,
     ),
     Check(
         "policy.optimizer.min_lr, actor.optimizer.min_lr",

@@ -142,6 +142,11 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
         ),
         ({"packing": {"tokens": 127}}, r"packing.tokens = 127 .* = 128.* Raise packing.tokens"),
         ({"algorithm": {"num_minibatches": 3}}, r"does not divide rollout.prompts_per_step = 8"),
+        ({"run": {"keep_best": "reward/mean"}}, "Set run.save_every"),
+        (
+            {"run": {"keep_best": "eval/policy_accuracy", "save_every": 4, "steps": 19}},
+            "meet at step 20 first, of 19. Set run.save_every=10",
+        ),
         ({"data": {"source": "jsonl"}}, "Set data.path=FILE"),
         ({"data": {"tasks": {}}}, "needs data.tasks"),
     ],
