@@ -1,6 +1,8 @@
-"""Candidates: the server's top-k union the policy's, and the Scores of what the models say about them.
+"""Candidates: the proposal's top-k union the policy's, and the Scores of what the models say about them.
 
-Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2K candidates.
+The proposal's top-k is the server's, or that of the served model's scores where servers gave none.
+
+Shapes: M micro-batches of T tokens, K the proposal's or the policy's top-k, C both: their candidates.
 """
 
 import math
@@ -14,9 +16,21 @@ from megatron_jackpot.records import Batch, Scores
 
 
 def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tensor:
-    """[M, T, 2K]: the server's ids, then the policy's with those already listed replaced by -1."""
+    """[M, T, C]: the proposal's ids, then the policy's with those already listed replaced by -1."""
     listed = (policy_ids_MTK[..., :, None] == server_ids_MTK[..., None, :]).any(-1)
     return torch.cat([server_ids_MTK, policy_ids_MTK.masked_fill(listed, -1)], dim=-1)
+
+
+def with_proposal(batch: Batch, served: Mapping[str, Tensor], served_version: int) -> Batch:
+    """The batch with the top-k of the scored served model in the place of the server's: topk_logp and
+    topk_ids [M, T, K], of the tokens that weights of `served_version` produced. Of others its law is not
+    known."""
+    unknown_MT1 = ~(batch.mask_MT & (batch.weight_version_MT == served_version))[..., None]
+    return replace(
+        batch,
+        topk_ids_MTK=served["topk_ids"].masked_fill(unknown_MT1, -1),
+        topk_logp_MTK=served["topk_logp"].masked_fill(unknown_MT1, -math.inf),
+    )
 
 
 def make_scores(
@@ -71,7 +85,7 @@ def retargeted(scores: Scores, policy: Mapping[str, Tensor]) -> Scores:
 
 
 def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
-    """log q at the ids, [M, T, 2K], where `scores` knows it, else -inf: both begin with the server's own."""
+    """log q at the ids, [M, T, C], where `scores` knows it, else -inf: both begin with the server's own."""
     num_server = scores.batch.topk_ids_MTK.shape[-1]
     new_MTK, old_MTK = ids_MTC[..., num_server:], scores.candidate_ids_MTK[..., num_server:]
     same_MTKK = (new_MTK[..., :, None] == old_MTK[..., None, :]) & (new_MTK[..., :, None] >= 0)
@@ -91,7 +105,7 @@ def _server_logp(batch: Batch, served_logp_MTK: Tensor, served_version: int) -> 
 
 
 def _shared(ids_MTC: Tensor, policy_ids_MTK: Tensor) -> Tensor:
-    """[M, T, 2K] bool: the server's ids that the policy's top-k holds too."""
+    """[M, T, C] bool: the proposal's ids that the policy's top-k holds too."""
     num_server = ids_MTC.shape[-1] - policy_ids_MTK.shape[-1]
     server_ids = ids_MTC[..., :num_server]
     both = (server_ids[..., :, None] == policy_ids_MTK[..., None, :]).any(-1) & (server_ids >= 0)

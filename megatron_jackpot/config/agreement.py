@@ -211,6 +211,41 @@ def _ahead(c: "Config") -> Iterator[str]:
         )
 
 
+def other_weights(c: "Config") -> list[tuple[str, str]]:
+    """(setting, remedy): why servers may sample by other probabilities than those of the weights that are
+    scored; nothing where q can be taken from these."""
+    asked = (
+        ("rollout.ahead", c.rollout.ahead, 0),
+        ("rollout.max_staleness", c.rollout.max_staleness, 0),
+        ("servers.quantization", c.servers.quantization, None),
+        ("precision.fp8", c.precision.fp8, None),
+    )
+    found = [
+        (f"{name} = {value!r}", f"{name}={'null' if good is None else good}")
+        for name, value, good in asked
+        if value != good
+    ]
+    if c.server_dtype != c.precision.dtype:
+        found.append((f"servers.dtype = {c.server_dtype!r}", "servers.dtype=null"))
+    return found
+
+
+def refuse_other_weights(c: "Config", what: str, instead: str) -> Iterator[str]:
+    """The mistake of a setting that takes q from the scored weights where servers may have others."""
+    reasons = other_weights(c)
+    if reasons:
+        yield (
+            f"{what} takes q from the weights that are scored, which need not be those that sampled with "
+            f"{', '.join(setting for setting, _ in reasons)}. Set "
+            f"{', '.join(remedy for _, remedy in reasons)}, or {instead}."
+        )
+
+
+def _top_k_logp(c: "Config") -> Iterator[str]:
+    if c.rollout.top_k_logp == 0:
+        yield from refuse_other_weights(c, "rollout.top_k_logp = 0", "rollout.top_k_logp=20")
+
+
 def new_tokens(config: "Config") -> dict[str, int]:
     """Section -> the longest response that it asks for."""
     limits = {"rollout": config.rollout.max_new_tokens}
@@ -252,6 +287,13 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "is not above rollout.max_staleness, and 0 where servers lend their memory",
         "raise rollout.max_staleness, set servers.release_memory=false, or lower it",
         _ahead,
+    ),
+    Check(
+        "rollout.top_k_logp",
+        "is above 0 where servers may sample with other weights than the trainer scores: rollout.ahead or "
+        "rollout.max_staleness above 0, servers.quantization, precision.fp8, another servers.dtype",
+        "set those to 0 or null, or rollout.top_k_logp=20",
+        _top_k_logp,
     ),
     Check(
         "packing.tokens",

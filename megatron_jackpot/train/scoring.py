@@ -1,18 +1,24 @@
 """The no-grad pass of the models over a batch: everything a correction may look at, as `Scores`.
 
-Where servers hold the policy, its one pass is read in both roles: p_old, and what stands in for q.
+Where servers hold the policy, its one pass is read in both roles: p_old, and what stands in for q. Where
+servers give no top-k (rollout.top_k_logp = 0), the served model is scored first, and its top-k are taken.
 
-Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2K candidates.
+Shapes: M micro-batches of T tokens, K the proposal's or the policy's top-k, C candidates of both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.candidates import make_scores, retargeted, union_of_candidates
+from megatron_jackpot.algorithm.candidates import (
+    make_scores,
+    retargeted,
+    union_of_candidates,
+    with_proposal,
+)
 from megatron_jackpot.algorithm.obrs import overlap_limit
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.head import FrozenHead, record_head
@@ -53,22 +59,44 @@ class Scorer:
     ) -> Scores | None:
         """Every model on the whole batch; once, before any update.
 
-        `exact_lam` asks for Z over the whole vocabulary at that lam.
+        `exact_lam` asks for Z over the whole vocabulary at that lam. `served_version` is that of the weights
+        that are scored in the place of the servers'.
         """
-        keep = self.keep_head or (exact_lam is not None and self.actor is not None)
-        with record_head(self.policy) if keep else nullcontext() as head:
+        made = partial(make_scores, served_version=served_version, step=step)
+        if self.actor is None:
+            return self._score_one(batch, exact_lam, served_version, made)
+        kept = None
+        if batch.topk_ids_MTK.shape[-1] == 0:
+            batch, kept = self._propose(self.actor, batch, served_version)
+        with record_head(self.policy) if self.keep_head or exact_lam is not None else nullcontext() as head:
             policy = self.policy.score(batch, partial(self._read_policy, batch))
         self.head = head if self.keep_head else None
         ids_MTC = None if policy is None else union_of_candidates(batch.topk_ids_MTK, policy["topk_ids"])
-        if self.actor is None:
-            served = None if policy is None else _own_proposal(policy, exact_lam)
-        else:
-            exact = None if head is None or exact_lam is None else (head, exact_lam)
-            reader = partial(self._read_actor, self.vocab(self.actor), batch, ids_MTC, exact)
-            served = self.actor.score(batch, reader)
+        exact = None if head is None or exact_lam is None else (head, exact_lam)
+        reader = partial(self._read_actor, self.vocab(self.actor), batch, ids_MTC, exact)
+        served = self.actor.score(batch, reader) if kept is None else kept.score(reader)
         if policy is None or served is None or ids_MTC is None:
             return None
-        return make_scores(batch, ids_MTC, policy, served, served_version=served_version, step=step)
+        return made(batch, ids_MTC, policy, served)
+
+    def _propose(self, actor: MegatronModel, batch: Batch, served_version: int) -> tuple[Batch, FrozenHead]:
+        """The batch with the actor's own top-k, and its last hidden states for what is to be read later."""
+        with record_head(actor) as kept:
+            own = actor.score(batch, partial(self._read_top, self.vocab(actor), batch))
+        return batch if own is None else with_proposal(batch, own, served_version), kept
+
+    def _score_one(
+        self, batch: Batch, exact_lam: float | None, served_version: int, made: Callable[..., Scores]
+    ) -> Scores | None:
+        """Of the policy alone, which servers hold."""
+        policy = self.policy.score(batch, partial(self._read_policy, batch))
+        if policy is None:
+            return None
+        if batch.topk_ids_MTK.shape[-1] == 0:
+            batch = with_proposal(batch, policy, served_version)
+            policy["server_ids_logp"] = policy["topk_logp"]
+        ids_MTC = union_of_candidates(batch.topk_ids_MTK, policy["topk_ids"])
+        return made(batch, ids_MTC, policy, _own_proposal(policy, exact_lam))
 
     def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
         """The same scores aimed at the current policy, by a fresh pass of it."""
@@ -104,6 +132,10 @@ class Scorer:
             topk_logp=_asked(read.topk_logp_TK),
             topk_ids=_asked(read.topk_ids_TK),
         )
+
+    def _read_top(self, vocab: VocabSpec, batch: Batch, logits_TV: Logits, index: int) -> dict[str, Tensor]:
+        read = vocab_parallel_scores(logits_TV, batch.labels_MT[index], vocab, k=self.top_k)
+        return dict(topk_logp=_asked(read.topk_logp_TK), topk_ids=_asked(read.topk_ids_TK))
 
     def _read_actor(
         self,

@@ -105,7 +105,7 @@ class Trainer:
             state.policy,
             state.actor,
             temperature=config.rollout.temperature,
-            top_k=config.rollout.top_k_logp,
+            top_k=config.num_candidates,
             keep_head=state.methods.keeps_logits,
         )
         self.packer = Packer(

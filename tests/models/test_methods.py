@@ -58,7 +58,8 @@ def config(**changes: dict) -> Config:
         ),
         (
             {"algorithm_correction": {"name": "jackpot", "z": "exact"}, "rollout_ahead": 1},
-            "rollout.ahead = 1 trains on tokens of older ones. Use z='topk'",
+            "need not be those that sampled with rollout.ahead = 1, rollout.max_staleness = 1. "
+            "Set rollout.ahead=0, rollout.max_staleness=0, or z='topk'",
         ),
     ],
 )
@@ -71,7 +72,8 @@ def test_methods_that_go_together_are_built() -> None:
     made = Methods.from_config(config(algorithm_objective={"name": "topr", "anchor": "old"}))
     assert made.objective.anchor == "old" and made.exact_lam is None
     exact = config(
-        algorithm_correction={"name": "jackpot", "z": "exact", "target_acceptance": 0.8, "lam": 2.0}
+        algorithm_correction={"name": "jackpot", "z": "exact", "target_acceptance": 0.8, "lam": 2.0},
+        rollout_max_staleness=0,
     )
     made = Methods.from_config(exact)
     assert made.exact_lam == 2.0 and made.acceptance is not None
