@@ -149,8 +149,12 @@ class Pipeline:
         """Begin to ask for the groups of `step`, on a leader; nothing where that was begun before."""
         if self.source is None or loader is None or any(batch.step == step for batch in self.batches):
             return
+        begun = loader.num_begun > 0
         batch = _Batch(step, *loader.next())
         self.batches.append(batch)
+        if begun:
+            missing = sum(batch.key(prompt) not in self.finished for prompt in batch.prompts)
+            batch.add({"rollout/begun_anew": (missing, len(batch.prompts))})
         self._ask(batch)
 
     def take(self, step: int, loader: PromptLoader | None, recover: Callable[[], object]) -> Collected | None:
