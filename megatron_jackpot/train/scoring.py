@@ -94,7 +94,8 @@ class Scorer:
     def _versions(self, batch: Batch, served_version: int, exact_lam: float | None) -> tuple[int, ...]:
         """Those of the weights that are scored for q, the newest first: of all in the batch, on any rank,
         where q is taken from them; every rank calls it."""
-        if self.ring is None or (exact_lam is None and batch.topk_ids_MTK.shape[-1]):
+        wanted = exact_lam is not None or batch.topk_ids_MTK.shape[-1] == 0
+        if self.ring is None or not self.ring.versions or not wanted:
             return (served_version,)
         *older, newest = self.ring.versions
         if newest != served_version:

@@ -102,7 +102,7 @@ class Trainer:
             state.finished_groups,
             limit_s=config.run.phase_timeout_s,
             in_flight=config.sync.in_flight,
-            known_since=lambda: self.ring.versions[0] if self.ring is not None else 0,
+            known_since=lambda: self.ring.versions[0] if self.ring is not None and self.ring.versions else 0,
         )
         self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
         here = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.dp_rank == 0
