@@ -34,7 +34,7 @@ def make_config(tokens: int, precision: dict[str, Any], **sections: Any) -> Conf
         policy=dict(hf="unused"),
         actor=dict(hf="unused"),
         data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=PROMPT),
-        rollout=dict(prompts_per_step=1, max_new_tokens=tokens - PROMPT, top_k_logp=K, max_staleness=0),
+        rollout=dict(prompts_per_step=1, max_new_tokens=tokens - PROMPT, top_k_logp=K),
         packing=dict(tokens=tokens),
         precision=precision,
         logging=dict(tokens_every=None),

@@ -6,7 +6,7 @@ Shapes: M micro-batches of T tokens, K the proposal's or the policy's top-k, C b
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,11 +21,11 @@ def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tenso
     return torch.cat([server_ids_MTK, policy_ids_MTK.masked_fill(listed, -1)], dim=-1)
 
 
-def with_proposal(batch: Batch, served: Mapping[str, Tensor], served_version: int) -> Batch:
+def with_proposal(batch: Batch, served: Mapping[str, Tensor], versions: Sequence[int]) -> Batch:
     """The batch with the top-k of the scored served model in the place of the server's: topk_logp and
-    topk_ids [M, T, K], of the tokens that weights of `served_version` produced. Of others its law is not
+    topk_ids [M, T, K], each token's by the weights that produced it, of `versions`. Of others the law is not
     known."""
-    unknown_MT1 = ~(batch.mask_MT & (batch.weight_version_MT == served_version))[..., None]
+    unknown_MT1 = ~(batch.mask_MT & _sampled_by(batch, versions))[..., None]
     return replace(
         batch,
         topk_ids_MTK=served["topk_ids"].masked_fill(unknown_MT1, -1),
@@ -39,17 +39,18 @@ def make_scores(
     policy: Mapping[str, Tensor],
     served: Mapping[str, Tensor],
     *,
-    served_version: int,
+    versions: Sequence[int],
     step: int,
 ) -> Scores:
     """The Scores of what the passes over a batch read; `ids_MTC` is the union of candidates.
 
     policy: logp [M, T], server_ids_logp [M, T, K], topk_logp and topk_ids [M, T, K]. served, of the model
     that servers hold: topk_logp [M, T, K] at the policy's part of the candidates, logp [M, T] of an actor,
-    exact_overlap [M, T] where it was asked for. `served_version` is that of its scored weights.
+    exact_overlap [M, T] where it was asked for. `versions` are those of its weights that were scored, each
+    token by the one that produced it.
     """
     target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
-    server_MTC = _server_logp(batch, served["topk_logp"], served_version)
+    server_MTC = _server_logp(batch, served["topk_logp"], versions)
     padding = ids_MTC < 0
     return Scores(
         batch=batch,
@@ -94,12 +95,30 @@ def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
     return torch.cat([server_MTC[..., :num_server], found_MTK], -1)
 
 
-def _server_logp(batch: Batch, served_logp_MTK: Tensor, served_version: int) -> Tensor:
+def of_own_versions(batch: Batch, read: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What the passes with several weights say, version -> name -> [M, T, ...]: each token's by the weights
+    that produced it; the first's where there are no others of that version."""
+    first, *others = read
+    merged = dict(read[first])
+    for version in others:
+        own_MT = batch.weight_version_MT == version
+        for name, value in read[version].items():
+            own = own_MT.view(*own_MT.shape, *[1] * (value.ndim - 2))
+            merged[name] = torch.where(own, value, merged[name])
+    return merged
+
+
+def _sampled_by(batch: Batch, versions: Sequence[int]) -> Tensor:
+    """bool [M, T]: tokens that weights of these versions produced."""
+    return torch.isin(batch.weight_version_MT, batch.weight_version_MT.new_tensor(versions))
+
+
+def _server_logp(batch: Batch, served_logp_MTK: Tensor, versions: Sequence[int]) -> Tensor:
     """log q at the candidates. The server does not return q at policy-only ids: the scored log-prob of its
     model stands in, capped by the server's k-th, where those weights produced the token; 0 probability
     elsewhere."""
     kth_MT1 = batch.topk_logp_MTK.masked_fill(batch.topk_ids_MTK < 0, math.inf).amin(-1, keepdim=True)
-    known_MT1 = (batch.weight_version_MT == served_version)[..., None]
+    known_MT1 = _sampled_by(batch, versions)[..., None]
     policy_only = torch.minimum(served_logp_MTK, kth_MT1).masked_fill(~known_MT1, -math.inf)
     return torch.cat([batch.topk_logp_MTK, policy_only], dim=-1)
 

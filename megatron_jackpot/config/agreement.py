@@ -214,17 +214,8 @@ def _ahead(c: "Config") -> Iterator[str]:
 def other_weights(c: "Config") -> list[tuple[str, str]]:
     """(setting, remedy): why servers may sample by other probabilities than those of the weights that are
     scored; nothing where q can be taken from these."""
-    asked = (
-        ("rollout.ahead", c.rollout.ahead, 0),
-        ("rollout.max_staleness", c.rollout.max_staleness, 0),
-        ("servers.quantization", c.servers.quantization, None),
-        ("precision.fp8", c.precision.fp8, None),
-    )
-    found = [
-        (f"{name} = {value!r}", f"{name}={'null' if good is None else good}")
-        for name, value, good in asked
-        if value != good
-    ]
+    formats = {"servers.quantization": c.servers.quantization, "precision.fp8": c.precision.fp8}
+    found = [(f"{name} = {value!r}", f"{name}=null") for name, value in formats.items() if value is not None]
     if c.server_dtype != c.precision.dtype:
         found.append((f"servers.dtype = {c.server_dtype!r}", "servers.dtype=null"))
     return found
@@ -290,9 +281,9 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check(
         "rollout.top_k_logp",
-        "is above 0 where servers may sample with other weights than the trainer scores: rollout.ahead or "
-        "rollout.max_staleness above 0, servers.quantization, precision.fp8, another servers.dtype",
-        "set those to 0 or null, or rollout.top_k_logp=20",
+        "is above 0 where servers sample with other numbers than the trainer scores: servers.quantization, "
+        "precision.fp8, another servers.dtype",
+        "set those to null, or rollout.top_k_logp=20",
         _top_k_logp,
     ),
     Check(

@@ -86,7 +86,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(config_file):
 @pytest.mark.parametrize(
     ("rollout", "algorithm", "k"),
     [({}, {}, 20), ({"top_k_logp": 5}, {}, 5), ({"top_k_logp": 5}, {"num_candidates": 9}, 9)]
-    + [({"top_k_logp": 0, "max_staleness": 0}, {}, 20)],
+    + [({"top_k_logp": 0}, {}, 20)],
 )
 def test_the_policys_candidates_are_as_many_as_the_servers_unless_they_are_set(rollout, algorithm, k):
     assert parse_config(tree(rollout=rollout, algorithm=algorithm)).num_candidates == k
@@ -136,17 +136,13 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
             "rollout.ahead = 1 has servers sample while the trainer learns",
         ),
         (
-            {"rollout": {"top_k_logp": 0}},
+            {"rollout": {"top_k_logp": 0}, "servers": {"quantization": "fp8"}},
             "rollout.top_k_logp = 0 takes q from the weights that are scored, which need not be those that "
-            "sampled with rollout.max_staleness = 1. Set rollout.max_staleness=0, or rollout.top_k_logp=20",
-        ),
-        (
-            {"rollout": {"top_k_logp": 0, "max_staleness": 0}, "servers": {"quantization": "fp8"}},
-            "with servers.quantization = 'fp8'. Set servers.quantization=null, or",
+            "sampled with servers.quantization = 'fp8'. Set servers.quantization=null, or",
         ),
         (
             {
-                "rollout": {"top_k_logp": 0, "max_staleness": 0},
+                "rollout": {"top_k_logp": 0},
                 "servers": {"dtype": "bfloat16"},
                 "precision": {"dtype": "float32"},
             },

@@ -57,9 +57,9 @@ def config(**changes: dict) -> Config:
             "z = 'exact' is scored once per step",
         ),
         (
-            {"algorithm_correction": {"name": "jackpot", "z": "exact"}, "rollout_ahead": 1},
-            "need not be those that sampled with rollout.ahead = 1, rollout.max_staleness = 1. "
-            "Set rollout.ahead=0, rollout.max_staleness=0, or z='topk'",
+            {"algorithm_correction": {"name": "jackpot", "z": "exact"}, "servers_quantization": "fp8"},
+            "need not be those that sampled with servers.quantization = 'fp8'. "
+            "Set servers.quantization=null, or z='topk'",
         ),
     ],
 )
@@ -73,7 +73,6 @@ def test_methods_that_go_together_are_built() -> None:
     assert made.objective.anchor == "old" and made.exact_lam is None
     exact = config(
         algorithm_correction={"name": "jackpot", "z": "exact", "target_acceptance": 0.8, "lam": 2.0},
-        rollout_max_staleness=0,
     )
     made = Methods.from_config(exact)
     assert made.exact_lam == 2.0 and made.acceptance is not None

@@ -78,8 +78,6 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 samples_per_prompt=4,
                 max_new_tokens=16,
                 top_k_logp=layout.top_k,
-                # With older tokens q could not be taken from the scored weights.
-                max_staleness=int(layout.top_k > 0 and ("z", "exact") not in layout.correction),
             ),
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
