@@ -211,9 +211,9 @@ def _ahead(c: "Config") -> Iterator[str]:
         )
 
 
-def other_weights(c: "Config") -> list[tuple[str, str]]:
-    """(setting, remedy): why servers may sample by other probabilities than those of the weights that are
-    scored; nothing where q can be taken from these."""
+def other_numbers(c: "Config") -> list[tuple[str, str]]:
+    """(setting, remedy): why servers sample by other probabilities than the trainer gives the same weights,
+    beyond what kernels differ by; nothing where q can be taken from its scores."""
     formats = {"servers.quantization": c.servers.quantization, "precision.fp8": c.precision.fp8}
     found = [(f"{name} = {value!r}", f"{name}=null") for name, value in formats.items() if value is not None]
     if c.server_dtype != c.precision.dtype:
@@ -221,12 +221,12 @@ def other_weights(c: "Config") -> list[tuple[str, str]]:
     return found
 
 
-def refuse_other_weights(c: "Config", what: str, instead: str) -> Iterator[str]:
-    """The mistake of a setting that takes q from the scored weights where servers may have others."""
-    reasons = other_weights(c)
+def refuse_other_numbers(c: "Config", what: str, instead: str) -> Iterator[str]:
+    """The mistake of a setting that takes q from scores where servers compute with other numbers."""
+    reasons = other_numbers(c)
     if reasons:
         yield (
-            f"{what} takes q from the weights that are scored, which need not be those that sampled with "
+            f"{what} takes q from the trainer's scores, but servers compute with other numbers: "
             f"{', '.join(setting for setting, _ in reasons)}. Set "
             f"{', '.join(remedy for _, remedy in reasons)}, or {instead}."
         )
@@ -234,7 +234,7 @@ def refuse_other_weights(c: "Config", what: str, instead: str) -> Iterator[str]:
 
 def _top_k_logp(c: "Config") -> Iterator[str]:
     if c.rollout.top_k_logp == 0:
-        yield from refuse_other_weights(c, "rollout.top_k_logp = 0", "rollout.top_k_logp=20")
+        yield from refuse_other_numbers(c, "rollout.top_k_logp = 0", "rollout.top_k_logp=20")
 
 
 def new_tokens(config: "Config") -> dict[str, int]:

@@ -25,7 +25,7 @@ from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import Registry, build
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
-from megatron_jackpot.config.agreement import refuse_other_weights
+from megatron_jackpot.config.agreement import refuse_other_numbers
 from megatron_jackpot.config.load import examine
 from megatron_jackpot.records import Correction, Metrics, Pair, Rollout, Scores
 from megatron_jackpot.train.own_methods import try_out
@@ -274,7 +274,7 @@ def _check_exact(correction: CorrectionMethod, config: Config) -> None:
             f"{config.algorithm.num_minibatches} with a moving target or lam needs it per mini-batch. "
             "Use z='topk' or num_minibatches=1."
         )
-    for mistake in refuse_other_weights(config, "algorithm.correction.z = 'exact'", "z='topk'"):
+    for mistake in refuse_other_numbers(config, "algorithm.correction.z = 'exact'", "z='topk'"):
         raise ValueError(mistake)
 
 

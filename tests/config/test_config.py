@@ -137,8 +137,8 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
         ),
         (
             {"rollout": {"top_k_logp": 0}, "servers": {"quantization": "fp8"}},
-            "rollout.top_k_logp = 0 takes q from the weights that are scored, which need not be those that "
-            "sampled with servers.quantization = 'fp8'. Set servers.quantization=null, or",
+            "rollout.top_k_logp = 0 takes q from the trainer's scores, but servers compute with other "
+            "numbers: servers.quantization = 'fp8'. Set servers.quantization=null, or",
         ),
         (
             {
@@ -146,7 +146,7 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
                 "servers": {"dtype": "bfloat16"},
                 "precision": {"dtype": "float32"},
             },
-            "with servers.dtype = 'bfloat16'. Set servers.dtype=null, or",
+            "numbers: servers.dtype = 'bfloat16'. Set servers.dtype=null, or",
         ),
         ({"parallel": {"vpp": 2}}, "needs parallel.pp > 1"),
         (

@@ -58,7 +58,7 @@ def config(**changes: dict) -> Config:
         ),
         (
             {"algorithm_correction": {"name": "jackpot", "z": "exact"}, "servers_quantization": "fp8"},
-            "need not be those that sampled with servers.quantization = 'fp8'. "
+            "but servers compute with other numbers: servers.quantization = 'fp8'. "
             "Set servers.quantization=null, or z='topk'",
         ),
     ],
