@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks import cost
 from benchmarks.study_parts import stats
 from benchmarks.study_parts.plan import Plan
-from benchmarks.study_parts.report import Block, blocks, finished
+from benchmarks.study_parts.report import FEWEST, Block, blocks, finished
 
 PAIR = "Qwen3 1.7B -> 8B"
 PRICED = (128, 16)
@@ -24,7 +24,7 @@ COLOURS = {
 
 
 def draw(plan: Plan, folder: Path) -> list[Path]:
-    """MISMATCH.png in the stage's folder, of each with a whole block; cost.png where the arms have prices."""
+    """MISMATCH.png in the stage's folder, of each with a whole block; cost.png of those with some seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,8 +46,9 @@ def draw(plan: Plan, folder: Path) -> list[Path]:
         right.set(xlabel="step", ylabel="share of runs not collapsed", ylim=(0, 1.05))
         left.legend(fontsize=8)
         paths.append(_save(figure, place / f"{block.mismatch}.png"))
-    if found and all(_method(arm) is not None for arm in plan.arms):
-        paths.append(_draw_costs(plan, found, place / "cost.png"))
+    enough = [block for block in found if len(block.seeds) >= FEWEST]
+    if enough and all(_method(arm) is not None for arm in plan.arms):
+        paths.append(_draw_costs(plan, enough, place / "cost.png"))
     return paths
 
 
