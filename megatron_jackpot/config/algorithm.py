@@ -26,6 +26,11 @@ class Algorithm(Section):
     """Per-token surrogate of the policy: docs/objectives.md."""
     advantage: Method = Method(name="grpo")
     """Advantage from a group's rewards."""
+    selector: Method = Method(name="all")
+    """Which finished rollouts of a prompt train, and with what weight: docs/sampling.md."""
+    prompt_weight: Literal["sample", "equal"] = "sample"
+    """`sample`: each rollout weighs the same. `equal`: each prompt does, however many of its rollouts count;
+    under a mean over tokens with weight mean(n) / n."""
     aggregation: Method = Method(name="token")
     """How the policy's token losses become one: `token` mean, `sequence` (mean over responses), `constant`
     (their sums over one length), `prompt`: docs/objectives.md."""

@@ -18,12 +18,14 @@ from megatron_jackpot.models.build import DTYPES
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.monitor.token_log import TokenLog
 from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
-from megatron_jackpot.records import Aggregated, Batch, Correction, Rollout, Scores
-from megatron_jackpot.rollout.pipeline import Collected, Pipeline, Source, StopRun, account
+from megatron_jackpot.records import Aggregated, Batch, Correction, Scores
+from megatron_jackpot.rollout.collected import Collected, account
+from megatron_jackpot.rollout.pipeline import Pipeline, Source, StopRun
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.sync.proof import SyncReport
 from megatron_jackpot.sync.retry import PushInterrupted
 from megatron_jackpot.sync.stream import WeightStream
+from megatron_jackpot.train.curator import Trained
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.train.scoring import Scorer
@@ -59,9 +61,11 @@ class Agreed(NamedTuple):
     num_policy: float
     """N of the policy's loss."""
     num_valid: float
-    """All valid tokens: N of the actor's."""
+    """Valid tokens that train."""
+    num_actor: float
+    """N of the actor's: these, and those of pruned rollouts that count."""
     num_positive: float
-    """Valid tokens of correct rollouts."""
+    """Of correct rollouts among the latter."""
     acceptance: float
     """Mean expected acceptance; NaN where no token is valid."""
     kl: float
@@ -97,6 +101,7 @@ class Trainer:
             state.finished_groups,
             limit_s=config.run.phase_timeout_s,
             in_flight=config.sync.in_flight,
+            allocation=state.methods.allocation,
         )
         self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
         here = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.dp_rank == 0
@@ -125,16 +130,15 @@ class Trainer:
         with measured.timer("step"):
             with measured.timer("rollout"):
                 collected = self.collect()
-                groups = self.with_advantages(collected)
+                trained = self.curate(collected)
             with measured.timer("make_room"):
                 self.make_room()
-            self.learn(self.packer.pack(groups, self.config.rollout.top_k_logp), measured)
+            self.learn(self.packed(trained), measured)
             self.state.num_steps += 1
             with measured.timer("sync"):
                 measured.values |= self.push()
-        if collected is not None:
-            rewards = self.methods.reward_metrics(collected.groups)
-            measured.note_rollouts(collected, self.mesh.dp, rewards)
+        if collected is not None and trained is not None:
+            measured.note_rollouts(collected, trained, self.mesh.dp)
         return StepResult(
             step=measured.step,
             metrics=measured.reduced(self.mesh),
@@ -165,7 +169,7 @@ class Trainer:
             if self.actor is not None:
                 with measured.timer("update_actor"):
                     # Before the policy moves: the teacher is what was scored.
-                    self.update_actor(mini, agreed.num_valid, measured)
+                    self.update_actor(mini, agreed.num_actor, measured)
             if agreed.num_policy > 0 and not self.guard.paused:
                 with measured.timer("update_policy"):
                     self.update_policy(mini, aggregated, agreed, measured, first=not policy_moved)
@@ -183,11 +187,17 @@ class Trainer:
             self.pipeline.start(later, loader)
         return self.pipeline.take(step, loader, recover=self.push)
 
-    def with_advantages(self, collected: Collected | None) -> list[list[Rollout]] | None:
-        """A leader's groups with their advantages; every leader calls it."""
+    def curate(self, collected: Collected | None) -> Trained | None:
+        """What of a leader's groups trains, with advantages and weights; every leader calls it."""
         if collected is None:
             return None
-        return self.methods.with_advantages(collected.groups, self.sum_over_batch, self.mesh.device)
+        key = (self.state.num_steps, self.sum_over_batch, self.mesh.device)
+        return self.methods.curator(collected.groups, *key)
+
+    def packed(self, trained: Trained | None) -> Batch:
+        """On every rank; None but on leaders."""
+        groups, pruned = (None, None) if trained is None else (trained.groups, trained.pruned)
+        return self.packer.pack(groups, self.config.rollout.top_k_logp, pruned)
 
     def refuse_stop(self) -> None:
         """Raises StopRun on every rank when any of them was asked to save and end."""
@@ -232,18 +242,21 @@ class Trainer:
         Whether a mini-batch is trained on follows from the denominators, so every stage must know them before
         the next schedule starts. Reductions: 1 over dp; broadcasts: 1 over pp.
         """
-        counts = torch.zeros(7, dtype=torch.float64, device=self.mesh.device)
+        counts = torch.zeros(8, dtype=torch.float64, device=self.mesh.device)
         if scores is not None and correction is not None and aggregated is not None:
             mask_MT = scores.batch.mask_MT
             accepted = mean_over(correction.accept_MT, mask_MT)
-            right = (mask_MT & scores.batch.correct_MT).sum()
-            mine = (aggregated.count, mask_MT.sum(), right, *accepted, *correction.kl)
+            pruned, pruned_right = scores.batch.pruned_MP4[..., 2:].sum((0, 1))
+            right = (mask_MT & scores.batch.correct_MT).sum() + pruned_right
+            num_valid = mask_MT.sum()
+            mine = (aggregated.count, num_valid, num_valid + pruned, right, *accepted, *correction.kl)
             counts = self.sum_over_batch(torch.stack([number.double() for number in mine]))
-        num_policy, num_valid, num_positive, *pairs = self.mesh.from_last_stage(counts).tolist()
+        num_policy, num_valid, num_actor, num_positive, *pairs = self.mesh.from_last_stage(counts).tolist()
         accepted, of, kl, kl_count = pairs
         return Agreed(
             num_policy=num_policy,
             num_valid=num_valid,
+            num_actor=num_actor,
             num_positive=num_positive,
             acceptance=accepted / of if of else math.nan,
             kl=kl / kl_count if kl_count else math.nan,

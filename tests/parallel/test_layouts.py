@@ -98,14 +98,17 @@ REVERSE = dict(
     filters=("seq_mis", "icepop"),
 )
 CANDIDATES = dict(
-    correction=(("name", "seq_tis"), ("batch_normalize", True)), distill="forward_topk", aggregation="prompt"
+    correction=(("name", "seq_tis"), ("batch_normalize", True)),
+    distill="forward_topk",
+    aggregation="prompt",
+    selector="tests.parallel.layouts:Uneven",
 )
-"""The packer spreads a prompt's responses over data-parallel ranks."""
+"""The packer spreads a prompt's responses over data-parallel ranks, whose leaders pruned some."""
 
 
 def methods_of(layout: Layout) -> Layout:
     """The same methods on one rank."""
-    names = ("correction", "distill", "aggregation", "filters")
+    names = ("correction", "distill", "aggregation", "filters", "selector")
     return Layout(**{name: getattr(layout, name) for name in names})
 
 
