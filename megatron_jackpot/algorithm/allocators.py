@@ -100,7 +100,7 @@ class VIP(Bounded):
     """Rollouts where the gradient's variance falls most: least sum over prompts of a (n - 1) / n^2 or of
     a / (n - 1), a = p (1 - p) (arXiv 2602.01601)."""
 
-    num_visits: ClassVar[int] = 16
+    num_visits: ClassVar[int] = 4
 
     variance: Literal["dr_grpo", "rloo"] = "rloo"
     """Of the mean over a prompt's rollouts with the advantage of that name."""

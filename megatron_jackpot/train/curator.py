@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_jackpot.algorithm.advantages import Advantage
 from megatron_jackpot.algorithm.lengths import SoftOverlong
@@ -89,10 +90,14 @@ class Curator:
         return Group(
             reward_N=reward_N,
             correct_N=torch.tensor([r.correct for r in group], dtype=torch.bool),
-            advantage_N=self.advantage(reward_N),
+            advantage_N=self._of_group(group, reward_N),
             num_tokens_N=torch.tensor([len(r.tokens) for r in group]),
             draw_N=counter_uniform(self.seed, step, ids_N3, nowhere_N).double(),
         )
+
+    def _of_group(self, rollouts: Sequence[Rollout], reward_N: Tensor) -> Tensor:
+        """Advantages [N] of rollouts of one prompt with these rewards, before any statistic of the batch."""
+        return self.advantage(reward_N)
 
     def _pool(self, group: Sequence[Rollout], selection: Selection) -> list[int]:
         """The rollouts over which advantages are taken."""
@@ -108,9 +113,12 @@ class Curator:
     ) -> list[float] | list[np.ndarray]:
         """Of each pool's rollouts, pool after pool."""
         pools = [self._pool(*both) for both in zip(groups, selections, strict=True)]
+        members = [[group[i] for i in pool] for group, pool in zip(groups, pools, strict=True)]
         rewards = [one.reward_N[pool] for one, pool in zip(seen, pools, strict=True)]
-        full = self.selector.stats == "full"
-        of_pools = [s.advantage_N if full else self.advantage(r) for s, r in zip(seen, rewards, strict=True)]
+        if self.selector.stats == "full":
+            of_pools = [one.advantage_N for one in seen]
+        else:
+            of_pools = [self._of_group(*both) for both in zip(members, rewards, strict=True)]
         reward_N = torch.cat([torch.empty(0, dtype=torch.float64), *rewards]).to(device)
         advantage_N = torch.cat([torch.empty(0), *of_pools]).to(device)
         advantage_N = self.advantage.over_batch(advantage_N, reward_N, sum_over_batch)
@@ -120,8 +128,7 @@ class Curator:
             if selection.advantage_S is not None:
                 places = [pool.index(i) for i in selection.index_S.tolist()]
                 own_N[places] = selection.advantage_S.to(device)
-        rollouts = [group[i] for group, pool in zip(groups, pools, strict=True) for i in pool]
-        tokens = self.advantage.per_token(final, rollouts)
+        tokens = self.advantage.per_token(final, list(_flat(members)))
         return final.tolist() if tokens is None else [one.cpu().numpy() for one in tokens]
 
     def _prompt_factors(
