@@ -51,5 +51,8 @@ class Algorithm(Section):
 class Packing(Section):
     enabled: bool = True
     """Pack several sequences into a micro-batch with block-diagonal attention; false gives each its own."""
+    window: int | None = Field(default=None, ge=1)
+    """Dense Prompt Packing: a micro-batch is filled from so many waiting sequences, the longest that fits
+    first; null looks at all of them, first fit decreasing. Without packing there is nothing to fill."""
     tokens: int = Field(default=8192, ge=16)
     """Tokens per micro-batch."""

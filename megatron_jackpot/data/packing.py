@@ -8,7 +8,7 @@ import heapq
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -29,9 +29,17 @@ class Packer:
     """Packs a step's rollouts for every rank of the mesh."""
 
     def __init__(
-        self, mesh: Mesh, *, tokens: int, enabled: bool, num_minibatches: int, vpp: int | None
+        self,
+        mesh: Mesh,
+        *,
+        tokens: int,
+        enabled: bool,
+        num_minibatches: int,
+        vpp: int | None,
+        window: int | None = None,
     ) -> None:
-        self.mesh = mesh
+        """`window` asks for `fill_from_window` in the place of `fill_bins`."""
+        self.mesh, self.window = mesh, window
         multiple = math.lcm(16, mesh.tp)
         self.tokens = math.ceil(tokens / multiple) * multiple
         self.enabled = enabled
@@ -68,7 +76,7 @@ class Packer:
         self, minis: list[list[Rollout]], pruned: list[list[Rollout]], top_k: int
     ) -> dict[str, Tensor]:
         capacity = self.tokens if self.enabled else 0
-        bins = [fill_bins([r.num_tokens for r in mini], capacity) for mini in minis]
+        bins = [self._bins([r.num_tokens for r in mini], capacity) for mini in minis]
         count = torch.tensor(max(1, *(len(b) for b in bins)) if len(bins) > 1 else max(1, len(bins[0])))
         count = count.to(self.mesh.device)
         if self.mesh.dp > 1:
@@ -82,6 +90,11 @@ class Packer:
                 segment += len(content)
             rows[first] |= pruned_columns(left_out)
         return stack_rows(rows)
+
+    def _bins(self, lengths: list[int], capacity: int) -> list[list[int]]:
+        if self.window is None:
+            return fill_bins(lengths, capacity)
+        return fill_from_window(lengths, capacity, self.window)
 
 
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -178,6 +191,24 @@ def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         else:
             bins[slot].append(index)
             room[slot] -= lengths[index]
+    return bins
+
+
+def fill_from_window(lengths: Sequence[int], capacity: int, window: int) -> list[list[int]]:
+    """Dense Prompt Packing (arXiv 2603.04135): indices per bin, each filled from the `window` first sequences
+    that are left, by the longest that fits. Capacity 0 gives every sequence its own bin."""
+    bins: list[list[int]] = []
+    waiting, rest = list(range(min(window, len(lengths)))), iter(range(window, len(lengths)))
+    while waiting:
+        content, room = [], capacity
+        # One that is too long for any bin has its own, and is refused where its row is made.
+        while fitting := [i for i in waiting if lengths[i] <= room or not content]:
+            index = max(fitting, key=lambda i: (lengths[i], -i))
+            content.append(index)
+            room -= lengths[index]
+            waiting.remove(index)
+            waiting.extend(islice(rest, 1))
+        bins.append(content)
     return bins
 
 

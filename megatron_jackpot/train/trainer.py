@@ -119,6 +119,7 @@ class Trainer:
             enabled=config.packing.enabled,
             num_minibatches=config.algorithm.num_minibatches,
             vpp=config.parallel.vpp,
+            window=config.packing.window,
         )
         self.sum_over_batch = make_sum_over(mesh.dp_group)
         self.number_alike = make_number_alike(mesh.dp_group)
