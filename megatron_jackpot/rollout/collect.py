@@ -15,6 +15,9 @@ POLL_S = 0.25
 MAX_ABORTS = 10
 """How often a group that servers aborted is asked for again before it counts as failed."""
 
+NOTHING_BEGUN: Mapping[int, list[Rollout]] = MappingProxyType({})
+"""Rollouts of earlier rounds, by prompt id: none."""
+
 Reward = Callable[[Sequence[int], Prompt], Awaitable[tuple[float, bool]]]
 Keep = Callable[[list[Rollout]], None]
 """Told of each group when a round of it is finished."""
@@ -82,7 +85,7 @@ class GroupSampler:
         stop: Callable[[], str | None] = lambda: None,
         keep: Keep = lambda group: None,
         more: More | None = None,
-        begun: Mapping[int, list[Rollout]] = MappingProxyType({}),
+        begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Whole groups in the order of `prompts`, and (sum, count) metrics of the requests.
 

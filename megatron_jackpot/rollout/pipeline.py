@@ -10,10 +10,10 @@ token is older than `ahead` when it is trained on.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch.distributed as dist
 
@@ -26,7 +26,7 @@ from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.failures import RewardsFailing
 from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.rollout.asked import Asked
-from megatron_jackpot.rollout.collect import POLL_S, Interrupted, Keep, Sums, Unfinished
+from megatron_jackpot.rollout.collect import NOTHING_BEGUN, POLL_S, Interrupted, Keep, More, Sums, Unfinished
 from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.rollout.finished_groups import Groups
 from megatron_jackpot.rollout.loop_thread import LoopThread
@@ -46,8 +46,8 @@ Stop = Callable[[], str | None]
 
 
 class Source(Protocol):
-    """Where rollouts come from, on a DP leader: coroutines for its thread. `options` of `collect` are
-    GroupSampler's `more` and `begun`, given where prompts get different numbers."""
+    """Where rollouts come from, on a DP leader: coroutines for its thread. `collect` is told `more` and
+    `begun` where prompts get different numbers alone."""
 
     thread: LoopThread
 
@@ -59,7 +59,8 @@ class Source(Protocol):
         samples: int | None = None,
         stop: Stop = lambda: None,
         keep: Keep = lambda group: None,
-        **options: Any,
+        more: More | None = None,
+        begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
     ) -> Coroutine[object, None, tuple[list[list[Rollout]], Sums]]: ...
 
     def hold(self, *, until_quiet: bool) -> Coroutine[object, None, None]: ...

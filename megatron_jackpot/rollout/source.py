@@ -7,14 +7,13 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.failures import Counts, failure_sums
 from megatron_jackpot.rewards.pool import START_TIMEOUT_S, RewardPool
-from megatron_jackpot.rollout.collect import GroupSampler, Keep, More, Sums, Unfinished
+from megatron_jackpot.rollout.collect import NOTHING_BEGUN, GroupSampler, Keep, More, Sums, Unfinished
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
@@ -72,7 +71,7 @@ class ServerSource:
         stop: Callable[[], str | None] = lambda: None,
         keep: Keep = lambda group: None,
         more: More | None = None,
-        begun: Mapping[int, list[Rollout]] = MappingProxyType({}),
+        begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the metrics
         of requests and rewards; `samples` of each in place of the usual number, or what `more` asks for.
