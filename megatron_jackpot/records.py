@@ -4,8 +4,8 @@ reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Cor
 Aggregated [M, T] -> one ObjectiveInputs [T] per micro-batch, with DistillInputs [T] beside the actor's ->
 loss. From Batch on each is constructed in one function and changed by `replace` alone, and no tensor of a
 Batch is held by another record. Nothing else holds numbers of tokens, but for what a function hands to its
-caller and nobody keeps (Local and VocabScores in parallel, SampledLogp in algorithm) and the TokenRecord that
-monitor writes to disk.
+caller and nobody keeps (Local and VocabScores in parallel, SampledLogp, Group and Selection in algorithm) and
+the TokenRecord that monitor writes to disk.
 
 Shapes: R response tokens of one rollout, M micro-batches on this DP rank, T packed tokens per micro-batch
 (the same for every micro-batch and rank), P pruned rollouts, K ids per token: the server's top-k in a Batch,
