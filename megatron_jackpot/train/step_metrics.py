@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -37,6 +37,23 @@ class StepResult:
     """What became of the step's prompts (rollout/pipeline.py: account), on DP leaders."""
     wrong: list[Wrong]
     """A few rollouts that missed their answer, on DP leaders."""
+
+
+class Agreed(NamedTuple):
+    """What every rank must know of a mini-batch before the next schedule starts, summed over all of it."""
+
+    num_policy: float
+    """N of the policy's loss."""
+    num_valid: float
+    """Valid tokens that train."""
+    num_actor: float
+    """N of the actor's: these, and those of pruned rollouts that count."""
+    num_positive: float
+    """Of correct rollouts among the latter."""
+    acceptance: float
+    """Mean expected acceptance; NaN where no token is valid."""
+    kl: float
+    """Mean KL(target || server) over the candidates; NaN where no token is valid."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models.build import DTYPES
 from megatron_jackpot.models.engine import Loss
+from megatron_jackpot.models.weight_ring import WeightRing
 from megatron_jackpot.monitor.token_log import TokenLog
 from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
 from megatron_jackpot.records import Aggregated, Batch, Correction, Scores
@@ -30,7 +31,7 @@ from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
-from megatron_jackpot.train.step_metrics import StepMetrics, StepResult, staleness
+from megatron_jackpot.train.step_metrics import Agreed, StepMetrics, StepResult, staleness
 
 log = logging.getLogger(__name__)
 
@@ -55,23 +56,6 @@ class MiniBatch(NamedTuple):
     """Of `batch`; None off the last pipeline stage."""
 
 
-class Agreed(NamedTuple):
-    """What every rank must know of a mini-batch before the next schedule starts, summed over all of it."""
-
-    num_policy: float
-    """N of the policy's loss."""
-    num_valid: float
-    """Valid tokens that train."""
-    num_actor: float
-    """N of the actor's: these, and those of pruned rollouts that count."""
-    num_positive: float
-    """Of correct rollouts among the latter."""
-    acceptance: float
-    """Mean expected acceptance; NaN where no token is valid."""
-    kl: float
-    """Mean KL(target || server) over the candidates; NaN where no token is valid."""
-
-
 class Trainer:
     """The models and everything a step needs. `source` exists on DP leaders, `sync` on the main rank."""
 
@@ -93,6 +77,10 @@ class Trainer:
             state.guard,
         )
         self.source, self.sync, self.stop = source, sync, stop
+        age = config.rollout.max_staleness
+        asked = config.rollout.top_k_logp == 0 or state.methods.exact_lam is not None
+        self.ring = WeightRing(state.served, age + 1) if asked and age else None
+        """What older tokens were sampled with, where q is taken from scores."""
         self.pipeline = Pipeline(
             mesh,
             config.rollout,
@@ -102,6 +90,7 @@ class Trainer:
             limit_s=config.run.phase_timeout_s,
             in_flight=config.sync.in_flight,
             allocation=state.methods.allocation,
+            known_since=lambda: self.ring.versions[0] if self.ring is not None and self.ring.versions else 0,
         )
         self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
         here = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.dp_rank == 0
@@ -110,8 +99,9 @@ class Trainer:
             state.policy,
             state.actor,
             temperature=config.rollout.temperature,
-            top_k=config.rollout.top_k_logp,
+            top_k=config.num_candidates,
             keep_head=state.methods.keeps_logits,
+            ring=self.ring,
         )
         self.packer = Packer(
             mesh,
@@ -389,6 +379,8 @@ class Trainer:
                 log.warning(error)
         if self.mesh.is_main:
             weights.finish()
+        if self.ring is not None:
+            self.ring.push(version)
         self.mesh.wait_for_leaders(f"sync-{version}-{self.num_pushes}", limit_s)
         self.pipeline.pushed(version)
         return metrics

@@ -57,6 +57,8 @@ class Layout:
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
+    top_k: int = TOP_K
+    """What servers return; 0 leaves the candidates to the trainer."""
     one_model: bool = False
     """No actor: servers hold the policy."""
 
@@ -90,7 +92,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 prompts_per_step=NUM_PROMPTS,
                 samples_per_prompt=4,
                 max_new_tokens=16,
-                top_k_logp=TOP_K,
+                top_k_logp=layout.top_k,
             ),
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
@@ -99,6 +101,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 objective=dict(name=layout.objective),
                 aggregation=dict(name=layout.aggregation),
                 selector=dict(name=layout.selector),
+                num_candidates=TOP_K,
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
             ),
