@@ -172,6 +172,12 @@ class Scores:
     exact_overlap_MT: Tensor | None = None
     """Z over the whole vocabulary, q being the served model's log-probs; only where a correction asks for
     it."""
+    entropy_MT: Tensor | None = None
+    """Entropy of the target over its vocabulary, nats; None where nobody read it."""
+    reference_logp_MT: Tensor | None = None
+    """log-prob of the sampled token under the frozen reference; only where there is one."""
+    reference_kl_MT: Tensor | None = None
+    """KL(policy_old || reference) over the whole vocabulary; only where it is asked for."""
     step: int
     """Number of the optimizer step's batch: key of the random draws."""
 

@@ -171,6 +171,25 @@ def _one_model(c: "Config") -> Iterator[str]:
             )
 
 
+def _reference(c: "Config") -> Iterator[str]:
+    kl = c.algorithm.reference_kl
+    if kl is not None and c.policy.reference is None:
+        yield (
+            "algorithm.reference_kl needs a model to stay near, but policy.reference is null. Set "
+            "policy.reference={} for the policy at the start, or policy.reference.hf=FOLDER."
+        )
+    if kl is None and c.policy.reference is not None:
+        yield (
+            "policy.reference is scored in every step, but algorithm.reference_kl is null: nothing would use "
+            "it. Set algorithm.reference_kl.weight=1e-3, or policy.reference=null."
+        )
+    if kl is not None and kl.place == "reward" and kl.estimator == "unbiased":
+        yield (
+            "algorithm.reference_kl.estimator = 'unbiased' is a form of the loss, but place = 'reward'. Set "
+            "estimator=k1, or place=loss."
+        )
+
+
 def _evaluation(c: "Config") -> Iterator[str]:
     e = c.evaluation
     for name in e.sets:
@@ -246,6 +265,12 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "set actor=null, rollout.model, algorithm.train_actor=true, guard.acceptance_floor=null, "
         "guard.kl_ceiling=null",
         _one_model,
+    ),
+    Check(
+        "policy.reference, algorithm.reference_kl",
+        "go together; the form 'unbiased' is one of the loss",
+        "set both or neither; estimator=k1 in the reward",
+        _reference,
     ),
     Check(
         "rollout.ahead",

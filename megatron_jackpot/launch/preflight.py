@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def folders(self) -> dict[str, Path]:
-        return {name: section.hf for name, section in self.config.models.items()}
+        return self.config.folders
 
     @cached_property
     def shapes(self) -> dict[str, ModelShape] | None:
@@ -322,13 +322,14 @@ def _rows(s: Subject) -> dict[str, int]:
 
 def _ends(s: Subject) -> tuple[int, ...]:
     """Raises ValueError where no folder names one."""
-    return stop_token_ids(s.vocabulary.eos if s.vocabulary else None, list(s.folders.values()))
+    folders = [section.hf for section in s.config.models.values()]
+    return stop_token_ids(s.vocabulary.eos if s.vocabulary else None, folders)
 
 
 CHECKS: tuple[Check[Subject], ...] = (
     Check("--nproc", "is a multiple of tp * pp * cp, with a prompt for each rank", "change it", _processes),
     Check(
-        "policy.hf, actor.hf",
+        "policy.hf, actor.hf, policy.reference.hf",
         "are folders with config.json and weights that this user may read",
         "set the folder, or chmod",
         _folders,
@@ -341,9 +342,9 @@ CHECKS: tuple[Check[Subject], ...] = (
         _shapes,
     ),
     Check(
-        "tokenizer.json of policy.hf and actor.hf",
-        "is there, and both give ids, special ids and the end of a text the same meaning",
-        "use two models of one family",
+        "tokenizer.json of policy.hf, actor.hf and policy.reference.hf",
+        "is there, and all give ids, special ids and the end of a text the same meaning",
+        "use models of one family",
         _tokenizers,
     ),
     Check(

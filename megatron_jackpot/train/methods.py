@@ -1,8 +1,7 @@
-"""The methods of a run, built from the configuration once, and the controllers that move two of their
-settings."""
+"""The methods of a run, built from the configuration once, and the controllers that move some of
+their settings."""
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES, Advantage
 from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation
-from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
+from megatron_jackpot.algorithm.controllers import SteeredWeight, TargetAcceptance
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
 from megatron_jackpot.algorithm.distill import DISTILL, Distillation
@@ -26,11 +25,12 @@ from megatron_jackpot.algorithm.registry import Registry, build
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
 from megatron_jackpot.config.load import examine
-from megatron_jackpot.records import Correction, Metrics, Pair, Rollout, Scores
+from megatron_jackpot.records import Aggregated, Correction, Metrics, Pair, Rollout, Scores
 from megatron_jackpot.train.own_methods import try_out
+from megatron_jackpot.train.terms import Terms, move, number
 
 M = TypeVar("M")
-Controller = TargetAcceptance | AdaptiveDistill
+Controller = TargetAcceptance | SteeredWeight
 
 
 @dataclass
@@ -44,17 +44,15 @@ class ActorMethods:
     distill: Distillation
     distill_weight: float
     """lambda_distill of the next mini-batch."""
-    adaptive: AdaptiveDistill | None = None
+    adaptive: SteeredWeight | None = None
     """Steers distill_weight, on the last pipeline stage."""
 
     def steer(self, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
         """As `Methods.steer`, of the distillation weight."""
         if self.adaptive is None:
             return {}
-        total, count = sum_over_batch(torch.stack(kl)).tolist()
-        self.distill_weight = self.adaptive.update(total / count if count else math.nan)
-        one = torch.ones_like(kl[1])
-        return {"actor/distill_weight": (one * self.distill_weight, one)}
+        self.distill_weight = move(self.adaptive, kl, sum_over_batch)
+        return {"actor/distill_weight": number(self.distill_weight, kl)}
 
 
 @dataclass
@@ -66,6 +64,8 @@ class Methods:
     objective: Objective
     advantage: Advantage
     aggregation: Aggregation
+    terms: Terms
+    """What is added to the policy's loss."""
     overlong: SoftOverlong | None = None
     mask_truncated: bool = False
     actor: ActorMethods | None = None
@@ -98,6 +98,7 @@ class Methods:
             objective=made["objective"],
             advantage=made["advantage"],
             aggregation=made["aggregation"],
+            terms=made["terms"],
             overlong=made["overlong"],
             mask_truncated=config.algorithm.mask_truncated,
             actor=actor,
@@ -111,13 +112,15 @@ class Methods:
         return self.actor is not None and self.actor.distill.needs == "logits"
 
     def correct(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
-        """The correction of a mini-batch with what the filters remove. Sums over the batch as the
-        correction does."""
+        """The correction of a mini-batch with what the filters remove. Sums over the batch as they do."""
         found = self.correction(scores, sum_over_batch)
-        return filtered(found, self.filters, scores, counts_all=self.correction.denominator == "all")
+        counts_all = self.correction.denominator == "all"
+        return filtered(found, self.filters, scores, sum_over_batch, counts_all=counts_all)
 
-    def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
-        """Move lam and the distillation weight for the next mini-batch; what they are then, as metrics.
+    def steer(
+        self, scores: Scores, kl: Pair, aggregated: Aggregated, sum_over_batch: SumOverBatch
+    ) -> Metrics:
+        """Move lam and the weights that are steered for the next mini-batch; what they are then, as metrics.
 
         `kl` is (sum, count) of KL(policy || server) on this rank. Sums over the batch once per controller.
         """
@@ -126,12 +129,14 @@ class Methods:
             log_ratio_MT = log_ratio(*(torch.where(mask_MT, logp_MT, 0.0) for logp_MT in both))
             lam = self.acceptance.update(log_ratio_MT, mask_MT, sum_over_batch)
             self._use_lam(lam)
-        return {} if self.actor is None else self.actor.steer(kl, sum_over_batch)
+        added = self.terms.steer(scores, aggregated, sum_over_batch)
+        return added if self.actor is None else added | self.actor.steer(kl, sum_over_batch)
 
     def controllers(self) -> dict[str, Controller]:
         """name -> controller, those that the configuration asks for."""
-        both = {"acceptance": self.acceptance, "adaptive": self.actor and self.actor.adaptive}
-        return {name: controller for name, controller in both.items() if controller is not None}
+        known = {"acceptance": self.acceptance, "adaptive": self.actor and self.actor.adaptive}
+        known |= self.terms.controllers()
+        return {name: controller for name, controller in known.items() if controller is not None}
 
     def load_controllers(self, states: Mapping[str, Mapping[str, float]]) -> None:
         """Continue where a checkpoint was taken; a controller that it does not know starts afresh."""
@@ -142,17 +147,26 @@ class Methods:
             self._use_lam(self.acceptance.lam)
         if self.actor is not None and self.actor.adaptive is not None:
             self.actor.distill_weight = self.actor.adaptive.weight
+        self.terms.use_controllers()
 
     def _use_lam(self, lam: float) -> None:
         self.correction = replace(self.correction, lam=lam)
         self.exact_lam = None if self.exact_lam is None else lam
 
     def with_advantages(
-        self, groups: list[list[Rollout]], sum_over_batch: SumOverBatch, device: torch.device
+        self,
+        groups: list[list[Rollout]],
+        sum_over_batch: SumOverBatch,
+        device: torch.device,
+        added: Mapping[tuple[int, ...], float] | None = None,
     ) -> list[list[Rollout]]:
         """One DP leader's whole groups with their advantages, and no valid token where a response is not to
-        train; every leader calls it, as some formulas look at the whole batch."""
-        rewards = [[rollout.reward + self._punished(rollout) for rollout in group] for group in groups]
+        train; every leader calls it, as some formulas look at the whole batch.
+
+        `added` is what else counts in the rewards, by the rollouts' keys.
+        """
+        more = added or {}
+        rewards = [[r.reward + self._punished(r) + more.get(r.key, 0.0) for r in group] for group in groups]
         of_groups = [self.advantage(own) for own in rewards]
         advantage_N = torch.cat([torch.empty(0), *of_groups]).to(device)
         rollouts = [rollout for group in groups for rollout in group]
@@ -224,6 +238,7 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         "objective": lambda: _build(algorithm.objective, OBJECTIVES, "algorithm.objective"),
         "advantage": lambda: _build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
         "overlong": lambda: _overlong(config),
+        "terms": lambda: Terms.from_config(config),
         "aggregation": lambda: _build(algorithm.aggregation, AGGREGATIONS, "algorithm.aggregation"),
     }
     together: list[Callable[[], object]] = []
@@ -256,11 +271,11 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
     return made, mistakes
 
 
-def _steered_distillation(actor: Actor) -> AdaptiveDistill | None:
+def _steered_distillation(actor: Actor) -> SteeredWeight | None:
     if actor.distill_target_kl is None:
         return None
     try:
-        return AdaptiveDistill(kl=actor.distill_target_kl, weight=actor.distill_weight)
+        return SteeredWeight(wanted=actor.distill_target_kl, weight=actor.distill_weight)
     except ValueError as error:
         raise ValueError(f"actor.distill_target_kl with actor.distill_weight: {error}") from error
 

@@ -7,6 +7,7 @@ Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -24,11 +25,12 @@ from megatron_jackpot.parallel.vocab import (
 )
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Batch, Scores
+from megatron_jackpot.train.reference import Reference
 
 
 class Scorer:
-    """Scores batches with the policy and, where there is one, the actor; results exist on the last pipeline
-    stage only."""
+    """Scores batches with the policy and, where they are, the actor and the reference; results exist on the
+    last pipeline stage only."""
 
     def __init__(
         self,
@@ -38,9 +40,11 @@ class Scorer:
         temperature: float,
         top_k: int,
         keep_head: bool = False,
+        reference: Reference | None = None,
     ) -> None:
         self.policy = policy
         self.actor = actor
+        self.reference = reference
         self.top_k = top_k
         self.temperature = temperature
         self.keep_head = keep_head
@@ -55,10 +59,13 @@ class Scorer:
 
         `exact_lam` asks for Z over the whole vocabulary at that lam.
         """
+        reference = self.reference
         keep = self.keep_head or (exact_lam is not None and self.actor is not None)
+        keep = keep or (reference is not None and reference.exact)
         with record_head(self.policy) if keep else nullcontext() as head:
             policy = self.policy.score(batch, partial(self._read_policy, batch))
         self.head = head if self.keep_head else None
+        held = {} if reference is None else reference.score(batch, head if reference.exact else None)
         ids_MTC = None if policy is None else union_of_candidates(batch.topk_ids_MTK, policy["topk_ids"])
         if self.actor is None:
             served = None if policy is None else _own_proposal(policy, exact_lam)
@@ -68,7 +75,8 @@ class Scorer:
             served = self.actor.score(batch, reader)
         if policy is None or served is None or ids_MTC is None:
             return None
-        return make_scores(batch, ids_MTC, policy, served, served_version=served_version, step=step)
+        made = make_scores(batch, ids_MTC, policy, served, served_version=served_version, step=step)
+        return replace(made, **held)
 
     def retarget(self, scores: Scores | None, mini: Batch) -> Scores | None:
         """The same scores aimed at the current policy, by a fresh pass of it."""
@@ -96,13 +104,14 @@ class Scorer:
     def _read_policy(self, batch: Batch, logits_TV: Logits, index: int) -> dict[str, Tensor]:
         labels_T, ids_TK = batch.labels_MT[index], batch.topk_ids_MTK[index]
         read = vocab_parallel_scores(
-            logits_TV, labels_T, self.vocab(self.policy), ids_TK=ids_TK, k=self.top_k
+            logits_TV, labels_T, self.vocab(self.policy), ids_TK=ids_TK, k=self.top_k, entropy=True
         )
         return dict(
             logp=read.logp_T,
             server_ids_logp=_asked(read.at_ids_TK),
             topk_logp=_asked(read.topk_logp_TK),
             topk_ids=_asked(read.topk_ids_TK),
+            entropy=_asked(read.entropy_T),
         )
 
     def _read_actor(

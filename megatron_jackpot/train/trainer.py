@@ -26,6 +26,7 @@ from megatron_jackpot.sync.retry import PushInterrupted
 from megatron_jackpot.sync.stream import WeightStream
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, actor_loss, policy_loss
+from megatron_jackpot.train.reward_kl import with_kl_in_rewards
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import StepMetrics, StepResult, staleness
@@ -107,6 +108,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             top_k=config.rollout.top_k_logp,
             keep_head=state.methods.keeps_logits,
+            reference=state.reference,
         )
         self.packer = Packer(
             mesh,
@@ -128,7 +130,7 @@ class Trainer:
                 groups = self.with_advantages(collected)
             with measured.timer("make_room"):
                 self.make_room()
-            self.learn(self.packer.pack(groups, self.config.rollout.top_k_logp), measured)
+            self.learn(self.packer.pack(groups, self.config.rollout.top_k_logp), measured, groups)
             self.state.num_steps += 1
             with measured.timer("sync"):
                 measured.values |= self.push()
@@ -142,8 +144,9 @@ class Trainer:
             wrong=measured.wrong,
         )
 
-    def learn(self, batch: Batch, measured: StepMetrics) -> None:
-        """The paper's update on a packed batch."""
+    def learn(self, batch: Batch, measured: StepMetrics, groups: list[list[Rollout]] | None = None) -> None:
+        """The paper's update on a packed batch; `groups` are a leader's rollouts in it, whose rewards the KL
+        to the reference may belong to."""
         with measured.timer("score"):
             old = self.scorer(
                 batch,
@@ -151,12 +154,16 @@ class Trainer:
                 served_version=self.state.num_steps,
                 exact_lam=self.methods.exact_lam,
             )
+            if self.methods.terms.in_reward:
+                shared = (self.methods, self.mesh, self.sum_over_batch, self.packer)
+                batch, old, metrics = with_kl_in_rewards(batch, old, groups, *shared)
+                measured.add(metrics)
         policy_moved = False
         for mini in self.minibatches(batch, old):
             with measured.timer("correct"):
                 correction = self.correct(mini.scores)
-                self.measure(mini.scores, correction, measured)
                 aggregated = self.aggregate(mini.scores, correction)
+                self.measure(mini.scores, correction, aggregated, measured)
                 agreed = self.agree(mini.scores, correction, aggregated)
                 self.watch(agreed, measured)
             if agreed.num_valid == 0:
@@ -207,14 +214,20 @@ class Trainer:
         """The correction of a mini-batch; None off the last stage."""
         return None if scores is None else self.methods.correct(scores, self.sum_over_batch)
 
-    def measure(self, scores: Scores | None, correction: Correction | None, measured: StepMetrics) -> None:
+    def measure(
+        self,
+        scores: Scores | None,
+        correction: Correction | None,
+        aggregated: Aggregated | None,
+        measured: StepMetrics,
+    ) -> None:
         """Metrics and the token log of a mini-batch, and the controllers' move for the next one."""
-        if scores is None or correction is None:
+        if scores is None or correction is None or aggregated is None:
             return
         self.tokens.note(measured.step, scores, correction)
         measured.add(correction.metrics)
         measured.add(diagnostics(scores, correction, self.sum_over_batch))
-        measured.add(self.methods.steer(scores, correction.kl, self.sum_over_batch))
+        measured.add(self.methods.steer(scores, correction.kl, aggregated, self.sum_over_batch))
         measured.add(staleness(scores.batch, self.state.num_steps, self.config.rollout.max_staleness))
 
     def aggregate(self, scores: Scores | None, correction: Correction | None) -> Aggregated | None:
@@ -293,10 +306,8 @@ class Trainer:
         if mini.scores is not None and aggregated is not None:
             objective = self.methods.objective.prepare(mini.scores, self.sum_over_batch)
             vocab = self.scorer.vocab(self.policy)
-            nll_weight = self.config.algorithm.positive_nll / max(agreed.num_positive, 1.0)
-            loss = policy_loss(
-                mini.scores, aggregated, agreed.num_policy, objective, vocab, nll_weight=nll_weight
-            )
+            terms = self.methods.terms.weights(agreed.num_valid, agreed.num_positive)
+            loss = policy_loss(mini.scores, aggregated, agreed.num_policy, objective, vocab, terms)
         report = self.policy.update(mini.batch, loss, partial(self.guard.may_step, "policy"))
         gap = report.sums.pop(TRAINED_GAP, None)
         measured.note_update("policy", report, self.mesh)
