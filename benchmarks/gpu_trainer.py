@@ -9,11 +9,16 @@ gpu_common.Shape.train_flops (6 per matrix weight and token, output layer includ
 pairs; no recomputation), peak 989 TFLOP/s in bf16 and 1979 in fp8 for the whole step, although its attention
 and output layer run in bf16. A joint step's useful FLOPs are forward (scoring) and training of both models.
 "bf16 logits" is precision.fused_linear=false: logits exist.
+
+`--profile` adds a row per case: how long the device is busy in an update, its kernels, how often the host
+waits for the device (per micro-batch it must be 0), and prints the dearest kernels and operators before it.
 """
 
 import statistics
+from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_common import DEVICE, HALF, PEAK_TFLOPS, QWEN3_0_6B, TINY, Report, Shape, parser, seconds
 from benchmarks.gpu_models import close, correct, make_batch, make_config, make_trainer, update_policy
@@ -29,10 +34,20 @@ PRECISIONS = {
     },
 }
 PHASES = ("score", "correct", "update_actor", "update_policy")
+PRINTED = 16
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-def measure(report: Report, precision: str, lengths: list[int], shapes: dict[str, dict], tokens: int) -> None:
-    """Adds a row of the policy's update and one of the joint step."""
+def measure(
+    report: Report,
+    precision: str,
+    lengths: list[int],
+    shapes: dict[str, dict],
+    tokens: int,
+    *,
+    profiled: bool,
+) -> None:
+    """Adds a row of the policy's update, with `profiled` one of its profile, and one of the joint step."""
     trainer = make_trainer(make_config(tokens, PRECISIONS[precision]), shapes)
     vocab = shapes["policy"]["vocab_size"]
     batch = make_batch(trainer, lengths, vocab)
@@ -51,6 +66,8 @@ def measure(report: Report, precision: str, lengths: list[int], shapes: dict[str
             what="update", **common, s=update_s, tokens_s=sum(lengths) / update_s, mfu=flops / update_s / peak
         )
     )
+    if profiled and DEVICE.type == "cuda":
+        report.add(dict(what="profile", **common, **_profile(lambda: update_policy(trainer, *corrected))))
     parts: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
     def joint() -> None:
@@ -76,8 +93,40 @@ def _with_peak(call, common: dict) -> float:
     return time_s
 
 
+def _profile(call: Callable[[], None]) -> dict:
+    """Numbers of a row, the profile's table printed: device seconds, kernels, waits of the host."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recording:
+        call()
+        torch.cuda.synchronize()
+    found = recording.key_averages()
+    on_device = [event for event in found if event.self_device_time_total and not event.self_cpu_time_total]
+    kernels = sorted(on_device, key=lambda event: -event.self_device_time_total)
+    busy_us = sum(event.self_device_time_total for event in kernels)
+    for event in kernels[:PRINTED]:
+        print(
+            f"  {event.self_device_time_total / busy_us:6.1%} {event.self_device_time_total / 1e3:8.2f} ms "
+            f"{event.count:6d} x {event.key[:90]}",
+            flush=True,
+        )
+    for event in sorted(found, key=lambda event: -event.self_cpu_time_total)[:PRINTED]:
+        print(
+            f"  host {event.self_cpu_time_total / 1e3:8.2f} ms {event.count:6d} x {event.key[:90]}",
+            flush=True,
+        )
+    return dict(
+        busy_s=busy_us / 1e6,
+        kernels=sum(event.count for event in kernels),
+        # One of them is the wait that ends the measurement.
+        waits=sum(event.count for event in found if event.key in WAITS),
+        copies=sum(event.count for event in found if event.key == "cudaMemcpyAsync"),
+    )
+
+
 def main() -> None:
     made = parser(__doc__)
+    made.add_argument("--profile", action="store_true", help="where an update's time goes on the device")
+    made.add_argument("--cases", nargs="+", type=int, default=[0, 1, 2], help="of the three, by number")
     made.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=["bf16", "bf16 logits", "tensorwise"]
     )
@@ -89,8 +138,8 @@ def main() -> None:
         cases = [([32] * 2, 64), ([32] * 2, 32)]
     report = Report("gpu_trainer", tiny=args.tiny)
     for precision in args.precision:
-        for lengths, tokens in cases:
-            measure(report, precision, lengths, shapes, tokens)
+        for lengths, tokens in (cases[case] for case in args.cases if case < len(cases)):
+            measure(report, precision, lengths, shapes, tokens, profiled=args.profile)
             close()
     report.close()
 

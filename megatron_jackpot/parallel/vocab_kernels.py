@@ -14,16 +14,17 @@ import triton
 import triton.language as tl
 
 NEG_INF = tl.constexpr(-float("inf"))
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _finite(peak):
+def finite_or_zero(peak):
     """0 in place of -inf: the reference that exponents are taken against."""
     return tl.where(peak == NEG_INF, 0.0, peak)
 
 
 @triton.jit
-def _load(pointer, columns, width, per_rank, inverse_temperature):
+def load_block(pointer, columns, width, per_rank, inverse_temperature):
     """Logits over the temperature in fp32, -inf beyond the true columns.
 
     The mask of the load is the row's own length: a multiple of 16 where the vocabulary was padded, so that 16
@@ -31,6 +32,86 @@ def _load(pointer, columns, width, per_rank, inverse_temperature):
     """
     logits = tl.load(pointer + columns, mask=columns < per_rank, other=NEG_INF).to(tl.float32)
     return tl.where(columns < width, logits * inverse_temperature, NEG_INF)
+
+
+@triton.jit
+def tile_offsets(ROWS: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Offsets [ROWS, LANES, EACH] of a block: EACH columns lie side by side, 16 bytes of them, and a lane has
+    ROWS such pieces. A lane's share is in one thread, which reduces it without asking the others."""
+    rows, lanes, each = tl.arange(0, ROWS), tl.arange(0, LANES), tl.arange(0, EACH)
+    return (rows[:, None, None] * LANES + lanes[None, :, None]) * EACH + each[None, None, :]
+
+
+@triton.jit
+def load_tile(pointer, columns, width, per_rank, WHOLE: tl.constexpr):
+    """A tile of logits in fp32, as `load_block` loads them where it is not WHOLE."""
+    if WHOLE:
+        logits = tl.load(pointer + columns).to(tl.float32)
+    else:
+        logits = tl.load(pointer + columns, mask=columns < per_rank, other=NEG_INF).to(tl.float32)
+        logits = tl.where(columns < width, logits, NEG_INF)
+    return logits
+
+
+@triton.jit
+def lane_max(tile):
+    return tl.max(tl.max(tile, axis=2), axis=0)
+
+
+@triton.jit
+def lane_sum(tile):
+    return tl.sum(tl.sum(tile, axis=2), axis=0)
+
+
+@triton.jit
+def _below(tile, base):
+    """tile - base of each lane, at least -1e30: its product with a probability of 0 is 0, and NaN stays."""
+    return tl.maximum(tile - base[None, :, None], -1e30, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _read_block(
+    pointer,
+    start,
+    group_ptr,
+    width,
+    per_rank,
+    num_groups,
+    peak,
+    mass,
+    moment,
+    inverse_temperature,
+    WHOLE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    EACH: tl.constexpr,
+):
+    """(peak, mass, moment) [LANES] after one more block. mass = sum of exp((x - peak) / temperature), moment
+    the sum of that times (x - peak)."""
+    logits = load_tile(pointer, start + tile_offsets(ROWS, LANES, EACH), width, per_rank, WHOLE)
+    piece_peak = tl.max(logits, axis=2)
+    if GROUPS:
+        PIECES: tl.constexpr = GROUP // EACH
+        EACH_ROW: tl.constexpr = LANES // PIECES
+        peaks = tl.max(tl.reshape(piece_peak, (ROWS, EACH_ROW, PIECES)), axis=2)
+        group = start // GROUP + tl.arange(0, ROWS)[:, None] * EACH_ROW + tl.arange(0, EACH_ROW)[None, :]
+        tl.store(group_ptr + group, peaks * inverse_temperature, mask=group < num_groups)
+    new_peak = tl.maximum(peak, tl.max(piece_peak, axis=0))
+    base = finite_or_zero(new_peak)
+    scale = inverse_temperature * LOG2_E
+    factor = tl.exp2((peak - base) * scale)
+    if ENTROPY:
+        below = _below(logits, base)
+        prob = tl.exp2(below * scale)
+        # The old sum is moved to the new peak.
+        moved = moment + mass * (finite_or_zero(peak) - base)
+        moment = tl.where(factor == 0.0, 0.0, factor * moved) + lane_sum(prob * below)
+    else:
+        prob = tl.exp2((logits - base[None, :, None]) * scale)
+    return new_peak, mass * factor + lane_sum(prob), moment
 
 
 @triton.jit
@@ -53,37 +134,66 @@ def read_kernel(
     GROUPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    EACH: tl.constexpr,
 ):
     """logsumexp of a row, its logits at ids (0 where not owned), its entropy, and the maximum of every
     group."""
     row = tl.program_id(0).to(tl.int64)
-    pointer = logits_ptr + row * row_stride
-    peak, mass, moment = tl.full((), NEG_INF, tl.float32), tl.zeros((), tl.float32), tl.zeros((), tl.float32)
-    for start in range(0, width, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        logits = _load(pointer, columns, width, per_rank, inverse_temperature)
-        if GROUPS:
-            peaks = tl.max(tl.reshape(logits, (BLOCK_V // GROUP, GROUP)), axis=1)
-            group = start // GROUP + tl.arange(0, BLOCK_V // GROUP)
-            tl.store(group_peak_ptr + row * num_groups + group, peaks, mask=group < num_groups)
-            block_peak = tl.max(peaks, axis=0)
-        else:
-            block_peak = tl.max(logits, axis=0)
-        new_peak = tl.maximum(peak, block_peak)
-        base = _finite(new_peak)
-        prob = tl.exp(logits - base)
-        factor = tl.exp(peak - base)
-        if ENTROPY:
-            # sum of exp(x - peak) (x - peak): the old sum is moved to the new peak.
-            terms = tl.where(prob == 0.0, 0.0, prob * (logits - base))
-            moved = moment + mass * (_finite(peak) - base)
-            moment = tl.where(factor == 0.0, 0.0, factor * moved) + tl.sum(terms, axis=0)
-        mass = mass * factor + tl.sum(prob, axis=0)
-        peak = new_peak
-    tl.store(lse_ptr + row, _finite(peak) + tl.log(mass))
+    pointer, group_ptr = logits_ptr + row * row_stride, group_peak_ptr + row * num_groups
+    peak = tl.full((LANES,), NEG_INF, tl.float32)
+    mass, moment = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    BLOCK: tl.constexpr = ROWS * LANES * EACH
+    whole = width // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        peak, mass, moment = _read_block(
+            pointer,
+            start,
+            group_ptr,
+            width,
+            per_rank,
+            num_groups,
+            peak,
+            mass,
+            moment,
+            inverse_temperature,
+            True,
+            ENTROPY,
+            GROUPS,
+            GROUP,
+            ROWS,
+            LANES,
+            EACH,
+        )
+    if whole < width:
+        peak, mass, moment = _read_block(
+            pointer,
+            whole,
+            group_ptr,
+            width,
+            per_rank,
+            num_groups,
+            peak,
+            mass,
+            moment,
+            inverse_temperature,
+            False,
+            ENTROPY,
+            GROUPS,
+            GROUP,
+            ROWS,
+            LANES,
+            EACH,
+        )
+    base = finite_or_zero(tl.max(peak, axis=0))
+    factor = tl.exp2((peak - base) * inverse_temperature * LOG2_E)
+    total = tl.sum(mass * factor, axis=0)
+    tl.store(lse_ptr + row, base * inverse_temperature + tl.log(total))
     if ENTROPY:
-        tl.store(entropy_ptr + row, tl.where(mass == 0.0, 0.0, tl.log(mass) - moment / mass))
+        moved = moment + mass * (finite_or_zero(peak) - base)
+        below = tl.sum(tl.where(factor == 0.0, 0.0, factor * moved), axis=0) * inverse_temperature
+        tl.store(entropy_ptr + row, tl.where(total == 0.0, 0.0, tl.log(total) - below / total))
     if HAS_IDS:
         index = tl.arange(0, BLOCK_N)
         ids = tl.load(ids_ptr + row * num_ids + index, mask=index < num_ids, other=-1)
@@ -91,6 +201,55 @@ def read_kernel(
         owned = (index < num_ids) & (column >= 0) & (column < width)
         logits = tl.load(pointer + column, mask=owned, other=0.0).to(tl.float32) * inverse_temperature
         tl.store(picked_ptr + row * num_ids + index, logits, mask=index < num_ids)
+
+
+@triton.jit
+def top_kernel(
+    logits_ptr,
+    row_stride,
+    group_peak_ptr,
+    top_ptr,
+    top_ids_ptr,
+    first,
+    width,
+    num_groups,
+    k,
+    inverse_temperature,
+    GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The k largest logits over the temperature and their ids, best first, equal ones by id; -inf and -1
+    where there are no more.
+
+    They lie in the k groups of largest maximum: whoever is in another is beaten by the best of each of those,
+    equal values by their lower ids. Both selections take the best k times: nothing leaves the registers.
+    """
+    NONE: tl.constexpr = 2147483647
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, BLOCK_G)
+    peaks = tl.load(group_peak_ptr + row * num_groups + group, mask=group < num_groups, other=NEG_INF)
+    free = tl.where(group < num_groups, group, NONE)
+    slot = tl.arange(0, BLOCK_K)
+    chosen = tl.full((BLOCK_K,), NONE, tl.int32)
+    for index in range(0, k):
+        found = tl.min(tl.where(peaks == tl.max(peaks, axis=0), free, NONE), axis=0)
+        chosen = tl.where(slot == index, found, chosen)
+        peaks = tl.where(group == found, NEG_INF, peaks)
+        free = tl.where(group == found, NONE, free)
+    exists = (chosen != NONE)[:, None]
+    columns = tl.where(exists, chosen[:, None], 0) * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = exists & (columns < width)
+    pointer = logits_ptr + row * row_stride
+    logits = tl.load(pointer + columns, mask=inside, other=NEG_INF).to(tl.float32) * inverse_temperature
+    ids = tl.where(inside, columns, NONE)
+    for index in range(0, k):
+        best = tl.max(tl.max(logits, axis=1), axis=0)
+        found = tl.min(tl.min(tl.where(logits == best, ids, NONE), axis=1), axis=0)
+        tl.store(top_ptr + row * k + index, best)
+        tl.store(top_ids_ptr + row * k + index, tl.where(found == NONE, -1, found + first))
+        logits = tl.where(ids == found, NEG_INF, logits)
+        ids = tl.where(ids == found, NONE, ids)
 
 
 @triton.jit
@@ -111,7 +270,7 @@ def softmax_grad_kernel(
     """scale * softmax, or with ENTROPY scale * softmax * (log softmax + entropy); 0 on padding."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    logp = _load(logits_ptr + row * row_stride, columns, width, per_rank, inverse_temperature) - tl.load(
+    logp = load_block(logits_ptr + row * row_stride, columns, width, per_rank, inverse_temperature) - tl.load(
         log_z_ptr + row
     )
     slope = tl.exp(logp)
@@ -155,140 +314,3 @@ def ids_grad_kernel(
     prob = tl.exp(logits * inverse_temperature - tl.load(log_z_ptr + row))
     slope = prob * tl.load(scale_ptr + row) + total
     tl.store(grad_ptr + row * grad_stride + column, slope.to(grad_ptr.dtype.element_ty), mask=owned)
-
-
-@triton.jit
-def pair_kernel(
-    first_ptr,
-    first_stride,
-    second_ptr,
-    second_stride,
-    first_lse_ptr,
-    second_lse_ptr,
-    kl_ptr,
-    width,
-    per_rank,
-    inverse_temperature,
-    KL: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """logsumexp of both rows and, with KL, KL(first || second) within the slice; inf where second has 0 and
-    first has not, 0 where first has no probability at all."""
-    row = tl.program_id(0).to(tl.int64)
-    first_peak, second_peak = tl.full((), NEG_INF, tl.float32), tl.full((), NEG_INF, tl.float32)
-    first_mass, second_mass, excess = (
-        tl.zeros((), tl.float32),
-        tl.zeros((), tl.float32),
-        tl.zeros((), tl.float32),
-    )
-    for start in range(0, width, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        first = _load(first_ptr + row * first_stride, columns, width, per_rank, inverse_temperature)
-        second = _load(second_ptr + row * second_stride, columns, width, per_rank, inverse_temperature)
-        new_first = tl.maximum(first_peak, tl.max(first, axis=0))
-        new_second = tl.maximum(second_peak, tl.max(second, axis=0))
-        first_base, second_base = _finite(new_first), _finite(new_second)
-        prob = tl.exp(first - first_base)
-        first_factor = tl.exp(first_peak - first_base)
-        if KL:
-            # excess = sum of p' ((x - peak of x) - (y - peak of y)), p' = exp(x - peak of x). Each logit
-            # meets its own peak first: two models' offsets may be large and differ (x - y would keep few
-            # digits), and where the mass lies both differences are small, so that a small KL is a sum of
-            # small terms.
-            ratio = (first - first_base) - (second - second_base)
-            # Without mass the ratio may be infinite, or NaN where both have none: 0 times that is NaN.
-            terms = tl.sum(tl.where(prob == 0.0, 0.0, prob * ratio), axis=0)
-            # The old terms were taken against the old peaks: each ratio moves by the same `shift`, each p' by
-            # the same factor, with the masses and peaks of before: those are updated last.
-            shift = (_finite(first_peak) - first_base) - (_finite(second_peak) - second_base)
-            moved = tl.where(first_mass == 0.0, 0.0, excess + first_mass * shift)
-            # An infinite excess under a probability that has vanished since counts for nothing.
-            excess = tl.where(first_factor == 0.0, 0.0, first_factor * moved) + terms
-        first_mass = first_mass * first_factor + tl.sum(prob, axis=0)
-        second_factor = tl.exp(second_peak - second_base)
-        second_mass = second_mass * second_factor + tl.sum(tl.exp(second - second_base), axis=0)
-        first_peak, second_peak = new_first, new_second
-    tl.store(first_lse_ptr + row, _finite(first_peak) + tl.log(first_mass))
-    tl.store(second_lse_ptr + row, _finite(second_peak) + tl.log(second_mass))
-    if KL:
-        # Without probability the second's log normaliser is taken as 0: the sum is infinite already, and
-        # adding -inf would make it NaN. The first without any has share 0 in the sum over ranks: finite is
-        # enough.
-        second_log = tl.where(second_mass == 0.0, 0.0, tl.log(second_mass))
-        kl = excess / first_mass - tl.log(first_mass) + second_log
-        tl.store(kl_ptr + row, tl.where(first_mass == 0.0, 0.0, kl))
-
-
-@triton.jit
-def overlap_kernel(
-    first_ptr,
-    first_stride,
-    second_ptr,
-    second_stride,
-    first_log_z_ptr,
-    second_log_z_ptr,
-    overlap_ptr,
-    width,
-    per_rank,
-    inverse_temperature,
-    BLOCK_V: tl.constexpr,
-):
-    """sum of min(exp(first - its log Z), exp(second - its log Z)) over a row."""
-    row = tl.program_id(0).to(tl.int64)
-    first_log_z, second_log_z = tl.load(first_log_z_ptr + row), tl.load(second_log_z_ptr + row)
-    # A sum per lane, joined at the end: the normalisers are known, so there is no peak to follow (exp of a
-    # log-prob cannot overflow) and no reduction per block.
-    mass = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, width, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        first = (
-            _load(first_ptr + row * first_stride, columns, width, per_rank, inverse_temperature) - first_log_z
-        )
-        second = (
-            _load(second_ptr + row * second_stride, columns, width, per_rank, inverse_temperature)
-            - second_log_z
-        )
-        # The minimum of the logarithms: one exponential per pair. By default it would drop a NaN, and broken
-        # logits would look like a model that rejects a little.
-        mass += tl.exp(tl.minimum(first, second, propagate_nan=tl.PropagateNan.ALL))
-    tl.store(overlap_ptr + row, tl.sum(mass, axis=0))
-
-
-@triton.jit
-def kl_grad_kernel(
-    student_ptr,
-    student_stride,
-    teacher_ptr,
-    teacher_stride,
-    grad_ptr,
-    grad_stride,
-    student_log_z_ptr,
-    teacher_log_z_ptr,
-    kl_ptr,
-    scale_ptr,
-    width,
-    per_rank,
-    inverse_temperature,
-    FORWARD: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Of KL(teacher || student): student - teacher; of KL(student || teacher): student (log ratio - KL)."""
-    # Normalisers and KL are those of the whole vocabulary: blocks need nothing of each other, and each has
-    # its program.
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    student = _load(student_ptr + row * student_stride, columns, width, per_rank, inverse_temperature)
-    teacher = _load(teacher_ptr + row * teacher_stride, columns, width, per_rank, inverse_temperature)
-    student_logp = student - tl.load(student_log_z_ptr + row)
-    teacher_logp = teacher - tl.load(teacher_log_z_ptr + row)
-    prob = tl.exp(student_logp)
-    if FORWARD:
-        slope = prob - tl.exp(teacher_logp)
-    else:
-        # Without probability the log ratio is infinite or NaN, and its product with 0 must be 0.
-        excess = student_logp - teacher_logp - tl.load(kl_ptr + row)
-        slope = tl.where(prob == 0.0, 0.0, prob * excess)
-    # Beyond the true columns 0 is written, even where the scale is NaN: padding must not learn. Rounded once.
-    slope = tl.where(columns < width, slope * tl.load(scale_ptr + row), 0.0)
-    out = grad_ptr + row * grad_stride + columns
-    tl.store(out, slope.to(grad_ptr.dtype.element_ty), mask=columns < per_rank)

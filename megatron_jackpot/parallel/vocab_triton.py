@@ -10,15 +10,15 @@ import triton
 from torch import Tensor
 
 from megatron_jackpot.parallel import vocab_kernels as kernels
-from megatron_jackpot.parallel.topk import top_of
+from megatron_jackpot.parallel import vocab_kernels_pair as pair_kernels
 
 GROUP = 64
 """Columns that share one maximum in the top-k pass."""
 LARGEST_BLOCK = 4096
-"""Columns in flight per program: 16 per thread at 8 warps."""
+"""Columns in flight per program."""
+READ_WARPS = 4
+"""Of a program that follows a running maximum: 32 columns per thread."""
 NUM_WARPS = 8
-CANDIDATES = 2**24
-"""Numbers that the second step of the top-k reads at a time."""
 
 
 def read(
@@ -58,8 +58,8 @@ def read(
             GROUPS=k > 0,
             BLOCK_N=triton.next_power_of_2(max(num_ids, 1)),
             GROUP=GROUP,
-            BLOCK_V=_block(width),
-            num_warps=NUM_WARPS,
+            **_tile(width, logits_TV),
+            num_warps=READ_WARPS,
         )
     top = _top_of_groups(logits_TV, peak_TG, k, first, width, temperature) if k else (None, None)
     return lse_T, None if ids_TN is None else picked_TN, top, entropy_T if entropy else None
@@ -129,7 +129,7 @@ def overlap(
     """sum over the slice of min(exp(first - its log Z), exp(second - its log Z)), [T]."""
     overlap_T = _fp32(first_TV, first_TV.shape[0])
     if overlap_T.numel():
-        kernels.overlap_kernel[(overlap_T.shape[0],)](
+        pair_kernels.overlap_kernel[(overlap_T.shape[0],)](
             first_TV,
             first_TV.stride(0),
             second_TV,
@@ -162,7 +162,7 @@ def kl_backward(
     num_tokens, per_rank = student_TV.shape
     block = _block(per_rank)
     if num_tokens:
-        kernels.kl_grad_kernel[(num_tokens, triton.cdiv(per_rank, block))](
+        pair_kernels.kl_grad_kernel[(num_tokens, triton.cdiv(per_rank, block))](
             student_TV,
             student_TV.stride(0),
             teacher_TV,
@@ -218,7 +218,7 @@ def _pair(
     lse_first_T, lse_second_T = _fp32(first_TV, num_tokens), _fp32(first_TV, num_tokens)
     kl_T = _fp32(first_TV, num_tokens if kl else 0)
     if num_tokens:
-        kernels.pair_kernel[(num_tokens,)](
+        pair_kernels.pair_kernel[(num_tokens,)](
             first_TV,
             first_TV.stride(0),
             second_TV,
@@ -230,8 +230,8 @@ def _pair(
             first_TV.shape[1],
             1 / temperature,
             KL=kl,
-            BLOCK_V=_block(width),
-            num_warps=NUM_WARPS,
+            **_tile(width, first_TV),
+            num_warps=READ_WARPS,
         )
     return lse_first_T, lse_second_T, kl_T
 
@@ -239,34 +239,41 @@ def _pair(
 def _top_of_groups(
     logits_TV: Tensor, peak_TG: Tensor, k: int, first: int, width: int, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The k best of a slice from the maximum of every group: they lie in the k groups of largest maximum.
-
-    Whoever is in another group is beaten by the best of each of those, equal values by their lower ids.
-    """
-    num_tokens = logits_TV.shape[0]
-    top_TK = logits_TV.new_full((num_tokens, k), -float("inf"), dtype=torch.float32)
-    top_ids_TK = torch.full((num_tokens, k), -1, dtype=torch.int32, device=logits_TV.device)
-    num_groups = min(k, peak_TG.shape[1])
-    if not num_groups:
-        return top_TK, top_ids_TK
-    inside_C = torch.arange(GROUP, device=logits_TV.device)
-    groups_G = torch.arange(peak_TG.shape[1], device=logits_TV.device)
-    step = max(1, CANDIDATES // max(num_groups * GROUP, peak_TG.shape[1]))
-    for start in range(0, num_tokens, step):
-        rows = slice(start, start + step)
-        _, best_TG = top_of(peak_TG[rows], groups_G, num_groups)
-        columns_TC = (best_TG[..., None] * GROUP + inside_C).flatten(1)
-        absent = columns_TC >= width
-        logits_TC = logits_TV[rows].gather(-1, columns_TC.clamp(max=width - 1)).float() / temperature
-        ids_TC = (columns_TC + first).masked_fill(absent, -1)
-        found = min(k, columns_TC.shape[1])
-        top = top_of(logits_TC.masked_fill(absent, -float("inf")), ids_TC, found)
-        top_TK[rows, :found], top_ids_TK[rows, :found] = top[0], top[1].int()
+    """The k best of a slice, [T, k], from the maximum of every group."""
+    num_tokens, num_groups = peak_TG.shape
+    top_TK = _fp32(logits_TV, num_tokens, k)
+    top_ids_TK = torch.empty(num_tokens, k, dtype=torch.int32, device=logits_TV.device)
+    groups, slots = (triton.next_power_of_2(max(size, 1)) for size in (num_groups, k))
+    if num_tokens:
+        kernels.top_kernel[(num_tokens,)](
+            logits_TV,
+            logits_TV.stride(0),
+            peak_TG,
+            top_TK,
+            top_ids_TK,
+            first,
+            width,
+            num_groups,
+            k,
+            1 / temperature,
+            GROUP=GROUP,
+            BLOCK_G=groups,
+            BLOCK_K=slots,
+            # 32 numbers per thread at the most, in both selections.
+            num_warps=min(32, max(4, max(groups, slots * GROUP) // 1024)),
+        )
     return top_TK, top_ids_TK
 
 
 def _block(columns: int) -> int:
     return min(LARGEST_BLOCK, max(GROUP, triton.next_power_of_2(max(columns, 1))))
+
+
+def _tile(columns: int, like: Tensor) -> dict[str, int]:
+    """ROWS, LANES and EACH of a block: 16 bytes side by side, one lane per thread."""
+    block, each = _block(columns), 16 // like.element_size()
+    lanes = min(32 * READ_WARPS, block // each)
+    return dict(ROWS=block // (lanes * each), LANES=lanes, EACH=each)
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:

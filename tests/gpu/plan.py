@@ -58,7 +58,7 @@ STEPS = (
         120,
         "--precision",
         "fp32",
-        full=("--precision", "bf16"),
+        full=("--precision", "bf16", "--profile"),
     ),
     benchmark("vocab", "T = 16,384; 151,936 and 18,992 columns; k = 20", 45, 70),
     benchmark("correction", "0.6B and half of it, 8 x 2048 tokens, four corrections", 60, 90),

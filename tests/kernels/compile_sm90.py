@@ -18,17 +18,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_jackpot.parallel import vocab_kernels as kernels
-from megatron_jackpot.parallel.vocab_triton import GROUP, LARGEST_BLOCK, NUM_WARPS
+from megatron_jackpot.parallel import vocab_kernels_pair as pairs
+from megatron_jackpot.parallel.vocab_triton import GROUP, LARGEST_BLOCK, NUM_WARPS, READ_WARPS
 
 HOPPER = GPUTarget("cuda", 90, 32)
 LOGITS = ("logits_ptr", "first_ptr", "second_ptr", "student_ptr", "teacher_ptr", "grad_ptr")
+INTEGERS = {"ids_ptr": "*i64", "top_ids_ptr": "*i32"}
 BLOCK = dict(BLOCK_V=LARGEST_BLOCK)
-READ = dict(HAS_IDS=True, ENTROPY=True, GROUPS=True, BLOCK_N=64, GROUP=GROUP)
+READ = dict(HAS_IDS=True, ENTROPY=True, BLOCK_N=64, GROUP=GROUP)
+TOP = dict(GROUP=GROUP, BLOCK_G=4096, BLOCK_K=32)
 VARIANTS = {
-    "read": (kernels.read_kernel, {**READ, **BLOCK}, NUM_WARPS),
-    "pair": (kernels.pair_kernel, {"KL": True, **BLOCK}, NUM_WARPS),
-    "overlap": (kernels.overlap_kernel, BLOCK, NUM_WARPS),
-    "kl grad": (kernels.kl_grad_kernel, {"FORWARD": False, **BLOCK}, NUM_WARPS),
+    "read": (kernels.read_kernel, {**READ, "GROUPS": False}, READ_WARPS),
+    "read groups": (kernels.read_kernel, {**READ, "GROUPS": True}, READ_WARPS),
+    "top": (kernels.top_kernel, TOP, 4),
+    "pair": (pairs.pair_kernel, {"KL": True}, READ_WARPS),
+    "overlap": (pairs.overlap_kernel, BLOCK, NUM_WARPS),
+    "kl grad": (pairs.kl_grad_kernel, {"FORWARD": False, **BLOCK}, NUM_WARPS),
     "softmax grad": (kernels.softmax_grad_kernel, {"ENTROPY": True, **BLOCK}, NUM_WARPS),
     "ids grad": (kernels.ids_grad_kernel, {"BLOCK_N": 64}, 1),
 }
@@ -42,7 +47,7 @@ def signature(names: list[str], constants: dict, dtype: str) -> tuple[dict[str, 
         if name in constants:
             types[name] = "constexpr"
         elif name.endswith("_ptr"):
-            types[name] = f"*{dtype}" if is_logits else "*i64" if name == "ids_ptr" else "*fp32"
+            types[name] = f"*{dtype}" if is_logits else INTEGERS.get(name, "*fp32")
         else:
             types[name] = "fp32" if name == "inverse_temperature" else "i32"
         if is_logits or name == "per_rank" or name.endswith("_stride"):
@@ -52,6 +57,10 @@ def signature(names: list[str], constants: dict, dtype: str) -> tuple[dict[str, 
 
 def inspect(name: str, dtype: str) -> dict:
     kernel, constants, num_warps = VARIANTS[name]
+    if "ROWS" in kernel.arg_names:
+        each = {"bf16": 8, "fp32": 4}[dtype]
+        lanes = 32 * num_warps
+        constants = {**constants, "ROWS": LARGEST_BLOCK // (lanes * each), "LANES": lanes, "EACH": each}
     types, multiples = signature(kernel.arg_names, constants, dtype)
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples)
     compiled = triton.compile(source, target=HOPPER, options=dict(num_warps=num_warps))
@@ -60,7 +69,9 @@ def inspect(name: str, dtype: str) -> dict:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    ops = collections.Counter(re.findall(r"(?:ld|st)\.global[.\w]*|ex2[.\w]*", compiled.asm["ptx"]))
+    ops = collections.Counter(
+        re.findall(r"(?:ld|st)\.(?:global|shared)[.\w]*|ex2[.\w]*|bar\.sync|shfl", compiled.asm["ptx"])
+    )
     return dict(
         ops=dict(ops),
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
