@@ -72,6 +72,8 @@ class Rollout:
     finish: str
     """"stop", "length" or "abort"."""
     reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    """Each reward's number, where there are several: `reward` is their weighted sum."""
     correct: bool = False
     advantage: float | np.ndarray = 0.0
     """Of each token alike, or [R] float32. Computed once, after collection, over the whole group and before

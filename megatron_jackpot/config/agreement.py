@@ -190,6 +190,18 @@ def _reference(c: "Config") -> Iterator[str]:
         )
 
 
+def _rewards(c: "Config") -> Iterator[str]:
+    rewards = c.data.rewards
+    for name in rewards:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            yield f"data.rewards has '{name}': letters, digits, '_' and '-' make a metric. Rename it."
+    if c.algorithm.reward_parts == "singly" and len(rewards) < 2:
+        yield (
+            "algorithm.reward_parts = 'singly' needs several rewards, but data.rewards has "
+            f"{len(rewards)}. Set algorithm.reward_parts=jointly."
+        )
+
+
 def _evaluation(c: "Config") -> Iterator[str]:
     e = c.evaluation
     for name in e.sets:
@@ -299,6 +311,12 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check(
         "algorithm.num_minibatches", "divides rollout.prompts_per_step", "change one of them", _minibatches
+    ),
+    Check(
+        "data.rewards, algorithm.reward_parts",
+        "have names that make metrics; singly goes with several",
+        "rename, or set jointly",
+        _rewards,
     ),
     Check(
         "data.source, data.template",

@@ -51,6 +51,9 @@ class Algorithm(Section):
     aggregation: Method = Method(name="token")
     """How the policy's token losses become one: `token` mean, `sequence` (mean over responses), `constant`
     (their sums over one length), `prompt`: docs/objectives.md."""
+    reward_parts: Literal["jointly", "singly"] = "jointly"
+    """Several rewards: the advantage of their weighted sum, or the weighted sum of each one's advantage:
+    docs/advantages.md."""
     overlong: Overlong | None = None
     """DAPO's soft overlong punishment, added to the reward before the advantage: docs/advantages.md."""
     mask_truncated: bool = False

@@ -8,6 +8,15 @@ from pydantic import Field, field_validator
 from megatron_jackpot.config.base import Section
 
 
+class RewardPart(Section):
+    reward: str
+    """As data.reward."""
+    weight: float = 1.0
+    """Of it in the sum; 0 measures it alone."""
+    rows: Literal["all", "named"] = "all"
+    """named: only rows that name it under `reward`."""
+
+
 class Data(Section):
     source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
     """Where prompts come from."""
@@ -33,6 +42,9 @@ class Data(Section):
     reward: str = "exact"
     """exact, reasoning_gym, math_verify, or your own package.module:name, called (response_text, label) ->
     float."""
+    rewards: dict[str, RewardPart] = {}
+    """Several by name, in place of data.reward, for example {answer: {reward: exact}, short: {reward:
+    package.module:name, weight: 0.1}}: docs/rewards.md."""
     reward_workers: int = Field(default=2, ge=1)
     """Worker processes of the reward pool."""
     reward_memory_gb: float = Field(default=4.0, gt=0)
@@ -43,6 +55,18 @@ class Data(Section):
     """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
     max_failed_rewards: float = Field(default=0.05, ge=0, le=1)
     """Share of a step's rewards that may time out or crash; above it, and at 20 or more, the run stops."""
+
+    @property
+    def judge(self) -> str | dict[str, Any]:
+        """What says how good a response is: the one reward, or name -> part of several."""
+        return {name: part.model_dump() for name, part in self.rewards.items()} or self.reward
+
+    @property
+    def reward_names(self) -> dict[str, str]:
+        """Key -> reward, of every one that is used."""
+        if not self.rewards:
+            return {"data.reward": self.reward}
+        return {f"data.rewards.{name}.reward": part.reward for name, part in self.rewards.items()}
 
 
 class HeldoutSet(Section):

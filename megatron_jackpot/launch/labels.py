@@ -1,6 +1,7 @@
 """Labels against the reward before a server starts, in the reward's own workers, which may load anything."""
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def label_mistakes(
     `progress` is told the number of labels checked in a file. Labels that were found right before are not
     checked again, and where there are no others no worker is started.
     """
-    known = CheckedLabels(data.reward)
+    known = CheckedLabels(data.reward if not data.rewards else json.dumps(data.judge))
     new = {path: prompts for path, prompts in files.items() if any(p.label not in known for p in prompts)}
     mistakes = []
     if new:
@@ -49,4 +50,4 @@ def load_mistakes(data: Data) -> list[str]:
 def _pool(data: Data, workers: int) -> RewardPool:
     # No response is scored here, so the network may stay as it is.
     memory = int(data.reward_memory_gb * 2**30)
-    return RewardPool(data.reward, workers, data.reward_timeout_s, memory_bytes=memory, network=True)
+    return RewardPool(data.judge, workers, data.reward_timeout_s, memory_bytes=memory, network=True)

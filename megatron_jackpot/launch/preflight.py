@@ -227,7 +227,8 @@ def _read_rows(
         except (ValueError, OSError) as error:
             mistakes.append(str(error))
     # A generated problem is right by construction, and `exact` takes every text that a row may have.
-    if data.source == "jsonl" and data.reward in REWARDS[1:]:
+    # Rows may name one of several.
+    if data.source == "jsonl" and (data.rewards or data.reward in REWARDS[1:]):
         files = {
             path: whole_rows(path) if prompts is None else prompts
             for path, prompts in chosen.items()
@@ -238,16 +239,18 @@ def _read_rows(
 
 
 def _reward(s: Subject) -> Iterator[str]:
-    name = s.config.data.reward
-    if name in REWARDS:
-        return
-    package, *inside = re.split("[.:]", name)
-    if not inside:
-        yield f"data.reward = '{name}': must be one of {', '.join(REWARDS)}, or package.module:name. Set one."
-    elif not package.isidentifier() or importlib.util.find_spec(package) is None:
-        yield f"data.reward = '{name}': there is no package {package}. Put its folder on PYTHONPATH."
-    elif s.command == "launch":
-        yield from load_mistakes(s.config.data)
+    own = {key: name for key, name in s.config.data.reward_names.items() if name not in REWARDS}
+    mistakes = []
+    for key, name in own.items():
+        package, *inside = re.split("[.:]", name)
+        if not inside:
+            known = f"must be one of {', '.join(REWARDS)}, or package.module:name. Set one."
+            mistakes.append(f"{key} = '{name}': {known}")
+        elif not package.isidentifier() or importlib.util.find_spec(package) is None:
+            mistakes.append(f"{key} = '{name}': there is no package {package}. Put its folder on PYTHONPATH.")
+    if own and not mistakes and s.command == "launch":
+        mistakes = load_mistakes(s.config.data)
+    yield from mistakes
 
 
 def _servers(s: Subject) -> Iterator[str]:
@@ -366,7 +369,12 @@ CHECKS: tuple[Check[Subject], ...] = (
         "mend the row that is named, by file and line",
         _prompts,
     ),
-    Check("data.reward", "is known, or a dotted path to what a worker can load and call", "set it", _reward),
+    Check(
+        "data.reward, data.rewards",
+        "is known, or a dotted path to what a worker can load and call",
+        "set it",
+        _reward,
+    ),
     Check(
         "servers.python, servers.host, servers.port",
         "can be run, is of this machine, are free",

@@ -17,10 +17,11 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_jackpot.rewards.failures import Counts, Failures
 from megatron_jackpot.rewards.label_cache import CheckedLabels
+from megatron_jackpot.rewards.parts import Parts, of_row, weighted
 from megatron_jackpot.rewards.worker import frame
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from megatron_jackpot.records import Prompt
 
+Verdict: TypeAlias = tuple[float, bool] | tuple[float, bool, dict[str, float]]
+"""(reward, correct), and the parts of several."""
 START_TIMEOUT_S = 120.0
 MAX_REPORTED = 5
 CHUNK = 32
@@ -36,7 +39,8 @@ PROGRESS_LABELS = 1000
 
 
 class RewardPool:
-    """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
+    """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0. Of
+    several it is (their weighted sum, whether the row's first is exactly 1.0, name -> number of each).
 
     `seen` of a call holds what the reward asks for by keyword: `asks`.
 
@@ -47,7 +51,7 @@ class RewardPool:
 
     def __init__(
         self,
-        reward: str,
+        reward: str | Parts,
         workers: int,
         timeout_s: float,
         *,
@@ -62,8 +66,13 @@ class RewardPool:
         `max_failed` is the share of a call's rewards that may fail.
         """
         self.limits = {"memory_bytes": memory_bytes, "cpu_s": 4 * timeout_s, "network": network}
-        self.reward, self.timeout_s, self.start_timeout_s = reward, timeout_s, start_timeout_s
-        self.failures = Failures(reward, timeout_s, max_failed)
+        self.parts = None if isinstance(reward, str) else reward
+        self.reward = reward if isinstance(reward, str) else json.dumps(reward)
+        self.where = (
+            f"data.reward = '{reward}'" if self.parts is None else f"data.rewards ({', '.join(reward)})"
+        )
+        self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
+        self.failures = Failures(self.where, timeout_s, max_failed)
         self._closed = False
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []
@@ -88,17 +97,23 @@ class RewardPool:
         label: Any,
         counts: Counts | None = None,
         seen: Mapping[str, object] | None = None,
-    ) -> tuple[float, bool]:
+    ) -> Verdict:
         """`counts` are those of the call it belongs to, from `failures.begin`; else those of the pool."""
         counts = self.failures.counters if counts is None else counts
         reply = await self._ask("score", response_text, label, seen)
         if "failed" in reply:
             self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
-            return 0.0, False
+            return self._verdict(0.0 if self.parts is None else dict.fromkeys(of_row(self.parts, label), 0.0))
         if "error" in reply:
-            raise ValueError(f"data.reward = '{self.reward}' {reply['error']}")
+            raise ValueError(f"{self.where} {reply['error']}")
         self.failures.add_scored(counts)
-        return reply["reward"], reply["reward"] == 1.0
+        return self._verdict(reply["reward"] if self.parts is None else reply["parts"])
+
+    def _verdict(self, found: float | dict[str, float]) -> Verdict:
+        if isinstance(found, dict):
+            assert self.parts is not None
+            return weighted(self.parts, found), next(iter(found.values())) == 1.0, found
+        return found, found == 1.0
 
     @property
     def counters(self) -> Counts:
@@ -139,7 +154,7 @@ class RewardPool:
         ]
         if bad:
             more = [f"... and {len(bad) - MAX_REPORTED} more."] if len(bad) > MAX_REPORTED else []
-            head = f"data.reward = '{self.reward}': {len(bad)} of {len(prompts)} labels cannot be scored."
+            head = f"{self.where}: {len(bad)} of {len(prompts)} labels cannot be scored."
             raise ValueError("\n".join([head, *bad[:MAX_REPORTED], *more]))
 
     async def _faults(self, prompts: "Sequence[Prompt]") -> list[str | None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
+from megatron_jackpot.rewards.pool import Verdict
 from megatron_jackpot.servers.protocol import Completion, Engine, Sampling, ServerError, StaleWeights
 
 POLL_S = 0.25
@@ -14,7 +15,7 @@ POLL_S = 0.25
 MAX_ABORTS = 10
 """How often a group that servers aborted is asked for again before it counts as failed."""
 
-Reward = Callable[[Sequence[int], Prompt], Awaitable[tuple[float, bool]]]
+Reward = Callable[[Sequence[int], Prompt], Awaitable[Verdict]]
 Keep = Callable[[list[Rollout]], None]
 """Told of each group when it is finished."""
 
@@ -184,9 +185,9 @@ def _metrics(tally: Tally) -> Sums:
 
 
 def rollouts_of(
-    prompt: Prompt, epoch: int, completions: Sequence[Completion], verdicts: Sequence[tuple[float, bool]]
+    prompt: Prompt, epoch: int, completions: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[Rollout]:
-    """A group of a prompt from what was sampled and (reward, correct) of each."""
+    """A group of a prompt from what was sampled and the verdict on each."""
     return [
         Rollout(
             prompt=prompt,
@@ -201,8 +202,11 @@ def rollouts_of(
             finish=completion.finish,
             reward=float(reward),
             correct=bool(correct),
+            parts=dict(*parts),
         )
-        for sample, (completion, (reward, correct)) in enumerate(zip(completions, verdicts, strict=True))
+        for sample, (completion, (reward, correct, *parts)) in enumerate(
+            zip(completions, verdicts, strict=True)
+        )
     ]
 
 

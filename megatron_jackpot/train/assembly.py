@@ -189,7 +189,7 @@ def make_source(
         client,
         partial(
             RewardPool,
-            config.data.reward,
+            config.data.judge,
             config.data.reward_workers,
             config.data.reward_timeout_s,
             memory_bytes=int(config.data.reward_memory_gb * 2**30),

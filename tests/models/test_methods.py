@@ -103,6 +103,57 @@ def test_a_long_response_is_punished_and_a_cut_one_trains_nothing_but_counts_in_
     assert all(r.valid.all() and r.advantage == 0 for r in after)
 
 
+def parted(parts: list[dict[str, float]], weights: dict[str, float]) -> list:
+    """A group whose rewards are the weighted sums of these parts."""
+    (group,) = groups(range(1), samples=len(parts))
+    sums = [sum(weights[name] * value for name, value in own.items()) for own in parts]
+    return [replace(r, parts=own, reward=s) for r, own, s in zip(group, parts, sums, strict=True)]
+
+
+@pytest.mark.parametrize("how", ["jointly", "singly"])
+def test_several_rewards_are_normalised_by_their_sum_or_each_by_itself(how: str) -> None:
+    """A reward of a large scale drowns the other in the sum; singly both have a standard deviation of 1."""
+    weights = {"answer": 1.0, "length": 0.5}
+    rewards = {name: {"reward": "exact", "weight": weight} for name, weight in weights.items()}
+    changes = dict(algorithm_reward_parts=how, algorithm_advantage={"name": "grpo", "eps": 1e-12})
+    made = Methods.from_config(config(data_rewards=rewards, data_reward="exact", **changes))
+    parts = [{"answer": a, "length": n} for a, n in ((1.0, 100.0), (0.0, 40.0), (1.0, 10.0), (0.0, 70.0))]
+    group = parted(parts, weights)
+    (after,) = made.with_advantages([group], lambda sums: sums, torch.device("cpu"))
+
+    def normalised(values: list[float]) -> np.ndarray:
+        return (np.array(values) - np.mean(values)) / np.std(values, ddof=1)
+
+    each = {name: normalised([own[name] for own in parts]) for name in weights}
+    wanted = {
+        "jointly": normalised([r.reward for r in group]),
+        "singly": each["answer"] + 0.5 * each["length"],
+    }
+    assert [r.advantage for r in after] == pytest.approx(list(wanted[how]), rel=1e-6)
+    assert np.abs(wanted["jointly"] - wanted["singly"]).max() > 0.3
+    assert made.reward_metrics([group, parted([{"length": 2.0}], weights)]) == {
+        "reward/part/answer": (2.0, 4),
+        "reward/part/length": (222.0, 5),
+    }
+
+
+def test_what_is_added_to_the_rewards_belongs_to_the_first_part_where_each_is_normalised_by_itself() -> None:
+    weights = {"answer": 2.0, "length": 0.5}
+    rewards = {name: {"reward": "exact", "weight": weight} for name, weight in weights.items()}
+    group = parted([{"answer": float(i % 2), "length": float(i)} for i in range(4)], weights)
+    added = {r.key: -0.1 * i for i, r in enumerate(group)}
+    found = []
+    for how in ("jointly", "singly"):
+        # Without a standard deviation both are the same sum of differences.
+        changes = dict(algorithm_reward_parts=how, algorithm_advantage={"name": "dr_grpo"})
+        made = Methods.from_config(config(data_rewards=rewards, **changes))
+        (after,) = made.with_advantages([group], lambda sums: sums, torch.device("cpu"), added)
+        found.append([r.advantage for r in after])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    shaped = np.array([r.reward - 0.1 * i for i, r in enumerate(group)])
+    assert found[0] == pytest.approx(list(shaped - shaped.mean()), rel=1e-6)
+
+
 def test_filters_are_a_list_and_may_be_ones_own() -> None:
     own = "megatron_jackpot.algorithm.importance:TokenIS"  # As another package's class would be named.
     made = Methods.from_config(config(algorithm_filters=[{"name": "k_filter", "high": 0.5}, {"name": own}]))

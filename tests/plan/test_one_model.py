@@ -122,9 +122,11 @@ KL = dict(algorithm=dict(reference_kl={}))
             ),
             "'unbiased' is a form of the loss, but place = 'reward'. Set estimator=k1",
         ),
+        (dict(algorithm=dict(reward_parts="singly")), "needs several rewards, but data.rewards has 0"),
+        (dict(data=dict(rewards={"a/b": dict(reward="exact")})), "data.rewards has 'a/b'"),
     ],
 )
-def test_a_reference_and_its_kl_go_together(tmp_path, sections: dict, line: str) -> None:
+def test_sections_that_contradict_each_other_are_refused(tmp_path, sections: dict, line: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_config(tree(tmp_path, **sections))
     assert line in str(caught.value) and len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,77 @@
+"""Several rewards of one response: which of them a row gets, each one's number, and their weighted sum."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypedDict
+
+COLUMN = "reward"
+"""Of a row that names its reward, or several in a list."""
+
+
+class Part(TypedDict):
+    """One of `data.rewards`."""
+
+    reward: str
+    """A built-in reward, or one's own by its path."""
+    weight: float
+    rows: Literal["all", "named"]
+    """Every row, or only rows that name it."""
+
+
+Parts = Mapping[str, Part]
+"""name -> part, in the order of the configuration: of those that a row gets the first says what is
+correct."""
+
+
+def of_row(parts: Parts, label: Any) -> list[str]:
+    """Names of the rewards that a row gets, in the order of `parts`: those it names, else those of all rows.
+
+    Raises ValueError for a name that is none, and where none is left.
+    """
+    named = label.get(COLUMN) if isinstance(label, Mapping) else None
+    if named is None:
+        chosen = [name for name, part in parts.items() if part["rows"] == "all"]
+    else:
+        wanted = named if isinstance(named, list) else [named]
+        unknown = [name for name in wanted if name not in parts]
+        if unknown:
+            raise ValueError(
+                f"its '{COLUMN}' names {unknown[0]!r}, must be of data.rewards: {', '.join(parts)}."
+            )
+        chosen = [name for name in parts if name in wanted]
+    if not chosen:
+        raise ValueError(f"no reward is for this row: name one of data.rewards under '{COLUMN}'.")
+    return chosen
+
+
+def weighted(parts: Parts, values: Mapping[str, float]) -> float:
+    """The reward of which `values` are the parts."""
+    return sum(parts[name]["weight"] * value for name, value in values.items())
+
+
+class Several:
+    """The rewards of a run as one that returns a number for each part."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        find: Callable[[str], tuple[Callable[..., float], Callable[[Any], None] | None]],
+        asked_for: Callable[[Callable[..., object]], list[str]],
+    ) -> None:
+        """Raises ValueError as `find` does, which loads a reward by its name."""
+        self.parts = parts
+        self.found = {name: find(part["reward"]) for name, part in parts.items()}
+        self.wants = {name: asked_for(score) for name, (score, _) in self.found.items()}
+        self.asks = sorted({what for wants in self.wants.values() for what in wants})
+
+    def __call__(self, response_text: str, label: Any, **seen: object) -> dict[str, float]:
+        return {
+            name: self.found[name][0](response_text, label, **{what: seen[what] for what in self.wants[name]})
+            for name in of_row(self.parts, label)
+        }
+
+    def check(self, label: Any) -> None:
+        """Raises ValueError when a reward of the row could score no response."""
+        for name in of_row(self.parts, label):
+            check = self.found[name][1]
+            if check is not None:
+                check(label)
