@@ -40,8 +40,8 @@ class Data(Section):
     """Rows (line - 1) that were trained on and may differ from the checkpoint's on resume; later rows always
     may."""
     reward: str = "exact"
-    """exact, reasoning_gym, math_verify, or your own package.module:name, called (response_text, label) ->
-    float."""
+    """exact, reasoning_gym, math_verify, your own package.module:name, called (response_text, label) ->
+    float, or a service's http://HOST:PORT/PATH: docs/rewards.md."""
     rewards: dict[str, RewardPart] = {}
     """Several by name, in place of data.reward, for example {answer: {reward: exact}, short: {reward:
     package.module:name, weight: 0.1}}: docs/rewards.md."""
@@ -53,6 +53,8 @@ class Data(Section):
     """Leave the reward workers their network, for a reward that asks a service."""
     reward_timeout_s: float = Field(default=10.0, gt=0)
     """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
+    reward_batch: int = Field(default=32, ge=1)
+    """Responses that a reward's service is sent in one request."""
     max_failed_rewards: float = Field(default=0.05, ge=0, le=1)
     """Share of a step's rewards that may time out or crash; above it, and at 20 or more, the run stops."""
 

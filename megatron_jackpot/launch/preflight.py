@@ -28,6 +28,7 @@ from megatron_jackpot.launch.folder import used_for
 from megatron_jackpot.launch.labels import label_mistakes, load_mistakes, whole_rows
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import judges
+from megatron_jackpot.rewards.remote import address_mistake, is_remote
 from megatron_jackpot.run.clock import started_at
 from megatron_jackpot.run.provenance import check_models, check_run_folder, checkpoints, versions
 from megatron_jackpot.servers.address import LAST_PORT, free_port, port_is_free
@@ -242,13 +243,16 @@ def _reward(s: Subject) -> Iterator[str]:
     own = {key: name for key, name in s.config.data.reward_names.items() if name not in REWARDS}
     mistakes = []
     for key, name in own.items():
+        if is_remote(name):
+            mistakes += [f"{key} = '{name}': {mistake}" for mistake in [address_mistake(name)] if mistake]
+            continue
         package, *inside = re.split("[.:]", name)
         if not inside:
             known = f"must be one of {', '.join(REWARDS)}, or package.module:name. Set one."
             mistakes.append(f"{key} = '{name}': {known}")
         elif not package.isidentifier() or importlib.util.find_spec(package) is None:
             mistakes.append(f"{key} = '{name}': there is no package {package}. Put its folder on PYTHONPATH.")
-    if own and not mistakes and s.command == "launch":
+    if not mistakes and not all(map(is_remote, own.values())) and s.command == "launch":
         mistakes = load_mistakes(s.config.data)
     yield from mistakes
 

@@ -1,7 +1,9 @@
 """Several rewards of one response: which of them a row gets, each one's number, and their weighted sum."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
+
+from megatron_jackpot.rewards.remote import is_remote
 
 COLUMN = "reward"
 """Of a row that names its reward, or several in a list."""
@@ -11,7 +13,7 @@ class Part(TypedDict):
     """One of `data.rewards`."""
 
     reward: str
-    """A built-in reward, or one's own by its path."""
+    """A built-in reward, one's own by its path, or a service by its address."""
     weight: float
     rows: Literal["all", "named"]
     """Every row, or only rows that name it."""
@@ -43,13 +45,22 @@ def of_row(parts: Parts, label: Any) -> list[str]:
     return chosen
 
 
+def fault_of(parts: Parts, label: Any) -> str | None:
+    """What is wrong with the names in a row."""
+    try:
+        of_row(parts, label)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def weighted(parts: Parts, values: Mapping[str, float]) -> float:
     """The reward of which `values` are the parts."""
     return sum(parts[name]["weight"] * value for name, value in values.items())
 
 
 class Several:
-    """The rewards of a run as one that returns a number for each part."""
+    """The rewards of a run as one that returns a number for each part; those of services are not here."""
 
     def __init__(
         self,
@@ -59,19 +70,22 @@ class Several:
     ) -> None:
         """Raises ValueError as `find` does, which loads a reward by its name."""
         self.parts = parts
-        self.found = {name: find(part["reward"]) for name, part in parts.items()}
+        self.found = {n: find(part["reward"]) for n, part in parts.items() if not is_remote(part["reward"])}
         self.wants = {name: asked_for(score) for name, (score, _) in self.found.items()}
         self.asks = sorted({what for wants in self.wants.values() for what in wants})
 
-    def __call__(self, response_text: str, label: Any, **seen: object) -> dict[str, float]:
+    def __call__(
+        self, response_text: str, label: Any, *, names: Sequence[str], **seen: object
+    ) -> dict[str, float]:
+        """`names` of those that are here; `seen` has what any of them asks for."""
         return {
             name: self.found[name][0](response_text, label, **{what: seen[what] for what in self.wants[name]})
-            for name in of_row(self.parts, label)
+            for name in names
         }
 
     def check(self, label: Any) -> None:
         """Raises ValueError when a reward of the row could score no response."""
         for name in of_row(self.parts, label):
-            check = self.found[name][1]
+            check = self.found[name][1] if name in self.found else None
             if check is not None:
                 check(label)

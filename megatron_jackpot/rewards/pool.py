@@ -16,13 +16,14 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_jackpot.rewards.failures import Counts, Failures
 from megatron_jackpot.rewards.label_cache import CheckedLabels
-from megatron_jackpot.rewards.parts import Parts, of_row, weighted
-from megatron_jackpot.rewards.worker import frame
+from megatron_jackpot.rewards.parts import Parts, fault_of, of_row, weighted
+from megatron_jackpot.rewards.remote import RemoteReward, is_remote
+from megatron_jackpot.rewards.worker import SEEN, frame
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,11 +60,13 @@ class RewardPool:
         memory_bytes: int = 4 * 2**30,
         network: bool = False,
         max_failed: float = 1.0,
+        batch: int = 32,
     ):
         """Blocks until every worker has imported the reward. Raises ValueError when it cannot be imported.
 
         An item may take `memory_bytes` of memory and, over all threads, four times `timeout_s` of CPU time.
-        `max_failed` is the share of a call's rewards that may fail.
+        `max_failed` is the share of a call's rewards that may fail, `batch` how many items a service is
+        asked for at once. Where services give all rewards there are no workers.
         """
         self.limits = {"memory_bytes": memory_bytes, "cpu_s": 4 * timeout_s, "network": network}
         self.parts = None if isinstance(reward, str) else reward
@@ -73,18 +76,22 @@ class RewardPool:
         )
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.failures = Failures(self.where, timeout_s, max_failed)
+        named = {"": reward} if isinstance(reward, str) else {n: part["reward"] for n, part in reward.items()}
+        self.remote = {n: RemoteReward(n, r, timeout_s, batch) for n, r in named.items() if is_remote(r)}
+        self.asks = list(SEEN)
+        """What a reward may have beside text and label: some of the worker's SEEN, for a service all."""
         self._closed = False
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []
         self._waiting: deque[asyncio.Future[_Worker]] = deque()
         try:
-            self._idle = [self._start() for _ in range(workers)]
+            self._idle = [self._start() for _ in range(workers if len(self.remote) < len(named) else 0)]
             deadline = time.monotonic() + start_timeout_s
             for worker in self._idle:
                 worker.block_until_ready(deadline)
-            self.asks = self._idle[0].asks
-            """Names in the reward's signature beside text and label: some of the worker's SEEN."""
-            if self._idle[0].exposed:
+            if not self.remote:
+                self.asks = self._idle[0].asks
+            if self._idle and self._idle[0].exposed:
                 # Not refused: a container may allow no namespaces, and its own network may be closed already.
                 warnings.warn(f"rewards can reach the network: {self._idle[0].exposed}", stacklevel=2)
         except BaseException:
@@ -100,20 +107,35 @@ class RewardPool:
     ) -> Verdict:
         """`counts` are those of the call it belongs to, from `failures.begin`; else those of the pool."""
         counts = self.failures.counters if counts is None else counts
-        reply = await self._ask("score", response_text, label, seen)
-        if "failed" in reply:
-            self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
-            return self._verdict(0.0 if self.parts is None else dict.fromkeys(of_row(self.parts, label), 0.0))
-        if "error" in reply:
-            raise ValueError(f"{self.where} {reply['error']}")
+        names = [""] if self.parts is None else of_row(self.parts, label)
+        values: dict[str, float] = {}
+        for reply in await asyncio.gather(*self._asked(names, response_text, label, seen or {})):
+            if "failed" in reply:
+                self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
+                return self._verdict(dict.fromkeys(names, 0.0))
+            if "error" in reply:
+                raise ValueError(f"{self.where} {reply['error']}")
+            values |= reply["parts"]
         self.failures.add_scored(counts)
-        return self._verdict(reply["reward"] if self.parts is None else reply["parts"])
+        return self._verdict({name: values[name] for name in names})
 
-    def _verdict(self, found: float | dict[str, float]) -> Verdict:
-        if isinstance(found, dict):
-            assert self.parts is not None
-            return weighted(self.parts, found), next(iter(found.values())) == 1.0, found
-        return found, found == 1.0
+    def _asked(
+        self, names: Sequence[str], response_text: str, label: Any, seen: Mapping[str, object]
+    ) -> Iterator[Coroutine[Any, Any, dict[str, Any]]]:
+        """What each of the rewards `names` replies: those in the workers together, those of services each."""
+        local = [name for name in names if name not in self.remote]
+        if local:
+            given = seen if self.parts is None else {**seen, "names": local}
+            yield self._ask("score", response_text, label, given)
+        for name in names:
+            if name in self.remote:
+                yield self.remote[name].score(response_text, label, seen)
+
+    def _verdict(self, values: dict[str, float]) -> Verdict:
+        first = next(iter(values.values()))
+        if self.parts is None:
+            return first, first == 1.0
+        return weighted(self.parts, values), first == 1.0, values
 
     @property
     def counters(self) -> Counts:
@@ -159,6 +181,8 @@ class RewardPool:
 
     async def _faults(self, prompts: "Sequence[Prompt]") -> list[str | None]:
         """What is wrong with each label. A chunk that takes too long is asked again one by one."""
+        if not self._workers:
+            return [None if self.parts is None else fault_of(self.parts, prompt.label) for prompt in prompts]
         reply = await self._ask("check", "", [prompt.label for prompt in prompts])
         if "failed" not in reply:
             return reply["faults"]

@@ -88,8 +88,9 @@ def asked_for(score: Callable[..., object]) -> list[str]:
 def answer(
     score: Score, check: Check | None, request: tuple[str, str, Any, dict[str, object]]
 ) -> dict[str, Any]:
-    """{"reward": float}, {"parts": name -> float}, {"faults": text or None of each label} or {"error": text};
-    {"failed": "timed_out" or "crashed", "why": text} where the item met a limit."""
+    """{"parts": name -> float}, the name of a single reward being empty, {"faults": text or None of each
+    label} or {"error": text}; {"failed": "timed_out" or "crashed", "why": text} where the item met a limit.
+    """
     kind, response_text, label, seen = request
     try:
         if kind == "check":
@@ -107,8 +108,7 @@ def answer(
             which = f"{name}: " if name else ""
             told = f"returned {repr(value)[:200]} for label {repr(label)[:200]}, not a finite float."
             return {"error": f"{which}{told}"}
-    numbers = {name: float(value) for name, value in parts.items()}
-    return {"parts": numbers} if isinstance(score, Several) else {"reward": numbers[""]}
+    return {"parts": {name: float(value) for name, value in parts.items()}}
 
 
 def _fault(check: Check, label: Any) -> str | None:

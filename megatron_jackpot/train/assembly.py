@@ -195,6 +195,7 @@ def make_source(
             memory_bytes=int(config.data.reward_memory_gb * 2**30),
             network=config.data.reward_network,
             max_failed=config.data.max_failed_rewards,
+            batch=config.data.reward_batch,
         ),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
