@@ -59,9 +59,9 @@ class Data(Section):
     """Share of a step's rewards that may time out or crash; above it, and at 20 or more, the run stops."""
 
     @property
-    def judge(self) -> str | dict[str, Any]:
+    def judge(self) -> "str | dict[str, RewardPart]":
         """What says how good a response is: the one reward, or name -> part of several."""
-        return {name: part.model_dump() for name, part in self.rewards.items()} or self.reward
+        return self.rewards or self.reward
 
     @property
     def reward_names(self) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Labels against the reward before a server starts, in the reward's own workers, which may load anything."""
 
 import asyncio
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from megatron_jackpot.config import Data
 from megatron_jackpot.data.problems import jsonl_problems
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import CheckedLabels
+from megatron_jackpot.rewards.parts import written
 from megatron_jackpot.rewards.pool import RewardPool
 
 
@@ -20,7 +20,7 @@ def label_mistakes(
     `progress` is told the number of labels checked in a file. Labels that were found right before are not
     checked again, and where there are no others no worker is started.
     """
-    known = CheckedLabels(data.reward if not data.rewards else json.dumps(data.judge))
+    known = CheckedLabels(written(data.judge))
     new = {path: prompts for path, prompts in files.items() if any(p.label not in known for p in prompts)}
     mistakes = []
     if new:

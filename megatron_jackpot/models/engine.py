@@ -274,7 +274,10 @@ class MegatronModel:
         )
 
         def logits(output: Tensor) -> Logits:
-            return LinearLogits(output[0], output_weight(_bare(chunk))) if self.fused_linear else output[0]
+            if not self.fused_linear:
+                return output[0]
+            bare = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+            return LinearLogits(output[0], output_weight(bare))
 
         def read(output: Tensor, non_loss_data: bool = True) -> tuple[int, dict]:
             return index, consume(logits(output), index)
@@ -297,11 +300,6 @@ def packed_seq_params(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-
-
-def _bare(chunk: Any) -> Any:
-    """A chunk without what Megatron wraps around one that learns."""
-    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
 
 
 def _finalize_without_rescaling(chunks: list, _num_tokens: Tensor | None, **kwargs: Any) -> None:

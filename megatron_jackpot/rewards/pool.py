@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_jackpot.rewards.failures import Counts, Failures
 from megatron_jackpot.rewards.label_cache import CheckedLabels
-from megatron_jackpot.rewards.parts import Parts, fault_of, of_row, weighted
-from megatron_jackpot.rewards.remote import RemoteReward, is_remote
+from megatron_jackpot.rewards.parts import Given, fault_of, of_row, read, weighted, written
+from megatron_jackpot.rewards.remote import RemoteReward, Reply, is_remote
 from megatron_jackpot.rewards.worker import SEEN, frame
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class RewardPool:
 
     def __init__(
         self,
-        reward: str | Parts,
+        reward: str | Mapping[str, Given],
         workers: int,
         timeout_s: float,
         *,
@@ -69,14 +69,14 @@ class RewardPool:
         asked for at once. Where services give all rewards there are no workers.
         """
         self.limits = {"memory_bytes": memory_bytes, "cpu_s": 4 * timeout_s, "network": network}
-        self.parts = None if isinstance(reward, str) else reward
-        self.reward = reward if isinstance(reward, str) else json.dumps(reward)
+        self.reward = written(reward)
+        self.parts = read(self.reward)
         self.where = (
             f"data.reward = '{reward}'" if self.parts is None else f"data.rewards ({', '.join(reward)})"
         )
         self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
         self.failures = Failures(self.where, timeout_s, max_failed)
-        named = {"": reward} if isinstance(reward, str) else {n: part["reward"] for n, part in reward.items()}
+        named = {"": reward} if isinstance(reward, str) else {n: part.reward for n, part in reward.items()}
         self.remote = {n: RemoteReward(n, r, timeout_s, batch) for n, r in named.items() if is_remote(r)}
         self.asks = list(SEEN)
         """What a reward may have beside text and label: some of the worker's SEEN, for a service all."""
@@ -120,8 +120,8 @@ class RewardPool:
         return self._verdict({name: values[name] for name in names})
 
     def _asked(
-        self, names: Sequence[str], response_text: str, label: Any, seen: Mapping[str, object]
-    ) -> Iterator[Coroutine[Any, Any, dict[str, Any]]]:
+        self, names: Sequence[str], response_text: str, label: object, seen: Mapping[str, object]
+    ) -> Iterator[Coroutine[object, object, Reply]]:
         """What each of the rewards `names` replies: those in the workers together, those of services each."""
         local = [name for name in names if name not in self.remote]
         if local:
@@ -208,12 +208,12 @@ class RewardPool:
 
     async def _ask(
         self, kind: str, response_text: str, label: Any, seen: Mapping[str, object] | None = None
-    ) -> dict[str, Any]:
+    ) -> Reply:
         """The worker's reply; {"failed": kind, "why": text} also when the time limit passed or the worker
         died."""
         request = frame(pickle.dumps((kind, response_text, label, dict(seen or {}))))
         worker = await self._acquire()
-        reply: dict[str, Any] | None = None
+        reply: Reply | None = None
         whole = False
         try:
             await worker.ready(self.start_timeout_s)
@@ -316,7 +316,7 @@ class _Worker:
                 f"Reward worker {self.process.pid} was not ready within {timeout_s} s."
             ) from error
 
-    async def ask(self, request: bytes, timeout_s: float) -> dict[str, Any]:
+    async def ask(self, request: bytes, timeout_s: float) -> Reply:
         """Raises TimeoutError past the limit, ConnectionError when the worker is gone."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -357,7 +357,7 @@ class _Worker:
         self.asks = reply.get("asks", self.asks)
         return True
 
-    def _take_reply(self) -> dict[str, Any] | None:
+    def _take_reply(self) -> Reply | None:
         """A whole reply from what has arrived, else None."""
         closed = False
         try:

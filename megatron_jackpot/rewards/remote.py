@@ -56,7 +56,7 @@ class RemoteReward:
         self._waiting: list[tuple[dict[str, object], asyncio.Future[Reply]]] = []
         self._sending: set[asyncio.Task[None]] = set()
 
-    async def score(self, response_text: str, label: Any, seen: Mapping[str, object]) -> Reply:
+    async def score(self, response_text: str, label: object, seen: Mapping[str, object]) -> Reply:
         loop = asyncio.get_running_loop()
         if self._waiting and self._waiting[0][1].get_loop() is not loop:
             self._waiting.clear()  # Of an event loop that has ended: no one is behind them any more.

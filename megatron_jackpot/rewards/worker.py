@@ -27,7 +27,7 @@ from typing import Any, cast
 
 from megatron_jackpot.algorithm.registry import load
 from megatron_jackpot.rewards.confine import confine, cpu_left, limit_cpu
-from megatron_jackpot.rewards.parts import Several
+from megatron_jackpot.rewards.parts import Several, read
 
 REWARDS = {name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify")}
 
@@ -73,8 +73,9 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
 
 def find_judge(name: str) -> tuple[Score, Check | None, list[str]]:
     """(score, check, what it asks for) of one reward or of several. Raises ValueError as `find_reward`."""
-    if name.startswith("{"):
-        several = Several(json.loads(name), find_reward, asked_for)
+    parts = read(name)
+    if parts is not None:
+        several = Several(parts, find_reward, asked_for)
         return several, several.check, several.asks
     score, check = find_reward(name)
     return score, check, asked_for(score)

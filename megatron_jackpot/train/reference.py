@@ -5,9 +5,9 @@ Shapes: M micro-batches of T tokens.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -77,10 +77,10 @@ class Reference:
         with nullcontext() if self._host is None else self._host.on_device():
             return self.model.score(batch, read) or {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, str]:
         return {"path": str(self.folder), "sha256": self.digest}
 
-    def check_state(self, saved: dict[str, Any] | None) -> None:
+    def check_state(self, saved: Mapping[str, str] | None) -> None:
         """Raises ValueError where a checkpoint was made with other weights; None knew of no reference."""
         if saved is not None and saved["sha256"] != self.digest:
             raise ValueError(

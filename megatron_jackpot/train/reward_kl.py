@@ -2,7 +2,6 @@
 anew and the same rollouts are packed again."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +54,7 @@ def _added(
             mine |= methods.terms.punishments(part, methods.correct(part, sum_over_batch))
         pair = torch.tensor([sum(mine.values()), len(mine)], dtype=torch.float64, device=mesh.device)
         metrics = {"reward/reference_kl": (pair[0], pair[1])}
-        parts: list[Any] = [None] * mesh.dp
+        parts: list[Added] = [{} for _ in range(mesh.dp)]
         dist.all_gather_object(parts, mine, group=mesh.dp_group)
         everywhere = {key: value for part in parts for key, value in part.items()}
     return mesh.object_from_last_stage(everywhere), metrics

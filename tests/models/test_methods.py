@@ -78,6 +78,24 @@ def test_methods_that_go_together_are_built() -> None:
     assert Methods.from_config(config(actor_distill_target_kl=0.1)).actor.adaptive is not None
 
 
+def test_what_was_steered_before_a_checkpoint_goes_on_after_it() -> None:
+    changes = dict(
+        algorithm_entropy={"bonus": 0.01, "target": 1.0},
+        algorithm_reference_kl={"weight": 0.02, "target": 0.1},
+        policy_reference={},
+    )
+    made = Methods.from_config(config(**changes))
+    assert (made.terms.entropy_bonus, made.terms.kl_weight) == (0.01, 0.02)
+    states = {name: {"weight": 0.5, "integral": -1.0} for name in ("entropy", "reference_kl")}
+    assert states.keys() == made.controllers().keys()
+    made.load_controllers(states)
+    assert (made.terms.entropy_bonus, made.terms.kl_weight) == (0.5, 0.5)
+    with pytest.raises(
+        ValueError, match=r"algorithm.reference_kl.weight: weight = 0.0: must lie in \[1e-06, 100"
+    ):
+        Methods.from_config(config(**{**changes, "algorithm_reference_kl": {"weight": 0, "target": 0.1}}))
+
+
 def test_a_long_response_is_punished_and_a_cut_one_trains_nothing_but_counts_in_its_group() -> None:
     length = dict(buffer=16, penalty=0.5)
     changes = dict(algorithm_overlong=length, algorithm_mask_truncated=True)

@@ -96,7 +96,7 @@ def test_two_ranks_equal_one_rank(folder: Path, serial) -> None:
 
 
 EXACT_Z = dict(correction=(("name", "jackpot"), ("z", "exact")))
-EXACT = dict(**EXACT_Z, distill="forward_full")
+EXACT = dict(**EXACT_Z, distill="forward_full", reference_kl=(("estimator", "k2"), ("weight", 0.1)))
 REVERSE = dict(
     correction=(("name", "jackpot"), ("preset", "recommended")),
     distill="reverse_full",

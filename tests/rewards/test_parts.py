@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from megatron_jackpot.records import Prompt
+from megatron_jackpot.rewards.parts import Part
 from megatron_jackpot.rewards.pool import RewardPool
 
 
@@ -14,7 +15,7 @@ def parts(functions, **changes):
         "length": dict(reward=f"{functions}.length_of", weight=0.25, rows="all"),
         "tokens": dict(reward=f"{functions}.tokens", weight=-2.0, rows="named"),
     }
-    return {name: {**part, **changes.get(name, {})} for name, part in chosen.items()}
+    return {name: Part(**{**part, **changes.get(name, {})}) for name, part in chosen.items()}
 
 
 @pytest.fixture

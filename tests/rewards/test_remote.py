@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from megatron_jackpot.rewards.parts import Part
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rewards.remote import address_mistake
 
@@ -120,8 +121,8 @@ def test_a_reply_of_another_form_ends_the_run_and_is_shown(service, text, said):
 
 def test_a_service_is_one_of_several_rewards_beside_those_of_the_workers(service, functions):
     several = {
-        "own": dict(reward=f"{functions}.length", weight=1.0, rows="all"),
-        "far": dict(reward=address(service), weight=0.5, rows="all"),
+        "own": Part(f"{functions}.length", 1.0, "all"),
+        "far": Part(address(service), 0.5, "all"),
     }
     with RewardPool(several, 1, 10.0) as pool:
         # Both are asked with the whole label, which here is a number.
