@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_jackpot.run.provenance import provenance
 
@@ -109,6 +110,18 @@ def seconds(call: Callable[[], Any], *, repeats: int = 5) -> float:
             call()
             times.append(time.perf_counter() - begin)
     return statistics.median(times)
+
+
+def busy_seconds(call: Callable[[], Any], *, repeats: int = 3) -> float | None:
+    """Seconds that the device itself works for one `call`, by torch's profiler; None without CUDA."""
+    if DEVICE.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recording:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in recording.key_averages()) / repeats / 1e6
 
 
 def peak_bytes(call: Callable[[], Any]) -> int | None:

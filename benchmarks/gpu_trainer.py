@@ -3,11 +3,12 @@
     PYTHONPATH=. python benchmarks/gpu_trainer.py [--tiny] [--precision bf16 tensorwise ...]
 
 Qwen3-0.6B shape with random weights, 16,384 tokens a step: 8 sequences of 2048 in one micro-batch and in 8,
-and one sequence of 16,384. `update` is forward, backward and optimizer step of the policy on Jackpot's loss;
-`joint` scores both models, corrects, and updates both. MFU = useful FLOPs / seconds / peak:
-gpu_common.Shape.train_flops (6 per matrix weight and token, output layer included, and causal attention's
-pairs; no recomputation), peak 989 TFLOP/s in bf16 and 1979 in fp8 for the whole step, although its attention
-and output layer run in bf16. A joint step's useful FLOPs are forward (scoring) and training of both models.
+and one sequence of 16,384; then 1.7B with an actor of 0.6B, 8 x 2048 in one. `update` is forward, backward
+and optimizer step of the policy on Jackpot's loss; `joint` scores both models, corrects, and updates both.
+MFU = useful FLOPs / seconds / peak: gpu_common.Shape.train_flops (6 per matrix weight and token, output
+layer included, and causal attention's pairs; no recomputation), peak 989 TFLOP/s in bf16 and 1979 in fp8
+for the whole step, although its attention and output layer run in bf16. A joint step's useful FLOPs are
+forward (scoring) and training of both models.
 "bf16 logits" is precision.fused_linear=false: logits exist.
 
 `--profile` adds a row per case: how long the device is busy in an update, its kernels, how often the host
@@ -20,7 +21,18 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_common import DEVICE, HALF, PEAK_TFLOPS, QWEN3_0_6B, TINY, Report, Shape, parser, seconds
+from benchmarks.gpu_common import (
+    DEVICE,
+    HALF,
+    PEAK_TFLOPS,
+    QWEN3_0_6B,
+    QWEN3_1_7B,
+    TINY,
+    Report,
+    Shape,
+    parser,
+    seconds,
+)
 from benchmarks.gpu_models import close, correct, make_batch, make_config, make_trainer, update_policy
 from tests.tiny import hf_config
 
@@ -54,11 +66,12 @@ def measure(
     forms = {name: Shape.of(hf_config(**shape)) for name, shape in shapes.items()}
     peak = PEAK_TFLOPS["fp8" if PRECISIONS[precision].get("fp8") else "bfloat16"] * 1e12
     common: dict = dict(
+        hidden="/".join(str(form.hidden) for form in forms.values()),
         precision=precision,
         sequences=f"{len(lengths)} x {lengths[0]}",
         microbatches=batch.num_microbatches,
     )
-    corrected = correct(trainer, batch)
+    mini, *_ = corrected = correct(trainer, batch)
     update_s = _with_peak(lambda: update_policy(trainer, *corrected), common)
     flops = forms["policy"].train_flops(lengths)
     report.add(
@@ -68,6 +81,7 @@ def measure(
     )
     if profiled and DEVICE.type == "cuda":
         report.add(dict(what="profile", **common, **_profile(lambda: update_policy(trainer, *corrected))))
+        report.add(dict(what="profile correct", **common, **_profile(lambda: trainer.correct(mini.scores))))
     parts: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
     def joint() -> None:
@@ -126,20 +140,26 @@ def _profile(call: Callable[[], None]) -> dict:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--profile", action="store_true", help="where an update's time goes on the device")
-    made.add_argument("--cases", nargs="+", type=int, default=[0, 1, 2], help="of the three, by number")
+    made.add_argument("--cases", nargs="+", type=int, default=[0, 1, 2, 3], help="of the four, by number")
     made.add_argument(
         "--precision", nargs="+", choices=PRECISIONS, default=["bf16", "bf16 logits", "tensorwise"]
     )
     args = made.parse_args()
     shapes = dict(policy=QWEN3_0_6B, actor=HALF)
-    cases = [([2048] * 8, 16_384), ([2048] * 8, 2048), ([16_384], 16_384)]
+    pair = dict(policy=QWEN3_1_7B, actor=QWEN3_0_6B)
+    cases = [
+        ([2048] * 8, 16_384, shapes),
+        ([2048] * 8, 2048, shapes),
+        ([16_384], 16_384, shapes),
+        ([2048] * 8, 16_384, pair),
+    ]
     if args.tiny:
         shapes = dict(policy=TINY, actor={**TINY, "hidden_size": 32})
-        cases = [([32] * 2, 64), ([32] * 2, 32)]
+        cases = [([32] * 2, 64, shapes), ([32] * 2, 32, shapes)]
     report = Report("gpu_trainer", tiny=args.tiny)
     for precision in args.precision:
-        for lengths, tokens in (cases[case] for case in args.cases if case < len(cases)):
-            measure(report, precision, lengths, shapes, tokens, profiled=args.profile)
+        for lengths, tokens, models in (cases[case] for case in args.cases if case < len(cases)):
+            measure(report, precision, lengths, models, tokens, profiled=args.profile)
             close()
     report.close()
 

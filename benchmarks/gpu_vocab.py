@@ -7,15 +7,19 @@ move:
 every logit read once per pass (Z reads both models' twice), a gradient written once. The dense form is
 log_softmax in fp32; an all-gather of bf16 logits would hold V x 2 bytes per token on every rank. Peak bytes
 are beside the logits and a gradient. `gap` is the largest difference to the torch form on the first tokens.
+`ms` is what a caller waits for, `busy_ms` the device's own time: narrow slices end before the host has
+launched the next, and in a step it runs ahead. copy_share is that of the device's time. `--tune` asks for other
+block sizes and warps of the kernels that follow a running maximum.
 """
 
+import itertools
 from functools import partial
 from unittest import mock
 
 import torch
 
-from benchmarks.gpu_common import DEVICE, Report, copy_bandwidth, parser, peak_bytes, seconds
-from megatron_jackpot.parallel import dispatch
+from benchmarks.gpu_common import DEVICE, Report, busy_seconds, copy_bandwidth, parser, peak_bytes, seconds
+from megatron_jackpot.parallel import dispatch, vocab_triton
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
 from megatron_jackpot.parallel.linear import LinearLogits
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_scores
@@ -63,6 +67,7 @@ def measure(tokens: int, columns: int, bandwidth: float) -> list[dict]:
     rows = []
     for name, (call, passes, gradients) in calls(first, second, ids_TK).items():
         time_s, peak = seconds(call), peak_bytes(call)
+        busy_s = busy_seconds(call) or time_s
         moved = (passes + gradients) * logits_bytes
         peak = None if peak is None else peak - gradients * logits_bytes
         rows.append(
@@ -70,8 +75,9 @@ def measure(tokens: int, columns: int, bandwidth: float) -> list[dict]:
                 what=name,
                 columns=columns,
                 ms=time_s * 1e3,
+                busy_ms=busy_s * 1e3,
                 bytes=moved,
-                copy_share=moved / time_s / bandwidth,
+                copy_share=moved / busy_s / bandwidth,
                 peak_mb=None if peak is None else peak / 1e6,
                 peak_of_dense=None if peak is None else peak / dense,
                 gathered_mb=tokens * VOCAB * 2 / 1e6,
@@ -128,13 +134,36 @@ def measure_linear(tokens: int, columns: int, hidden: int) -> list[dict]:
     return rows
 
 
+def tune(tokens: int, columns: int, bandwidth: float) -> list[dict]:
+    """Device time and share of the copy's bandwidth of the kernels with a running maximum, at other sizes."""
+    first = torch.randn(tokens, columns, device=DEVICE, dtype=torch.bfloat16) * 3
+    second = first + 0.5
+    ids_TK = torch.randint(0, columns, (tokens, K), device=DEVICE)
+    rows = []
+    for warps, block in itertools.product((4, 8), (2048, 4096, 8192)):
+        with mock.patch.multiple(vocab_triton, READ_WARPS=warps, LARGEST_BLOCK=block):
+            for name, (call, passes, gradients) in calls(first, second, ids_TK).items():
+                if gradients or name == "exact Z":
+                    continue
+                call()
+                busy_s = busy_seconds(call) or seconds(call)
+                share = passes * first.nbytes / busy_s / bandwidth
+                where = dict(what=name, columns=columns, warps=warps, block=block)
+                rows.append(dict(**where, busy_ms=busy_s * 1e3, copy_share=share))
+    return rows
+
+
 def main() -> None:
-    args = parser(__doc__).parse_args()
+    made = parser(__doc__)
+    made.add_argument("--tune", action="store_true", help="other block sizes and warps")
+    args = made.parse_args()
     tokens, widths, hidden = (64, (512, 64), 32) if args.tiny else (TOKENS, (VOCAB, VOCAB // 8), HIDDEN)
     bandwidth = copy_bandwidth(2**20 if args.tiny else 2**32)
     report = Report("gpu_vocab", tiny=args.tiny)
     report.add(dict(what="device copy", copy_share=1.0, gb_s=bandwidth / 1e9))
     for columns in widths:
+        if args.tune:
+            report.add(*tune(tokens, columns, bandwidth))
         report.add(*measure(tokens, columns, bandwidth))
         report.add(*measure_linear(tokens, columns, hidden))
     report.close()

@@ -54,6 +54,9 @@ def transformer_config(
         bias_dropout_fusion=False,
         # The unfused one asks the device for every sequence's length, for q and k in every layer.
         apply_rope_fusion=te,
+        # silu(gate) * up as one kernel each way; Megatron's own form cuts, multiplies and joins.
+        use_te_activation_func=te,
+        # For Megatron's own linear layers, which need Apex for it; see `add_weight_gradients_in_place`.
         gradient_accumulation_fusion=False,
         perform_initialization=True,
         deterministic_mode=precision.deterministic,
@@ -74,7 +77,9 @@ def layer_spec(config: TransformerConfig, *, te: bool, vp_stage: int | None) -> 
     """Transformer Engine's layers where it is usable, else Megatron's local layers with our norm and
     attention."""
     if te:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
+        )
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = cpu.RMSNorm
     attention = layer.submodules.self_attention.submodules
@@ -109,7 +114,20 @@ def build_chunks(
             vp_stage=stage,
         )
         chunks.append(chunk.to(mesh.device, config.params_dtype))
+        if te:
+            add_weight_gradients_in_place(chunk)
     return chunks
+
+
+def add_weight_gradients_in_place(chunk: GPTModel) -> None:
+    """Transformer Engine's linear layers add a weight's gradient to DDP's fp32 buffer in their product.
+
+    Nothing is rounded to bf16 on the way, and one launch per weight and micro-batch is saved. Megatron's field
+    for it, gradient_accumulation_fusion, would reach its own output layer too, and fail there without Apex.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def end_at_hidden(chunk: GPTModel) -> None:

@@ -23,6 +23,10 @@ LIMIT_S = 540
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--disable-warnings")
 
 
+FLAGS = os.environ.get("JACKPOT_GPU_SERVER_FLAGS", "").split()
+"""Of sglang.launch_server, for what the machine's SGLang lacks."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One process. `expected_s` is an estimate until an H200 has run it."""
@@ -61,6 +65,20 @@ STEPS = (
         full=("--precision", "bf16", "--profile"),
     ),
     benchmark("vocab", "T = 16,384; 151,936 and 18,992 columns; k = 20", 45, 70),
+    benchmark(
+        "servers",
+        "SGLang, 0.6B, 64 and 256 at once, k = 0, 5, 20, with and without its overlap schedule",
+        150,
+        200,
+        full=("--", *FLAGS),
+    ),
+    Step(
+        "loop",
+        (sys.executable, "-W", "ignore", "tests/gpu/loop.py", "--", *FLAGS),
+        "the quickstart's pair by a real server and CUDA IPC: memory lent, and one step ahead",
+        120,
+        200,
+    ),
     benchmark("correction", "0.6B and half of it, 8 x 2048 tokens, four corrections", 60, 90),
     benchmark("sync", "0.6B and 1.7B in bf16, buckets of 512 MB; fp8; offload", 55, 100),
     Step(

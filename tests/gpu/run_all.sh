@@ -7,6 +7,8 @@
 #
 #   JACKPOT_GPU_BUNDLE   a .tar.xz with Transformer Engine and megatron-core, unpacked in a scratch folder and put in front
 #   JACKPOT_GPU_WHEELS   a folder of wheels that the machine lacks (tests/gpu/README.md), installed without an index
+#   JACKPOT_GPU_SGLANG   a folder whose up.sh unpacks a stock SGLang and sets its environment (servers, loop)
+#   JACKPOT_GPU_SERVER_FLAGS   of sglang.launch_server, for what that SGLang lacks
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 python="${PYTHON:-python3}"
@@ -17,6 +19,13 @@ if [[ " $* " != *" --dry-run "* ]]; then
   if [[ -n ${JACKPOT_GPU_WHEELS:-} ]]; then
     "$python" -m pip install --quiet --no-index --no-deps --target "$scratch/wheels" "$JACKPOT_GPU_WHEELS"/*.whl
     export PYTHONPATH="$scratch/wheels${PYTHONPATH:+:$PYTHONPATH}"
+  fi
+  if [[ -n ${JACKPOT_GPU_SGLANG:-} ]]; then
+    bash "$JACKPOT_GPU_SGLANG/up.sh" unpack
+    set +u
+    # shellcheck disable=SC1091
+    . "$JACKPOT_GPU_SGLANG/up.sh" env
+    set -u
   fi
   if [[ -n ${JACKPOT_GPU_BUNDLE:-} ]]; then
     mkdir "$scratch/te"

@@ -5,6 +5,7 @@ import hashlib
 import pickle
 from base64 import b64decode
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 from torch.multiprocessing import reductions
 
 from megatron_jackpot.config import Optimizer, Precision
+from megatron_jackpot.models import build
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.mesh import destroy_mesh
@@ -67,6 +69,28 @@ def test_logits_in_blocks_train_as_logits_that_exist(folder, dtype, bound, metho
         assert blocks[name] == pytest.approx(whole[name], rel=bound), name
 
 
+def main_gradients(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the policy after a step: DDP's fp32 buffers."""
+    trainer = trainer_of(folder, Layout(), dtype="bfloat16")
+    try:
+        assert trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K).num_microbatches >= 2
+        learn(trainer)
+        parameters = trainer.policy.chunks[0].module.named_parameters()
+        return {name: parameter.main_grad.clone() for name, parameter in parameters}
+    finally:
+        destroy_mesh()
+
+
+def test_weight_gradients_added_by_the_product_are_those_added_after_it(folder) -> None:
+    ours = main_gradients(folder)
+    with mock.patch.object(build, "add_weight_gradients_in_place", lambda chunk: None):
+        added = main_gradients(folder)
+    for name, gradient in added.items():
+        error = (ours[name] - gradient).norm() / gradient.norm()
+        # The second are rounded to bf16 once per micro-batch.
+        assert 0 < gradient.norm() and error <= 1e-2, f"{name}: {error}"
+
+
 def test_optimizer_state_goes_to_the_host_and_training_does_not_notice(folder) -> None:
     results = []
     for offload in (False, True):
@@ -101,23 +125,28 @@ def _digest(folder: str, found: mp.SimpleQueue) -> None:
     found.put(digest.hexdigest())
 
 
-def in_a_process(work, *args) -> str:
-    """What `work` puts into its queue, in a new process; CUDA starts there for the first time."""
+def in_processes(work, *args, count: int = 1) -> list:
+    """What `work` puts into its queue, in `count` new processes at a time; CUDA starts there for the first
+    time."""
     context = mp.get_context("spawn")
-    found = context.SimpleQueue()
-    child = context.Process(target=work, args=(*args, found), daemon=True)
-    child.start()
-    child.join(90)
+    queues = [context.SimpleQueue() for _ in range(count)]
+    children = [context.Process(target=work, args=(*args, queue), daemon=True) for queue in queues]
+    for child in children:
+        child.start()
     try:
-        assert child.exitcode == 0, f"exit code {child.exitcode}"
-        return found.get()
+        for child in children:
+            child.join(90)
+            assert child.exitcode == 0, f"exit code {child.exitcode}"
+        return [queue.get() for queue in queues]
     finally:
-        if child.is_alive():
-            child.kill()
+        for child in children:
+            if child.is_alive():
+                child.kill()
 
 
 def test_deterministic_mode_gives_the_same_bits_in_two_processes(folder) -> None:
-    assert in_a_process(_digest, str(folder)) == in_a_process(_digest, str(folder))
+    one, other = in_processes(_digest, str(folder), count=2)
+    assert one == other
 
 
 def actor(folder: Path, **precision) -> MegatronModel:
@@ -170,5 +199,5 @@ def test_a_bucket_is_mapped_by_another_process_through_its_handle() -> None:
     bucket = FlatBucket.of(
         [("a", torch.randn(1000, 30, device=CUDA)), ("b", torch.randn(7, device=CUDA))], CUDA
     )
-    total, names = in_a_process(_map_and_sum, serialise(bucket))
+    [(total, names)] = in_processes(_map_and_sum, serialise(bucket))
     assert total == bucket.flat.long().sum().item() and names == ["a", "b"]
