@@ -109,7 +109,8 @@ class RewardPool:
         counts = self.failures.counters if counts is None else counts
         names = [""] if self.parts is None else of_row(self.parts, label)
         values: dict[str, float] = {}
-        for reply in await asyncio.gather(*self._asked(names, response_text, label, seen or {})):
+        asked = [*self._asked(names, response_text, label, seen or {})]
+        for reply in [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked):
             if "failed" in reply:
                 self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
                 return self._verdict(dict.fromkeys(names, 0.0))
