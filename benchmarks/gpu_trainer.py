@@ -15,6 +15,7 @@ forward (scoring) and training of both models.
 waits for the device (per micro-batch it must be 0), and prints the dearest kernels and operators before it.
 """
 
+import gc
 import statistics
 from collections.abc import Callable
 
@@ -63,6 +64,9 @@ def measure(
     trainer = make_trainer(make_config(tokens, PRECISIONS[precision]), shapes)
     vocab = shapes["policy"]["vocab_size"]
     batch = make_batch(trainer, lengths, vocab)
+    # As a run does before its first step (train/run.py).
+    gc.collect()
+    gc.freeze()
     forms = {name: Shape.of(hf_config(**shape)) for name, shape in shapes.items()}
     peak = PEAK_TFLOPS["fp8" if PRECISIONS[precision].get("fp8") else "bfloat16"] * 1e12
     common: dict = dict(
@@ -161,6 +165,7 @@ def main() -> None:
         for lengths, tokens, models in (cases[case] for case in args.cases if case < len(cases)):
             measure(report, precision, lengths, models, tokens, profiled=args.profile)
             close()
+            gc.unfreeze()
     report.close()
 
 

@@ -8,8 +8,8 @@ every logit read once per pass (Z reads both models' twice), a gradient written 
 log_softmax in fp32; an all-gather of bf16 logits would hold V x 2 bytes per token on every rank. Peak bytes
 are beside the logits and a gradient. `gap` is the largest difference to the torch form on the first tokens.
 `ms` is what a caller waits for, `busy_ms` the device's own time: narrow slices end before the host has
-launched the next, and in a step it runs ahead. copy_share is that of the device's time. `--tune` asks for other
-block sizes and warps of the kernels that follow a running maximum.
+launched the next, and in a step it runs ahead. copy_share is that of the device's time. `--tune` asks for
+other block sizes and warps of the kernels that follow a running maximum.
 """
 
 import itertools
@@ -140,8 +140,8 @@ def tune(tokens: int, columns: int, bandwidth: float) -> list[dict]:
     second = first + 0.5
     ids_TK = torch.randint(0, columns, (tokens, K), device=DEVICE)
     rows = []
-    for warps, block in itertools.product((4, 8), (2048, 4096, 8192)):
-        with mock.patch.multiple(vocab_triton, READ_WARPS=warps, LARGEST_BLOCK=block):
+    for warps, block in itertools.product((4, 8), (1024, 2048, 4096)):
+        with mock.patch.multiple(vocab_triton, NUM_WARPS=warps, READ_BLOCK=block):
             for name, (call, passes, gradients) in calls(first, second, ids_TK).items():
                 if gradients or name == "exact Z":
                     continue

@@ -122,7 +122,7 @@ def build_chunks(
 def add_weight_gradients_in_place(chunk: GPTModel) -> None:
     """Transformer Engine's linear layers add a weight's gradient to DDP's fp32 buffer in their product.
 
-    Nothing is rounded to bf16 on the way, and one launch per weight and micro-batch is saved. Megatron's field
+    Nothing is rounded to bf16 on the way, and a launch per weight and micro-batch is saved. Megatron's field
     for it, gradient_accumulation_fusion, would reach its own output layer too, and fail there without Apex.
     """
     for module in chunk.modules():

@@ -15,6 +15,8 @@ import triton.language as tl
 
 NEG_INF = tl.constexpr(-float("inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
+NONE = tl.constexpr(2**31 - 1)
+"""In place of an id: beyond every one."""
 
 
 @triton.jit
@@ -204,6 +206,25 @@ def read_kernel(
 
 
 @triton.jit
+def best_of(values, ids):
+    """(value, id) of the largest, of equal ones the lowest id; NONE where there is no id."""
+    flat_values, flat_ids = tl.ravel(values), tl.ravel(ids)
+    value = tl.max(flat_values, axis=0)
+    return value, tl.min(tl.where(flat_values == value, flat_ids, NONE), axis=0)
+
+
+@triton.jit
+def next_in(pointer, value, id_, width, scale, GROUP: tl.constexpr):
+    """(value, id) of the entry that follows (value, id_) in the group of id_; the best of the group for an
+    infinite value. `pointer` is the row's first entry."""
+    ids = tl.where(id_ == NONE, 0, id_) // GROUP * GROUP + tl.arange(0, GROUP)
+    inside = ids < tl.where(id_ == NONE, 0, width)
+    values = tl.load(pointer + ids, mask=inside, other=NEG_INF).to(tl.float32) * scale
+    later = inside & ((values < value) | ((values == value) & (ids > id_)))
+    return best_of(tl.where(later, values, NEG_INF), tl.where(later, ids, NONE))
+
+
+@triton.jit
 def top_kernel(
     logits_ptr,
     row_stride,
@@ -216,40 +237,56 @@ def top_kernel(
     k,
     inverse_temperature,
     GROUP: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """The k largest logits over the temperature and their ids, best first, equal ones by id; -inf and -1
     where there are no more.
 
     They lie in the k groups of largest maximum: whoever is in another is beaten by the best of each of those,
-    equal values by their lower ids. Both selections take the best k times: nothing leaves the registers.
+    equal values by their lower ids. Both selections are tournaments: the best of GROUP groups, or of a group,
+    is in a register; whoever wins is followed by the next of its own GROUP, which is read again. One warp, so
+    that no reduction waits.
     """
-    NONE: tl.constexpr = 2147483647
+    EIGHT: tl.constexpr = 8
     row = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, BLOCK_G)
-    peaks = tl.load(group_peak_ptr + row * num_groups + group, mask=group < num_groups, other=NEG_INF)
-    free = tl.where(group < num_groups, group, NONE)
+    pointer, peaks = logits_ptr + row * row_stride, group_peak_ptr + row * num_groups
+    chunk, inside = tl.arange(0, CHUNKS)[:, None], tl.arange(0, GROUP)[None, :]
+    leader_peak = tl.full((CHUNKS, EIGHT), NEG_INF, tl.float32)
+    leader = tl.full((CHUNKS, EIGHT), NONE, tl.int32)
+    for index in range(0, CHUNKS):
+        group = (index * EIGHT + tl.arange(0, EIGHT)[:, None]) * GROUP + inside
+        values = tl.load(peaks + group, mask=group < num_groups, other=NEG_INF)
+        largest = tl.max(values, axis=1)
+        found = (values == largest[:, None]) & (group < num_groups)
+        leader_peak = tl.where(chunk == index, largest[None, :], leader_peak)
+        leader = tl.where(chunk == index, tl.min(tl.where(found, group, NONE), axis=1)[None, :], leader)
     slot = tl.arange(0, BLOCK_K)
-    chosen = tl.full((BLOCK_K,), NONE, tl.int32)
+    slot_best, slot_id = tl.full((BLOCK_K,), NEG_INF, tl.float32), tl.full((BLOCK_K,), NONE, tl.int32)
     for index in range(0, k):
-        found = tl.min(tl.where(peaks == tl.max(peaks, axis=0), free, NONE), axis=0)
-        chosen = tl.where(slot == index, found, chosen)
-        peaks = tl.where(group == found, NEG_INF, peaks)
-        free = tl.where(group == found, NONE, free)
-    exists = (chosen != NONE)[:, None]
-    columns = tl.where(exists, chosen[:, None], 0) * GROUP + tl.arange(0, GROUP)[None, :]
-    inside = exists & (columns < width)
-    pointer = logits_ptr + row * row_stride
-    logits = tl.load(pointer + columns, mask=inside, other=NEG_INF).to(tl.float32) * inverse_temperature
-    ids = tl.where(inside, columns, NONE)
+        peak, group = best_of(leader_peak, leader)
+        best, column = next_in(
+            pointer,
+            float("inf"),
+            tl.where(group == NONE, NONE, group * GROUP),
+            width,
+            inverse_temperature,
+            GROUP,
+        )
+        slot_best, slot_id = (
+            tl.where(slot == index, best, slot_best),
+            tl.where(slot == index, column, slot_id),
+        )
+        next_peak, next_group = next_in(peaks, peak, group, num_groups, 1.0, GROUP)
+        leader_peak = tl.where(leader == group, next_peak, leader_peak)
+        leader = tl.where(leader == group, next_group, leader)
     for index in range(0, k):
-        best = tl.max(tl.max(logits, axis=1), axis=0)
-        found = tl.min(tl.min(tl.where(logits == best, ids, NONE), axis=1), axis=0)
+        best, column = best_of(slot_best, slot_id)
         tl.store(top_ptr + row * k + index, best)
-        tl.store(top_ids_ptr + row * k + index, tl.where(found == NONE, -1, found + first))
-        logits = tl.where(ids == found, NEG_INF, logits)
-        ids = tl.where(ids == found, NONE, ids)
+        tl.store(top_ids_ptr + row * k + index, tl.where(column == NONE, -1, column + first))
+        next_best, next_column = next_in(pointer, best, column, width, inverse_temperature, GROUP)
+        slot_best = tl.where(slot_id == column, next_best, slot_best)
+        slot_id = tl.where(slot_id == column, next_column, slot_id)
 
 
 @triton.jit

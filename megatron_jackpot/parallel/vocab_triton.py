@@ -14,10 +14,10 @@ from megatron_jackpot.parallel import vocab_kernels_pair as pair_kernels
 
 GROUP = 64
 """Columns that share one maximum in the top-k pass."""
+READ_BLOCK = 2048
+"""Columns in flight per program that follows a running maximum: 8 per thread, 16 bytes of bf16."""
 LARGEST_BLOCK = 4096
-"""Columns in flight per program."""
-READ_WARPS = 4
-"""Of a program that follows a running maximum: 32 columns per thread."""
+"""Columns in flight per program that knows its normaliser."""
 NUM_WARPS = 8
 
 
@@ -59,7 +59,7 @@ def read(
             BLOCK_N=triton.next_power_of_2(max(num_ids, 1)),
             GROUP=GROUP,
             **_tile(width, logits_TV),
-            num_warps=READ_WARPS,
+            num_warps=NUM_WARPS,
         )
     top = _top_of_groups(logits_TV, peak_TG, k, first, width, temperature) if k else (None, None)
     return lse_T, None if ids_TN is None else picked_TN, top, entropy_T if entropy else None
@@ -231,7 +231,7 @@ def _pair(
             1 / temperature,
             KL=kl,
             **_tile(width, first_TV),
-            num_warps=READ_WARPS,
+            num_warps=NUM_WARPS,
         )
     return lse_first_T, lse_second_T, kl_T
 
@@ -243,7 +243,6 @@ def _top_of_groups(
     num_tokens, num_groups = peak_TG.shape
     top_TK = _fp32(logits_TV, num_tokens, k)
     top_ids_TK = torch.empty(num_tokens, k, dtype=torch.int32, device=logits_TV.device)
-    groups, slots = (triton.next_power_of_2(max(size, 1)) for size in (num_groups, k))
     if num_tokens:
         kernels.top_kernel[(num_tokens,)](
             logits_TV,
@@ -257,10 +256,9 @@ def _top_of_groups(
             k,
             1 / temperature,
             GROUP=GROUP,
-            BLOCK_G=groups,
-            BLOCK_K=slots,
-            # 32 numbers per thread at the most, in both selections.
-            num_warps=min(32, max(4, max(groups, slots * GROUP) // 1024)),
+            CHUNKS=triton.next_power_of_2(triton.cdiv(num_groups, 8 * GROUP)),
+            BLOCK_K=triton.next_power_of_2(k),
+            num_warps=1,
         )
     return top_TK, top_ids_TK
 
@@ -271,8 +269,8 @@ def _block(columns: int) -> int:
 
 def _tile(columns: int, like: Tensor) -> dict[str, int]:
     """ROWS, LANES and EACH of a block: 16 bytes side by side, one lane per thread."""
-    block, each = _block(columns), 16 // like.element_size()
-    lanes = min(32 * READ_WARPS, block // each)
+    block, each = min(READ_BLOCK, _block(columns)), 16 // like.element_size()
+    lanes = min(32 * NUM_WARPS, block // each)
     return dict(ROWS=block // (lanes * each), LANES=lanes, EACH=each)
 
 

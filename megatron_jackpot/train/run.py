@@ -1,6 +1,7 @@
 """One rank of a run: the loop over steps, and what happens around it: resume, save, roll back, report."""
 
 import contextlib
+import gc
 import logging
 
 import torch.distributed as dist
@@ -149,6 +150,10 @@ def _begin(assembly: Assembly, outputs: Outputs | None, resumed: bool) -> None:
         if outputs is not None:
             outputs.report(0, metrics | evaluated.metrics)
             outputs.keep(0, evaluated.samples)
+    # What is there now stays to the end of the run: a garbage collection need not walk it again. Where the
+    # device waits for launches, those walks were a fifth of a joint step on an H200.
+    gc.collect()
+    gc.freeze()
 
 
 def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None:

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STEPS, LIMIT_S = 8, 150
 TINY = bool(os.environ.get("JACKPOT_TINY"))
+STEPS, LIMIT_S = 8, 400 if TINY else 110
 ON_DEVICE = dict(precision=dict(dtype="bfloat16"), sync=dict(method="ipc"))
 CASES = {
     "memory lent": {} if TINY else dict(servers=dict(release_memory=True)),

@@ -19,19 +19,19 @@ from triton.compiler import ASTSource
 
 from megatron_jackpot.parallel import vocab_kernels as kernels
 from megatron_jackpot.parallel import vocab_kernels_pair as pairs
-from megatron_jackpot.parallel.vocab_triton import GROUP, LARGEST_BLOCK, NUM_WARPS, READ_WARPS
+from megatron_jackpot.parallel.vocab_triton import GROUP, LARGEST_BLOCK, NUM_WARPS, READ_BLOCK
 
 HOPPER = GPUTarget("cuda", 90, 32)
 LOGITS = ("logits_ptr", "first_ptr", "second_ptr", "student_ptr", "teacher_ptr", "grad_ptr")
 INTEGERS = {"ids_ptr": "*i64", "top_ids_ptr": "*i32"}
 BLOCK = dict(BLOCK_V=LARGEST_BLOCK)
 READ = dict(HAS_IDS=True, ENTROPY=True, BLOCK_N=64, GROUP=GROUP)
-TOP = dict(GROUP=GROUP, BLOCK_G=4096, BLOCK_K=32)
+TOP = dict(GROUP=GROUP, CHUNKS=8, BLOCK_K=32)
 VARIANTS = {
-    "read": (kernels.read_kernel, {**READ, "GROUPS": False}, READ_WARPS),
-    "read groups": (kernels.read_kernel, {**READ, "GROUPS": True}, READ_WARPS),
-    "top": (kernels.top_kernel, TOP, 4),
-    "pair": (pairs.pair_kernel, {"KL": True}, READ_WARPS),
+    "read": (kernels.read_kernel, {**READ, "GROUPS": False}, NUM_WARPS),
+    "read groups": (kernels.read_kernel, {**READ, "GROUPS": True}, NUM_WARPS),
+    "top": (kernels.top_kernel, TOP, 1),
+    "pair": (pairs.pair_kernel, {"KL": True}, NUM_WARPS),
     "overlap": (pairs.overlap_kernel, BLOCK, NUM_WARPS),
     "kl grad": (pairs.kl_grad_kernel, {"FORWARD": False, **BLOCK}, NUM_WARPS),
     "softmax grad": (kernels.softmax_grad_kernel, {"ENTROPY": True, **BLOCK}, NUM_WARPS),
@@ -60,7 +60,7 @@ def inspect(name: str, dtype: str) -> dict:
     if "ROWS" in kernel.arg_names:
         each = {"bf16": 8, "fp32": 4}[dtype]
         lanes = 32 * num_warps
-        constants = {**constants, "ROWS": LARGEST_BLOCK // (lanes * each), "LANES": lanes, "EACH": each}
+        constants = {**constants, "ROWS": READ_BLOCK // (lanes * each), "LANES": lanes, "EACH": each}
     types, multiples = signature(kernel.arg_names, constants, dtype)
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples)
     compiled = triton.compile(source, target=HOPPER, options=dict(num_warps=num_warps))

@@ -22,7 +22,9 @@ def form(name, block=4096):
     chosen = takes if name == "triton" else lambda *logits: None
     with (
         mock.patch.object(dispatch, "fused", chosen),
-        mock.patch.object(vocab_triton, "LARGEST_BLOCK", block),
+        mock.patch.multiple(
+            vocab_triton, LARGEST_BLOCK=block, READ_BLOCK=min(block, vocab_triton.READ_BLOCK)
+        ),
     ):
         yield
 

@@ -29,8 +29,8 @@ def compiled(tmp_path_factory) -> dict:
 def test_kernels_compile_for_hopper_without_local_memory(compiled):
     assert len(compiled) == 16
     for variant, code in compiled.items():
-        # 128 registers x 128 threads: four programs and more share a multiprocessor.
-        assert code["local_bytes"] == 0 and code["registers"] <= 128, variant
+        # 8 warps of at most 96 registers: two programs and more share a multiprocessor.
+        assert code["local_bytes"] == 0 and code["registers"] <= 96, variant
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("bf16", 2), ("fp32", 4)])
@@ -38,7 +38,7 @@ def test_logits_are_read_by_16_bytes_and_cost_one_exponential_each(compiled, dty
     for name, rows in (TILED | BLOCKED).items():
         ops = compiled[f"{name} {dtype}"]["ops"]
         # A tile is there twice: whole, and with a mask for the row's end.
-        per_thread, copies = (32, 2) if name in TILED else (16, 1)
+        per_thread, copies = (8, 2) if name in TILED else (16, 1)
         wide = sum(count for op, count in ops.items() if op.startswith("ld.global") and ".v4.b32" in op)
         assert wide == copies * rows * per_thread * bytes_each // 16, f"{name} {dtype}: {ops}"
         exponentials = sum(count for op, count in ops.items() if op.startswith("ex2"))
