@@ -4,12 +4,11 @@ their settings."""
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES, Advantage
 from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation
@@ -23,6 +22,7 @@ from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import Registry, build
+from megatron_jackpot.algorithm.reward_parts import RewardParts
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
 from megatron_jackpot.config.load import examine
@@ -67,10 +67,7 @@ class Methods:
     aggregation: Aggregation
     terms: Terms
     """What is added to the policy's loss."""
-    parts: Mapping[str, float] = field(default_factory=dict)
-    """Name -> weight of each reward, where there are several."""
-    singly: bool = False
-    """Each reward has an advantage of its own."""
+    parts: RewardParts = RewardParts()
     overlong: SoftOverlong | None = None
     mask_truncated: bool = False
     actor: ActorMethods | None = None
@@ -104,8 +101,10 @@ class Methods:
             advantage=made["advantage"],
             aggregation=made["aggregation"],
             terms=made["terms"],
-            parts={name: part.weight for name, part in config.data.rewards.items()},
-            singly=config.algorithm.reward_parts == "singly",
+            parts=RewardParts(
+                weights={name: part.weight for name, part in config.data.rewards.items()},
+                singly=config.algorithm.reward_parts == "singly",
+            ),
             overlong=made["overlong"],
             mask_truncated=config.algorithm.mask_truncated,
             actor=actor,
@@ -174,7 +173,8 @@ class Methods:
         """
         more = added or {}
         rewards = [[r.reward + self._punished(r) + more.get(r.key, 0.0) for r in group] for group in groups]
-        of_groups = [self._of_group(*pair) for pair in zip(groups, rewards, strict=True)]
+        both = zip(groups, rewards, strict=True)
+        of_groups = [self.parts.advantage(self.advantage, *group_and_rewards) for group_and_rewards in both]
         advantage_N = torch.cat([torch.empty(0), *of_groups]).to(device)
         rollouts = [rollout for group in groups for rollout in group]
         reward_N = torch.tensor([r for own in rewards for r in own], dtype=torch.float64, device=device)
@@ -183,28 +183,10 @@ class Methods:
         values = iter(advantage_N.tolist() if tokens is None else [one.cpu().numpy() for one in tokens])
         return [[self._trained(rollout, next(values)) for rollout in group] for group in groups]
 
-    def _of_group(self, group: list[Rollout], rewards: list[float]) -> Tensor:
-        """Advantages [N] of one group; singly, what is added to the rewards belongs to the row's first."""
-        if not self.singly:
-            return self.advantage(rewards)
-        advantage_N = torch.zeros(len(group))
-        for index, name in enumerate(group[0].parts):
-            own, weight = [rollout.parts[name] for rollout in group], self.parts[name]
-            if index == 0 and weight:
-                own = [
-                    value + (whole - rollout.reward) / weight
-                    for value, whole, rollout in zip(own, rewards, group, strict=True)
-                ]
-            advantage_N = advantage_N + weight * self.advantage(own)
-        return advantage_N
-
     def reward_metrics(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, tuple[float, float]]:
         """(sum, count) of the parts of rewards, and of what is added to them; none where there is neither."""
         rollouts = [rollout for group in groups for rollout in group]
-        metrics: dict[str, tuple[float, float]] = {}
-        for name in self.parts:
-            own = [rollout.parts[name] for rollout in rollouts if name in rollout.parts]
-            metrics[f"reward/part/{name}"] = (sum(own), len(own))
+        metrics = self.parts.sums(rollouts)
         if self.overlong is not None:
             punished = [self._punished(rollout) for rollout in rollouts]
             metrics["reward/overlong"] = (sum(punished), len(punished))
