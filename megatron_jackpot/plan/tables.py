@@ -7,6 +7,7 @@ from rich.table import Table
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.plan.formulas import GIB, SERVER_SHARE, TRAINER_RESERVE_GIB, ModelPlan, Plan, make_plan
+from megatron_jackpot.plan.microbatch import microbatch_advice
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def show_plan(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in (memory_table(plan), step_table(plan, assumed), sharing_table(plan, assumed)):
         console.print(table)
+    if advice := microbatch_advice(config, gpus, assumed.mean_tokens):
+        console.print(f"advice: {advice}", markup=False, highlight=False, soft_wrap=True)
     for trouble in memory_troubles(plan):
         console.print(f"DOES NOT FIT: {trouble}", markup=False, highlight=False, soft_wrap=True)
     return plan
