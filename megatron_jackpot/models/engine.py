@@ -276,8 +276,8 @@ class MegatronModel:
         def logits(output: Tensor) -> Logits:
             if not self.fused_linear:
                 return output[0]
-            bare = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
-            return LinearLogits(output[0], output_weight(bare))
+            # What never learns is not wrapped.
+            return LinearLogits(output[0], output_weight(getattr(chunk, "module", chunk)))
 
         def read(output: Tensor, non_loss_data: bool = True) -> tuple[int, dict]:
             return index, consume(logits(output), index)

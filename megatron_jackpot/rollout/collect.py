@@ -202,7 +202,7 @@ def rollouts_of(
             finish=completion.finish,
             reward=float(reward),
             correct=bool(correct),
-            parts=dict(*parts),
+            parts=parts[0] if parts else {},
         )
         for sample, (completion, (reward, correct, *parts)) in enumerate(
             zip(completions, verdicts, strict=True)

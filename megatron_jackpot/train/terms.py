@@ -161,8 +161,9 @@ def number(value: float, like: Pair) -> Pair:
 def _steered(
     where: str, weight: float, wanted: float, term: Literal["lowers", "raises"], *, most: float
 ) -> SteeredWeight:
-    bounds = dict(weight_min=LEAST_WEIGHT, weight_max=most)
     try:
-        return SteeredWeight(wanted=wanted, weight=weight, term=term, **bounds)
+        return SteeredWeight(
+            wanted=wanted, weight=weight, term=term, weight_min=LEAST_WEIGHT, weight_max=most
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
