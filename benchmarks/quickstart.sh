@@ -3,20 +3,26 @@
 #
 #   bash benchmarks/quickstart.sh FOLDER                     seeds 0-2 on two threads, 3 and 4 on one
 #   bash benchmarks/quickstart.sh FOLDER 0 1 2:1             SEED or SEED:THREADS, in this order
+#   bash benchmarks/quickstart.sh FOLDER 0 run.steps=4       key=value for all of them: a trial
 #
-# Runs go to FOLDER/seed0-threads2 and so on; what is complete there already is kept. The table is printed and
-# written to FOLDER/table.md, the picture to FOLDER/quickstart.png. Four minutes a run on 2 idle cores.
+# Runs go to FOLDER/seed0-threads2 and so on; what is complete there already is kept, so some seeds may be done today
+# and the others tomorrow, and one that was broken off begins anew. The table is printed and written to FOLDER/table.md,
+# the picture to FOLDER/quickstart.png, of the runs that are named. Six and a half minutes a run on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ $# -ge 1 ]] || { echo "usage: bash benchmarks/quickstart.sh FOLDER [SEED[:THREADS] ...]" >&2; exit 2; }
+[[ $# -ge 1 ]] || { echo "usage: bash benchmarks/quickstart.sh FOLDER [SEED[:THREADS] ...] [key=value ...]" >&2; exit 2; }
 out=$1
 shift
-(( $# )) || set -- 0 1 2 3:1 4:1
+seeds=() overrides=()
+for word in "$@"; do
+  if [[ $word == *=* ]]; then overrides+=("$word"); else seeds+=("$word"); fi
+done
+(( ${#seeds[@]} )) || seeds=(0 1 2 3:1 4:1)
 source tools/env.sh
 
 models=$(python examples/quickstart/shipped.py)
 runs=()
-for run in "$@"; do
+for run in "${seeds[@]}"; do
   seed=${run%%:*} threads=2
   if [[ $run == *:* ]]; then threads=${run#*:}; fi
   folder="$out/seed$seed-threads$threads"
@@ -24,7 +30,7 @@ for run in "$@"; do
   if [[ -f $folder/seconds ]]; then continue; fi
   start=$SECONDS
   megatron-jackpot launch examples/quickstart/run.yaml "policy.hf=$models/policy" "actor.hf=$models/actor" \
-    "run.folder=$folder" "run.seed=$seed" "parallel.threads=$threads"
+    "run.folder=$folder" "run.seed=$seed" "parallel.threads=$threads" run.resume=auto "${overrides[@]}"
   echo $((SECONDS - start)) >"$folder/seconds"
 done
 control="${runs[0]}/control.jsonl"

@@ -1,6 +1,7 @@
 """The command megatron-jackpot. Thin: parse, build, run."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -82,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, began: float) -> int:
     if args.command == "report":
         return _report(args)
+    if args.command == "evaluate":
+        return _evaluate(args)
     config, mistakes = None, []
     here = args.command == "launch" and not args.slurm
     if args.config is not None:
@@ -170,6 +173,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
     command.add_argument("--server-python", type=Path, help="interpreter with SGLang; default this one")
+    command = commands.add_parser(
+        "evaluate",
+        help="A model's answers to named sets, from SGLang servers of its own: docs/evaluation.md.",
+        usage="megatron-jackpot evaluate RUN|CHECKPOINT|MODEL [--data NAME=FILE ...] [key=value ...]",
+    )
+    command.add_argument("what", type=Path, metavar="RUN|CHECKPOINT|MODEL", help="of a run the newest one")
+    command.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="data.*, evaluation.*, servers.*, precision.dtype"
+    )
+    command.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a set like data.heldout_path, once or more often; default the run's own held-out sets",
+    )
+    command.add_argument("--model", choices=("policy", "actor"), help="of a run's two; default policy")
+    command.add_argument(
+        "--run", type=Path, help="whose settings count and whose record it goes to; default the model's own"
+    )
     command = commands.add_parser("report", help="A run on one HTML page, or several beside each other.")
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
     command.add_argument("--out", type=Path, help="the page; default RUN/report.html, of one run")
@@ -275,6 +298,29 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    _hush()
+    from megatron_jackpot.monitor.console import print_evaluations
+    from megatron_jackpot.monitor.messages import configure
+    from megatron_jackpot.train.evaluand import evaluand, settings
+    from megatron_jackpot.train.evaluate import evaluate
+
+    configure()
+    try:
+        with ending_when_asked():
+            it = evaluand(args.what, args.model, args.run)
+            print_evaluations(evaluate(it, settings(it, args.data, args.overrides)))
+    except (RuntimeError, TimeoutError) as error:
+        refuse(str(error).splitlines())
+        return EXIT_FAILED
+    except (ValueError, OSError) as error:
+        return refuse(str(error).splitlines())
+    except KeyboardInterrupt:
+        print("megatron-jackpot: interrupted; the servers have ended, nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
 def _hush() -> None:
     """Keep what libraries say of themselves out of the log; errors and this project's own words stay.
 
@@ -284,6 +330,10 @@ def _hush() -> None:
     if not sys.warnoptions:
         for module in (r"megatron\.", r"torch\.", r"transformer_engine"):
             warnings.filterwarnings("ignore", module=module)
+        # The compiler's, of packages that are compiled when they are first needed, as uv installs them.
+        warnings.filterwarnings("ignore", category=SyntaxWarning)
+        # A CUDA build of torch says at its import that a machine without a GPU has none.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _plan(config: Config, args: argparse.Namespace) -> int:

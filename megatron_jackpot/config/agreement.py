@@ -1,5 +1,6 @@
 """What the sections of the configuration ask of each other, check by check."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -218,13 +219,33 @@ def _evaluation(c: "Config") -> Iterator[str]:
         yield (
             f"evaluation.max_new_tokens = {e.max_new_tokens} with evaluation.policy = 'recompute': for each "
             f"token the whole answer is computed anew, at most {LONGEST_RECOMPUTED} tokens. Lower it, or set "
-            "evaluation.policy=off: the servers' model is evaluated alone."
+            "evaluation.policy=off and judge checkpoints with `megatron-jackpot evaluate RUN`, which starts "
+            "servers of the policy."
         )
     if e.temperature > 0:
         yield (
             f"evaluation.temperature = {e.temperature:g} with evaluation.policy = 'recompute', whose answers "
             "are greedy: the two models' accuracies would not compare. Set evaluation.temperature=0 and "
-            "samples=1, or evaluation.policy=off."
+            "samples=1, or evaluation.policy=off and `megatron-jackpot evaluate RUN` for the policy."
+        )
+
+
+def _keep_best(c: "Config") -> Iterator[str]:
+    run, every = c.run, c.evaluation.every
+    if run.keep_best is None:
+        return
+    if run.save_every is None:
+        yield f"run.keep_best = '{run.keep_best}' needs checkpoints to choose from. Set run.save_every."
+        return
+    if not run.keep_best.removeprefix("-").startswith("eval/"):
+        return
+    if not c.evaluation.wanted:
+        yield f"run.keep_best = '{run.keep_best}', but nothing is evaluated. Set evaluation.size or sets."
+    elif (first := math.lcm(run.save_every, every)) > run.steps:
+        yield (
+            f"run.keep_best = '{run.keep_best}' compares the checkpoints of steps that are evaluated, but "
+            f"run.save_every = {run.save_every} and evaluation.every = {every} meet at step {first} first, "
+            f"of {run.steps}. Set run.save_every={every}."
         )
 
 
@@ -240,6 +261,32 @@ def _ahead(c: "Config") -> Iterator[str]:
             f"rollout.ahead = {ahead} has servers sample while the trainer learns, but "
             "servers.release_memory takes their memory then. Set one of them to 0 or false."
         )
+
+
+def other_numbers(c: "Config") -> list[tuple[str, str]]:
+    """(setting, remedy): why servers sample by other probabilities than the trainer gives the same weights,
+    beyond what kernels differ by; nothing where q can be taken from its scores."""
+    formats = {"servers.quantization": c.servers.quantization, "precision.fp8": c.precision.fp8}
+    found = [(f"{name} = {value!r}", f"{name}=null") for name, value in formats.items() if value is not None]
+    if c.server_dtype != c.precision.dtype:
+        found.append((f"servers.dtype = {c.server_dtype!r}", "servers.dtype=null"))
+    return found
+
+
+def refuse_other_numbers(c: "Config", what: str, instead: str) -> Iterator[str]:
+    """The mistake of a setting that takes q from scores where servers compute with other numbers."""
+    reasons = other_numbers(c)
+    if reasons:
+        yield (
+            f"{what} takes q from the trainer's scores, but servers compute with other numbers: "
+            f"{', '.join(setting for setting, _ in reasons)}. Set "
+            f"{', '.join(remedy for _, remedy in reasons)}, or {instead}."
+        )
+
+
+def _top_k_logp(c: "Config") -> Iterator[str]:
+    if c.rollout.top_k_logp == 0:
+        yield from refuse_other_numbers(c, "rollout.top_k_logp = 0", "rollout.top_k_logp=20")
 
 
 def new_tokens(config: "Config") -> dict[str, int]:
@@ -291,6 +338,13 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         _ahead,
     ),
     Check(
+        "rollout.top_k_logp",
+        "is above 0 where servers sample with other numbers than the trainer scores: servers.quantization, "
+        "precision.fp8, another servers.dtype",
+        "set those to null, or rollout.top_k_logp=20",
+        _top_k_logp,
+    ),
+    Check(
         "packing.tokens",
         "holds the longest prompt with the longest response, of rollouts and of evaluation",
         "raise it, or lower data.max_prompt_tokens or max_new_tokens",
@@ -300,8 +354,14 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "evaluation.samples, evaluation.temperature, evaluation.max_new_tokens",
         "several answers are drawn at a temperature above 0; a policy that no server holds is recomputed, "
         "greedily and up to 256 tokens",
-        "set evaluation.temperature, or evaluation.policy=off",
+        "set evaluation.temperature, or evaluation.policy=off and use `megatron-jackpot evaluate RUN`",
         _evaluation,
+    ),
+    Check(
+        "run.keep_best",
+        "has checkpoints to choose from; of an evaluation, some whose step is evaluated",
+        "set run.save_every to evaluation.every or a multiple of it",
+        _keep_best,
     ),
     Check(
         "policy.optimizer.min_lr, actor.optimizer.min_lr",

@@ -32,7 +32,8 @@ class ReferenceKL(Section):
     target: float | None = Field(default=None, gt=0)
     """KL in nats per token that `weight` is steered to, from 1e-6 to 100; null keeps it."""
     exact: bool = False
-    """Measure the KL over the whole vocabulary too: keeps the policy's last hidden states of a pass."""
+    """Measure the KL over the whole vocabulary too: another pass of the policy, whose last hidden states are
+    kept."""
 
 
 class Algorithm(Section):
@@ -64,6 +65,9 @@ class Algorithm(Section):
     """Entropy bonus of the policy, over all of its tokens: docs/objectives.md."""
     reference_kl: ReferenceKL | None = None
     """KL to the frozen model of policy.reference: docs/objectives.md."""
+    num_candidates: int | None = Field(default=None, ge=1)
+    """How many of the policy's most probable ids become candidates, and of the served model's where servers
+    return none; null is rollout.top_k_logp, or 20 where that is 0."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per rollout batch."""
     target: Literal["old", "current"] = "old"

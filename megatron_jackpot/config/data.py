@@ -19,7 +19,7 @@ class RewardPart(Section):
 
 class Data(Section):
     source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
-    """Where prompts come from."""
+    """Where prompts come from; jsonl stands for files of rows, parquet and data sets on disk among them."""
     tasks: dict[str, dict[str, Any]] = {}
     """reasoning_gym: task name -> its options; mixed in equal shares."""
     size: int = Field(default=10_000, ge=1)
@@ -27,7 +27,8 @@ class Data(Section):
     seed: int = 0
     """reasoning_gym: seed of the problem generator; the order of prompts follows run.seed."""
     path: Path | None = None
-    """jsonl: file with one {"prompt": ..., "answer": ...} or {"messages": [...], "answer": ...} a line."""
+    """jsonl: file with one {"prompt": ..., "answer": ...} or {"messages": [...], "answer": ...} a line; or
+    with these columns a .parquet file, or a data set's folder: docs/your-own.md."""
     heldout_path: Path | None = None
     """jsonl: held-out problems for evaluation."""
     template: str | None = None
@@ -92,7 +93,7 @@ class Evaluation(Section):
     """At which the answers are drawn; 0 takes the most probable one."""
     policy: Literal["recompute", "off"] = "recompute"
     """A policy that no server holds: greedy answers by recomputing each sequence for each token, up to 256
-    tokens; off leaves it out."""
+    tokens; off leaves it to `megatron-jackpot evaluate RUN`, with servers of its own."""
     seed: int = 1_000_003
     """reasoning_gym: seed of the held-out problems; any that also occur in training are removed."""
     max_new_tokens: int = Field(default=16, ge=1)
@@ -104,6 +105,11 @@ class Evaluation(Section):
     @classmethod
     def _off(cls, value: object) -> object:
         """YAML reads a bare off as false."""
+        if value == "servers":
+            raise ValueError(
+                "evaluation.policy = 'servers': those of a joint run hold the actor, whose shape is another. "
+                "Set it to off, and judge checkpoints with `megatron-jackpot evaluate RUN`."
+            )
         return "off" if value is False else value
 
     @property

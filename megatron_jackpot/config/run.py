@@ -24,6 +24,10 @@ class Run(Section):
     """Newest checkpoints that stay on disk."""
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints whose step this divides stay on disk for good; null keeps none for good."""
+    keep_best: str | None = Field(default=None, min_length=1)
+    """Metric, for example eval/policy_accuracy: of the checkpoints whose step measured it, the one with the
+    highest value stays, and RUN/checkpoints/best links to it; -loss/policy takes the lowest. null keeps
+    none."""
     save_hf_every: int | None = Field(default=None, ge=1)
     """Steps between exports of both models as HF folders, RUN/hf/step-NNNNNN; null exports none along the
     way."""

@@ -1,4 +1,4 @@
-"""Problems before tokenization, from reasoning-gym or a jsonl file."""
+"""Problems before tokenization, from reasoning-gym or from files: jsonl, parquet, a data set on disk."""
 
 import json
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_jackpot.algorithm.registry import nearest
+from megatron_jackpot.data.tables import files_behind, is_table, table_rows
 
 ASKING = ("user", "tool", "system", "developer", "function", "ipython")
 """Roles of a message that the assistant may answer. Its own has other names, too: model, gpt, Assistant."""
@@ -73,30 +74,51 @@ def _reasoning_gym_label(task: str, options: dict[str, Any], entry: dict[str, An
     return {"task": task, "options": options, "entry": plain, "answer": entry["answer"]}
 
 
-def jsonl_problems(path: Path, mistakes: list[str] | None = None) -> list[Problem]:
-    """Every row of the file; blank lines are passed over.
+def file_problems(path: Path, mistakes: list[str] | None = None) -> list[Problem]:
+    """Every row of a jsonl or parquet file or a data set's folder; blank lines of jsonl are passed over.
 
     A bad row stops the run rather than being skipped: a partly broken file is not the file that was meant.
     Its mistake goes to `mistakes`, naming file and line, or is a ValueError where that is None.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file. Set data.path (data.heldout_path) to a jsonl file.")
-    problems = []
-    with open(path, "rb") as file:
-        for index, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                problems.append(_problem(index, line))
-            except ValueError as error:
-                mistake = f"{path}, line {index + 1}: {error}"
-                if mistakes is None:
-                    raise ValueError(mistake) from error
-                mistakes.append(mistake)
+    path, problems = Path(path), []
+    read = _of_table if is_table(path) else _of_line
+    for index, row in table_rows(path) if is_table(path) else _lines(path):
+        try:
+            problems.append(read(index, row))
+        except ValueError as error:
+            mistake = f"{path}, {place_in(path, index)}: {error}"
+            if mistakes is None:
+                raise ValueError(mistake) from error
+            mistakes.append(mistake)
     return problems
 
 
-def _problem(index: int, line: bytes) -> Problem:
+def place_in(path: Path, index: int) -> str:
+    """Where a row stands, in words."""
+    return f"{'row' if is_table(path) else 'line'} {index + 1}"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    (path,) = files_behind(path)
+    with open(path, "rb") as file:
+        yield from ((index, line) for index, line in enumerate(file) if line.strip())
+
+
+def _of_table(index: int, row: dict[str, Any]) -> Problem:
+    answer = row.get("answer")
+    if isinstance(answer, float):
+        raise ValueError(f"'answer' is the float {answer!r}: how is it written? Store it as text or integer.")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        answer = str(answer)
+    for key, value in row.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(f"'{key}' holds what is no JSON ({error}). Leave the column out.") from error
+    return _problem(index, row, answer)
+
+
+def _of_line(index: int, line: bytes) -> Problem:
     try:
         text = line.decode("utf-8")
         row = json.loads(text, object_pairs_hook=_without_repeats)
@@ -106,14 +128,18 @@ def _problem(index: int, line: bytes) -> Problem:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {type(row).__name__}.")
-    if ("prompt" in row) == ("messages" in row):
-        raise ValueError(f"a row needs either 'prompt' or 'messages', got the keys {sorted(row)}.")
-    question = _prompt(row["prompt"]) if "prompt" in row else _messages(row["messages"])
-    extra = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
     answer = row.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         # As it is written: the float of 0.00001 prints as 1e-05, and that of 18.0000000000000001 as 18.0.
         answer = json.loads(text, parse_int=str, parse_float=str, parse_constant=lambda name: None)["answer"]
+    return _problem(index, row, answer)
+
+
+def _problem(index: int, row: dict[str, Any], answer: object) -> Problem:
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError(f"a row needs either 'prompt' or 'messages', got the keys {sorted(row)}.")
+    question = _prompt(row["prompt"]) if "prompt" in row else _messages(row["messages"])
+    extra = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
     return Problem(index, question, {**extra, "answer": _answer(answer)})
 
 

@@ -4,11 +4,12 @@ import datetime
 import logging
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_jackpot.config import Data, Evaluation
 from megatron_jackpot.data.chat_template import ChatTemplate
-from megatron_jackpot.data.problems import Problem, jsonl_problems, reasoning_gym_problems
+from megatron_jackpot.data.problems import Problem, file_problems, place_in, reasoning_gym_problems
 from megatron_jackpot.data.tokenizer import Vocabulary
 from megatron_jackpot.records import Prompt
 
@@ -62,7 +63,7 @@ def training_prompts(
     choice = _Choice(data, tokenizer, limits or Limits(), exclude)
     if data.source == "jsonl":
         assert data.path is not None
-        choice.read(jsonl_problems(data.path, choice.mistakes), data.path, keep_repeated=True)
+        choice.read(file_problems(data.path, choice.mistakes), data.path, keep_repeated=True)
     else:
         problems = reasoning_gym_problems(data.tasks, data.seed, data.size)
         choice.read(problems, "data.tasks", keep_repeated=True)
@@ -100,7 +101,7 @@ def heldout_prompts(
             "evaluation.size=0."
         )
     else:
-        choice.read(jsonl_problems(data.heldout_path, choice.mistakes), data.heldout_path, size=size)
+        choice.read(file_problems(data.heldout_path, choice.mistakes), data.heldout_path, size=size)
     chosen = choice.done()
     if len(chosen.prompts) < (size if data.source == "reasoning_gym" else 1):
         raise ValueError(
@@ -124,7 +125,7 @@ def named_prompts(
     found = {}
     for name, one in evaluation.sets.items():
         choice = _Choice(data, tokenizer, limits or Limits(), exclude)
-        choice.read(jsonl_problems(one.path, choice.mistakes), one.path, size=one.size)
+        choice.read(file_problems(one.path, choice.mistakes), one.path, size=one.size)
         chosen = choice.done()
         if not chosen.prompts:
             raise ValueError(f"evaluation.sets.{name}: no prompt of {one.path} is left: {chosen.counts}.")
@@ -162,7 +163,7 @@ class _Choice:
     def read(
         self,
         problems: Iterable[Problem],
-        origin: object,
+        origin: Path | str,
         *,
         size: int | None = None,
         keep_repeated: bool = False,
@@ -174,8 +175,9 @@ class _Choice:
             try:
                 tokens = self.render(problem)
             except ValueError as error:
-                line = f"line {problem.id + 1}" if self.data.source == "jsonl" else f"problem {problem.id}"
-                self.mistakes.append(f"{origin}, {line}: {error}")
+                generated = isinstance(origin, str)
+                place = f"problem {problem.id}" if generated else place_in(origin, problem.id)
+                self.mistakes.append(f"{origin}, {place}: {error}")
                 continue
             too_long = len(tokens) > self.data.max_prompt_tokens
             text = problem.text

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_jackpot.config import Data
-from megatron_jackpot.data.problems import jsonl_problems
+from megatron_jackpot.data.problems import file_problems
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import CheckedLabels
 from megatron_jackpot.rewards.parts import written
@@ -34,8 +34,8 @@ def label_mistakes(
 
 
 def whole_rows(path: Path) -> list[Prompt]:
-    """The rows of a jsonl file that can be read, where others keep it from giving prompts: without tokens."""
-    return [Prompt(problem.id, (), problem.label) for problem in jsonl_problems(path, [])]
+    """The rows of a file that can be read, where others keep it from giving prompts: without tokens."""
+    return [Prompt(problem.id, (), problem.label) for problem in file_problems(path, [])]
 
 
 def load_mistakes(data: Data) -> list[str]:

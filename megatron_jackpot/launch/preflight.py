@@ -21,6 +21,7 @@ from typing import Any, Literal
 from megatron_jackpot.config import Check, Config, Method
 from megatron_jackpot.config.model_folder import WEIGHTS, check_stop_ids, stop_token_ids
 from megatron_jackpot.config.model_shape import ModelShape, model_shapes
+from megatron_jackpot.data.problems import files_behind
 from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_same_tokenizer
 from megatron_jackpot.launch.cached import cached, content
@@ -190,13 +191,18 @@ def _prompts(s: Subject) -> Iterator[str]:
         yield str(error)
         return
     limits = Limits(rows=_rows(s), now=now, progress=partial(s.progress, "rows"))
-    files = [path for path in (data.path, data.heldout_path) if path and data.source == "jsonl"]
-    files += [one.path for one in config.evaluation.sets.values()]
+    sources = [path for path in (data.path, data.heldout_path) if path and data.source == "jsonl"]
+    sources += [one.path for one in config.evaluation.sets.values()]
+    files = []
+    for path in sources:
+        with suppress(ValueError, OSError):  # The reader says so.
+            files += files_behind(path)
     files += [config.policy.hf / name for name in TOKENIZER_FILES]
     key = content(
         data.model_dump(exclude={"reward_workers", "changed_rows"}),
         config.evaluation.model_dump(mode="json"),
          limits.rows, versions()["reasoning-gym"], judges(),
+        importlib.util.find_spec("pyarrow") is None,
         files=files, sources=("data/*.py",),
     )  # fmt: skip
     verdict = cached("rows", key, lambda: _read_rows(config, s.vocabulary, limits, s.progress))
@@ -227,13 +233,12 @@ def _read_rows(
             named_prompts(data, config.evaluation, vocabulary, exclude=texts, limits=limits)
         except (ValueError, OSError) as error:
             mistakes.append(str(error))
-    # A generated problem is right by construction, and `exact` takes every text that a row may have.
-    # Rows may name one of several.
+    # A generated problem is right by construction, `exact` takes every text; rows may name one of several.
     if data.source == "jsonl" and (data.rewards or data.reward in REWARDS[1:]):
         files = {
             path: whole_rows(path) if prompts is None else prompts
             for path, prompts in chosen.items()
-            if path is not None and path.is_file()
+            if path is not None and path.exists()
         }
         mistakes += label_mistakes(data, files, partial(progress, "labels"))
     return {"mistakes": mistakes, "usable": usable}
@@ -241,10 +246,10 @@ def _read_rows(
 
 def _reward(s: Subject) -> Iterator[str]:
     own = {key: name for key, name in s.config.data.reward_names.items() if name not in REWARDS}
-    mistakes = []
+    mistakes: list[str] = []
     for key, name in own.items():
         if is_remote(name):
-            mistakes += [f"{key} = '{name}': {mistake}" for mistake in [address_mistake(name)] if mistake]
+            mistakes += [f"{key} = '{name}': {told}" for told in [address_mistake(name)] if told]
             continue
         package, *inside = re.split("[.:]", name)
         if not inside:
@@ -344,7 +349,7 @@ CHECKS: tuple[Check[Subject], ...] = (
     Check(
         "config.json against parallel, data, rollout, evaluation",
         "is a known dense architecture that tp and pp divide, long enough for prompt and response (servers "
-        "keep 2 tokens free), with at least rollout.top_k_logp ids",
+        "keep 2 tokens free), with at least rollout.top_k_logp and algorithm.num_candidates ids",
         "change the layout or the lengths",
         _shapes,
     ),

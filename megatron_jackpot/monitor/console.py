@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from megatron_jackpot.monitor.evaluations import evaluation_table
 from megatron_jackpot.monitor.metrics import Row, read_metrics, series
 
 SHOWN = {
@@ -141,6 +142,17 @@ def final_table(rows: list[Row]) -> Table:
     for cells in final_rows(rows):
         table.add_row(*cells)
     return table
+
+
+def print_evaluations(rows: list[Row], console: Console | None = None) -> None:
+    """What `megatron-jackpot evaluate` found."""
+    heads, cells = evaluation_table(rows)
+    table = Table()
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("model", "set") else "right")
+    for row in cells:
+        table.add_row(*row)
+    (console or Console()).print(table)
 
 
 def print_report(folder: Path, console: Console | None = None) -> None:

@@ -92,7 +92,7 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        self._file.write(_line(row))
+        self._file.write(line_of(row))
         self._file.flush()
 
     def close(self) -> None:
@@ -219,11 +219,12 @@ def _repair(path: Path, resume_step: int | None) -> None:
         return
     rows = [row for row in read_metrics(path) if resume_step is None or row["step"] <= resume_step]
     partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(map(_line, rows)), encoding="utf-8")
+    partial.write_text("".join(map(line_of, rows)), encoding="utf-8")
     partial.replace(path)
 
 
-def _line(row: Row) -> str:
+def line_of(row: Row) -> str:
+    """As it stands in a file, with the number of the format."""
     return json.dumps({formats.FIELD: formats.current("metrics"), **row}) + "\n"
 
 

@@ -111,6 +111,8 @@ def memory_table(plan: Plan) -> Table:
         "server GPU: weights": plan.server_weights,
         "server GPU: KV of the longest": plan.longest * plan.server_kv_token,
     }
+    if plan.ring_bytes:
+        served = {"host: pushed weights, to be scored again": plan.ring_bytes, **served}
     for what, size in served.items():
         cells = (f"{size / GIB:.3f}" if m.name == plan.config.served else "" for m in plan.models)
         table.add_row(what, *cells, "")

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 Verdict: TypeAlias = tuple[float, bool] | tuple[float, bool, dict[str, float]]
 """(reward, correct), and the parts of several."""
 START_TIMEOUT_S = 120.0
+QUIET = ("-W", "ignore::SyntaxWarning")
+"""The compiler's, of packages that are compiled when they are first needed, as uv installs them."""
 MAX_REPORTED = 5
 CHUNK = 32
 """Labels of one request."""
@@ -284,7 +286,7 @@ class _Worker:
         with other:
             # Its own session: Ctrl-C reaches only the trainer, and end() takes what the reward started.
             self.process = subprocess.Popen(
-                [sys.executable, "-m", module, reward, str(fd), str(os.getpid()), json.dumps(limits)],
+                [sys.executable, *QUIET, "-m", module, reward, str(fd), str(os.getpid()), json.dumps(limits)],
                 env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[fd],

@@ -21,6 +21,8 @@ from megatron_jackpot.run import formats
 
 LATEST = "latest"
 """Link to the newest of them."""
+BEST = "best"
+"""Link to the best of them, where run.keep_best says by what."""
 MODELS = ("policy", "actor")
 """Folders in a checkpoint, one for each model of its run."""
 CHECKPOINTS = "checkpoints"

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-from megatron_jackpot.config import Config
+from megatron_jackpot.config import Config, Data
 from megatron_jackpot.config.model_folder import check_stop_ids, read_hf_config, stop_token_ids
 from megatron_jackpot.config.model_shape import misfits, padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
@@ -187,22 +187,26 @@ def make_source(
 
     return ServerSource(
         client,
-        partial(
-            RewardPool,
-            config.data.judge,
-            config.data.reward_workers,
-            config.data.reward_timeout_s,
-            memory_bytes=int(config.data.reward_memory_gb * 2**30),
-            network=config.data.reward_network,
-            max_failed=config.data.max_failed_rewards,
-            batch=config.data.reward_batch,
-        ),
+        partial(reward_pool, config.data),
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
         num_ids=min(family.vocab_size for family in families.values()),
         max_failed_groups=rollout.max_failed_groups,
         decode=decode,
         limit_s=config.run.phase_timeout_s,
+    )
+
+
+def reward_pool(data: Data) -> RewardPool:
+    """The workers that score responses."""
+    return RewardPool(
+        data.judge,
+        data.reward_workers,
+        data.reward_timeout_s,
+        memory_bytes=int(data.reward_memory_gb * 2**30),
+        network=data.reward_network,
+        max_failed=data.max_failed_rewards,
+        batch=data.reward_batch,
     )
 
 

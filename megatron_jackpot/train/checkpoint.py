@@ -1,7 +1,7 @@
 """A run's whole state in one folder per saved step, published atomically and checked before it is believed.
 
-    RUN/checkpoints/step-000040/policy/  actor/  rollouts-0.npz  state.json  manifest.json      latest ->
-    step-000040
+    RUN/checkpoints/step-000040/policy/  actor/  rollouts-0.npz  state.json  manifest.json
+    latest -> step-000040      best -> step-000020, with run.keep_best
 
 A folder is written as .step-000040.unfinished and renamed when its manifest (size and sha256 of every file)
 is on disk; a later crash leaves at most an unfinished folder. Random draws are functions of (seed, step,
@@ -34,15 +34,15 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
 from megatron_jackpot.run import formats
-from megatron_jackpot.run.provenance import CHECKPOINTS, LATEST, check_models, checkpoints
+from megatron_jackpot.run.provenance import CHECKPOINTS, check_models, checkpoints
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.digests import Digests, digest, digests
+from megatron_jackpot.train.kept import MEASURED, STATE, tidy
 from megatron_jackpot.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-STATE = "state.json"
 
 
 class Saver:
@@ -175,16 +175,10 @@ class Saver:
         if final.exists():
             final.rename(replaced)
         unfinished.rename(final)
-        pointer = self.folder / f".{LATEST}"
-        pointer.unlink(missing_ok=True)
-        pointer.symlink_to(final.name)
-        pointer.replace(self.folder / LATEST)
         _sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in checkpoints(self.folder.parent)[: -self.config.keep]:
-            every = self.config.keep_every
-            if every is None or int(old.name.removeprefix("step-")) % every:
-                shutil.rmtree(old)
+        tidy(self.config, final)
+        _sync(self.folder)
 
     def _fail(self, error: BaseException, raise_it: bool) -> None:
         self.num_failed += 1
@@ -300,6 +294,7 @@ def run_state(state: TrainState) -> dict[str, Any]:
         formats.FIELD: formats.current("checkpoint"),
         "num_steps": state.num_steps,
         "num_probes": state.num_probes,
+        MEASURED: state.measured,
         "guard": state.guard.state_dict(),
         "loader": mesh.from_main(state.loader.state_dict() if state.loader is not None else None),
         # They measure on the last pipeline stage and stand still elsewhere.
@@ -328,6 +323,7 @@ def _load(state: TrainState, folder: Path) -> list[str]:
     state.methods.load_controllers(saved["controllers"])
     state.guard.load_state_dict(saved["guard"])
     state.num_steps, state.num_probes = saved["num_steps"], saved["num_probes"]
+    state.measured = saved.get(MEASURED, {})
     if state.mesh.is_leader and state.loader is not None:
         prompts = {prompt.id: prompt for prompt in state.loader.prompts}
         # Every leader takes all: with another dp size, a prompt is another leader's.

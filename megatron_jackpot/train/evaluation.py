@@ -79,11 +79,12 @@ class Evaluator:
                 continue
             given = recomputed[name] | {self.state.served.name: self._served(mine, self.judge)}
             for model, answers in given.items():
-                right, lost = self._judged(mine, answers, self.judge)
+                right, lost = judged(mine, answers, self.judge)
                 failed, judged = failed + lost, judged + sum(map(len, answers))
                 scored = Scored(f"eval/{name}/{model}" if name else f"eval/{model}", mine, right)
                 pairs |= scored.metrics(tasks_of(prompts)) | scored.passes(self._samples(model))
-                samples += self._kept(name, model, mine, answers, right, self.judge)
+                first = self.config.evaluation.keep
+                samples += kept(name, model, mine[:first], answers, right, self.judge)
         if self.judge is not None:
             pairs["eval/failed_rewards"] = pair(failed, judged)
         mesh.wait_for_leaders(f"eval-{self.state.num_steps}", self.config.rollout.request_timeout_s * 2)
@@ -127,30 +128,22 @@ class Evaluator:
                 found[name] = [[answer] for answer in answers]
         return found
 
-    def _judged(
-        self, prompts: list[Prompt], answers: Answers, judge: Judge
-    ) -> tuple[list[list[bool]], float]:
-        """Verdicts in the shape of `answers`, and the number of rewards that failed."""
-        flat = [answer for group in answers for answer in group]
-        asked = [prompt for prompt, group in zip(prompts, answers, strict=True) for _ in group]
-        right, failed = judge.verdicts(flat, asked)
-        verdicts = iter(right)
-        return [[next(verdicts) for _ in group] for group in answers], failed
 
-    def _kept(
-        self,
-        name: str,
-        model: str,
-        prompts: list[Prompt],
-        answers: Answers,
-        right: list[list[bool]],
-        judge: Judge,
-    ) -> Iterator[Row]:
-        """The first answer to each of the first problems."""
-        for prompt, given, good in list(zip(prompts, answers, right, strict=True))[
-            : self.config.evaluation.keep
-        ]:
-            yield {"set": name, "model": model, **answer_row(prompt, given[0], good[0], judge.text)}
+def judged(prompts: Sequence[Prompt], answers: Answers, judge: Judge) -> tuple[list[list[bool]], float]:
+    """Verdicts in the shape of `answers`, and the number of rewards that failed."""
+    flat = [answer for group in answers for answer in group]
+    asked = [prompt for prompt, group in zip(prompts, answers, strict=True) for _ in group]
+    right, failed = judge.verdicts(flat, asked)
+    verdicts = iter(right)
+    return [[next(verdicts) for _ in group] for group in answers], failed
+
+
+def kept(
+    name: str, model: str, prompts: Sequence[Prompt], answers: Answers, right: list[list[bool]], judge: Judge
+) -> Iterator[Row]:
+    """The first answer to each of `prompts`, which may be fewer than were asked."""
+    for prompt, given, good in zip(prompts, answers, right, strict=False):
+        yield {"set": name, "model": model, **answer_row(prompt, given[0], good[0], judge.text)}
 
 
 class Scored(NamedTuple):

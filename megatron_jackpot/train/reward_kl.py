@@ -34,8 +34,11 @@ def with_kl_in_rewards(
     if groups is not None:
         groups = methods.with_advantages(groups, sum_over_batch, mesh.device, added)
     again = packer.pack(groups, batch.topk_ids_MTK.shape[-1])
-    batch = replace(batch, advantage_MT=again.advantage_MT)
-    return batch, None if scores is None else replace(scores, batch=batch), metrics
+    new = {"advantage_MT": again.advantage_MT}
+    if scores is not None:
+        # Of its own batch: scoring may have found the candidates.
+        scores = replace(scores, batch=replace(scores.batch, **new))
+    return replace(batch, **new), scores, metrics
 
 
 def _added(

@@ -24,6 +24,7 @@ from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.assembly import Assembly, assemble
 from megatron_jackpot.train.checkpoint import Saver
 from megatron_jackpot.train.guard import RollBack
+from megatron_jackpot.train.kept import check_measured, measured
 from megatron_jackpot.train.samples import wrong_row
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import StepMetrics
@@ -147,6 +148,7 @@ def _begin(assembly: Assembly, outputs: Outputs | None, resumed: bool) -> None:
     metrics = assembly.probe()
     if not resumed:
         evaluated = assembly.evaluate()
+        check_measured(trainer.config.run, trainer.mesh.from_main(list(evaluated.metrics)))
         if outputs is not None:
             outputs.report(0, metrics | evaluated.metrics)
             outputs.keep(0, evaluated.samples)
@@ -168,6 +170,7 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
     if assembly.evaluate.sets and (step % config.evaluation.every == 0 or last):
         evaluated = assembly.evaluate()
         metrics, samples = metrics | evaluated.metrics, evaluated.samples
+    trainer.state.measured = measured(config.run, metrics)
     after = StepMetrics(step, trainer.watchdog)
     with after.timer("save"):
         saver.poll()

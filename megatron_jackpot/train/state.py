@@ -28,6 +28,8 @@ class TrainState:
     num_steps: int = 0
     """Finished steps; also the version of the weights that servers hold."""
     num_probes: int = 0
+    measured: dict[str, float] = field(default_factory=dict)
+    """What run.keep_best compares checkpoints by, after `num_steps` steps; on the main rank, {} elsewhere."""
     finished_groups: Groups = field(default_factory=dict)
     """Groups of steps that are not trained yet, on the DP leader that asked for them."""
 

@@ -6,7 +6,7 @@ from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 
 from megatron_jackpot.config import Data, Evaluation
-from megatron_jackpot.data.problems import Problem, jsonl_problems
+from megatron_jackpot.data.problems import Problem, file_problems
 from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import Vocabulary, load_tokenizer
 
@@ -154,15 +154,15 @@ def test_no_prompt_left_is_an_error(tokenizer, tmp_path):
 def test_a_malformed_row_is_an_error_with_file_line_and_reason(tmp_path, row, problem):
     path = write(tmp_path / "bad.jsonl", [{"prompt": "fine", "answer": "1"}, "", row])
     with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{problem}"):
-        jsonl_problems(path)
+        file_problems(path)
 
 
 def test_bytes_that_are_not_utf8_and_a_missing_file_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "answer": "1"}\n')
     with pytest.raises(ValueError, match=r"latin\.jsonl, line 1: not UTF-8"):
-        jsonl_problems(tmp_path / "latin.jsonl")
+        file_problems(tmp_path / "latin.jsonl")
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
-        jsonl_problems(tmp_path / "none.jsonl")
+        file_problems(tmp_path / "none.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_bytes_that_are_not_utf8_and_a_missing_file_are_named(tmp_path):
 )
 def test_a_number_as_answer_stays_as_it_is_written(tmp_path, number):
     (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a", "answer": {number}, "weight": 0.00001}}\n')
-    (problem,) = jsonl_problems(tmp_path / "a.jsonl")
+    (problem,) = file_problems(tmp_path / "a.jsonl")
     assert problem.label == {"answer": number, "weight": 0.00001}
 
 
 def test_numbers_are_answers_and_other_keys_reach_the_label(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "6 * 7", "answer": 42, "level": "easy"}])
-    assert jsonl_problems(path) == [Problem(0, "6 * 7", {"answer": "42", "level": "easy"})]
+    assert file_problems(path) == [Problem(0, "6 * 7", {"answer": "42", "level": "easy"})]
 
 
 def test_prompt_and_messages_take_the_chat_template(tmp_path, chat_tokenizer_folder):
@@ -258,7 +258,7 @@ def test_an_answer_that_stands_in_the_prompt_is_refused_by_line(tmp_path, role):
     with pytest.raises(
         ValueError, match=rf"sft.jsonl, line 1: 'messages' ends with the role '{role}': an answer"
     ):
-        jsonl_problems(path)
+        file_problems(path)
 
 
 def test_what_a_template_refuses_and_half_a_surrogate_pair_name_file_and_line(tmp_path, tokenizer_folder):
@@ -277,7 +277,7 @@ def test_what_a_template_refuses_and_half_a_surrogate_pair_name_file_and_line(tm
             with pytest.raises(ValueError, match=r"a.jsonl, line 1: the chat template refuses it: "):
                 training_prompts(jsonl(path, template=None), read)
     with pytest.raises(ValueError, match=r"one.jsonl, line 1: 'prompt' holds half a surrogate"):
-        jsonl_problems(one_row(tmp_path, prompt="1\ud800"))
+        file_problems(one_row(tmp_path, prompt="1\ud800"))
 
 
 @pytest.mark.parametrize("template", ["[]", "{{ messages[0].role }}", "{{ messages | length }}"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.monitor.differences import groups
+from megatron_jackpot.monitor.evaluations import write_evaluations
 from megatron_jackpot.monitor.metrics import METRICS, MetricsWriter
 from megatron_jackpot.monitor.report.content import content
 from megatron_jackpot.monitor.report.curves import CHARTS, points
@@ -47,6 +48,27 @@ def test_the_page_is_one_file_of_known_elements_whatever_the_run_says(tmp_path: 
     tree = tree_of(page)
     assert tree["runs"][0]["facts"][1] == ["actor", EVIL]
     assert tree["samples"][0]["text"].startswith(EVIL) and "letters more" in tree["samples"][0]["text"]
+
+
+def test_what_was_evaluated_afterwards_is_a_table_of_one_run_and_of_several(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    assert tree_of(write_report(runs[:1]).read_text())["evaluations"] is None
+    settings = {"model": "policy", "problems": 3, "samples": 2, "temperature": 1.0, "truncated": 0.5}
+    for step, name in ((20, "hard"), (10, "")):
+        metrics = {f"eval/{name}/policy_accuracy".replace("//", "/"): 0.25, "eval/hard/policy_pass@2": 0.5}
+        answer = {"kind": "evaluation", "model": "policy", "prompt": "1", "answer": "2", "text": EVIL}
+        row = {"step": step, "set": name, "metrics": metrics, **settings}
+        write_evaluations(runs[1], [row], [{"step": step, "set": name, "correct": False, **answer}])
+    assert tree_of(write_report(runs, tmp_path / "both.html").read_text())["evaluations"] == {
+        "heads": ["run", "step", "model", "set", "problems", "answers", "T", "avg", "pass@2", "cut"],
+        "rows": [
+            ["run.seed=1", "20", "policy", "hard", "3", "2", "1", "0.250", "0.500", "50.0%"],
+            ["run.seed=1", "10", "policy", "held out", "3", "2", "1", "0.250", "-", "50.0%"],
+        ],
+    }
+    shown = tree_of(write_report(runs[1:]).read_text())["samples"]
+    assert [row["step"] for row in shown] == sorted(row["step"] for row in shown)
+    assert sum(row["text"] == EVIL for row in shown) == 2
 
 
 def test_what_is_not_finite_or_not_drawable_is_missing(tmp_path: Path) -> None:

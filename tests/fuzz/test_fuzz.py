@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_jackpot.config import describe, load_config, parse_config
-from megatron_jackpot.data.problems import jsonl_problems
+from megatron_jackpot.data.problems import file_problems
 from megatron_jackpot.rewards.exact import score
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.servers.protocol import BadReply, Sampling
@@ -95,7 +95,7 @@ def test_any_file_is_rows_or_an_error_that_names_the_line(tmp_path, lines: list)
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join(lines))
     try:
-        for problem in jsonl_problems(path):
+        for problem in file_problems(path):
             assert problem.label["answer"]
     except ValueError as error:
         assert "line " in str(error)

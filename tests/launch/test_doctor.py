@@ -1,6 +1,7 @@
 """Doctor gives every line a status, and a remedy wherever something is not as it should be."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,11 @@ def test_a_missing_interpreter_is_broken_not_a_traceback(tmp_path):
 def test_an_import_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(module, "IMPORT_LIMIT_S", 0.5)
     assert module.attempt("import time; time.sleep(60)") == (False, "no answer within 0.5 s")
+
+
+def test_trainer_and_server_need_one_nccl_where_there_are_gpus(monkeypatch):
+    found = iter(("2.30.7", "none", "2.30.7", "2.27.5", "2.30.7", "2.30.1"))
+    monkeypatch.setattr(module, "attempt", lambda code, interpreter: (True, next(found)))
+    for gpus, status in (([], "ok"), (["0"], "broken"), (["0"], "ok")):
+        monkeypatch.setattr("megatron_jackpot.servers.gpus.visible_gpus", lambda gpus=gpus: gpus)
+        assert module.same_nccl(Path("python")).status == status

@@ -47,6 +47,8 @@ class Layout:
     entropy_bonus: float = 0.0
     reference_kl: tuple[tuple[str, object], ...] = ()
     """Of the policy to the actor's folder, or in a run of one model to the policy at the start."""
+    top_k: int = TOP_K
+    """What servers return; 0 leaves the candidates to the trainer."""
     one_model: bool = False
     """No actor: servers hold the policy."""
 
@@ -83,7 +85,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 prompts_per_step=NUM_PROMPTS,
                 samples_per_prompt=4,
                 max_new_tokens=16,
-                top_k_logp=TOP_K,
+                top_k_logp=layout.top_k,
             ),
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
@@ -93,6 +95,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 aggregation=dict(name=layout.aggregation),
                 entropy=dict(bonus=layout.entropy_bonus, target=2.0) if layout.entropy_bonus else None,
                 reference_kl=dict(layout.reference_kl) or None,
+                num_candidates=TOP_K,
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
             ),
@@ -133,7 +136,7 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
         measured = trainer.measurements()
         measured.note_rollouts(collected(mine or []), mesh.dp, {})
-        trainer.learn(trainer.packer.pack(mine, TOP_K), measured, mine)
+        trainer.learn(trainer.packer.pack(mine, layout.top_k), measured, mine)
         trainer.state.num_steps += 1
         history.append(measured.reduced(mesh))
     weights = {name: export(model) for name, model in trainer.state.models.items()}

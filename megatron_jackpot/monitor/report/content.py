@@ -10,6 +10,7 @@ import yaml
 
 from megatron_jackpot.monitor.console import final_rows
 from megatron_jackpot.monitor.differences import groups, labels, names
+from megatron_jackpot.monitor.evaluations import EVALUATIONS_FILE, evaluation_table, read_evaluations
 from megatron_jackpot.monitor.metrics import Row, read_metrics
 from megatron_jackpot.monitor.report import curves, health, samples
 from megatron_jackpot.monitor.report.tokens import Decode, token_view
@@ -43,6 +44,7 @@ def content(folders: Sequence[Path]) -> Tree:
         "groups": [{"label": group.label, "members": group.members} for group in groups(folders)],
         "charts": curves.charts(measured),
         "meanings": curves.meanings(measured),
+        "evaluations": _evaluations(folders, runs),
         "samples": [] if one is None else samples.kept(one),
         "tokens": None if one is None else _tokens(one),
     }
@@ -53,7 +55,8 @@ def version(folders: Sequence[Path]) -> str:
     silent has news, too."""
     parts = [str(int(time.time() // 60))]
     for folder in map(Path, folders):
-        shown = [folder / "metrics.jsonl", folder / samples.FILE, *sorted((folder / TOKENS).glob("*.npz"))]
+        shown = [folder / name for name in ("metrics.jsonl", EVALUATIONS_FILE, *samples.FILES)]
+        shown += sorted((folder / TOKENS).glob("*.npz"))
         held = (path.stat() for path in shown if path.is_file())
         parts += [f"{one.st_mtime_ns}.{one.st_size}" for one in held]
     return hashlib.sha256("-".join(parts).encode()).hexdigest()[:16]
@@ -85,6 +88,16 @@ def run_content(folder: Path) -> Tree:
         "points": curves.points(rated),
         "phases": curves.phases(rows),
     }
+
+
+def _evaluations(folders: Sequence[Path], runs: Sequence[Tree]) -> Tree | None:
+    """The table of what `megatron-jackpot evaluate` found, of several runs with their names in front."""
+    found = [read_evaluations(Path(folder)) for folder in folders]
+    heads, cells = evaluation_table([row for rows in found for row in rows])
+    if len(folders) > 1:
+        whose = [run["label"] or run["name"] for run, rows in zip(runs, found, strict=True) for _ in rows]
+        heads, cells = ["run", *heads], [[name, *row] for name, row in zip(whose, cells, strict=True)]
+    return {"heads": heads, "rows": cells} if cells else None
 
 
 def facts(config: Tree, made: Tree) -> Iterator[tuple[str, str]]:

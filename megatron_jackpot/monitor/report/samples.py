@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+from megatron_jackpot.monitor.evaluations import ANSWERS_FILE
 from megatron_jackpot.monitor.metrics import Row, read_metrics
-from megatron_jackpot.monitor.outputs import SAMPLES_FILE as FILE
+from megatron_jackpot.monitor.outputs import SAMPLES_FILE
+
+FILES = (SAMPLES_FILE, ANSWERS_FILE)
 
 SHOWN_STEPS = 12
 """Newest steps with samples that are on the page."""
@@ -12,10 +15,10 @@ LONGEST = 4000
 
 
 def kept(folder: Path) -> list[Row]:
-    """Rows of the newest steps and of the first one, in file order, long texts cut. Raises ValueError as
+    """Rows of the newest steps and of the first one, by step, long texts cut. Raises ValueError as
     `read_metrics` does."""
-    path = folder / FILE
-    rows = read_metrics(path) if path.is_file() else []
+    rows = [row for path in map(folder.joinpath, FILES) if path.is_file() for row in read_metrics(path)]
+    rows.sort(key=lambda row: row["step"])
     steps = sorted({row["step"] for row in rows})
     shown = {*steps[:1], *steps[-SHOWN_STEPS:]}
     return [{key: _cut(value) for key, value in row.items()} for row in rows if row["step"] in shown]

@@ -77,6 +77,13 @@ function tasksOf(tree) {
   })));
 }
 
+function evaluationsOf(tree) {
+  if (!tree.evaluations) return null;
+  return section("evaluations", "Evaluated afterwards",
+    make("p", {}, "by megatron-jackpot evaluate: answers drawn at T; avg is the mean over all of them, cut the share that reached the limit"),
+    table(tree.evaluations.heads, tree.evaluations.rows));
+}
+
 function answersOf(tree) {
   if (!tree.samples.length) return null;
   const steps = [...new Set(tree.samples.map((one) => one.step))];
@@ -133,7 +140,7 @@ function drawPage(tree) {
   plots = [];
   headOf(tree);
   curvesNow = chartsOf(tree);
-  const parts = [curvesNow.element, numbersOf(tree), phasesOf(tree), tasksOf(tree), answersOf(tree), tokensOf(tree), factsOf(tree)];
+  const parts = [curvesNow.element, numbersOf(tree), phasesOf(tree), tasksOf(tree), evaluationsOf(tree), answersOf(tree), tokensOf(tree), factsOf(tree)];
   document.getElementById("body").replaceChildren(...parts.filter(Boolean));
   curvesNow.redraw();
 }

@@ -1,0 +1,83 @@
+"""Rows of parquet files and of Hugging Face data sets on disk, read by pyarrow where it is installed."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ENDING = ".parquet"
+STATE = "state.json"
+"""What `Dataset.save_to_disk` writes beside its arrow files."""
+SPLITS = "dataset_dict.json"
+"""What `DatasetDict.save_to_disk` writes above a folder for each split."""
+BATCH = 1024
+"""Rows that are held as Python values at a time."""
+
+
+def is_table(path: Path) -> bool:
+    """Whether it is parquet or a folder; anything else is read as jsonl."""
+    return Path(path).is_dir() or Path(path).suffix == ENDING
+
+
+def files_behind(path: Path) -> list[Path]:
+    """What the rows of `path` are read from, in their order: the file itself, or those of a data set's
+    folder. Raises ValueError for a folder that is none, FileNotFoundError for nothing there."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file. Set data.path (data.heldout_path) to one with rows.")
+    if not path.is_dir():
+        return [path]
+    if (path / SPLITS).is_file():
+        splits = json.loads((path / SPLITS).read_text(encoding="utf-8")).get("splits", [])
+        raise ValueError(f"{path} holds the splits {', '.join(splits)}. Name the folder of one of them.")
+    if (path / STATE).is_file():
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state.get("_indices_data_files") or state.get("_indices_files"):
+            raise ValueError(f"{path} is a selection of other rows. Save it after flatten_indices().")
+        return [path / one["filename"] for one in state["_data_files"]]
+    found = sorted(path.rglob(f"*{ENDING}"))
+    splits = sorted({file.name.split("-")[0] for file in found})
+    if not found:
+        raise ValueError(f"{path} is no saved data set ({STATE}) and has no {ENDING} files. Name a file.")
+    if len(splits) > 1:
+        raise ValueError(f"{path} has files of {', '.join(splits)}. Name a file, or a folder with one split.")
+    return found
+
+
+def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row counted from 0, its columns as Python values) in order; absent values are left out.
+
+    Raises ValueError where pyarrow is missing or cannot read a file, and as `files_behind` does.
+    """
+    number = 0
+    for file in files_behind(path):
+        for batch in _batches(file):
+            for row in batch.to_pylist():
+                yield number, _without_nulls(row)
+                number += 1
+
+
+def _batches(file: Path) -> Iterator[Any]:
+    try:
+        # Not an import: the package is nobody's requirement.
+        pyarrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
+    except ImportError as error:
+        raise ValueError(
+            f"{file} needs the pyarrow package. Install it (pip install pyarrow), or write the rows as jsonl."
+        ) from error
+    try:
+        if file.suffix == ENDING:
+            yield from parquet.ParquetFile(file).iter_batches(batch_size=BATCH)
+        else:
+            with pyarrow.memory_map(str(file)) as mapped:
+                yield from pyarrow.ipc.open_stream(mapped)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Every row of a table has every column, and every message every field."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
+    return [_without_nulls(below) for below in value] if isinstance(value, list) else value
