@@ -1,12 +1,13 @@
 """Where a step's time goes, and what Jackpot adds to a step without correction, on the same batches in one
-run; or what a run of one model takes beside the joint one.
+run; or what a run of one model, or one with a frozen reference, takes beside the joint one.
 
-    python benchmarks/step.py MODELS_FOLDER [key=value ...] [--steps 8] [--one-model]
+    python benchmarks/step.py MODELS_FOLDER [key=value ...] [--steps 8] [--one-model | --reference]
 
 MODELS_FOLDER holds policy/ and actor/ (examples/quickstart/shipped.py prints one). Starts one SGLang server,
 collects each batch once and lets both corrections learn from it, in alternating order; prints medians over
 the batches. With --one-model it starts a server for each of two runs, with the actor and without one
 (rollout.model=policy, actor=null), which take turns step by step; prints seconds, tokens and bytes held.
+With --reference the second run has the policy at the start as its reference.
 """
 
 import argparse
@@ -29,8 +30,11 @@ from megatron_jackpot.train.assembly import assemble
 
 PHASES = ("rollout", "score", "correct", "update_policy", "update_actor", "sync")
 ARMS = ("jackpot", "none")
-RUNS = {"joint": (), "one model": ("rollout.model=policy", "actor=null")}
-"""Run -> what sets it apart."""
+RUNS = {
+    "one model": ("rollout.model=policy", "actor=null"),
+    "reference": ("policy.reference={}", "algorithm.reference_kl={weight: 1.0e-3}"),
+}
+"""Run beside the joint one -> what sets it apart."""
 RUN = Path(__file__).parents[1] / "examples" / "quickstart" / "run.yaml"
 
 
@@ -95,15 +99,23 @@ def held_bytes(models) -> dict[str, float]:
     """What a run's models keep between steps: weights, gradients, and the optimizers' states and masters."""
     held = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
     for model in models:
-        weights = [p for chunk in model.chunks for p in chunk.module.parameters()]
+        weights = [p for chunk in model.chunks for p in chunk.parameters()]
         own = {p.untyped_storage().data_ptr() for p in weights}
         held["weights"] += sum(p.nbytes for p in weights)
-        held["gradients"] += sum(p.main_grad.nbytes for p in weights)
+        held["gradients"] += sum(p.main_grad.nbytes for p in weights if p.requires_grad)
+        if model.optimizer is None:
+            continue
         for part in getattr(model.optimizer, "chained_optimizers", [model.optimizer]):
             for parameter, state in part.optimizer.state.items():
                 held["optimizer"] += sum(getattr(value, "nbytes", 0) for value in state.values())
                 held["optimizer"] += parameter.nbytes * (parameter.untyped_storage().data_ptr() not in own)
     return held
+
+
+def models_of(trainer) -> list:
+    """All that a run holds, the reference too."""
+    reference = trainer.state.reference
+    return [*trainer.state.models.values(), *([] if reference is None else [reference.model])]
 
 
 def beside(trainers: dict, steps: int) -> dict[str, dict[str, list[float]]]:
@@ -133,7 +145,7 @@ def report_beside(trainers: dict, found: dict[str, dict[str, list[float]]], step
         digits = 4 if metric in rows else 0
         cells = [f"{statistics.median(values):.{digits}f}" for values in pair]
         table.add_row(metric, *cells, f"{ratio:.3f}")
-    sizes = [held_bytes(trainer.state.models.values()) for trainer in trainers.values()]
+    sizes = [held_bytes(models_of(trainer)) for trainer in trainers.values()]
     for kind in sizes[0]:
         a, b = (size[kind] for size in sizes)
         table.add_row(f"bytes of {kind}", f"{a:.0f}", f"{b:.0f}", f"{b / a:.3f}")
@@ -161,7 +173,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--one-model", action="store_true", help="compare with a run of one model")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--one-model", dest="beside", action="store_const", const="one model")
+    kinds.add_argument("--reference", dest="beside", action="store_const", const="reference")
     parser.add_argument("--steps", type=int, default=8, help="batches measured")
     args = parser.parse_args()
     overrides = [f"policy.hf={args.models}/policy", f"actor.hf={args.models}/actor", *args.overrides]
@@ -172,8 +186,9 @@ def main() -> None:
         def made(name: str, changes: tuple[str, ...] = ()):
             return stack.enter_context(assembled(Path(folder) / name, [*overrides, *changes], mesh)).trainer
 
-        if args.one_model:
-            trainers = {name: made(name.replace(" ", "-"), changes) for name, changes in RUNS.items()}
+        if args.beside is not None:
+            runs = {"joint": (), args.beside: RUNS[args.beside]}
+            trainers = {name: made(name.replace(" ", "-"), changes) for name, changes in runs.items()}
             report_beside(trainers, beside(trainers, args.steps), args.steps)
         else:
             report(*measure(made("run"), args.steps))

@@ -73,6 +73,8 @@ class Rollout:
     finish: str
     """"stop", "length" or "abort"."""
     reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    """Each reward's number, where there are several: `reward` is their weighted sum."""
     correct: bool = False
     advantage: float | np.ndarray = 0.0
     """Of each token alike, or [R] float32. Computed once, after collection and selection, before any
@@ -182,6 +184,12 @@ class Scores:
     exact_overlap_MT: Tensor | None = None
     """Z over the whole vocabulary, q being the served model's log-probs; only where a correction asks for
     it."""
+    entropy_MT: Tensor | None = None
+    """Entropy of the target over its vocabulary, nats; None where nobody read it."""
+    reference_logp_MT: Tensor | None = None
+    """log-prob of the sampled token under the frozen reference; only where there is one."""
+    reference_kl_MT: Tensor | None = None
+    """KL(policy_old || reference) over the whole vocabulary; only where it is asked for."""
     step: int
     """Number of the optimizer step's batch: key of the random draws."""
 

@@ -44,7 +44,8 @@ def make_scores(
 ) -> Scores:
     """The Scores of what the passes over a batch read; `ids_MTC` is the union of candidates.
 
-    policy: logp [M, T], server_ids_logp [M, T, K], topk_logp and topk_ids [M, T, K]. served, of the model
+    policy: logp [M, T], server_ids_logp [M, T, K], topk_logp and topk_ids [M, T, K], and entropy [M, T]
+    where it was read. served, of the model
     that servers hold: topk_logp [M, T, K] at the policy's part of the candidates, logp [M, T] of an actor,
     exact_overlap [M, T] where it was asked for. `versions` are those of its weights that were scored, each
     token by the one that produced it.
@@ -62,13 +63,14 @@ def make_scores(
         candidate_target_logp_MTK=target_MTC.masked_fill(padding, -math.inf),
         candidate_server_logp_MTK=server_MTC.masked_fill(padding, -math.inf),
         exact_overlap_MT=served.get("exact_overlap"),
+        entropy_MT=policy.get("entropy"),
         step=step,
     )
 
 
 def retargeted(scores: Scores, policy: Mapping[str, Tensor]) -> Scores:
     """The same scores aimed at the policy as `policy`, a later pass over the same batch, reads it: logp,
-    server_ids_logp, topk_logp and topk_ids as in `make_scores`.
+    server_ids_logp, topk_logp, topk_ids and entropy as in `make_scores`.
 
     Its own top-k are candidates in place of the old policy's (P Alg. 1). Of ids that only it lists, q is
     known where the scored policy listed them too: the model that could tell of the others has moved since.
@@ -82,6 +84,7 @@ def retargeted(scores: Scores, policy: Mapping[str, Tensor]) -> Scores:
         candidate_shared_MTK=_shared(ids_MTC, policy["topk_ids"]),
         candidate_target_logp_MTK=target_MTC.masked_fill(ids_MTC < 0, -math.inf),
         candidate_server_logp_MTK=_known_server_logp(ids_MTC, scores),
+        entropy_MT=policy.get("entropy"),
     )
 
 

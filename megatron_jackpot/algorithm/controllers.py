@@ -1,5 +1,5 @@
-"""Two settings that follow a measurement: lam a wanted acceptance, lambda_distill a wanted KL(policy ||
-actor).
+"""Settings that follow a measurement: lam a wanted acceptance, the weight of a loss's term what it moves
+(lambda_distill a wanted KL(policy || actor), an entropy bonus a wanted entropy).
 
 A controller measures one batch and moves the setting for the next.
 """
@@ -7,6 +7,7 @@ A controller measures one batch and moves the setting for the next.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -67,21 +68,24 @@ class TargetAcceptance:
 
 
 @dataclass
-class AdaptiveDistill:
-    """PI control of lambda_distill in log space: log weight = integral + gain_p * e, e = log(measured / kl).
+class SteeredWeight:
+    """PI control of a weight in log space: log weight = integral + gain_p * e, e = log(measured / wanted), or
+    -e where the term raises what is measured.
 
     integral += gain_i * e per batch. It starts at log weight and never leaves the bounds, so it does not wind
     up: the weight leaves a bound with the first error of the other sign.
     """
 
-    kl: float = 0.1
-    """Set-point of KL(policy || actor)."""
+    wanted: float = 0.1
+    """Set-point of what is measured, which the term lowers or raises."""
     weight: float = 1.0
-    """lambda_distill of the first batch, later of the next one."""
+    """Of the first batch, later of the next one."""
+    term: Literal["lowers", "raises"] = "lowers"
+    """What the term does to the measurement: a penalty of a KL lowers it, an entropy bonus raises it."""
     gain_p: float = 0.2
-    """Twice the wanted KL raises the weight by 2^gain_p as long as it lasts."""
+    """Twice what is wanted raises the weight by 2^gain_p as long as it lasts."""
     gain_i: float = 0.02
-    """Twice the wanted KL raises the weight by 2^gain_i per batch, for good."""
+    """Twice what is wanted raises the weight by 2^gain_i per batch, for good."""
     weight_min: float = 1e-4
     """Least weight."""
     weight_max: float = 100.0
@@ -90,8 +94,8 @@ class AdaptiveDistill:
     """Log of the weight without its proportional part."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.kl < math.inf:
-            raise ValueError(f"kl = {self.kl}: must be a finite number > 0. Use 0.1.")
+        if not 0 < self.wanted < math.inf:
+            raise ValueError(f"wanted = {self.wanted}: must be a finite number > 0. Use 0.1.")
         for name, gain, usual in (("gain_p", self.gain_p, 0.2), ("gain_i", self.gain_i, 0.02)):
             if not 0 <= gain < math.inf:
                 raise ValueError(f"{name} = {gain}: must be a finite number >= 0. Use {usual}.")
@@ -99,12 +103,13 @@ class AdaptiveDistill:
         _check_within("weight", self.weight, self.weight_min, self.weight_max)
         self.integral = math.log(self.weight)
 
-    def update(self, measured_kl: float) -> float:
+    def update(self, measured: float) -> float:
         """Weight for the next batch; NaN, where nothing was measured, changes nothing."""
-        if math.isnan(measured_kl):
+        if math.isnan(measured):
             return self.weight
-        floor, ceiling = (self.kl * math.exp(sign * ERROR_LIMIT) for sign in (-1, 1))
-        error = math.log(min(max(measured_kl, floor), ceiling) / self.kl)
+        floor, ceiling = (self.wanted * math.exp(sign * ERROR_LIMIT) for sign in (-1, 1))
+        error = math.log(min(max(measured, floor), ceiling) / self.wanted)
+        error = error if self.term == "lowers" else -error
         self.integral = self._bounded(self.integral + self.gain_i * error)
         self.weight = self._weight(self.integral + self.gain_p * error)
         return self.weight
@@ -114,7 +119,7 @@ class AdaptiveDistill:
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Raises ValueError for wrong keys; what lies outside the present bounds becomes the nearer one."""
-        weight, integral = _loaded(state, ["weight", "integral"], "AdaptiveDistill")
+        weight, integral = _loaded(state, ["weight", "integral"], "SteeredWeight")
         self.weight = min(max(weight, self.weight_min), self.weight_max)
         self.integral = self._bounded(integral)
 

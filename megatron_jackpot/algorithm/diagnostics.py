@@ -6,6 +6,7 @@ log rho = log p - log q with the server's q.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,17 +17,21 @@ from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio, masked_s
 from megatron_jackpot.algorithm.tokens import SumOverBatch, segment_reduce, trainable
 from megatron_jackpot.records import Correction, Metrics, Pair, Scores
 
+TOP_EDGES = 1 << 15
+"""Of bins from 1e-6 to 1e5, each 0.08% wide."""
+
 
 @torch.no_grad()
 def diagnostics(scores: Scores, correction: Correction, sum_over_batch: SumOverBatch) -> Metrics:
     """name -> (sum, count); the ESS ratio is weight/mean ** 2 / weight/mean_square.
 
     kl/server_{policy,actor}_k1 = -log rho and _k3 = rho - 1 - log rho estimate KL(server || model);
-    {policy,actor,server}/log_ppl is the mean -log p; policy/chi2 = E_q[rho^2] - 1; gap/a_b is the mean
-    |log p_a - log p_b|; kl/target_server is the correction's `kl`; rejected/{positive,negative,correct,wrong}
-    the share of tokens with such an advantage or verdict that keep removes. By response: policy/chi2_sequence
-    is the mean (product of rho)^2 - 1, policy/ppl_ratio the mean exp(-mean log rho). weight/max and
-    weight/min are of kept tokens. Sums over the batch once.
+    {policy,actor,server}/log_ppl is the mean -log p, policy/entropy the target's over its vocabulary;
+    policy/chi2 = E_q[rho^2] - 1; gap/a_b is the mean |log p_a - log p_b|; kl/target_server is the
+    correction's `kl`; rejected/{positive,negative,correct,wrong} the share of tokens with such an advantage
+    or verdict that keep removes. By response: policy/chi2_sequence is the mean (product of rho)^2 - 1,
+    policy/ppl_ratio the mean exp(-mean log rho). weight/max and weight/min are of kept tokens. Sums over the
+    batch once.
     """
     s, batch, mask_MT = scores, scores.batch, scores.batch.mask_MT
     models = {"policy": s.policy_logp_MT}
@@ -44,6 +49,8 @@ def diagnostics(scores: Scores, correction: Correction, sum_over_batch: SumOverB
     metrics |= _of_responses(log_ratio(s.policy_logp_MT, batch.server_logp_MT), known_MT, batch.segment_MT)
     for model, value in logp.items():
         metrics[f"{model}/log_ppl"] = mean_over(-value, known_MT)
+    if s.entropy_MT is not None:
+        metrics["policy/entropy"] = mean_over(s.entropy_MT, mask_MT)
     for a, b in itertools.combinations(logp, 2):
         metrics[f"gap/{a}_{b}"] = mean_over((logp[a] - logp[b]).abs(), known_MT)
     used_MT = torch.where(correction.keep_MT, correction.weight_MT, 0.0).double()
@@ -105,6 +112,27 @@ def global_quantiles(
     wanted = cumulative[-1] * torch.tensor(levels, dtype=torch.float64, device=value.device)
     edge = (torch.searchsorted(cumulative, wanted).double() + 1) / bins
     return list(edge.unbind())
+
+
+def least_of_top(
+    value: Tensor, mask: Tensor, share: float, sum_over_batch: Callable[[Tensor], Tensor]
+) -> float:
+    """From which value on the tokens are the top `share` of the whole mini-batch: at most so many, but at
+    least the highest bin (each 0.08% wide, its tokens together); inf where no value reaches 1e-6.
+
+    Calls `sum_over_batch` once, with a histogram.
+    """
+    edges = torch.logspace(-6, 5, TOP_EDGES, dtype=torch.float64, device=value.device)
+    bin_N = torch.bucketize(value.flatten(), edges, right=True)
+    histogram = torch.zeros(len(edges) + 1, dtype=torch.float64, device=edges.device)
+    histogram = sum_over_batch(histogram.index_add_(0, bin_N, mask.flatten().double()))
+    from_here_up = running_sum(histogram.flip(0)).flip(0)
+    most = max(1.0, share * float(from_here_up[0]))
+    # Bin i + 1 begins at edge i; values below the first edge are never among the top.
+    first = int((from_here_up[1:] > most).sum())
+    if first < len(edges) and from_here_up[1 + first] == 0:
+        first = max(first - 1, 0)  # Where the highest bin holds more than that, it is taken whole.
+    return float(edges[first]) if first < len(edges) else math.inf
 
 
 def running_sum(histogram: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from megatron_jackpot.algorithm.diagnostics import mean_over
+from megatron_jackpot.algorithm.entropy import EntropyFilter
 from megatron_jackpot.algorithm.importance import (
     GeometricFilter,
     IcePop,
@@ -21,7 +22,7 @@ from megatron_jackpot.algorithm.importance import (
     SequenceMIS,
 )
 from megatron_jackpot.algorithm.registry import Registry, build
-from megatron_jackpot.algorithm.tokens import sampled_logp
+from megatron_jackpot.algorithm.tokens import SumOverBatch, sampled_logp
 from megatron_jackpot.records import Correction, Scores
 
 Filter = tuple[str, Importance]
@@ -35,6 +36,7 @@ FILTERS = Registry(
         "seq_mis": SequenceMIS,
         "geo_rs": GeometricFilter,
         "k_filter": KFilter,
+        "entropy": EntropyFilter,
     },
 )
 
@@ -66,20 +68,26 @@ def make_filters(chosen: Sequence[tuple[str, Mapping[str, object]]], where: str)
 
 @torch.no_grad()
 def filtered(
-    correction: Correction, filters: Sequence[Filter], scores: Scores, *, counts_all: bool
+    correction: Correction,
+    filters: Sequence[Filter],
+    scores: Scores,
+    sum_over_batch: SumOverBatch,
+    *,
+    counts_all: bool,
 ) -> Correction:
     """The correction without the tokens that a filter removes; what it knows of all tokens (Z, kappa, a mean
     weight) stays. They count in N where `counts_all`.
 
     Metrics: filter/NAME, the share of tokens that one keeps, and filter/kept, that all keep.
-    Raises ValueError for a non-finite server log-prob inside the mask.
+    Raises ValueError for a non-finite server log-prob inside the mask. Sums over the batch as the filters'
+    `prepare` do.
     """
     if not filters:
         return correction
     logp, mask_MT = sampled_logp(scores), scores.batch.mask_MT
     stays_MT, metrics = mask_MT, {}
     for name, method in filters:
-        _, own_MT, _ = method.weigh(logp, scores)
+        _, own_MT, _ = method.prepare(scores, sum_over_batch).weigh(logp, scores)
         metrics[f"filter/{name}"] = mean_over(own_MT, mask_MT)
         stays_MT = stays_MT & own_MT
     metrics["filter/kept"] = mean_over(stays_MT, mask_MT)

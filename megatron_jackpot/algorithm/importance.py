@@ -45,10 +45,10 @@ class Importance(CorrectionMethod):
 
     @torch.no_grad()
     def __call__(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
-        """Raises ValueError for a non-finite server log-prob inside the mask. Sums over the batch: 1 where
-        weights are normalised, else 0."""
+        """Raises ValueError for a non-finite server log-prob inside the mask. Sums over the batch: those of
+        `prepare`, and 1 where weights are normalised."""
         logp, mask_MT = sampled_logp(scores), scores.batch.mask_MT
-        weight_MT, keep_MT, metrics = self.weigh(logp, scores)
+        weight_MT, keep_MT, metrics = self.prepare(scores, sum_over_batch).weigh(logp, scores)
         keep_MT = keep_MT & logp.valid
         weight_MT = torch.where(keep_MT, weight_MT, 0.0).float()
         if self.batch_normalize:
@@ -65,6 +65,10 @@ class Importance(CorrectionMethod):
             accept=keep_MT,
             metrics={**metrics, "is/kept": mean_over(keep_MT, mask_MT)},
         )
+
+    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "Importance":
+        """The method to use on this mini-batch; most need nothing of all of it. Every rank calls it."""
+        return self
 
     def weigh(self, logp: SampledLogp, scores: Scores) -> Weights:
         """The method itself; what it says of a token outside logp.valid is ignored.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.diagnostics import mean_over, running_sum
+from megatron_jackpot.algorithm.diagnostics import least_of_top, mean_over
 from megatron_jackpot.algorithm.objectives_base import (
     Objective,
     check_that,
@@ -26,8 +26,6 @@ from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, RATIO_UNIT, counter
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.records import Metrics, ObjectiveInputs, Scores
 
-NUM_EDGES = 1 << 15
-"""Of bins of the covariance from 1e-6 to 1e5, each 0.08% wide."""
 STREAM = 1 << 32
 """Added to the seed: other numbers than a correction draws with the same one."""
 
@@ -121,17 +119,7 @@ class KLCov(Objective):
     def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedKLCov":
         """The same method with the least covariance that is held back. Sums over the batch twice."""
         means, cov_MT, mask_MT = _prepared(scores, sum_over_batch)
-        edges = torch.logspace(-6, 5, NUM_EDGES, dtype=torch.float64, device=cov_MT.device)
-        bin_N = torch.bucketize(cov_MT.flatten(), edges, right=True)
-        histogram = torch.zeros(len(edges) + 1, dtype=torch.float64, device=edges.device)
-        histogram = sum_over_batch(histogram.index_add_(0, bin_N, mask_MT.flatten().double()))
-        from_here_up = running_sum(histogram.flip(0)).flip(0)
-        most = max(1.0, self.share * means.count)
-        # Bin i + 1 begins at edge i; tokens below the first edge, with a covariance of 0 or less, stay.
-        first = int((from_here_up[1:] > most).sum())
-        if first < len(edges) and from_here_up[1 + first] == 0:
-            first = max(first - 1, 0)  # Where the highest bin holds more than that, it is held back whole.
-        least = float(edges[first]) if first < len(edges) else float("inf")
+        least = least_of_top(cov_MT, mask_MT, self.share, sum_over_batch)
         return PreparedKLCov(**knobs_of(self, KLCov), means=means, least=least)
 
     def surrogate(self, t: ObjectiveInputs) -> Tensor:

@@ -172,6 +172,43 @@ def _one_model(c: "Config") -> Iterator[str]:
             )
 
 
+def _reference(c: "Config") -> Iterator[str]:
+    kl = c.algorithm.reference_kl
+    if kl is not None and c.policy.reference is None:
+        yield (
+            "algorithm.reference_kl needs a model to stay near, but policy.reference is null. Set "
+            "policy.reference={} for the policy at the start, or policy.reference.hf=FOLDER."
+        )
+    if kl is None and c.policy.reference is not None:
+        yield (
+            "policy.reference is scored in every step, but algorithm.reference_kl is null: nothing would use "
+            "it. Set algorithm.reference_kl.weight=1e-3, or policy.reference=null."
+        )
+    if kl is not None and kl.place == "reward" and kl.estimator == "unbiased":
+        yield (
+            "algorithm.reference_kl.estimator = 'unbiased' is a form of the loss, but place = 'reward'. Set "
+            "estimator=k1, or place=loss."
+        )
+    selector = c.algorithm.selector.name
+    if kl is not None and kl.place == "reward" and selector != "all":
+        yield (
+            f"algorithm.reference_kl.place = 'reward' is known after scoring, but algorithm.selector = '{selector}' "
+            "chooses by the rewards before it. Set place=loss, or selector=all."
+        )
+
+
+def _rewards(c: "Config") -> Iterator[str]:
+    rewards = c.data.rewards
+    for name in rewards:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            yield f"data.rewards has '{name}': letters, digits, '_' and '-' make a metric. Rename it."
+    if c.algorithm.reward_parts == "singly" and len(rewards) < 2:
+        yield (
+            "algorithm.reward_parts = 'singly' needs several rewards, but data.rewards has "
+            f"{len(rewards)}. Set algorithm.reward_parts=jointly."
+        )
+
+
 def _evaluation(c: "Config") -> Iterator[str]:
     e = c.evaluation
     for name in e.sets:
@@ -295,6 +332,12 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         _one_model,
     ),
     Check(
+        "policy.reference, algorithm.reference_kl",
+        "go together; the form 'unbiased' is one of the loss",
+        "set both or neither; estimator=k1 in the reward",
+        _reference,
+    ),
+    Check(
         "rollout.ahead",
         "is not above rollout.max_staleness, and 0 where servers lend their memory",
         "raise rollout.max_staleness, set servers.release_memory=false, or lower it",
@@ -334,6 +377,12 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check(
         "algorithm.num_minibatches", "divides rollout.prompts_per_step", "change one of them", _minibatches
+    ),
+    Check(
+        "data.rewards, algorithm.reward_parts",
+        "have names that make metrics; singly goes with several",
+        "rename, or set jointly",
+        _rewards,
     ),
     Check(
         "data.source, data.template",

@@ -14,6 +14,28 @@ class Overlong(Section):
     """What is taken off the reward of a response of rollout.max_new_tokens."""
 
 
+class Entropy(Section):
+    bonus: float = Field(default=1e-3, gt=0, le=1)
+    """Weight of the policy's mean entropy over its vocabulary, in nats, which is taken off its loss; the
+    first one where `target` steers it."""
+    target: float | None = Field(default=None, gt=0)
+    """Entropy in nats per token that `bonus` is steered to, from 1e-6 to 1; null keeps it."""
+
+
+class ReferenceKL(Section):
+    place: Literal["loss", "reward"] = "loss"
+    """A term of the policy's loss, or taken off the rewards before the advantage."""
+    estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
+    """Of KL(policy || reference) from the sampled tokens: docs/objectives.md."""
+    weight: float = Field(default=1e-3, ge=0)
+    """Coefficient; the first one where `target` steers it. 0 measures without training on it."""
+    target: float | None = Field(default=None, gt=0)
+    """KL in nats per token that `weight` is steered to, from 1e-6 to 100; null keeps it."""
+    exact: bool = False
+    """Measure the KL over the whole vocabulary too: another pass of the policy, whose last hidden states are
+    kept."""
+
+
 class Algorithm(Section):
     correction: Method = Method(name="jackpot")
     """From server samples to the policy's loss: docs/corrections.md; jackpot takes a `preset` too.
@@ -21,7 +43,8 @@ class Algorithm(Section):
     This and every other method may be your own, named package.module:Class: examples/own_methods."""
     filters: tuple[Method, ...] = ()
     """What else removes tokens or responses, whatever the correction weighs: `mis`, `icepop`, `seq_mis`,
-    `geo_rs`, `k_filter` with their bounds. A token stays where all of them keep it: docs/corrections.md."""
+    `geo_rs`, `k_filter` with their bounds, `entropy` with its share. A token stays where all of them keep
+    it: docs/corrections.md."""
     objective: Method = Method(name="ppo")
     """Per-token surrogate of the policy: docs/objectives.md."""
     advantage: Method = Method(name="grpo")
@@ -34,12 +57,19 @@ class Algorithm(Section):
     aggregation: Method = Method(name="token")
     """How the policy's token losses become one: `token` mean, `sequence` (mean over responses), `constant`
     (their sums over one length), `prompt`: docs/objectives.md."""
+    reward_parts: Literal["jointly", "singly"] = "jointly"
+    """Several rewards: the advantage of their weighted sum, or the weighted sum of each one's advantage:
+    docs/advantages.md."""
     overlong: Overlong | None = None
     """DAPO's soft overlong punishment, added to the reward before the advantage: docs/advantages.md."""
     mask_truncated: bool = False
     """Responses cut at the limit train neither model; their rewards still count in their group."""
     positive_nll: float = Field(default=0.0, ge=0)
     """Weight of the mean -log p of correct rollouts' tokens, added to the policy's loss (VAPO: 0.1)."""
+    entropy: Entropy | None = None
+    """Entropy bonus of the policy, over all of its tokens: docs/objectives.md."""
+    reference_kl: ReferenceKL | None = None
+    """KL to the frozen model of policy.reference: docs/objectives.md."""
     num_candidates: int | None = Field(default=None, ge=1)
     """How many of the policy's most probable ids become candidates, and of the served model's where servers
     return none; null is rollout.top_k_logp, or 20 where that is 0."""

@@ -8,6 +8,15 @@ from pydantic import Field, field_validator
 from megatron_jackpot.config.base import Section
 
 
+class RewardPart(Section):
+    reward: str
+    """As data.reward."""
+    weight: float = 1.0
+    """Of it in the sum; 0 measures it alone."""
+    rows: Literal["all", "named"] = "all"
+    """named: only rows that name it under `reward`."""
+
+
 class Data(Section):
     source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
     """Where prompts come from; jsonl stands for files of rows, parquet and data sets on disk among them."""
@@ -32,8 +41,11 @@ class Data(Section):
     """Rows (line - 1) that were trained on and may differ from the checkpoint's on resume; later rows always
     may."""
     reward: str = "exact"
-    """exact, reasoning_gym, math_verify, or your own package.module:name, called (response_text, label) ->
-    float."""
+    """exact, reasoning_gym, math_verify, your own package.module:name, called (response_text, label) ->
+    float, or a service's http://HOST:PORT/PATH: docs/rewards.md."""
+    rewards: dict[str, RewardPart] = {}
+    """Several by name, in place of data.reward, for example {answer: {reward: exact}, short: {reward:
+    package.module:name, weight: 0.1}}: docs/rewards.md."""
     reward_workers: int = Field(default=2, ge=1)
     """Worker processes of the reward pool."""
     reward_memory_gb: float = Field(default=4.0, gt=0)
@@ -42,8 +54,22 @@ class Data(Section):
     """Leave the reward workers their network, for a reward that asks a service."""
     reward_timeout_s: float = Field(default=10.0, gt=0)
     """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
+    reward_batch: int = Field(default=32, ge=1)
+    """Responses that a reward's service is sent in one request."""
     max_failed_rewards: float = Field(default=0.05, ge=0, le=1)
     """Share of a step's rewards that may time out or crash; above it, and at 20 or more, the run stops."""
+
+    @property
+    def judge(self) -> "str | dict[str, RewardPart]":
+        """What says how good a response is: the one reward, or name -> part of several."""
+        return self.rewards or self.reward
+
+    @property
+    def reward_names(self) -> dict[str, str]:
+        """Key -> reward, of every one that is used."""
+        if not self.rewards:
+            return {"data.reward": self.reward}
+        return {f"data.rewards.{name}.reward": part.reward for name, part in self.rewards.items()}
 
 
 class HeldoutSet(Section):

@@ -158,12 +158,12 @@ def model_shapes(config: Config) -> dict[str, ModelShape]:
     Raises ValueError naming the model's field, a line for each mistake.
     """
     shapes, mistakes = {}, []
-    for name, section in config.models.items():
+    for name, folder in config.folders.items():
         try:
-            shapes[name] = ModelShape.of(read_hf_config(section.hf))
+            shapes[name] = ModelShape.of(read_hf_config(folder))
             check_layout(shapes[name], config.parallel)
         except ValueError as error:
-            mistakes.append(f"{name}.hf = {section.hf}: {error}")
+            mistakes.append(f"{name}.hf = {folder}: {error}")
     if not mistakes:
         mistakes = misfits(config, shapes)
     if mistakes:

@@ -29,11 +29,21 @@ class Optimizer(Section):
     """Global gradient-norm limit."""
 
 
+class Reference(Section):
+    hf: Path | None = None
+    """Folder of the reference, of either format, with the policy's tokenizer; null is the policy's own, that
+    is the policy as it was at the start."""
+    offload: bool = False
+    """Keep its weights in host memory and bring them to the device for its pass alone, once a step."""
+
+
 class Policy(Section):
     hf: Path
     """Folder of the policy: HF's (config.json, safetensors, tokenizer) or in Megatron's format
     (docs/models.md)."""
     optimizer: Optimizer = Optimizer()
+    reference: Reference | None = None
+    """A frozen model that algorithm.reference_kl holds the policy near: {} is the policy at the start."""
 
 
 class Actor(Section):

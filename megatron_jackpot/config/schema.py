@@ -18,6 +18,8 @@ from megatron_jackpot.config.models import Actor, Parallel, Policy, Precision
 from megatron_jackpot.config.run import Guards, Logging, Run
 from megatron_jackpot.config.servers import Rollouts, Servers, Sync
 
+REFERENCE = "policy.reference"
+"""Name of the model that the policy is held near."""
 DEFAULT_CANDIDATES = 20
 """The paper's k."""
 MISTAKES = "mistakes"
@@ -43,8 +45,15 @@ class Config(Section):
 
     @property
     def models(self) -> dict[str, Policy | Actor]:
-        """Name -> the section of each model that the trainer holds, the policy first."""
+        """Name -> the section of each model that is trained, the policy first."""
         return {"policy": self.policy, **({} if self.actor is None else {"actor": self.actor})}
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Name -> folder of every model that has one of its own; NAME.hf is its key."""
+        folders = {name: section.hf for name, section in self.models.items()}
+        reference = self.policy.reference
+        return folders if reference is None or reference.hf is None else {**folders, REFERENCE: reference.hf}
 
     @property
     def served(self) -> Literal["policy", "actor"]:

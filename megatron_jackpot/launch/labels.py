@@ -8,6 +8,7 @@ from megatron_jackpot.config import Data
 from megatron_jackpot.data.problems import file_problems
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import CheckedLabels
+from megatron_jackpot.rewards.parts import written
 from megatron_jackpot.rewards.pool import RewardPool
 
 
@@ -19,7 +20,7 @@ def label_mistakes(
     `progress` is told the number of labels checked in a file. Labels that were found right before are not
     checked again, and where there are no others no worker is started.
     """
-    known = CheckedLabels(data.reward)
+    known = CheckedLabels(written(data.judge))
     new = {path: prompts for path, prompts in files.items() if any(p.label not in known for p in prompts)}
     mistakes = []
     if new:
@@ -49,4 +50,4 @@ def load_mistakes(data: Data) -> list[str]:
 def _pool(data: Data, workers: int) -> RewardPool:
     # No response is scored here, so the network may stay as it is.
     memory = int(data.reward_memory_gb * 2**30)
-    return RewardPool(data.reward, workers, data.reward_timeout_s, memory_bytes=memory, network=True)
+    return RewardPool(data.judge, workers, data.reward_timeout_s, memory_bytes=memory, network=True)

@@ -29,6 +29,7 @@ from megatron_jackpot.launch.folder import used_for
 from megatron_jackpot.launch.labels import label_mistakes, load_mistakes, whole_rows
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import judges
+from megatron_jackpot.rewards.remote import address_mistake, is_remote
 from megatron_jackpot.run.clock import started_at
 from megatron_jackpot.run.provenance import check_models, check_run_folder, checkpoints, versions
 from megatron_jackpot.servers.address import LAST_PORT, free_port, port_is_free
@@ -58,7 +59,7 @@ class Subject:
 
     @property
     def folders(self) -> dict[str, Path]:
-        return {name: section.hf for name, section in self.config.models.items()}
+        return self.config.folders
 
     @cached_property
     def shapes(self) -> dict[str, ModelShape] | None:
@@ -234,8 +235,8 @@ def _read_rows(
             named_prompts(data, config.evaluation, vocabulary, exclude=texts, limits=limits)
         except (ValueError, OSError) as error:
             mistakes.append(str(error))
-    # A generated problem is right by construction, and `exact` takes every text that a row may have.
-    if data.source == "jsonl" and data.reward in REWARDS[1:]:
+    # A generated problem is right by construction, `exact` takes every text; rows may name one of several.
+    if data.source == "jsonl" and (data.rewards or data.reward in REWARDS[1:]):
         files = {
             path: whole_rows(path) if prompts is None else prompts
             for path, prompts in chosen.items()
@@ -246,16 +247,21 @@ def _read_rows(
 
 
 def _reward(s: Subject) -> Iterator[str]:
-    name = s.config.data.reward
-    if name in REWARDS:
-        return
-    package, *inside = re.split("[.:]", name)
-    if not inside:
-        yield f"data.reward = '{name}': must be one of {', '.join(REWARDS)}, or package.module:name. Set one."
-    elif not package.isidentifier() or importlib.util.find_spec(package) is None:
-        yield f"data.reward = '{name}': there is no package {package}. Put its folder on PYTHONPATH."
-    elif s.command == "launch":
-        yield from load_mistakes(s.config.data)
+    own = {key: name for key, name in s.config.data.reward_names.items() if name not in REWARDS}
+    mistakes: list[str] = []
+    for key, name in own.items():
+        if is_remote(name):
+            mistakes += [f"{key} = '{name}': {told}" for told in [address_mistake(name)] if told]
+            continue
+        package, *inside = re.split("[.:]", name)
+        if not inside:
+            known = f"must be one of {', '.join(REWARDS)}, or package.module:name. Set one."
+            mistakes.append(f"{key} = '{name}': {known}")
+        elif not package.isidentifier() or importlib.util.find_spec(package) is None:
+            mistakes.append(f"{key} = '{name}': there is no package {package}. Put its folder on PYTHONPATH.")
+    if not mistakes and not all(map(is_remote, own.values())) and s.command == "launch":
+        mistakes = load_mistakes(s.config.data)
+    yield from mistakes
 
 
 def _servers(s: Subject) -> Iterator[str]:
@@ -330,13 +336,14 @@ def _rows(s: Subject) -> dict[str, int]:
 
 def _ends(s: Subject) -> tuple[int, ...]:
     """Raises ValueError where no folder names one."""
-    return stop_token_ids(s.vocabulary.eos if s.vocabulary else None, list(s.folders.values()))
+    folders = [section.hf for section in s.config.models.values()]
+    return stop_token_ids(s.vocabulary.eos if s.vocabulary else None, folders)
 
 
 CHECKS: tuple[Check[Subject], ...] = (
     Check("--nproc", "is a multiple of tp * pp * cp, with a prompt for each rank", "change it", _processes),
     Check(
-        "policy.hf, actor.hf",
+        "policy.hf, actor.hf, policy.reference.hf",
         "are folders with config.json and weights that this user may read",
         "set the folder, or chmod",
         _folders,
@@ -349,9 +356,9 @@ CHECKS: tuple[Check[Subject], ...] = (
         _shapes,
     ),
     Check(
-        "tokenizer.json of policy.hf and actor.hf",
-        "is there, and both give ids, special ids and the end of a text the same meaning",
-        "use two models of one family",
+        "tokenizer.json of policy.hf, actor.hf and policy.reference.hf",
+        "is there, and all give ids, special ids and the end of a text the same meaning",
+        "use models of one family",
         _tokenizers,
     ),
     Check(
@@ -373,7 +380,12 @@ CHECKS: tuple[Check[Subject], ...] = (
         "mend the row that is named, by file and line",
         _prompts,
     ),
-    Check("data.reward", "is known, or a dotted path to what a worker can load and call", "set it", _reward),
+    Check(
+        "data.reward, data.rewards",
+        "is known, or a dotted path to what a worker can load and call",
+        "set it",
+        _reward,
+    ),
     Check(
         "servers.python, servers.host, servers.port",
         "can be run, is of this machine, are free",

@@ -88,9 +88,13 @@ class MegatronModel:
         parallel: Parallel,
         precision: Precision,
         padded_vocab: int,
+        frozen: bool = False,
     ) -> "MegatronModel":
         """The model of a folder, HF's or in Megatron's format, for scoring; None keeps a random
-        initialisation."""
+        initialisation.
+
+        `frozen` is one that never learns: its weights are all it holds.
+        """
         device = this_device()
         check_precision(precision, device, family, parallel.tp)
         te = layers_for(device) == "transformer_engine"
@@ -104,7 +108,11 @@ class MegatronModel:
             if precision.fused_linear and chunk.post_process:
                 end_at_hidden(chunk)
         model.folder = folder
-        model._wrap(parallel)
+        if frozen:
+            for chunk in chunks:
+                chunk.requires_grad_(False)
+        else:
+            model._wrap(parallel)
         return model
 
     def vocab(self, temperature: float = 1.0) -> VocabSpec:
@@ -229,7 +237,7 @@ class MegatronModel:
 
         overlap_param_gather leaves shards of other ranks stale until the next training forward gathers them.
         """
-        overlapped = self.ddp_config.overlap_param_gather and self.optimizer is not None
+        overlapped = self.optimizer is not None and self.ddp_config.overlap_param_gather
         if overlapped:
             for chunk in self.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)
@@ -266,7 +274,10 @@ class MegatronModel:
         )
 
         def logits(output: Tensor) -> Logits:
-            return LinearLogits(output[0], output_weight(chunk.module)) if self.fused_linear else output[0]
+            if not self.fused_linear:
+                return output[0]
+            # What never learns is not wrapped.
+            return LinearLogits(output[0], output_weight(getattr(chunk, "module", chunk)))
 
         def read(output: Tensor, non_loss_data: bool = True) -> tuple[int, dict]:
             return index, consume(logits(output), index)

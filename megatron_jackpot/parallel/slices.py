@@ -16,6 +16,9 @@ from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.topk import local_top
 from megatron_jackpot.parallel.vocab_spec import Columns, VocabSpec
 
+LOGP_FLOOR = -1e30
+"""Where a probability is 0 its logarithm is cut here, so that their product is 0."""
+
 
 @dataclass(frozen=True)
 class Local:
@@ -52,6 +55,28 @@ def logp_slope(
             softmax.scatter_add_(1, local_id, torch.where(owned, grad_TN[rows], 0.0))
         slope_TV[rows, : columns.width] = softmax
         slope_TV[rows, columns.width :] = 0
+    return slope_TV
+
+
+def entropy_slope(
+    logits_TV: Tensor,
+    columns: Columns,
+    log_z_T: Tensor,
+    entropy_T: Tensor,
+    grad_T: Tensor,
+    temperature: float,
+    chunk: int | None = None,
+) -> Tensor:
+    """-softmax * (log softmax + entropy) * grad, in the dtype of the logits, 0 on padding; new memory."""
+    kernels = dispatch.fused(logits_TV)
+    if kernels is not None:
+        args = (logits_TV, log_z_T, entropy_T, grad_T, columns.width, temperature)
+        return kernels.entropy_backward(*args)
+    slope_TV = torch.zeros_like(logits_TV)
+    for rows in token_chunks(logits_TV, chunk):
+        logp = scaled_rows(logits_TV[rows], columns, temperature) - log_z_T[rows, None]
+        slope = (logp.clamp(min=LOGP_FLOOR) + entropy_T[rows, None]).mul_(logp.exp())
+        slope_TV[rows, : columns.width] = slope.mul_(-grad_T[rows, None])
     return slope_TV
 
 

@@ -15,19 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_jackpot.parallel import dispatch
 from megatron_jackpot.parallel.linear import Logits, factors, gradients, joined, read
-from megatron_jackpot.parallel.slices import (
-    logp_slope,
-    normalise,
-    scaled_rows,
-    token_chunks,
-)
+from megatron_jackpot.parallel.slices import entropy_slope, logp_slope, normalise
 from megatron_jackpot.parallel.topk import gather_top
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
-
-LOGP_FLOOR = -1e30
-"""Where a probability is 0 its logarithm is cut here, so that their product is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +92,7 @@ def vocab_parallel_argmax(logits_TV: Logits, vocab: VocabSpec, *, chunk: int | N
 
 
 def vocab_parallel_entropy(
-    logits_TV: Tensor,
+    logits_TV: Logits,
     vocab: VocabSpec,
     *,
     chunk: int | None = None,
@@ -110,7 +101,8 @@ def vocab_parallel_entropy(
 
     All-reduces: max [T], sum [2, T]; none in backward, which recomputes the softmax chunk by chunk.
     """
-    return _Entropy.apply(logits_TV, vocab, chunk)
+    blocks, tensors = factors(logits_TV)
+    return _Entropy.apply(vocab, chunk, blocks, *tensors)
 
 
 @torch.no_grad()
@@ -177,27 +169,23 @@ class _Logp(torch.autograd.Function):
 
 class _Entropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TV, vocab, chunk):
-        ctx.vocab, ctx.chunk = vocab, chunk
-        local = read(logits_TV, vocab, chunk, entropy=True)
+    def forward(ctx, vocab, chunk, blocks, *tensors):
+        ctx.vocab, ctx.chunk, ctx.blocks = vocab, chunk, blocks
+        local = read(joined(blocks, tensors), vocab, chunk, entropy=True)
         log_z_T, _, entropy_T = normalise(local, None, vocab)
-        ctx.save_for_backward(logits_TV, log_z_T, entropy_T)
+        ctx.save_for_backward(log_z_T, entropy_T, *tensors)
         return entropy_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_T):
         """-softmax * (log softmax + entropy) * grad / temperature."""
-        logits_TV, log_z_T, entropy_T = ctx.saved_tensors
-        columns, temperature = ctx.vocab.columns(logits_TV.shape[-1]), ctx.vocab.temperature
+        log_z_T, entropy_T, *tensors = ctx.saved_tensors
+        temperature = ctx.vocab.temperature
         grad_T = grad_T / temperature
-        kernels = dispatch.fused(logits_TV)
-        if kernels is not None:
-            args = (logits_TV, log_z_T, entropy_T, grad_T, columns.width, temperature)
-            return kernels.entropy_backward(*args), None, None
-        grad_logits_TV = torch.zeros_like(logits_TV)
-        for rows in token_chunks(logits_TV, ctx.chunk):
-            logp = scaled_rows(logits_TV[rows], columns, temperature) - log_z_T[rows, None]
-            slope = (logp.clamp(min=LOGP_FLOOR) + entropy_T[rows, None]).mul_(logp.exp())
-            grad_logits_TV[rows, : columns.width] = slope.mul_(-grad_T[rows, None])
-        return grad_logits_TV, None, None
+
+        def slope(rows, logits, columns):
+            given = (log_z_T[rows], entropy_T[rows], grad_T[rows], temperature, ctx.chunk)
+            return entropy_slope(logits, columns, *given)
+
+        return *[None] * 3, *gradients(joined(ctx.blocks, tensors), ctx.vocab, slope)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_jackpot.config import Config, Parallel
 from megatron_jackpot.config.model_shape import ModelShape, model_shapes, padded_vocab_size
 from megatron_jackpot.config.placement import data_parallel
+from megatron_jackpot.config.schema import REFERENCE
 from megatron_jackpot.parallel.block_sizes import READ_ELEMENTS
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -84,6 +85,9 @@ class ModelPlan:
     params: int
     params_per_gpu: int
     weights: float
+    """That stay."""
+    visiting: float
+    """Weights that are on the device for a pass alone."""
     gradients: float
     optimizer: float
     activations: float
@@ -101,7 +105,7 @@ class ModelPlan:
 
     @property
     def transient(self) -> float:
-        return self.activations + self.logits
+        return self.visiting + self.activations + self.logits
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class Plan:
     dp: int
     policy: ModelPlan
     actor: ModelPlan | None
+    reference: ModelPlan | None
     mean_tokens: float
     """Prompt and response tokens of a sequence, on average."""
     microbatches: int
@@ -127,7 +132,7 @@ class Plan:
 
     @property
     def models(self) -> tuple[ModelPlan, ...]:
-        return (self.policy,) if self.actor is None else (self.policy, self.actor)
+        return tuple(m for m in (self.policy, self.actor, self.reference) if m is not None)
 
     @property
     def sequences(self) -> int:
@@ -139,7 +144,7 @@ class Plan:
 
     @property
     def trainer_bytes(self) -> float:
-        """On the fullest GPU: every model stays, their activations take turns."""
+        """On the fullest GPU: what stays of every model, and what comes in turns."""
         return sum(m.resident for m in self.models) + max(m.transient for m in self.models)
 
     @property
@@ -188,6 +193,7 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
         dp=dp,
         policy=load.plan("policy", shapes["policy"]),
         actor=load.plan("actor", shapes["actor"]) if "actor" in shapes else None,
+        reference=load.reference(shapes.get(REFERENCE, shapes["policy"])),
         mean_tokens=mean,
         microbatches=microbatches,
         server_weights=num_params(served) * width / config.servers.tp,
@@ -236,6 +242,7 @@ class _Load:
             params=num_params(shape),
             params_per_gpu=own,
             weights=own * width,
+            visiting=0.0,
             gradients=own * 4.0,
             optimizer=states / (self.dp if p.distributed_optimizer else 1),
             activations=kept if updated else 0.0,
@@ -248,6 +255,31 @@ class _Load:
             / self.dp
             * own
             * (4.0 + back),
+        )
+
+    def reference(self, shape: ModelShape) -> ModelPlan | None:
+        """A forward pass a step and the weights, on the host between passes where they are offloaded; nothing
+        else."""
+        section = self.config.policy.reference
+        if section is None:
+            return None
+        p, width = self.config.parallel, BYTES[self.config.precision.dtype]
+        own = max(params_on(shape, stage, p, self.padded_vocab) for stage in range(p.pp))
+        reduced = 2.0 * shape.num_layers / p.pp * self.tokens / self.dp * shape.hidden_size
+        return ModelPlan(
+            name="reference",
+            shape=shape,
+            params=num_params(shape),
+            params_per_gpu=own,
+            weights=0.0 if section.offload else float(own * width),
+            visiting=float(own * width) if section.offload else 0.0,
+            gradients=0.0,
+            optimizer=0.0,
+            activations=0.0,
+            logits=self._logits(self.config.packing.tokens, False) * width,
+            flops=self.tokens * forward_flops(shape, self.mean_tokens),
+            tp_bytes=2.0 * (p.tp - 1) / p.tp * reduced * width,
+            dp_bytes=0.0,
         )
 
     def _logits(self, rows: int, updated: bool) -> float:

@@ -73,7 +73,8 @@ def memory_troubles(plan: Plan) -> list[str]:
         most = max(plan.models, key=lambda m: m.transient)
         troubles.append(
             f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + "
-            f"{most.activations / GIB:.1f} "
+            + (f"{most.visiting / GIB:.1f} visiting weights + " if most.visiting else "")
+            + f"{most.activations / GIB:.1f} "
             f"activations + {most.logits / GIB:.1f} logits ({most.name}), but cluster.gpu_memory_gib = "
             f"{cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = {room:g}. Raise parallel.tp, "
             "parallel.pp "
@@ -102,7 +103,7 @@ def memory_table(plan: Plan) -> Table:
     for kind in ("weights", "gradients", "optimizer"):
         values = [getattr(m, kind) for m in plan.models]
         table.add_row(kind, *(f"{v / GIB:.3f}" for v in (*values, sum(values))))
-    for kind in ("activations", "logits"):
+    for kind in (*(["visiting"] if any(m.visiting for m in plan.models) else []), "activations", "logits"):
         values = [getattr(m, kind) for m in plan.models]
         table.add_row(kind, *(f"{v / GIB:.3f}" for v in values), "in turns")
     table.add_row("all", *("" for _ in plan.models), f"{plan.trainer_bytes / GIB:.3f}")

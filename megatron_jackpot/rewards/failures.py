@@ -23,8 +23,9 @@ Counts = dict[str, int]
 class Failures:
     """Counts a pool's rewards by how they ended, since its start and of each call."""
 
-    def __init__(self, reward: str, timeout_s: float, max_failed: float):
-        self.reward, self.timeout_s, self.max_failed = reward, timeout_s, max_failed
+    def __init__(self, where: str, timeout_s: float, max_failed: float):
+        """`where` is the setting that names the reward."""
+        self.where, self.timeout_s, self.max_failed = where, timeout_s, max_failed
         self.counters = self.begin()
         """Since the start."""
 
@@ -46,7 +47,7 @@ class Failures:
         number = self.counters[kind]
         if number & (number - 1) == 0:
             log.warning(
-                f"data.reward = '{self.reward}' {KINDS[kind]}, reward 0 (the {number}. of this kind): {why}. "
+                f"{self.where} {KINDS[kind]}, reward 0 (the {number}. of this kind): {why}. "
                 f"Label {shortened(label)}, response {shortened(response_text)}"
             )
         failed, judged = sum(counts[name] for name in KINDS), sum(counts.values())

@@ -16,18 +16,22 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_jackpot.rewards.failures import Counts, Failures
 from megatron_jackpot.rewards.label_cache import CheckedLabels
-from megatron_jackpot.rewards.worker import frame
+from megatron_jackpot.rewards.parts import Given, fault_of, of_row, read, weighted, written
+from megatron_jackpot.rewards.remote import RemoteReward, Reply, is_remote
+from megatron_jackpot.rewards.worker import SEEN, frame
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from megatron_jackpot.records import Prompt
 
+Verdict: TypeAlias = tuple[float, bool] | tuple[float, bool, dict[str, float]]
+"""(reward, correct), and the parts of several."""
 START_TIMEOUT_S = 120.0
 QUIET = ("-W", "ignore::SyntaxWarning")
 """The compiler's, of packages that are compiled when they are first needed, as uv installs them."""
@@ -38,7 +42,8 @@ PROGRESS_LABELS = 1000
 
 
 class RewardPool:
-    """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0.
+    """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0. Of
+    several it is (their weighted sum, whether the row's first is exactly 1.0, name -> number of each).
 
     `seen` of a call holds what the reward asks for by keyword: `asks`.
 
@@ -49,7 +54,7 @@ class RewardPool:
 
     def __init__(
         self,
-        reward: str,
+        reward: str | Mapping[str, Given],
         workers: int,
         timeout_s: float,
         *,
@@ -57,27 +62,38 @@ class RewardPool:
         memory_bytes: int = 4 * 2**30,
         network: bool = False,
         max_failed: float = 1.0,
+        batch: int = 32,
     ):
         """Blocks until every worker has imported the reward. Raises ValueError when it cannot be imported.
 
         An item may take `memory_bytes` of memory and, over all threads, four times `timeout_s` of CPU time.
-        `max_failed` is the share of a call's rewards that may fail.
+        `max_failed` is the share of a call's rewards that may fail, `batch` how many items a service is
+        asked for at once. Where services give all rewards there are no workers.
         """
         self.limits = {"memory_bytes": memory_bytes, "cpu_s": 4 * timeout_s, "network": network}
-        self.reward, self.timeout_s, self.start_timeout_s = reward, timeout_s, start_timeout_s
-        self.failures = Failures(reward, timeout_s, max_failed)
+        self.reward = written(reward)
+        self.parts = read(self.reward)
+        self.where = (
+            f"data.reward = '{reward}'" if self.parts is None else f"data.rewards ({', '.join(reward)})"
+        )
+        self.timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
+        self.failures = Failures(self.where, timeout_s, max_failed)
+        named = {"": reward} if isinstance(reward, str) else {n: part.reward for n, part in reward.items()}
+        self.remote = {n: RemoteReward(n, r, timeout_s, batch) for n, r in named.items() if is_remote(r)}
+        self.asks = list(SEEN)
+        """What a reward may have beside text and label: some of the worker's SEEN, for a service all."""
         self._closed = False
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []
         self._waiting: deque[asyncio.Future[_Worker]] = deque()
         try:
-            self._idle = [self._start() for _ in range(workers)]
+            self._idle = [self._start() for _ in range(workers if len(self.remote) < len(named) else 0)]
             deadline = time.monotonic() + start_timeout_s
             for worker in self._idle:
                 worker.block_until_ready(deadline)
-            self.asks = self._idle[0].asks
-            """Names in the reward's signature beside text and label: some of the worker's SEEN."""
-            if self._idle[0].exposed:
+            if not self.remote:
+                self.asks = self._idle[0].asks
+            if self._idle and self._idle[0].exposed:
                 # Not refused: a container may allow no namespaces, and its own network may be closed already.
                 warnings.warn(f"rewards can reach the network: {self._idle[0].exposed}", stacklevel=2)
         except BaseException:
@@ -90,17 +106,39 @@ class RewardPool:
         label: Any,
         counts: Counts | None = None,
         seen: Mapping[str, object] | None = None,
-    ) -> tuple[float, bool]:
+    ) -> Verdict:
         """`counts` are those of the call it belongs to, from `failures.begin`; else those of the pool."""
         counts = self.failures.counters if counts is None else counts
-        reply = await self._ask("score", response_text, label, seen)
-        if "failed" in reply:
-            self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
-            return 0.0, False
-        if "error" in reply:
-            raise ValueError(f"data.reward = '{self.reward}' {reply['error']}")
+        names = [""] if self.parts is None else of_row(self.parts, label)
+        values: dict[str, float] = {}
+        asked = [*self._asked(names, response_text, label, seen or {})]
+        for reply in [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked):
+            if "failed" in reply:
+                self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
+                return self._verdict(dict.fromkeys(names, 0.0))
+            if "error" in reply:
+                raise ValueError(f"{self.where} {reply['error']}")
+            values |= reply["parts"]
         self.failures.add_scored(counts)
-        return reply["reward"], reply["reward"] == 1.0
+        return self._verdict({name: values[name] for name in names})
+
+    def _asked(
+        self, names: Sequence[str], response_text: str, label: object, seen: Mapping[str, object]
+    ) -> Iterator[Coroutine[object, object, Reply]]:
+        """What each of the rewards `names` replies: those in the workers together, those of services each."""
+        local = [name for name in names if name not in self.remote]
+        if local:
+            given = seen if self.parts is None else {**seen, "names": local}
+            yield self._ask("score", response_text, label, given)
+        for name in names:
+            if name in self.remote:
+                yield self.remote[name].score(response_text, label, seen)
+
+    def _verdict(self, values: dict[str, float]) -> Verdict:
+        first = next(iter(values.values()))
+        if self.parts is None:
+            return first, first == 1.0
+        return weighted(self.parts, values), first == 1.0, values
 
     @property
     def counters(self) -> Counts:
@@ -141,11 +179,13 @@ class RewardPool:
         ]
         if bad:
             more = [f"... and {len(bad) - MAX_REPORTED} more."] if len(bad) > MAX_REPORTED else []
-            head = f"data.reward = '{self.reward}': {len(bad)} of {len(prompts)} labels cannot be scored."
+            head = f"{self.where}: {len(bad)} of {len(prompts)} labels cannot be scored."
             raise ValueError("\n".join([head, *bad[:MAX_REPORTED], *more]))
 
     async def _faults(self, prompts: "Sequence[Prompt]") -> list[str | None]:
         """What is wrong with each label. A chunk that takes too long is asked again one by one."""
+        if not self._workers:
+            return [None if self.parts is None else fault_of(self.parts, prompt.label) for prompt in prompts]
         reply = await self._ask("check", "", [prompt.label for prompt in prompts])
         if "failed" not in reply:
             return reply["faults"]
@@ -171,12 +211,12 @@ class RewardPool:
 
     async def _ask(
         self, kind: str, response_text: str, label: Any, seen: Mapping[str, object] | None = None
-    ) -> dict[str, Any]:
+    ) -> Reply:
         """The worker's reply; {"failed": kind, "why": text} also when the time limit passed or the worker
         died."""
         request = frame(pickle.dumps((kind, response_text, label, dict(seen or {}))))
         worker = await self._acquire()
-        reply: dict[str, Any] | None = None
+        reply: Reply | None = None
         whole = False
         try:
             await worker.ready(self.start_timeout_s)
@@ -279,7 +319,7 @@ class _Worker:
                 f"Reward worker {self.process.pid} was not ready within {timeout_s} s."
             ) from error
 
-    async def ask(self, request: bytes, timeout_s: float) -> dict[str, Any]:
+    async def ask(self, request: bytes, timeout_s: float) -> Reply:
         """Raises TimeoutError past the limit, ConnectionError when the worker is gone."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -320,7 +360,7 @@ class _Worker:
         self.asks = reply.get("asks", self.asks)
         return True
 
-    def _take_reply(self) -> dict[str, Any] | None:
+    def _take_reply(self) -> Reply | None:
         """A whole reply from what has arrived, else None."""
         closed = False
         try:

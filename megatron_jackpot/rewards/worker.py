@@ -1,7 +1,8 @@
 """A worker of the reward pool: `python -m megatron_jackpot.rewards.worker REWARD SOCKET_FD PARENT_PID
 LIMITS`.
 
-LIMITS is a JSON object of memory_bytes, cpu_s (of one item) and network.
+REWARD is a reward's name, or the parts of several as a JSON object (parts.py). LIMITS is a JSON object of
+memory_bytes, cpu_s (of one item) and network.
 
 It answers one request at a time in its main thread. Messages are a 4-byte length and a body: requests are
 pickled (kind, response_text, label, seen) with kind "score", or "check" and a list of labels; `seen` is what
@@ -26,6 +27,7 @@ from typing import Any, cast
 
 from megatron_jackpot.algorithm.registry import load
 from megatron_jackpot.rewards.confine import confine, cpu_left, limit_cpu
+from megatron_jackpot.rewards.parts import Several, read
 
 REWARDS = {name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify")}
 
@@ -33,8 +35,8 @@ SEEN = ("prompt", "num_tokens", "finish_reason")
 """What a reward is given by keyword where it has a parameter of that name: the prompt's text as the model saw
 it, tokens of the response, and why it ended ("stop", "length")."""
 
-Score = Callable[..., float]
-"""(response_text, label, and those of SEEN that it asks for)."""
+Score = Callable[..., Any]
+"""(response_text, label, and those of SEEN that it asks for) -> float, or of several a number for each."""
 Check = Callable[[Any], None]
 
 
@@ -69,6 +71,16 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     return cast(Score, score), None
 
 
+def find_judge(name: str) -> tuple[Score, Check | None, list[str]]:
+    """(score, check, what it asks for) of one reward or of several. Raises ValueError as `find_reward`."""
+    parts = read(name)
+    if parts is not None:
+        several = Several(parts, find_reward, asked_for)
+        return several, several.check, several.asks
+    score, check = find_reward(name)
+    return score, check, asked_for(score)
+
+
 def asked_for(score: Callable[..., object]) -> list[str]:
     """Which of SEEN a reward has as a parameter, after the first two."""
     return [name for name in list(inspect.signature(score).parameters)[2:] if name in SEEN]
@@ -77,8 +89,9 @@ def asked_for(score: Callable[..., object]) -> list[str]:
 def answer(
     score: Score, check: Check | None, request: tuple[str, str, Any, dict[str, object]]
 ) -> dict[str, Any]:
-    """{"reward": float}, {"faults": text or None of each label} or {"error": text}; {"failed": "timed_out" or
-    "crashed", "why": text} where the item met a limit."""
+    """{"parts": name -> float}, the name of a single reward being empty, {"faults": text or None of each
+    label} or {"error": text}; {"failed": "timed_out" or "crashed", "why": text} where the item met a limit.
+    """
     kind, response_text, label, seen = request
     try:
         if kind == "check":
@@ -90,9 +103,13 @@ def answer(
         return {"failed": "timed_out", "why": str(error) or "TimeoutError"}
     except Exception:
         return {"error": "raised an exception:\n" + traceback.format_exc()[-4000:]}
-    if not isinstance(reward, Real) or not math.isfinite(reward):
-        return {"error": f"returned {repr(reward)[:200]} for label {repr(label)[:200]}, not a finite float."}
-    return {"reward": float(reward)}
+    parts = reward if isinstance(score, Several) else {"": reward}
+    for name, value in parts.items():
+        if not isinstance(value, Real) or not math.isfinite(value):
+            which = f"{name}: " if name else ""
+            told = f"returned {repr(value)[:200]} for label {repr(label)[:200]}, not a finite float."
+            return {"error": f"{which}{told}"}
+    return {"parts": {name: float(value) for name, value in parts.items()}}
 
 
 def _fault(check: Check, label: Any) -> str | None:
@@ -117,9 +134,9 @@ def main(name: str, fd: int, parent: int, limits: dict[str, Any]) -> None:
     connection.set_inheritable(False)
     stream = connection.makefile("rb")
     try:
-        score, check = find_reward(name)
+        score, check, asks = find_judge(name)
         exposed = confine(limits["memory_bytes"], limits["network"])
-        ready: dict[str, Any] = {"ready": True, "exposed": exposed, "asks": asked_for(score)}
+        ready: dict[str, Any] = {"ready": True, "exposed": exposed, "asks": asks}
     except ValueError as error:
         ready = {"error": str(error)}
     except Exception:

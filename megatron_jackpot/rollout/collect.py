@@ -8,6 +8,7 @@ from types import MappingProxyType
 import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
+from megatron_jackpot.rewards.pool import Verdict
 from megatron_jackpot.servers.protocol import Completion, Engine, Sampling, ServerError, StaleWeights
 
 POLL_S = 0.25
@@ -18,7 +19,7 @@ MAX_ABORTS = 10
 NOTHING_BEGUN: Mapping[int, list[Rollout]] = MappingProxyType({})
 """Rollouts of earlier rounds, by prompt id: none."""
 
-Reward = Callable[[Sequence[int], Prompt], Awaitable[tuple[float, bool]]]
+Reward = Callable[[Sequence[int], Prompt], Awaitable[Verdict]]
 Keep = Callable[[list[Rollout]], None]
 """Told of each group when a round of it is finished."""
 More = Callable[[Prompt, list[Rollout]], int]
@@ -217,11 +218,11 @@ def rollouts_of(
     prompt: Prompt,
     epoch: int,
     completions: Sequence[Completion],
-    verdicts: Sequence[tuple[float, bool]],
+    verdicts: Sequence[Verdict],
     *,
     first: int = 0,
 ) -> list[Rollout]:
-    """Rollouts of a prompt from what was sampled and (reward, correct) of each, numbered from `first` on."""
+    """Rollouts of a prompt from what was sampled and the verdict on each, numbered from `first` on."""
     return [
         Rollout(
             prompt=prompt,
@@ -236,8 +237,9 @@ def rollouts_of(
             finish=completion.finish,
             reward=float(reward),
             correct=bool(correct),
+            parts=parts[0] if parts else {},
         )
-        for sample, (completion, (reward, correct)) in enumerate(
+        for sample, (completion, (reward, correct, *parts)) in enumerate(
             zip(completions, verdicts, strict=True), first
         )
     ]

@@ -3,6 +3,7 @@
 Shapes: N rollouts, S response tokens of all of them together, K top-k entries per token.
 """
 
+import json
 from collections.abc import Container, Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def save_groups(path: Path, groups: Groups) -> None:
         return
     arrays = {name: np.concatenate([getattr(r, name) for r in rollouts]) for name in PER_TOKEN}
     arrays |= {name: np.array([getattr(r, name) for r in rollouts]) for name in PER_ROLLOUT}
+    arrays["parts"] = np.array([json.dumps(r.parts) for r in rollouts])
     arrays["prompt_id"] = np.array([r.prompt.id for r in rollouts])
     arrays["length"] = np.array([len(r.tokens) for r in rollouts])
     with path.open("wb") as file:
@@ -52,5 +54,7 @@ def load_groups(path: Path, prompts: Mapping[int, Prompt], skip: Container[int] 
             )
         own = {name: arrays[name][stop - length : stop] for name in PER_TOKEN}
         own |= {name: arrays[name][i].item() for name in PER_ROLLOUT}
+        # A checkpoint of a run before there were several has none.
+        own["parts"] = json.loads(arrays["parts"][i].item()) if "parts" in arrays else {}
         groups.setdefault((own["epoch"], prompt_id), []).append(Rollout(prompt=prompts[prompt_id], **own))
     return groups

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.failures import Counts, failure_sums
-from megatron_jackpot.rewards.pool import START_TIMEOUT_S, RewardPool
+from megatron_jackpot.rewards.pool import START_TIMEOUT_S, RewardPool, Verdict
 from megatron_jackpot.rollout.collect import NOTHING_BEGUN, GroupSampler, Keep, More, Sums, Unfinished
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.admin import ServerAdmin
@@ -89,7 +89,7 @@ class ServerSource:
             raise
         return groups, sums | failure_sums(counts)
 
-    async def reward(self, counts: Counts, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
+    async def reward(self, counts: Counts, tokens: Sequence[int], prompt: Prompt) -> Verdict:
         offered: dict[str, Callable[[], object]] = {
             "prompt": lambda: self.decode(prompt.tokens),
             "num_tokens": lambda: len(tokens),
@@ -126,13 +126,13 @@ class ServerSource:
         """Which answers are correct, and the number of rewards that failed. Raises RewardsFailing."""
         counts = self.pool.failures.begin()
 
-        async def score() -> list[tuple[float, bool]]:
+        async def score() -> list[Verdict]:
             judged = (self.reward(counts, a, p) for a, p in zip(answers, prompts, strict=True))
             return await asyncio.gather(*judged)
 
         verdicts = self.thread.wait(score(), self.limit_s, f"verdicts on {len(prompts)} answers")
         failed = sum(total for total, _ in failure_sums(counts).values())
-        return [correct for _, correct in verdicts], failed
+        return [verdict[1] for verdict in verdicts], failed
 
     def server_gib(self) -> float | None:
         """Memory of the fullest server; None where one does not say."""

@@ -31,6 +31,7 @@ from megatron_jackpot.train.evaluation import Evaluator
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.probe import Prober
+from megatron_jackpot.train.reference import Reference
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.trainer import Trainer
 
@@ -56,7 +57,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     the field for anything that cannot work."""
     methods = Methods.from_config(config)
     check_leaders(config, methods, mesh.dp)
-    check_same_tokenizer({name: section.hf for name, section in config.models.items()})
+    check_same_tokenizer(config.folders)
     tokenizer = load_tokenizer(config.policy.hf)
     families = load_families(config)
     eos = tokenizer.eos_token_id
@@ -67,7 +68,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits
     )
     sets = named_prompts(config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits)
-    models = {name: load_model(name, config, mesh, families) for name in families}
+    models = {name: load_model(name, config, mesh, families) for name in config.models}
     source = None
     if mesh.is_leader:
         source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
@@ -87,6 +88,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         mesh=mesh,
         policy=models["policy"],
         actor=models.get("actor"),
+        reference=Reference.load(config, mesh, families, padded_vocab(families, mesh)),
         methods=methods,
         guard=Guard(config.guard),
         loader=PromptLoader(
@@ -119,7 +121,7 @@ def check_leaders(config: Config, methods: Methods, dp: int) -> None:
 
 def load_families(config: Config) -> dict[str, Family]:
     """The models' families by name, checked against the run's sequence lengths."""
-    families = {name: family_of(read_hf_config(section.hf)) for name, section in config.models.items()}
+    families = {name: family_of(read_hf_config(folder)) for name, folder in config.folders.items()}
     mistakes = misfits(config, families)
     if mistakes:
         raise ValueError("\n".join(mistakes))
@@ -136,10 +138,15 @@ def load_model(name: str, config: Config, mesh: Mesh, families: dict[str, Family
         mesh=mesh,
         parallel=config.parallel,
         precision=config.precision,
-        padded_vocab=padded_vocab_size([family.vocab_size for family in families.values()], mesh.tp),
+        padded_vocab=padded_vocab(families, mesh),
     )
     model.add_optimizer(section.optimizer, config.run.steps * config.algorithm.num_minibatches)
     return model
+
+
+def padded_vocab(families: dict[str, Family], mesh: Mesh) -> int:
+    """One size for all models, so that their slices of the vocabulary hold the same ids."""
+    return padded_vocab_size([family.vocab_size for family in families.values()], mesh.tp)
 
 
 def checked_stop_ids(config: Config, families: dict[str, Family], eos: int | None) -> tuple[int, ...]:
@@ -204,12 +211,13 @@ def make_source(
 def reward_pool(data: Data) -> RewardPool:
     """The workers that score responses."""
     return RewardPool(
-        data.reward,
+        data.judge,
         data.reward_workers,
         data.reward_timeout_s,
         memory_bytes=int(data.reward_memory_gb * 2**30),
         network=data.reward_network,
         max_failed=data.max_failed_rewards,
+        batch=data.reward_batch,
     )
 
 

@@ -10,7 +10,6 @@ interrupted.
 """
 
 import datetime
-import hashlib
 import json
 import logging
 import os
@@ -37,15 +36,13 @@ from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_g
 from megatron_jackpot.run import formats
 from megatron_jackpot.run.provenance import CHECKPOINTS, check_models, checkpoints
 from megatron_jackpot.run.watchdog import Watchdog
+from megatron_jackpot.train.digests import Digests, digest, digests
 from megatron_jackpot.train.kept import MEASURED, STATE, tidy
 from megatron_jackpot.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-
-Digests = dict[str, list]
-"""File, relative to the checkpoint -> [bytes, sha256]."""
 
 
 class Saver:
@@ -147,10 +144,10 @@ class Saver:
     def write(self, writing: "_Writing") -> None:
         """Everything of a save that training need not wait for; what fails on one rank raises on all."""
         with self.watchdog.phase(f"write {writing.final.name}"):
-            digests = self._write_files(writing)
+            written = self._write_files(writing)
         with self.watchdog.phase(f"publish {writing.final.name}"), raise_on_all_ranks(self._group):
             if self.mesh.is_main:
-                self._publish(writing, digests)
+                self._publish(writing, written)
 
     def _write_files(self, writing: "_Writing") -> Digests:
         """Size and hash of what every rank has written."""
@@ -164,16 +161,16 @@ class Saver:
             if writing.groups:
                 save_groups(unfinished / f"rollouts-{self.mesh.dp_rank}.npz", writing.groups)
             own = [path for path in _files(unfinished) if path.name.startswith(f"__{rank}_")]
-            digests = {str(path.relative_to(unfinished)): digest(path) for path in own}
-        dist.all_gather_object(parts, digests, group=group)
+            mine = {str(path.relative_to(unfinished)): digest(path) for path in own}
+        dist.all_gather_object(parts, mine, group=group)
         return {name: entry for part in parts for name, entry in part.items()}
 
-    def _publish(self, writing: "_Writing", digests: Digests) -> None:
+    def _publish(self, writing: "_Writing", written: Digests) -> None:
         unfinished, final = writing.unfinished, writing.final
         for path in _files(unfinished):
-            if (name := str(path.relative_to(unfinished))) not in digests:
-                digests[name] = digest(path)
-        _write(unfinished / MANIFEST, {"step": writing.state["num_steps"], "files": digests})
+            if (name := str(path.relative_to(unfinished))) not in written:
+                written[name] = digest(path)
+        _write(unfinished / MANIFEST, {"step": writing.state["num_steps"], "files": written})
         replaced = final.with_name(f".{final.name}.replaced")
         if final.exists():
             final.rename(replaced)
@@ -284,7 +281,7 @@ def damage(folder: Path, mesh: Mesh) -> str | None:
     wanted = mesh.from_main(wanted)
     if isinstance(wanted, str):
         return wanted
-    found = _digests(folder)
+    found = digests(folder, _files(folder))
     names = sorted(name for name in {*wanted, *found} if found.get(name) != wanted.get(name))
     return f"{', '.join(names[:3])} differ from the manifest" if names else None
 
@@ -305,6 +302,7 @@ def run_state(state: TrainState) -> dict[str, Any]:
         "allocation": mesh.from_main(state.methods.allocation.state_dict()),
         "schedule": {name: schedule_state(model) for name, model in state.models.items()},
         "optimizer": {name: model.optimizer_settings for name, model in state.models.items()},
+        "reference": state.reference and state.reference.state_dict(),
     }
 
 
@@ -313,6 +311,8 @@ def _load(state: TrainState, folder: Path) -> list[str]:
     saved = json.loads((folder / STATE).read_text(encoding="utf-8"))
     formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
     check_models(folder, state.models)
+    if state.reference is not None:
+        state.reference.check_state(saved.get("reference"))
     changed: set[int] = set()
     if state.loader is not None and saved["loader"] is not None:
         changed = state.loader.load_state_dict(saved["loader"])
@@ -338,26 +338,8 @@ def _load(state: TrainState, folder: Path) -> list[str]:
     return [line for n, model in state.models.items() for line in changed_settings(model, before.get(n, {}))]
 
 
-def digest(path: Path) -> list:
-    """[bytes, sha256] of a file; [-1, the reason] of one that cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-    except OSError as error:
-        return [-1, str(error)]
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def _digests(folder: Path) -> Digests:
-    """Those of a folder on shared disk, the work spread over the ranks; every rank calls it."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = {str(path.relative_to(folder)): digest(path) for path in _files(folder)[rank::world]}
-    parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, mine)
-    return {name: entry for part in parts for name, entry in part.items()}
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ Shapes: N rollouts of one group, S of them that are selected.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -15,12 +16,17 @@ from torch import Tensor
 from megatron_jackpot.algorithm.advantages import Advantage
 from megatron_jackpot.algorithm.lengths import SoftOverlong
 from megatron_jackpot.algorithm.obrs import counter_uniform
+from megatron_jackpot.algorithm.reward_parts import RewardParts
 from megatron_jackpot.algorithm.selectors_base import Group, Selection, Selector
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.records import Rollout
 
 NO_POSITION = -1
 """A token has a position from 0 on: draws at this one are the selector's, and no keep mask sees them."""
+
+Added = Mapping[tuple[int, ...], float]
+"""(epoch, prompt id, sample) -> what is added to the reward."""
+NOTHING: Added = MappingProxyType({})
 
 Sums = Mapping[str, tuple[float, float]]
 """Name -> (sum, count) on this leader."""
@@ -47,6 +53,7 @@ class Curator:
     prompt_weight: Literal["sample", "equal"] = "sample"
     overlong: SoftOverlong | None = None
     mask_truncated: bool = False
+    parts: RewardParts = RewardParts()
 
     def __call__(
         self,
@@ -54,13 +61,14 @@ class Curator:
         step: int,
         sum_over_batch: SumOverBatch,
         device: torch.device,
+        added: Added = NOTHING,
     ) -> Trained:
         """Of one DP leader's whole groups; every leader calls it, as some formulas look at the whole batch.
 
-        `step` is the key of the draws. Sums over the batch: what the advantage asks for, and one where
-        prompts weigh the same.
+        `step` is the key of the draws, `added` what else counts in the rewards. Sums over the batch: what the
+        advantage asks for, and one where prompts weigh the same.
         """
-        seen = [self._seen(group, step) for group in groups]
+        seen = [self._seen(group, step, added) for group in groups]
         selections = [self.selector(one) for one in seen]
         values = iter(self._advantages(groups, seen, selections, sum_over_batch, device))
         factors = self._prompt_factors(groups, selections, sum_over_batch, device)
@@ -83,8 +91,9 @@ class Curator:
         """What is added to its reward."""
         return 0.0 if self.overlong is None else self.overlong(len(rollout.tokens))
 
-    def _seen(self, group: Sequence[Rollout], step: int) -> Group:
-        reward_N = torch.tensor([r.reward + self.punished(r) for r in group], dtype=torch.float64)
+    def _seen(self, group: Sequence[Rollout], step: int, added: Added) -> Group:
+        rewards = [r.reward + self.punished(r) + added.get(r.key, 0.0) for r in group]
+        reward_N = torch.tensor(rewards, dtype=torch.float64)
         ids_N3 = torch.tensor([r.key for r in group], dtype=torch.int64).view(-1, 3)
         nowhere_N = torch.full((len(group),), NO_POSITION)
         return Group(
@@ -97,7 +106,7 @@ class Curator:
 
     def _of_group(self, rollouts: Sequence[Rollout], reward_N: Tensor) -> Tensor:
         """Advantages [N] of rollouts of one prompt with these rewards, before any statistic of the batch."""
-        return self.advantage(reward_N)
+        return self.parts.advantage(self.advantage, rollouts, reward_N.tolist())
 
     def _pool(self, group: Sequence[Rollout], selection: Selection) -> list[int]:
         """The rollouts over which advantages are taken."""
@@ -152,7 +161,7 @@ class Curator:
         return replace(rollout, valid=np.zeros_like(rollout.valid)) if masked else rollout
 
     def _sums(self, groups: Sequence[Sequence[Rollout]], trained: Sequence[Sequence[Rollout]]) -> Sums:
-        sums: dict[str, tuple[float, float]] = {}
+        sums = self.parts.sums(list(_flat(groups)))
         if self.overlong is not None:
             punished = [self.punished(rollout) for group in groups for rollout in group]
             sums["reward/overlong"] = (sum(punished), len(punished))

@@ -83,6 +83,7 @@ def _pack(sequences: list[list[int]], bins: list[list[int]], tokens: int, device
                 sample=0,
                 finish="stop",
                 reward=0.0,
+                parts={},
                 correct=False,
                 advantage=0.0,
                 loss_weight=1.0,

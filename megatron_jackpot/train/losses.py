@@ -7,14 +7,20 @@ from torch import Tensor
 from megatron_jackpot.algorithm.distill import distill_inputs
 from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
 from megatron_jackpot.algorithm.obrs import log_ratio
+from megatron_jackpot.algorithm.reference import reference_kl
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.head import FrozenHead
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Logits
-from megatron_jackpot.parallel.vocab import vocab_parallel_logp, vocab_parallel_logp_at
+from megatron_jackpot.parallel.vocab import (
+    vocab_parallel_entropy,
+    vocab_parallel_logp,
+    vocab_parallel_logp_at,
+)
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Aggregated, Direction, Scores
 from megatron_jackpot.train.methods import ActorMethods
+from megatron_jackpot.train.terms import TermWeights
 
 TRAINED_GAP = "gap/trained_scored"
 """Mean |log s|, s = trained / scored probability: not 0 before the first update only where the numerics
@@ -27,13 +33,12 @@ def policy_loss(
     denominator: float,
     objective: Objective,
     vocab: VocabSpec,
-    *,
-    nll_weight: float = 0.0,
+    terms: TermWeights = TermWeights(),  # noqa: B008
 ) -> Loss:
-    """-sum keep * weight * surrogate / N, Eq. 5; p_current is live, everything else is a constant.
+    """-sum keep * weight * surrogate / N, Eq. 5, and added terms; p_current is live, everything else is a
+    constant.
 
     `objective` is prepared; `denominator` is N over the whole mini-batch: DP x CP ranks and micro-batches.
-    `nll_weight` is that of -log p on each token of a correct rollout.
     """
     batch, old_MT = scores.batch, scores.policy_logp_MT
 
@@ -45,15 +50,23 @@ def policy_loss(
         # Both -inf is no gap; one of them alone is an infinite one.
         known_T = batch.mask_MT[m] & (logp_T.detach() != old_MT[m])
         gap_T = torch.where(known_T, (logp_T.detach() - old_MT[m]).abs(), 0.0)
-        added = {}
-        if nll_weight:
+        added: dict[str, Tensor] = {}
+        if terms.positive_nll:
             right_T = inputs.valid_T & batch.correct_MT[m]
-            nll = -nll_weight * torch.where(right_T, batch.loss_weight_MT[m] * inputs.logp_T, 0.0).sum()
-            added = {"positive_nll": nll.detach()}
-        total = value + nll if nll_weight else value
-        return total, {
+            nll_T = batch.loss_weight_MT[m] * inputs.logp_T
+            added["positive_nll"] = -terms.positive_nll * torch.where(right_T, nll_T, 0.0).sum()
+        if terms.entropy:
+            entropy_T = batch.loss_weight_MT[m] * vocab_parallel_entropy(logits_TV, vocab)
+            added["entropy"] = -terms.entropy * torch.where(batch.mask_MT[m], entropy_T, 0.0).sum()
+        if terms.reference_kl:
+            assert scores.reference_logp_MT is not None, "where there is a reference it was scored"
+            logps = (inputs.logp_T, inputs.old_logp_T, scores.reference_logp_MT[m])
+            kl_T = aggregated.weight_MT[m] * reference_kl(terms.estimator, *logps)
+            kept_T = aggregated.keep_MT[m] & inputs.valid_T
+            added["reference_kl"] = terms.reference_kl * torch.where(kept_T, kl_T, 0.0).sum() / denominator
+        return sum(added.values(), start=value), {
             "policy": value.detach(),
-            **added,
+            **{name: term.detach() for name, term in added.items()},
             TRAINED_GAP: torch.stack([gap_T.sum(), batch.mask_MT[m].sum()]),
             **{f"objective/{name}": torch.stack(pair) for name, pair in objective.metrics(inputs).items()},
         }

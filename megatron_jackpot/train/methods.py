@@ -1,8 +1,7 @@
-"""The methods of a run, built from the configuration once, and the controllers that move two of their
-settings."""
+"""The methods of a run, built from the configuration once, and the controllers that move some of
+their settings."""
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation, PromptMean
 from megatron_jackpot.algorithm.allocators import ALLOCATORS
 from megatron_jackpot.algorithm.allocators_base import Allocator
-from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
+from megatron_jackpot.algorithm.controllers import SteeredWeight, TargetAcceptance
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
 from megatron_jackpot.algorithm.distill import DISTILL, Distillation
@@ -24,19 +23,21 @@ from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import Registry, build
+from megatron_jackpot.algorithm.reward_parts import RewardParts
 from megatron_jackpot.algorithm.selectors import SELECTORS
 from megatron_jackpot.algorithm.selectors_base import Selector
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
 from megatron_jackpot.config.agreement import refuse_other_numbers
 from megatron_jackpot.config.load import examine
-from megatron_jackpot.records import Correction, Metrics, Pair, Scores
+from megatron_jackpot.records import Aggregated, Correction, Metrics, Pair, Scores
 from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.train.curator import Curator
 from megatron_jackpot.train.own_methods import try_out
+from megatron_jackpot.train.terms import Terms, move, number
 
 M = TypeVar("M")
-Controller = TargetAcceptance | AdaptiveDistill
+Controller = TargetAcceptance | SteeredWeight
 
 
 @dataclass
@@ -50,17 +51,15 @@ class ActorMethods:
     distill: Distillation
     distill_weight: float
     """lambda_distill of the next mini-batch."""
-    adaptive: AdaptiveDistill | None = None
+    adaptive: SteeredWeight | None = None
     """Steers distill_weight, on the last pipeline stage."""
 
     def steer(self, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
         """As `Methods.steer`, of the distillation weight."""
         if self.adaptive is None:
             return {}
-        total, count = sum_over_batch(torch.stack(kl)).tolist()
-        self.distill_weight = self.adaptive.update(total / count if count else math.nan)
-        one = torch.ones_like(kl[1])
-        return {"actor/distill_weight": (one * self.distill_weight, one)}
+        self.distill_weight = move(self.adaptive, kl, sum_over_batch)
+        return {"actor/distill_weight": number(self.distill_weight, kl)}
 
 
 @dataclass
@@ -73,6 +72,8 @@ class Methods:
     curator: Curator
     allocation: Allocation
     aggregation: Aggregation
+    terms: Terms
+    """What is added to the policy's loss."""
     actor: ActorMethods | None = None
     """None where the policy samples."""
     exact_lam: float | None = None
@@ -108,9 +109,14 @@ class Methods:
                 prompt_weight=config.algorithm.prompt_weight,
                 overlong=made["overlong"],
                 mask_truncated=config.algorithm.mask_truncated,
+                parts=RewardParts(
+                    weights={name: part.weight for name, part in config.data.rewards.items()},
+                    singly=config.algorithm.reward_parts == "singly",
+                ),
             ),
             allocation=Allocation(made["allocator"], config.rollout.samples_per_prompt),
             aggregation=made["aggregation"],
+            terms=made["terms"],
             actor=actor,
             exact_lam=correction.lam if correction.needs_exact_overlap else None,
             acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
@@ -122,13 +128,15 @@ class Methods:
         return self.actor is not None and self.actor.distill.needs == "logits"
 
     def correct(self, scores: Scores, sum_over_batch: SumOverBatch) -> Correction:
-        """The correction of a mini-batch with what the filters remove. Sums over the batch as the
-        correction does."""
+        """The correction of a mini-batch with what the filters remove. Sums over the batch as they do."""
         found = self.correction(scores, sum_over_batch)
-        return filtered(found, self.filters, scores, counts_all=self.correction.denominator == "all")
+        counts_all = self.correction.denominator == "all"
+        return filtered(found, self.filters, scores, sum_over_batch, counts_all=counts_all)
 
-    def steer(self, scores: Scores, kl: Pair, sum_over_batch: SumOverBatch) -> Metrics:
-        """Move lam and the distillation weight for the next mini-batch; what they are then, as metrics.
+    def steer(
+        self, scores: Scores, kl: Pair, aggregated: Aggregated, sum_over_batch: SumOverBatch
+    ) -> Metrics:
+        """Move lam and the weights that are steered for the next mini-batch; what they are then, as metrics.
 
         `kl` is (sum, count) of KL(policy || server) on this rank. Sums over the batch once per controller.
         """
@@ -137,12 +145,14 @@ class Methods:
             log_ratio_MT = log_ratio(*(torch.where(mask_MT, logp_MT, 0.0) for logp_MT in both))
             lam = self.acceptance.update(log_ratio_MT, mask_MT, sum_over_batch)
             self._use_lam(lam)
-        return {} if self.actor is None else self.actor.steer(kl, sum_over_batch)
+        added = self.terms.steer(scores, aggregated, sum_over_batch)
+        return added if self.actor is None else added | self.actor.steer(kl, sum_over_batch)
 
     def controllers(self) -> dict[str, Controller]:
         """name -> controller, those that the configuration asks for."""
-        both = {"acceptance": self.acceptance, "adaptive": self.actor and self.actor.adaptive}
-        return {name: controller for name, controller in both.items() if controller is not None}
+        known = {"acceptance": self.acceptance, "adaptive": self.actor and self.actor.adaptive}
+        known |= self.terms.controllers()
+        return {name: controller for name, controller in known.items() if controller is not None}
 
     def load_controllers(self, states: Mapping[str, Mapping[str, float]]) -> None:
         """Continue where a checkpoint was taken; a controller that it does not know starts afresh."""
@@ -153,6 +163,7 @@ class Methods:
             self._use_lam(self.acceptance.lam)
         if self.actor is not None and self.actor.adaptive is not None:
             self.actor.distill_weight = self.actor.adaptive.weight
+        self.terms.use_controllers()
 
     def _use_lam(self, lam: float) -> None:
         self.correction = replace(self.correction, lam=lam)
@@ -207,6 +218,7 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         "selector": lambda: _build(algorithm.selector, SELECTORS, "algorithm.selector"),
         "allocator": lambda: _build(config.rollout.allocator, ALLOCATORS, "rollout.allocator"),
         "overlong": lambda: _overlong(config),
+        "terms": lambda: Terms.from_config(config),
         "aggregation": lambda: _build(algorithm.aggregation, AGGREGATIONS, "algorithm.aggregation"),
     }
     together: list[Callable[[], object]] = []
@@ -245,11 +257,11 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
     return made, mistakes
 
 
-def _steered_distillation(actor: Actor) -> AdaptiveDistill | None:
+def _steered_distillation(actor: Actor) -> SteeredWeight | None:
     if actor.distill_target_kl is None:
         return None
     try:
-        return AdaptiveDistill(kl=actor.distill_target_kl, weight=actor.distill_weight)
+        return SteeredWeight(wanted=actor.distill_target_kl, weight=actor.distill_weight)
     except ValueError as error:
         raise ValueError(f"actor.distill_target_kl with actor.distill_weight: {error}") from error
 

@@ -255,6 +255,7 @@ def random_scores(*, exact: bool = False) -> Scores:
         server_ids_logp=policy_MTV.gather(-1, server_ids_MTK.clamp(min=0)).requires_grad_(),
         topk_logp=topk_logp_MTK.requires_grad_(),
         topk_ids=topk_ids_MTK,
+        entropy=-(policy_MTV.exp() * policy_MTV).sum(-1),
     )
     ids_MTC = union_of_candidates(server_ids_MTK, topk_ids_MTK)
     actor = dict(

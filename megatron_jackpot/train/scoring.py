@@ -8,6 +8,7 @@ Shapes: M micro-batches of T tokens, K the proposal's or the policy's top-k, C c
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,11 +33,12 @@ from megatron_jackpot.parallel.vocab import (
 )
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from megatron_jackpot.records import Batch, Scores
+from megatron_jackpot.train.reference import Reference
 
 
 class Scorer:
-    """Scores batches with the policy and, where there is one, the actor; results exist on the last pipeline
-    stage only."""
+    """Scores batches with the policy and, where they are, the actor and the reference; results exist on the
+    last pipeline stage only."""
 
     def __init__(
         self,
@@ -47,11 +49,13 @@ class Scorer:
         top_k: int,
         keep_head: bool = False,
         ring: WeightRing | None = None,
+        reference: Reference | None = None,
     ) -> None:
         """`ring` has the weights that older tokens were sampled with, where q is taken from scores."""
         self.policy = policy
         self.ring = ring
         self.actor = actor
+        self.reference = reference
         self.top_k = top_k
         self.temperature = temperature
         self.keep_head = keep_head
@@ -67,6 +71,22 @@ class Scorer:
         `exact_lam` asks for Z over the whole vocabulary at that lam. `served_version` is that of the weights
         that are scored in the place of the servers'.
         """
+        scores = self._of_trained(batch, step, served_version, exact_lam)
+        if self.reference is None:
+            return scores
+        held = self.reference.score(batch, self._policy_head(batch) if self.reference.exact else None)
+        return None if scores is None else replace(scores, **held)
+
+    def _policy_head(self, batch: Batch) -> FrozenHead:
+        """The policy's last hidden states, by a pass of their own."""
+        with record_head(self.policy) as head:
+            self.policy.score(batch, lambda logits, m: {})
+        return head
+
+    def _of_trained(
+        self, batch: Batch, step: int, served_version: int, exact_lam: float | None
+    ) -> Scores | None:
+        """What policy and actor say."""
         versions = self._versions(batch, served_version, exact_lam)
         made = partial(make_scores, versions=versions, step=step)
         if self.actor is None and len(versions) == 1:
@@ -184,13 +204,14 @@ class Scorer:
     def _read_policy(self, batch: Batch, logits_TV: Logits, index: int) -> dict[str, Tensor]:
         labels_T, ids_TK = batch.labels_MT[index], batch.topk_ids_MTK[index]
         read = vocab_parallel_scores(
-            logits_TV, labels_T, self.vocab(self.policy), ids_TK=ids_TK, k=self.top_k
+            logits_TV, labels_T, self.vocab(self.policy), ids_TK=ids_TK, k=self.top_k, entropy=True
         )
         return dict(
             logp=read.logp_T,
             server_ids_logp=_asked(read.at_ids_TK),
             topk_logp=_asked(read.topk_logp_TK),
             topk_ids=_asked(read.topk_ids_TK),
+            entropy=_asked(read.entropy_T),
         )
 
     def _read_top(self, vocab: VocabSpec, batch: Batch, logits_TV: Logits, index: int) -> dict[str, Tensor]:

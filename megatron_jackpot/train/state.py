@@ -8,6 +8,7 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rollout.finished_groups import Groups
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
+from megatron_jackpot.train.reference import Reference
 
 
 @dataclass(kw_only=True)
@@ -18,6 +19,8 @@ class TrainState:
     policy: MegatronModel
     actor: MegatronModel | None
     """None where servers hold the policy."""
+    reference: Reference | None = None
+    """What the policy is held near; it does not change, and a checkpoint holds its hash."""
     methods: Methods
     guard: Guard
     loader: PromptLoader | None = None

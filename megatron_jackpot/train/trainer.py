@@ -29,6 +29,7 @@ from megatron_jackpot.sync.stream import WeightStream
 from megatron_jackpot.train.curator import Trained
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, actor_loss, policy_loss
+from megatron_jackpot.train.reward_kl import with_kl_in_rewards
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import Agreed, StepMetrics, StepResult, staleness
@@ -101,6 +102,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             top_k=config.num_candidates,
             keep_head=state.methods.keeps_logits,
+            reference=state.reference,
             ring=self.ring,
         )
         self.packer = Packer(
@@ -124,7 +126,7 @@ class Trainer:
                 trained = self.curate(collected)
             with measured.timer("make_room"):
                 self.make_room()
-            self.learn(self.packed(trained), measured)
+            self.learn(self.packed(trained), measured, None if collected is None else collected.groups)
             self.state.num_steps += 1
             with measured.timer("sync"):
                 measured.values |= self.push()
@@ -137,8 +139,8 @@ class Trainer:
             wrong=measured.wrong,
         )
 
-    def learn(self, batch: Batch, measured: StepMetrics) -> None:
-        """The paper's update on a packed batch."""
+    def learn(self, batch: Batch, measured: StepMetrics, groups: list[list[Rollout]] | None = None) -> None:
+        """The paper's update on a batch packed of a leader's `groups`, which a KL in the rewards asks for."""
         with measured.timer("score"):
             old = self.scorer(
                 batch,
@@ -146,12 +148,16 @@ class Trainer:
                 served_version=self.state.num_steps,
                 exact_lam=self.methods.exact_lam,
             )
+            if self.methods.terms.in_reward:
+                shared = (self.state.num_steps, self.methods, self.mesh, self.sum_over_batch, self.packer)
+                batch, old, more = with_kl_in_rewards(batch, old, groups, *shared)
+                measured.add(more)
         policy_moved = False
         for mini in self.minibatches(batch, old):
             with measured.timer("correct"):
                 correction = self.correct(mini.scores)
-                self.measure(mini.scores, correction, measured)
                 aggregated = self.aggregate(mini.scores, correction)
+                self.measure(mini.scores, correction, aggregated, measured)
                 agreed = self.agree(mini.scores, correction, aggregated)
                 self.watch(agreed, measured)
             if agreed.num_valid == 0:
@@ -208,14 +214,20 @@ class Trainer:
         """The correction of a mini-batch; None off the last stage."""
         return None if scores is None else self.methods.correct(scores, self.sum_over_batch)
 
-    def measure(self, scores: Scores | None, correction: Correction | None, measured: StepMetrics) -> None:
+    def measure(
+        self,
+        scores: Scores | None,
+        correction: Correction | None,
+        aggregated: Aggregated | None,
+        measured: StepMetrics,
+    ) -> None:
         """Metrics and the token log of a mini-batch, and the controllers' move for the next one."""
-        if scores is None or correction is None:
+        if scores is None or correction is None or aggregated is None:
             return
         self.tokens.note(measured.step, scores, correction)
         measured.add(correction.metrics)
         measured.add(diagnostics(scores, correction, self.sum_over_batch))
-        measured.add(self.methods.steer(scores, correction.kl, self.sum_over_batch))
+        measured.add(self.methods.steer(scores, correction.kl, aggregated, self.sum_over_batch))
         measured.add(staleness(scores.batch, self.state.num_steps, self.config.rollout.max_staleness))
 
     def aggregate(self, scores: Scores | None, correction: Correction | None) -> Aggregated | None:
@@ -297,10 +309,8 @@ class Trainer:
         if mini.scores is not None and aggregated is not None:
             objective = self.methods.objective.prepare(mini.scores, self.sum_over_batch)
             vocab = self.scorer.vocab(self.policy)
-            nll_weight = self.config.algorithm.positive_nll / max(agreed.num_positive, 1.0)
-            loss = policy_loss(
-                mini.scores, aggregated, agreed.num_policy, objective, vocab, nll_weight=nll_weight
-            )
+            terms = self.methods.terms.weights(agreed.num_valid, agreed.num_positive)
+            loss = policy_loss(mini.scores, aggregated, agreed.num_policy, objective, vocab, terms)
         report = self.policy.update(mini.batch, loss, partial(self.guard.may_step, "policy"))
         gap = report.sums.pop(TRAINED_GAP, None)
         measured.note_update("policy", report, self.mesh)

@@ -106,6 +106,22 @@ def test_methods_that_go_together_are_built() -> None:
     assert Methods.from_config(config(actor_distill_target_kl=0.1)).actor.adaptive is not None
 
 
+def test_what_was_steered_before_a_checkpoint_goes_on_after_it() -> None:
+    changes = dict(
+        algorithm_entropy={"bonus": 0.01, "target": 1.0},
+        algorithm_reference_kl={"weight": 0.02, "target": 0.1},
+        policy_reference={},
+    )
+    made = Methods.from_config(config(**changes))
+    assert (made.terms.entropy_bonus, made.terms.kl_weight) == (0.01, 0.02)
+    states = {name: {"weight": 0.5, "integral": -1.0} for name in ("entropy", "reference_kl")}
+    assert states.keys() == made.controllers().keys()
+    made.load_controllers(states)
+    assert (made.terms.entropy_bonus, made.terms.kl_weight) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="reference_kl.weight: weight = 0.0: must lie in .1e-06, 100.0"):
+        Methods.from_config(config(**{**changes, "algorithm_reference_kl": {"weight": 0, "target": 0.1}}))
+
+
 def test_a_long_response_is_punished_and_a_cut_one_trains_nothing_but_counts_in_its_group() -> None:
     length = dict(buffer=16, penalty=0.5)
     changes = dict(algorithm_overlong=length, algorithm_mask_truncated=True)
@@ -131,6 +147,58 @@ def test_a_long_response_is_punished_and_a_cut_one_trains_nothing_but_counts_in_
     (after,) = untouched.groups
     assert untouched.sums == {} and untouched.pruned == [[]]
     assert all(r.valid.all() and r.advantage == 0 and r.loss_weight == 1 for r in after)
+
+
+def parted(parts: list[dict[str, float]], weights: dict[str, float]) -> list:
+    """A group whose rewards are the weighted sums of these parts."""
+    (group,) = groups(range(1), samples=len(parts))
+    sums = [sum(weights[name] * value for name, value in own.items()) for own in parts]
+    return [replace(r, parts=own, reward=s) for r, own, s in zip(group, parts, sums, strict=True)]
+
+
+@pytest.mark.parametrize("how", ["jointly", "singly"])
+def test_several_rewards_are_normalised_by_their_sum_or_each_by_itself(how: str) -> None:
+    """A reward of a large scale drowns the other in the sum; singly both have a standard deviation of 1."""
+    weights = {"answer": 1.0, "length": 0.5}
+    rewards = {name: {"reward": "exact", "weight": weight} for name, weight in weights.items()}
+    changes = dict(algorithm_reward_parts=how, algorithm_advantage={"name": "grpo", "eps": 1e-12})
+    made = Methods.from_config(config(data_rewards=rewards, data_reward="exact", **changes))
+    parts = [{"answer": a, "length": n} for a, n in ((1.0, 100.0), (0.0, 40.0), (1.0, 10.0), (0.0, 70.0))]
+    group = parted(parts, weights)
+    (after,) = made.curator([group], 0, lambda sums: sums, torch.device("cpu")).groups
+
+    def normalised(values: list[float]) -> np.ndarray:
+        return (np.array(values) - np.mean(values)) / np.std(values, ddof=1)
+
+    each = {name: normalised([own[name] for own in parts]) for name in weights}
+    wanted = {
+        "jointly": normalised([r.reward for r in group]),
+        "singly": each["answer"] + 0.5 * each["length"],
+    }
+    assert [r.advantage for r in after] == pytest.approx(list(wanted[how]), rel=1e-6)
+    assert np.abs(wanted["jointly"] - wanted["singly"]).max() > 0.3
+    more = [group, parted([{"length": 2.0}], weights)]
+    assert RewardParts(weights=weights).sums([rollout for own in more for rollout in own]) == {
+        "reward/part/answer": (2.0, 4),
+        "reward/part/length": (222.0, 5),
+    }
+
+
+def test_what_is_added_to_the_rewards_belongs_to_the_first_part_where_each_is_normalised_by_itself() -> None:
+    weights = {"answer": 2.0, "length": 0.5}
+    rewards = {name: {"reward": "exact", "weight": weight} for name, weight in weights.items()}
+    group = parted([{"answer": float(i % 2), "length": float(i)} for i in range(4)], weights)
+    added = {r.key: -0.1 * i for i, r in enumerate(group)}
+    found = []
+    for how in ("jointly", "singly"):
+        # Without a standard deviation both are the same sum of differences.
+        changes = dict(algorithm_reward_parts=how, algorithm_advantage={"name": "dr_grpo"})
+        made = Methods.from_config(config(data_rewards=rewards, **changes))
+        (after,) = made.curator([group], 0, lambda sums: sums, torch.device("cpu"), added).groups
+        found.append([r.advantage for r in after])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    shaped = np.array([r.reward - 0.1 * i for i, r in enumerate(group)])
+    assert found[0] == pytest.approx(list(shaped - shaped.mean()), rel=1e-6)
 
 
 def test_filters_are_a_list_and_may_be_ones_own() -> None:

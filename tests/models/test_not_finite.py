@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
-from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
+from megatron_jackpot.algorithm.controllers import SteeredWeight, TargetAcceptance
 from megatron_jackpot.algorithm.registry import build
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.run import Guards
@@ -123,7 +123,7 @@ def test_rewards_and_controllers_refuse_what_is_not_finite(value) -> None:
     with pytest.raises(ValueError, match="lam = .* must be finite"):
         TargetAcceptance(acceptance=0.9, lam=1.0).load_state_dict({"lam": value})
     with pytest.raises(ValueError, match="weight = .* must be finite"):
-        AdaptiveDistill().load_state_dict({"weight": value, "integral": 0.0})
+        SteeredWeight().load_state_dict({"weight": value, "integral": 0.0})
 
 
 def test_an_advantage_that_fp32_cannot_hold_is_refused() -> None:

@@ -15,9 +15,11 @@ from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.sync.stream import export
+from megatron_jackpot.train.assembly import load_families, padded_vocab
 from megatron_jackpot.train.curator import Trained
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
+from megatron_jackpot.train.reference import Reference
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.trainer import Trainer
 from tests.loading import load_models
@@ -57,6 +59,9 @@ class Layout:
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
+    entropy_bonus: float = 0.0
+    reference_kl: tuple[tuple[str, object], ...] = ()
+    """Of the policy to the actor's folder, or in a run of one model to the policy at the start."""
     top_k: int = TOP_K
     """What servers return; 0 leaves the candidates to the trainer."""
     one_model: bool = False
@@ -80,11 +85,14 @@ def make_config(layout: Layout, folder: Path) -> Config:
     )
     optimizer = dict(lr=1e-3, clip_grad=1e6)
     distill = dict(distill_weight=0.5, distill=dict(name=layout.distill))
+    reference = None
+    if layout.reference_kl:
+        reference = dict(hf=None if layout.one_model else str(folder / "actor"), offload=True)
     actor = dict(hf=str(folder / "actor"), optimizer=optimizer, **distill)
     return parse_config(
         dict(
             run=dict(folder=str(folder / "run"), seed=5),
-            policy=dict(hf=str(folder / "policy"), optimizer=optimizer),
+            policy=dict(hf=str(folder / "policy"), optimizer=optimizer, reference=reference),
             actor=None if layout.one_model else actor,
             data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=16),
             rollout=dict(
@@ -101,6 +109,8 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 objective=dict(name=layout.objective),
                 aggregation=dict(name=layout.aggregation),
                 selector=dict(name=layout.selector),
+                entropy=dict(bonus=layout.entropy_bonus, target=2.0) if layout.entropy_bonus else None,
+                reference_kl=dict(layout.reference_kl) or None,
                 num_candidates=TOP_K,
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
@@ -115,9 +125,13 @@ def load_trainer(config: Config, total_steps: int = 10) -> Trainer:
     """`total_steps` optimizer steps are what a decay of the learning rate is over."""
     mesh = init_mesh(config.parallel, config.run.seed)
     folders = {name: section.hf for name, section in config.models.items()}
+    # The actor's folder is the reference's: no other vocabulary counts in the padding.
     families = {name: family_of(read_hf_config(folder)) for name, folder in folders.items()}
     models = {"actor": None, **load_models(config, mesh, folders, families, total_steps)}
-    state = TrainState(mesh=mesh, **models, methods=Methods.from_config(config), guard=Guard(config.guard))
+    methods = Methods.from_config(config)
+    kinds = load_families(config)
+    reference = Reference.load(config, mesh, kinds, padded_vocab(kinds, mesh))
+    state = TrainState(mesh=mesh, **models, methods=methods, guard=Guard(config.guard), reference=reference)
     return Trainer(config, state)
 
 
@@ -143,7 +157,7 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
                 mine, trainer.state.num_steps, trainer.sum_over_batch, mesh.device
             )
         measured.note_rollouts(collected(mine or []), trained, mesh.dp)
-        trainer.learn(trainer.packed(trained if mesh.is_leader else None), measured)
+        trainer.learn(trainer.packed(trained if mesh.is_leader else None), measured, mine)
         trainer.state.num_steps += 1
         history.append(measured.reduced(mesh))
     weights = {name: export(model) for name, model in trainer.state.models.items()}

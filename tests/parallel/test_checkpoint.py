@@ -16,6 +16,7 @@ from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
 from megatron_jackpot.run.formats import FORMATS, current
 from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train import checkpoint
+from megatron_jackpot.train.digests import digest
 from megatron_jackpot.train.state import TrainState
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
@@ -368,7 +369,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_the_commit_that_reads_it
     assert state.pop("format") == current("checkpoint")
     (newest / "state.json").write_text(json.dumps(state))
     manifest = json.loads((newest / "manifest.json").read_text())
-    manifest["files"]["state.json"] = checkpoint.digest(newest / "state.json")
+    manifest["files"]["state.json"] = digest(newest / "state.json")
     (newest / "manifest.json").write_text(json.dumps(manifest))
     message = run_ranks(_resume_error, 1, 100, str(folder), str(tmp_path / "run"))[0]
     assert "step-000003/state.json has checkpoint format 0" in message

@@ -19,6 +19,13 @@ NUMBERS = (
 )
 ONE_MODELS = ("loss/policy", "grad_norm/policy")
 """Of a run without an actor."""
+OWN = (
+    *("jackpot/kappa", "jackpot/eta", "jackpot/z", "is/batch_norm"),
+    *("loss/entropy", "policy/entropy", "policy/entropy_bonus"),
+    *("loss/reference_kl", "policy/reference_weight", "reward/reference_kl"),
+    *("kl/policy_reference", "kl/policy_reference_unweighted", "kl/policy_reference_exact"),
+)
+"""Of some methods: what is looked at where the serial run has it."""
 TOLERANCE = 1e-5
 
 WORLD_2 = (
@@ -60,8 +67,7 @@ def serial(folder: Path):
 
 def check_equal(got: dict, want: dict, what: object, tolerance: float = TOLERANCE) -> None:
     assert got["keep"] == want["keep"], f"{what}: keep masks differ"
-    # Each correction has its own: kappa, eta or a normalisation.
-    own = [n for n in ("jackpot/kappa", "jackpot/eta", "jackpot/z", "is/batch_norm") if n in want["metrics"]]
+    own = [name for name in OWN if name in want["metrics"]]
     for name in [*(NUMBERS if "actor" in want["weights"] else ONE_MODELS), *own]:
         a, b = got["metrics"][name], want["metrics"][name]
         assert math.isclose(a, b, rel_tol=tolerance), f"{what}: {name} is {a}, serial {b}"
@@ -90,27 +96,44 @@ def test_two_ranks_equal_one_rank(folder: Path, serial) -> None:
 
 
 EXACT_Z = dict(correction=(("name", "jackpot"), ("z", "exact")))
-EXACT = dict(**EXACT_Z, distill="forward_full")
+EXACT = dict(**EXACT_Z, distill="forward_full", reference_kl=(("estimator", "k2"), ("weight", 0.1)))
 REVERSE = dict(
     correction=(("name", "jackpot"), ("preset", "recommended")),
     distill="reverse_full",
     aggregation="sequence",
-    filters=("seq_mis", "icepop"),
+    reference_kl=(("estimator", "unbiased"), ("weight", 0.1), ("target", 0.5), ("exact", True)),
+    filters=("seq_mis", "icepop", "entropy"),
+    entropy_bonus=0.1,
 )
 CANDIDATES = dict(
     correction=(("name", "seq_tis"), ("batch_normalize", True)),
     distill="forward_topk",
     aggregation="prompt",
     selector="tests.parallel.layouts:Uneven",
+    entropy_bonus=0.1,
 )
 """The packer spreads a prompt's responses over data-parallel ranks, whose leaders pruned some."""
-OWN = dict(correction=(("name", "jackpot"), ("z_correction", "tail")), distill="forward_topk", top_k=0)
+OWN = dict(
+    correction=(("name", "jackpot"), ("z_correction", "tail")),
+    distill="forward_topk",
+    top_k=0,
+    reference_kl=(("place", "reward"), ("estimator", "k1"), ("weight", 0.02)),
+)
 """Servers return no top-k: the actor is scored first, and read again from its last hidden states."""
 
 
 def methods_of(layout: Layout) -> Layout:
     """The same methods on one rank."""
-    names = ("correction", "distill", "aggregation", "filters", "selector", "top_k")
+    names = (
+        "correction",
+        "distill",
+        "aggregation",
+        "filters",
+        "selector",
+        "entropy_bonus",
+        "reference_kl",
+        "top_k",
+    )
     return Layout(**{name: getattr(layout, name) for name in names})
 
 

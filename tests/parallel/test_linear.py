@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.linear import Blocks, LinearLogits
-from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at
+from megatron_jackpot.parallel.vocab import vocab_parallel_entropy, vocab_parallel_logp_at
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_vocab import Sent
@@ -30,10 +30,13 @@ def compute(vocab_size, group, rank, size):
     teacher = LinearLogits(-hidden_TH.detach(), mine_VH.detach())
     kl_T = vocab_parallel_kl(logits, lambda rows: teacher[rows], vocab, direction="forward")
     kl = (kl_T.detach(), *torch.autograd.grad(kl_T.sum(), (hidden_TH, mine_VH)))
+    # In the place of a KL: as it, one number per token of the whole vocabulary.
+    entropy_T = vocab_parallel_entropy(logits, vocab)
+    entropy = (entropy_T.detach(), *torch.autograd.grad(entropy_T.sum(), (hidden_TH, mine_VH)))
     return (
         logp_TK.detach(),
         *grads,
-        kl,
+        [kl, entropy],
         (forward.all_reduce, forward.calls, backward.all_reduce, backward.calls),
     )
 
@@ -46,18 +49,20 @@ def on_one_rank(rank, world):
 def test_every_rank_has_the_serial_log_probs_the_whole_hidden_gradient_and_its_slice_of_the_weights(world):
     ranks = run_ranks(on_one_rank, world)
     for index, vocab_size in enumerate(VOCABULARIES):
-        logp_TK, grad_hidden, grad_weight, kl, _ = compute(vocab_size, None, 0, 1)
+        logp_TK, grad_hidden, grad_weight, wide, _ = compute(vocab_size, None, 0, 1)
         for rank in ranks:
             torch.testing.assert_close(rank[index][0], logp_TK, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(rank[index][1], grad_hidden, rtol=1e-11, atol=1e-12)
             # fp64: max [T] and sum [1 + K, T] forward, sum [T, H] backward.
-            torch.testing.assert_close(rank[index][3][:2], kl[:2], rtol=1e-10, atol=1e-11)
+            for got, want in zip(rank[index][3], wide, strict=True):
+                torch.testing.assert_close(got[:2], want[:2], rtol=1e-10, atol=1e-11)
             assert rank[index][4] == (T * (2 + K) * 8, 2, T * H * 8, 1)
         whole = torch.cat([rank[index][2] for rank in ranks])
         torch.testing.assert_close(whole, grad_weight, rtol=1e-11, atol=1e-12)
         assert whole.shape == (PADDED, H)
-        whole = torch.cat([rank[index][3][2] for rank in ranks])
-        torch.testing.assert_close(whole, kl[2], rtol=1e-10, atol=1e-11)
+        for kind, want in enumerate(wide):
+            whole = torch.cat([rank[index][3][kind][2] for rank in ranks])
+            torch.testing.assert_close(whole, want[2], rtol=1e-10, atol=1e-11)
     hidden_TH, weight_VH = factors()
     wanted = dense(hidden_TH, weight_VH, make_ids() % 50, 0.7)
     torch.testing.assert_close(ranks[0][0][0], wanted.detach(), rtol=1e-12, atol=1e-12)

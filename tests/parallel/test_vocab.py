@@ -126,6 +126,8 @@ def on_one_rank(rank, world):
     results = {name: compute(case, group, rank, world) for name, case in CASES.items()}
     with Sent() as metrics_sent:
         means = reduce_metrics(metrics_of(rank), group)
+    many = {f"{index:04d}": (torch.tensor(float(index)), torch.tensor(1.0)) for index in range(1200)}
+    assert [*reduce_metrics(many, group).values()] == [*range(1200)]
     wrong = metrics_of(rank)
     if rank == 0:
         wrong["c"] = wrong.pop("b")

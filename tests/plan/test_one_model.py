@@ -19,9 +19,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 BLOCKS = dict(intermediate_size=256, num_attention_heads=8, num_key_value_heads=8, head_dim=16)
 
 
-def tree(folder: Path, policy: dict = POLICY, **sections: dict | None) -> dict:
+def tree(folder: Path, shape: dict = POLICY, **sections: dict | None) -> dict:
     """Both models' folders, with nothing but config.json, and a run of the policy alone."""
-    for name, changes in (("policy", policy), ("actor", ACTOR)):
+    for name, changes in (("policy", shape), ("actor", ACTOR)):
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "config.json").write_text(json.dumps(hf_config(**changes)))
     whole: dict = dict(
@@ -109,6 +109,62 @@ def test_the_plan_is_the_joint_one_without_the_actor_and_with_the_policy_on_the_
         console = Console(record=True, width=150)
         show_plan(plan.config, 1, Assumptions(), console)
         assert ("actor" in console.export_text()) is said
+
+
+KL = dict(algorithm=dict(reference_kl={}))
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        (KL, "algorithm.reference_kl needs a model to stay near, but policy.reference is null"),
+        (dict(policy=dict(reference={})), "nothing would use it. Set algorithm.reference_kl.weight=1e-3"),
+        (
+            dict(
+                policy=dict(reference={}),
+                algorithm=dict(reference_kl=dict(place="reward", estimator="unbiased")),
+            ),
+            "'unbiased' is a form of the loss, but place = 'reward'. Set estimator=k1",
+        ),
+        (dict(algorithm=dict(reward_parts="singly")), "needs several rewards, but data.rewards has 0"),
+        (dict(data=dict(rewards={"a/b": dict(reward="exact")})), "data.rewards has 'a/b'"),
+    ],
+)
+def test_sections_that_contradict_each_other_are_refused(tmp_path, sections: dict, line: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_config(tree(tmp_path, **sections))
+    assert line in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_a_reference_costs_its_weights_and_one_forward_pass_and_offloaded_they_come_in_turn(tmp_path) -> None:
+    other = dict(hf=str(tmp_path / "actor"))
+    alone, kept, visiting = (
+        make_plan(parse_config(tree(tmp_path, **sections)), 1)
+        for sections in (
+            {},
+            dict(policy=dict(reference=other), **KL),
+            dict(policy=dict(reference={**other, "offload": True}), **KL),
+        )
+    )
+    assert alone.reference is None and kept.models == (kept.policy, kept.reference)
+    weights, joint_plan = kept.reference.weights, make_plan(joint(tmp_path), 1)
+    assert kept.trainer_bytes - alone.trainer_bytes == pytest.approx(kept.reference.resident)
+    # The actor, of the same folder, is scored once and updated: 1 + 3 passes' worth.
+    assert weights == kept.reference.resident == joint_plan.actor.weights
+    assert kept.reference.flops * 4 == pytest.approx(joint_plan.actor.flops)
+    assert visiting.reference.resident == 0 and visiting.trainer_bytes < kept.trainer_bytes
+    assert visiting.reference.transient == weights + kept.reference.transient
+    console = Console(record=True, width=150)
+    show_plan(visiting.config, 1, Assumptions(), console)
+    shown = console.export_text()
+    assert "reference" in shown and "visiting" in shown
+
+
+def test_a_reference_that_is_not_there_is_named_by_its_key(tmp_path) -> None:
+    config = parse_config(tree(tmp_path, policy=dict(reference=dict(hf=str(tmp_path / "none"))), **KL))
+    found = [line for check in CHECKS[:3] for line in check.find(Subject(config, "plan"))]
+    (line,) = found
+    assert line.startswith(f"policy.reference.hf = {tmp_path / 'none'} holds no config.json. Set it to")
 
 
 def test_a_checkpoint_of_other_models_is_refused_before_anything_starts(tmp_path) -> None:

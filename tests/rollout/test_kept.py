@@ -11,6 +11,7 @@ from tests.tiny import groups
 
 def test_groups_come_back_as_they_were(tmp_path):
     made = groups(range(3))
+    made[1] = [dataclasses.replace(rollout, parts={"answer": 1.0, "short": 0.1}) for rollout in made[1]]
     kept = {(group[0].epoch, group[0].prompt.id): group for group in made}
     # Of the next epoch, so that a prompt is there twice.
     again = [dataclasses.replace(rollout, epoch=1) for rollout in made[0]]

@@ -39,6 +39,7 @@ class Flat:
     candidate_target_logp_TK: Tensor
     candidate_server_logp_TK: Tensor
     exact_overlap_T: Tensor | None = None
+    entropy_T: Tensor | None = None
     step: int = 3
 
 
@@ -97,6 +98,7 @@ def scores_of(s: Flat) -> Scores:
         candidate_target_logp_MTK=laid(s.candidate_target_logp_TK, -math.inf),
         candidate_server_logp_MTK=laid(s.candidate_server_logp_TK, -math.inf),
         exact_overlap_MT=None if s.exact_overlap_T is None else laid(s.exact_overlap_T, 0.0),
+        entropy_MT=None if s.entropy_T is None else laid(s.entropy_T, 0.0),
         step=s.step,
     )
 

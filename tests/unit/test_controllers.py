@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
+from megatron_jackpot.algorithm.controllers import SteeredWeight, TargetAcceptance
 from megatron_jackpot.algorithm.obrs import lambda_for_acceptance
 
 
@@ -165,25 +165,32 @@ def kl_of_a_toy_actor(control, steps, *, drift=0.004, pull=0.05, kl=0.02, noise=
 
 @pytest.mark.parametrize("drift", [0.001, 0.004, 0.016])
 @pytest.mark.parametrize("weight", [0.01, 1.0, 30.0])
-def test_adaptive_distill_settles_at_the_set_point_from_either_side(drift, weight):
-    control = AdaptiveDistill(kl=0.1, weight=weight, gain_i=0.05)
+def test_a_steered_weight_settles_at_the_set_point_from_either_side(drift, weight):
+    control = SteeredWeight(wanted=0.1, weight=weight, gain_i=0.05)
     measured = kl_of_a_toy_actor(control, 2500, drift=drift)
     assert np.exp(np.log(measured[-500:]).mean()) == pytest.approx(0.1, rel=0.05)
     assert measured[-500:].max() < 0.15 and measured[-500:].min() > 0.06
     assert control.weight == pytest.approx(drift / (0.05 * 0.1), rel=0.35)
 
 
-def test_adaptive_distill_is_its_formula_in_log_space():
-    control = AdaptiveDistill(kl=0.1, weight=2.0, gain_p=0.3, gain_i=0.07)
+def test_a_steered_weight_is_its_formula_in_log_space():
+    control = SteeredWeight(wanted=0.1, weight=2.0, gain_p=0.3, gain_i=0.07)
     errors = np.log(np.array([0.2, 0.11, 0.05, 0.1]) / 0.1)
     for step, error in enumerate(errors):
         want = 2.0 * math.exp(0.07 * errors[: step + 1].sum() + 0.3 * error)
         assert control.update(0.1 * math.exp(error)) == pytest.approx(want, rel=1e-12)
 
 
+def test_a_term_that_raises_what_is_measured_moves_the_other_way():
+    lowers, raises = SteeredWeight(wanted=0.6), SteeredWeight(wanted=0.6, term="raises")
+    for measured in (0.2, 0.9, 0.5):
+        assert raises.update(measured) == pytest.approx(lowers.update(0.6**2 / measured), rel=1e-12)
+    assert raises.weight > 1.0
+
+
 @pytest.mark.parametrize(("wild", "bound"), [(math.inf, 4.0), (1e9, 4.0), (0.0, 0.5), (-1.0, 0.5)])
-def test_adaptive_distill_stops_at_its_bounds_and_does_not_wind_up(wild, bound):
-    control = AdaptiveDistill(kl=0.1, weight=1.0, weight_min=0.5, weight_max=4.0)
+def test_a_steered_weight_stops_at_its_bounds_and_does_not_wind_up(wild, bound):
+    control = SteeredWeight(wanted=0.1, weight=1.0, weight_min=0.5, weight_max=4.0)
     for _ in range(1000):
         assert 0.5 <= control.update(wild) <= 4.0
     assert control.weight == bound
@@ -192,26 +199,26 @@ def test_adaptive_distill_stops_at_its_bounds_and_does_not_wind_up(wild, bound):
 
 
 def test_one_wild_batch_moves_the_weight_by_no_more_than_its_share():
-    control = AdaptiveDistill(kl=0.1, weight=1.0, gain_p=0.2, gain_i=0.02)
+    control = SteeredWeight(wanted=0.1, weight=1.0, gain_p=0.2, gain_i=0.02)
     assert control.update(1e6) == pytest.approx(math.exp(2 * 0.22))
     assert control.update(0.1) == pytest.approx(math.exp(2 * 0.02))
 
 
 def test_a_batch_that_measured_nothing_changes_nothing():
-    control = AdaptiveDistill(kl=0.1, weight=1.0)
+    control = SteeredWeight(wanted=0.1, weight=1.0)
     control.update(0.3)
     before = control.state_dict()
     assert control.update(math.nan) == before["weight"] and control.state_dict() == before
 
 
-def test_a_resumed_adaptive_distill_goes_on_as_if_nothing_had_happened():
-    straight, first = AdaptiveDistill(kl=0.1), AdaptiveDistill(kl=0.1)
+def test_a_resumed_a_steered_weight_goes_on_as_if_nothing_had_happened():
+    straight, first = SteeredWeight(wanted=0.1), SteeredWeight(wanted=0.1)
     measured = [0.3, 0.2, 0.02, math.nan, 0.5, 0.4]
     for kl in measured:
         straight.update(kl)
     for kl in measured[:4]:
         first.update(kl)
-    resumed = AdaptiveDistill(kl=0.1, weight=7.0)
+    resumed = SteeredWeight(wanted=0.1, weight=7.0)
     resumed.load_state_dict(first.state_dict())
     assert resumed.weight == first.weight
     for kl in measured[4:]:
@@ -231,14 +238,14 @@ def test_a_resumed_target_acceptance_starts_with_the_saved_lam():
 def test_bounds_that_became_narrower_hold_after_a_resume():
     acceptance = TargetAcceptance(acceptance=0.9, lam=1.0, lam_max=1.5)
     acceptance.load_state_dict({"lam": 4.0})
-    distill = AdaptiveDistill(kl=0.1, weight_max=2.0)
+    distill = SteeredWeight(wanted=0.1, weight_max=2.0)
     distill.load_state_dict({"weight": 9.0, "integral": math.log(9.0)})
     assert acceptance.lam == 1.5 and distill.state_dict() == {"weight": 2.0, "integral": math.log(2.0)}
     assert distill.update(0.05) < 2.0
 
 
 @pytest.mark.parametrize("state", [{}, {"lam": 1.0, "extra": 0.0}, {"weight": 1.0}])
-@pytest.mark.parametrize("control", [TargetAcceptance(acceptance=0.9, lam=1.0), AdaptiveDistill(kl=0.1)])
+@pytest.mark.parametrize("control", [TargetAcceptance(acceptance=0.9, lam=1.0), SteeredWeight(wanted=0.1)])
 def test_a_state_with_other_keys_is_an_error(control, state):
     with pytest.raises(ValueError, match=f"state of {type(control).__name__} has keys"):
         control.load_state_dict(state)
@@ -257,10 +264,10 @@ def test_a_state_with_other_keys_is_an_error(control, state):
         (lambda: TargetAcceptance(acceptance=0.0, lam=1.0), "acceptance = 0.0: must lie in (0, 1)."),
         (lambda: TargetAcceptance(acceptance=0.9, lam=6.0), "lam = 6.0: must lie in [0.2, 5.0]"),
         (lambda: TargetAcceptance(acceptance=0.9, lam=1.0, lam_min=0.0), "lam_min = 0.0, lam_max = 5.0:"),
-        (lambda: AdaptiveDistill(kl=0.0), "kl = 0.0: must be a finite number > 0. Use 0.1."),
-        (lambda: AdaptiveDistill(weight=0.0), "weight = 0.0: must lie in [0.0001, 100.0]"),
-        (lambda: AdaptiveDistill(gain_p=-1.0), "gain_p = -1.0: must be a finite number >= 0. Use 0.2."),
-        (lambda: AdaptiveDistill(weight_max=math.inf), "weight_min = 0.0001, weight_max = inf: must be"),
+        (lambda: SteeredWeight(wanted=0.0), "wanted = 0.0: must be a finite number > 0. Use 0.1."),
+        (lambda: SteeredWeight(weight=0.0), "weight = 0.0: must lie in [0.0001, 100.0]"),
+        (lambda: SteeredWeight(gain_p=-1.0), "gain_p = -1.0: must be a finite number >= 0. Use 0.2."),
+        (lambda: SteeredWeight(weight_max=math.inf), "weight_min = 0.0001, weight_max = inf: must be"),
     ],
 )
 def test_what_cannot_work_is_named_with_its_rule(make, message):

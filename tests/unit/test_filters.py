@@ -36,7 +36,7 @@ def combined(name, knobs, chosen):
 
     def call(scores, sum_over_batch):
         found = method(scores, sum_over_batch)
-        return filtered(found, filters, scores, counts_all=method.denominator == "all")
+        return filtered(found, filters, scores, sum_over_batch, counts_all=method.denominator == "all")
 
     return call
 
@@ -82,13 +82,13 @@ def test_without_filters_nothing_is_touched():
     s = scores()
     method = make_correction("jackpot", {}, 0)
     found = run(method, s).record
-    assert filtered(found, [], None, counts_all=False) is found
+    assert filtered(found, [], None, None, counts_all=False) is found
 
 
 def test_names_of_filters_and_what_they_refuse():
     twice = make_filters([("k_filter", {}), ("mis", {}), ("k_filter", {"kind": "k2"})], "algorithm.filters")
     assert [name for name, _ in twice] == ["k_filter", "mis", "k_filter_2"]
-    assert set(FILTERS) <= set(CORRECTIONS)
+    assert set(FILTERS) - {"entropy"} <= set(CORRECTIONS)  # Which weighs nothing.
     with pytest.raises(ValueError) as caught:
         chosen = [
             ("geo_rs", {"cap": 2.0}),

@@ -46,7 +46,7 @@ OURS: dict[str, set[str]] = {
     "launch": {
         *{"records", "home", "config", "run", "servers", "plan"},
         *{"data.prompts", "data.problems", "data.tokenizer"},
-        *{"rewards.pool", "rewards.label_cache"},
+        *{"rewards.pool", "rewards.label_cache", "rewards.parts", "rewards.remote"},
     },
     "cli": {"config", "run", "launch", "plan", "monitor", "train"},
     "__init__": set(),

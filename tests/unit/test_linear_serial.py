@@ -8,7 +8,11 @@ import torch
 
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl, vocab_parallel_overlap
 from megatron_jackpot.parallel.linear import Blocks, LinearLogits
-from megatron_jackpot.parallel.vocab import vocab_parallel_logp_at, vocab_parallel_scores
+from megatron_jackpot.parallel.vocab import (
+    vocab_parallel_entropy,
+    vocab_parallel_logp_at,
+    vocab_parallel_scores,
+)
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
 from tests.unit.test_vocab_serial import Allocations
 
@@ -68,6 +72,23 @@ def test_both_factors_pass_gradcheck():
     vocab = VocabSpec(VOCAB, None, 0.8)
     call = lambda h, w: logp_at(h, w, ids_TK, vocab, tokens=3, columns=20)  # noqa: E731
     assert torch.autograd.gradcheck(call, (hidden_TH, weight_VH))
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(None, None), (5, 7), (100, 50)])
+def test_the_entropy_of_factors_and_both_gradients_are_those_of_the_dense_form(tokens, columns):
+    hidden_TH, weight_VH = factors()
+    linear = LinearLogits(hidden_TH, weight_VH, Blocks(tokens, columns))
+    logp_TV = (hidden_TH @ weight_VH[:VOCAB].T / 0.7).log_softmax(-1)
+    upstream_T = torch.randn(T, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    results = [
+        (entropy_T.detach(), *torch.autograd.grad(entropy_T, (hidden_TH, weight_VH), upstream_T))
+        for entropy_T in (-(logp_TV.exp() * logp_TV).sum(-1), vocab_parallel_entropy(linear, WARM))
+    ]
+    for want, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, want, rtol=1e-11, atol=1e-12)
+    few = hidden_TH.detach()[:4].requires_grad_()
+    call = lambda h, w: vocab_parallel_entropy(LinearLogits(h, w, Blocks(3, 20)), WARM)  # noqa: E731
+    assert torch.autograd.gradcheck(call, (few, weight_VH))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,45 @@
+"""Several rewards of a response: one advantage of their weighted sum, or one of each; and their means.
+
+Shapes: N completions of one group.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_jackpot.algorithm.advantages import Advantage
+from megatron_jackpot.records import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardParts:
+    """docs/advantages.md, "Several rewards"; without any it is the method alone."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of each reward, by name."""
+    singly: bool = False
+    """Each reward has an advantage of its own."""
+
+    def advantage(self, method: Advantage, group: Sequence[Rollout], rewards: Sequence[float]) -> Tensor:
+        """Advantages [N] of one group; `rewards` are the rollouts' with what was added to them, which singly
+        belongs to the row's first reward."""
+        if not self.singly:
+            return method(rewards)
+        advantage_N = torch.zeros(len(group))
+        for index, name in enumerate(group[0].parts):
+            own, weight = [rollout.parts[name] for rollout in group], self.weights[name]
+            if index == 0 and weight:
+                added = [whole - rollout.reward for whole, rollout in zip(rewards, group, strict=True)]
+                own = [value + more / weight for value, more in zip(own, added, strict=True)]
+            advantage_N = advantage_N + weight * method(own)
+        return advantage_N
+
+    def sums(self, rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
+        """(sum, count) of each reward, over the rollouts that have it."""
+        found = {}
+        for name in self.weights:
+            own = [rollout.parts[name] for rollout in rollouts if name in rollout.parts]
+            found[f"reward/part/{name}"] = (sum(own), len(own))
+        return found

@@ -1,0 +1,101 @@
+"""The frozen reference: what it holds, what it says, and that a checkpoint knows it by its files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_jackpot.parallel.linear import LinearLogits
+from megatron_jackpot.train.reference import content_digest
+from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
+from tests.parallel.spawn import run_ranks
+from tests.tiny import groups
+
+KL = (("weight", 0.1), ("exact", True))
+
+
+def _two_steps(rank: int, world: int, folder: str) -> dict:
+    """A run of one model whose reference is the policy at the start, kept on the host between passes."""
+    trainer = load_trainer(make_config(Layout(one_model=True, reference_kl=KL), Path(folder)))
+    reference = trainer.state.reference
+    parameters = [p for chunk in reference.model.chunks for p in chunk.parameters()]
+    batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
+    found: dict = {"held": {p.nbytes for p in parameters if hasattr(p, "main_grad") or p.requires_grad}}
+    found["optimizer"] = reference.model.optimizer
+    found["names"] = [*trainer.state.models]
+    scores = [trainer.scorer(batch, step=0, served_version=0)]
+    metrics = []
+    for _ in range(2):
+        measured = trainer.measurements()
+        trainer.learn(batch, measured)
+        metrics.append({name: float(total / count) for name, (total, count) in measured.sums.items()})
+        scores.append(trainer.scorer(batch, step=0, served_version=0))
+    mask_MT = batch.mask_MT
+    found["logp"] = [
+        (one.policy_logp_MT[mask_MT], one.reference_logp_MT[mask_MT], one.reference_kl_MT[mask_MT])
+        for one in scores
+    ]
+    found["metrics"] = metrics
+    found["exact"] = _dense_kl(trainer, batch)[mask_MT]
+    found["state"] = reference.state_dict()
+    return found
+
+
+def _dense_kl(trainer, batch) -> torch.Tensor:
+    """KL(policy || reference) from the whole logits of both."""
+
+    def read(logits, m):
+        whole = logits[:] if isinstance(logits, LinearLogits) else logits
+        return {"logp": whole[:, : trainer.policy.family.vocab_size].log_softmax(-1)}
+
+    policy = trainer.policy.score(batch, read)["logp"]
+    with trainer.state.reference._host.on_device():
+        reference = trainer.state.reference.model.score(batch, read)["logp"]
+    return (policy.exp() * (policy - reference)).sum(-1)
+
+
+def test_the_reference_is_the_policy_at_the_start_bit_for_bit_and_stays_so(folder: Path) -> None:
+    (found,) = run_ranks(_two_steps, 1, 120, str(folder))
+    assert found["held"] == set() and found["optimizer"] is None and found["names"] == ["policy"]
+    start = found["logp"][0][0]
+    for policy, reference, _ in found["logp"]:
+        assert torch.equal(reference, start)
+        assert torch.equal(policy, start) is (policy is start)
+    assert found["logp"][0][2].abs().max() < 1e-6 < found["logp"][-1][2].mean()
+    torch.testing.assert_close(found["logp"][-1][2], found["exact"], rtol=1e-4, atol=1e-6)
+    first, second = found["metrics"]
+    assert first["kl/policy_reference"] == first["loss/reference_kl"] == 0.0
+    assert first["kl/policy_reference_exact"] == pytest.approx(0.0, abs=1e-6)
+    mean = float(found["logp"][1][2].mean())
+    assert second["kl/policy_reference_exact"] == pytest.approx(mean, rel=1e-5)
+    assert second["loss/reference_kl"] == pytest.approx(0.1 * second["kl/policy_reference"], rel=1e-4)
+    assert found["state"]["path"].endswith("policy") and len(found["state"]["sha256"]) == 64
+
+
+def _digests(rank: int, world: int, folders: list[str]) -> list[str]:
+    trainer = load_trainer(
+        make_config(Layout(dp=2, one_model=True, reference_kl=KL), Path(folders[0]).parent)
+    )
+    reference = trainer.state.reference
+    found = [content_digest(Path(folder)) for folder in folders]
+    reference.check_state(None)
+    reference.check_state({"path": "elsewhere", "sha256": found[0]})
+    with pytest.raises(ValueError, match="policy.reference = .*holds other files than elsewhere did"):
+        reference.check_state({"path": "elsewhere", "sha256": found[2]})
+    return found
+
+
+def test_a_reference_is_known_by_its_weights_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+    """The same in another place, with another README; then one number that is another."""
+    copies = [tmp_path / name for name in ("same", "other")]
+    for copy in copies:
+        copy.mkdir()
+        for file in (folder / "policy").iterdir():
+            (copy / file.name).write_bytes(file.read_bytes())
+    (copies[0] / "README.md").write_text("moved")
+    tensors = load_file(copies[1] / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1e-3
+    save_file(tensors, copies[1] / "model.safetensors")
+    one, two = run_ranks(_digests, 2, 120, [str(folder / "policy"), *map(str, copies)])
+    assert one == two and one[0] == one[1] != one[2]
