@@ -61,7 +61,8 @@ class Rollout:
     server_logp: np.ndarray
     """[R] float32, log-prob of each sampled token under the server, after temperature."""
     topk_ids: np.ndarray
-    """[R, K] int32, the server's k most probable ids, best first; -1 is padding."""
+    """[R, K] int32, the server's k most probable ids, best first; -1 is padding. K = 0 where servers were not
+    asked for any."""
     topk_logp: np.ndarray
     """[R, K] float32, their log-probs, -inf where the id is -1."""
     valid: np.ndarray
@@ -112,7 +113,8 @@ class Batch:
     server_logp_MT: Tensor
     """float32, the proposal q at the sampled token; 0 outside the mask."""
     topk_ids_MTK: Tensor
-    """int64, the server's top-k ids; -1 is padding."""
+    """int64, the top-k ids of the proposal: the server's, or after scoring those of the served model where
+    servers gave none (K = 0); -1 is padding."""
     topk_logp_MTK: Tensor
     """float32, their log-probs; -inf is padding."""
     weight_version_MT: Tensor
@@ -161,14 +163,15 @@ class Scores:
     """log-prob of the sampled token under the trainer's copy of the actor, before its update; None where the
     policy samples: its own is policy_logp_MT."""
     candidate_ids_MTK: Tensor
-    """int64, server top-k union policy top-k; -1 is padding. The sampled token is never added."""
+    """int64, the proposal's top-k (of the batch) union the policy's; -1 is padding. The sampled token is
+    never added."""
     candidate_target_logp_MTK: Tensor
     """log p_target at the candidates, -inf on padding."""
     candidate_server_logp_MTK: Tensor
-    """log q at the candidates: the server's top-k, the served model's capped log-prob at policy-only ids;
-    -inf otherwise."""
+    """log q at the candidates: the proposal's top-k, the served model's log-prob, capped by the proposal's
+    k-th, at policy-only ids; -inf otherwise."""
     candidate_shared_MTK: Tensor
-    """bool, ids in both the server's and the policy's top-k."""
+    """bool, ids in both the proposal's and the policy's top-k."""
     exact_overlap_MT: Tensor | None = None
     """Z over the whole vocabulary, q being the served model's log-probs; only where a correction asks for
     it."""

@@ -1,10 +1,12 @@
-"""Candidates: the server's top-k union the policy's, and the Scores of what the models say about them.
+"""Candidates: the proposal's top-k union the policy's, and the Scores of what the models say about them.
 
-Shapes: M micro-batches of T tokens, K the server's or the policy's top-k, C = 2K candidates.
+The proposal's top-k is the server's, or that of the served model's scores where servers gave none.
+
+Shapes: M micro-batches of T tokens, K the proposal's or the policy's top-k, C both: their candidates.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,9 +16,21 @@ from megatron_jackpot.records import Batch, Scores
 
 
 def union_of_candidates(server_ids_MTK: Tensor, policy_ids_MTK: Tensor) -> Tensor:
-    """[M, T, 2K]: the server's ids, then the policy's with those already listed replaced by -1."""
+    """[M, T, C]: the proposal's ids, then the policy's with those already listed replaced by -1."""
     listed = (policy_ids_MTK[..., :, None] == server_ids_MTK[..., None, :]).any(-1)
     return torch.cat([server_ids_MTK, policy_ids_MTK.masked_fill(listed, -1)], dim=-1)
+
+
+def with_proposal(batch: Batch, served: Mapping[str, Tensor], versions: Sequence[int]) -> Batch:
+    """The batch with the top-k of the scored served model in the place of the server's: topk_logp and
+    topk_ids [M, T, K], each token's by the weights that produced it, of `versions`. Of others the law is not
+    known."""
+    unknown_MT1 = ~(batch.mask_MT & _sampled_by(batch, versions))[..., None]
+    return replace(
+        batch,
+        topk_ids_MTK=served["topk_ids"].masked_fill(unknown_MT1, -1),
+        topk_logp_MTK=served["topk_logp"].masked_fill(unknown_MT1, -math.inf),
+    )
 
 
 def make_scores(
@@ -25,17 +39,18 @@ def make_scores(
     policy: Mapping[str, Tensor],
     served: Mapping[str, Tensor],
     *,
-    served_version: int,
+    versions: Sequence[int],
     step: int,
 ) -> Scores:
     """The Scores of what the passes over a batch read; `ids_MTC` is the union of candidates.
 
     policy: logp [M, T], server_ids_logp [M, T, K], topk_logp and topk_ids [M, T, K]. served, of the model
     that servers hold: topk_logp [M, T, K] at the policy's part of the candidates, logp [M, T] of an actor,
-    exact_overlap [M, T] where it was asked for. `served_version` is that of its scored weights.
+    exact_overlap [M, T] where it was asked for. `versions` are those of its weights that were scored, each
+    token by the one that produced it.
     """
     target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
-    server_MTC = _server_logp(batch, served["topk_logp"], served_version)
+    server_MTC = _server_logp(batch, served["topk_logp"], versions)
     padding = ids_MTC < 0
     return Scores(
         batch=batch,
@@ -71,7 +86,7 @@ def retargeted(scores: Scores, policy: Mapping[str, Tensor]) -> Scores:
 
 
 def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
-    """log q at the ids, [M, T, 2K], where `scores` knows it, else -inf: both begin with the server's own."""
+    """log q at the ids, [M, T, C], where `scores` knows it, else -inf: both begin with the server's own."""
     num_server = scores.batch.topk_ids_MTK.shape[-1]
     new_MTK, old_MTK = ids_MTC[..., num_server:], scores.candidate_ids_MTK[..., num_server:]
     same_MTKK = (new_MTK[..., :, None] == old_MTK[..., None, :]) & (new_MTK[..., :, None] >= 0)
@@ -80,18 +95,36 @@ def _known_server_logp(ids_MTC: Tensor, scores: Scores) -> Tensor:
     return torch.cat([server_MTC[..., :num_server], found_MTK], -1)
 
 
-def _server_logp(batch: Batch, served_logp_MTK: Tensor, served_version: int) -> Tensor:
+def of_own_versions(batch: Batch, read: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What the passes with several weights say, version -> name -> [M, T, ...]: each token's by the weights
+    that produced it; the first's where there are no others of that version."""
+    first, *others = read
+    merged = dict(read[first])
+    for version in others:
+        own_MT = batch.weight_version_MT == version
+        for name, value in read[version].items():
+            own = own_MT.view(*own_MT.shape, *[1] * (value.ndim - 2))
+            merged[name] = torch.where(own, value, merged[name])
+    return merged
+
+
+def _sampled_by(batch: Batch, versions: Sequence[int]) -> Tensor:
+    """bool [M, T]: tokens that weights of these versions produced."""
+    return torch.isin(batch.weight_version_MT, batch.weight_version_MT.new_tensor(versions))
+
+
+def _server_logp(batch: Batch, served_logp_MTK: Tensor, versions: Sequence[int]) -> Tensor:
     """log q at the candidates. The server does not return q at policy-only ids: the scored log-prob of its
     model stands in, capped by the server's k-th, where those weights produced the token; 0 probability
     elsewhere."""
     kth_MT1 = batch.topk_logp_MTK.masked_fill(batch.topk_ids_MTK < 0, math.inf).amin(-1, keepdim=True)
-    known_MT1 = (batch.weight_version_MT == served_version)[..., None]
+    known_MT1 = _sampled_by(batch, versions)[..., None]
     policy_only = torch.minimum(served_logp_MTK, kth_MT1).masked_fill(~known_MT1, -math.inf)
     return torch.cat([batch.topk_logp_MTK, policy_only], dim=-1)
 
 
 def _shared(ids_MTC: Tensor, policy_ids_MTK: Tensor) -> Tensor:
-    """[M, T, 2K] bool: the server's ids that the policy's top-k holds too."""
+    """[M, T, C] bool: the proposal's ids that the policy's top-k holds too."""
     num_server = ids_MTC.shape[-1] - policy_ids_MTK.shape[-1]
     server_ids = ids_MTC[..., :num_server]
     both = (server_ids[..., :, None] == policy_ids_MTK[..., None, :]).any(-1) & (server_ids >= 0)

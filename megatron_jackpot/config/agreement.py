@@ -232,6 +232,32 @@ def _ahead(c: "Config") -> Iterator[str]:
         )
 
 
+def other_numbers(c: "Config") -> list[tuple[str, str]]:
+    """(setting, remedy): why servers sample by other probabilities than the trainer gives the same weights,
+    beyond what kernels differ by; nothing where q can be taken from its scores."""
+    formats = {"servers.quantization": c.servers.quantization, "precision.fp8": c.precision.fp8}
+    found = [(f"{name} = {value!r}", f"{name}=null") for name, value in formats.items() if value is not None]
+    if c.server_dtype != c.precision.dtype:
+        found.append((f"servers.dtype = {c.server_dtype!r}", "servers.dtype=null"))
+    return found
+
+
+def refuse_other_numbers(c: "Config", what: str, instead: str) -> Iterator[str]:
+    """The mistake of a setting that takes q from scores where servers compute with other numbers."""
+    reasons = other_numbers(c)
+    if reasons:
+        yield (
+            f"{what} takes q from the trainer's scores, but servers compute with other numbers: "
+            f"{', '.join(setting for setting, _ in reasons)}. Set "
+            f"{', '.join(remedy for _, remedy in reasons)}, or {instead}."
+        )
+
+
+def _top_k_logp(c: "Config") -> Iterator[str]:
+    if c.rollout.top_k_logp == 0:
+        yield from refuse_other_numbers(c, "rollout.top_k_logp = 0", "rollout.top_k_logp=20")
+
+
 def new_tokens(config: "Config") -> dict[str, int]:
     """Section -> the longest response that it asks for."""
     limits = {"rollout": config.rollout.max_new_tokens}
@@ -273,6 +299,13 @@ AGREEMENT: tuple[Check["Config"], ...] = (
         "is not above rollout.max_staleness, and 0 where servers lend their memory",
         "raise rollout.max_staleness, set servers.release_memory=false, or lower it",
         _ahead,
+    ),
+    Check(
+        "rollout.top_k_logp",
+        "is above 0 where servers sample with other numbers than the trainer scores: servers.quantization, "
+        "precision.fp8, another servers.dtype",
+        "set those to null, or rollout.top_k_logp=20",
+        _top_k_logp,
     ),
     Check(
         "packing.tokens",

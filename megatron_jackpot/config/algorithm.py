@@ -35,6 +35,9 @@ class Algorithm(Section):
     """Responses cut at the limit train neither model; their rewards still count in their group."""
     positive_nll: float = Field(default=0.0, ge=0)
     """Weight of the mean -log p of correct rollouts' tokens, added to the policy's loss (VAPO: 0.1)."""
+    num_candidates: int | None = Field(default=None, ge=1)
+    """How many of the policy's most probable ids become candidates, and of the served model's where servers
+    return none; null is rollout.top_k_logp, or 20 where that is 0."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer steps per rollout batch."""
     target: Literal["old", "current"] = "old"

@@ -173,7 +173,8 @@ def model_shapes(config: Config) -> dict[str, ModelShape]:
 
 def misfits(config: Config, models: "Mapping[str, HasSizes]") -> list[str]:
     """What a run asks of its models that they cannot do: their context against the longest sequences, the
-    served one's as its servers count it, and that one's vocabulary against top-k."""
+    served one's as its servers count it; that one's vocabulary against top-k, each one's against the
+    candidates."""
     found = []
     for name, model in models.items():
         kept = CONTEXT_MARGIN if name == config.served else 0
@@ -190,6 +191,12 @@ def misfits(config: Config, models: "Mapping[str, HasSizes]") -> list[str]:
     if k > size:
         found.append(
             f"rollout.top_k_logp = {k} exceeds the {config.served}'s vocabulary of {size} ids. Lower it."
+        )
+    num, smallest = config.num_candidates, min(models, key=lambda name: models[name].vocab_size)
+    if k <= size and num > models[smallest].vocab_size:
+        found.append(
+            f"algorithm.num_candidates = {num} exceeds the {smallest}'s vocabulary of "
+            f"{models[smallest].vocab_size} ids. Set it to fewer."
         )
     return found
 

@@ -18,6 +18,8 @@ from megatron_jackpot.config.models import Actor, Parallel, Policy, Precision
 from megatron_jackpot.config.run import Guards, Logging, Run
 from megatron_jackpot.config.servers import Rollouts, Servers, Sync
 
+DEFAULT_CANDIDATES = 20
+"""The paper's k."""
 MISTAKES = "mistakes"
 """Key of the validation context: a list there takes what sections ask of each other, in place of an error."""
 
@@ -59,6 +61,11 @@ class Config(Section):
     def server_dtype(self) -> Literal["float32", "bfloat16"]:
         """dtype of the servers' weights."""
         return self.servers.dtype or self.precision.dtype
+
+    @property
+    def num_candidates(self) -> int:
+        """k of the policy's top-k, and of the served model's where servers return none."""
+        return self.algorithm.num_candidates or self.rollout.top_k_logp or DEFAULT_CANDIDATES
 
     @model_validator(mode="after")
     def _fields_agree(self, info: ValidationInfo) -> "Config":

@@ -56,8 +56,9 @@ class Rollouts(Section):
     """Longest response."""
     temperature: float = Field(default=1.0, gt=0)
     """Sampling temperature; trainer logits are divided by the same number."""
-    top_k_logp: int = Field(default=20, ge=1)
-    """k: how many of the server's and of the policy's most probable ids become candidates."""
+    top_k_logp: int = Field(default=20, ge=0)
+    """How many of their most probable ids servers return with each token, as candidates. 0: the sampled
+    token's log-prob alone; candidates then come from the trainer's scores: docs/corrections.md."""
     concurrency: int = Field(default=256, ge=1)
     """Requests in flight per data-parallel leader."""
     request_timeout_s: float = Field(default=1800, gt=0)

@@ -58,10 +58,13 @@ class PromptLoader:
         self.may_change = frozenset(may_change)
         self._ahead: deque[tuple[int, int]] = deque()
         """(epoch, position) before each step that was given out and is not taken."""
+        self.num_begun = 0
+        """Of the next steps, how many had been given out when the state that was loaded was taken."""
         self._start_epoch(0)
 
     def next(self) -> tuple[int, list[Prompt]]:
         self._ahead.append((self._epoch, self._position))
+        self.num_begun = max(0, self.num_begun - 1)
         if self._position + self.per_step > len(self.prompts):
             self._start_epoch(self._epoch + 1)
         step = self._order[self._position : self._position + self.per_step]
@@ -79,6 +82,7 @@ class PromptLoader:
         return {
             "epoch": epoch,
             "position": position,
+            "begun": len(self._ahead),
             "seed": self.seed,
             "ids": self.ids,
             "digests": self.digests,
@@ -119,6 +123,7 @@ class PromptLoader:
             )
         self._position = position
         self._ahead.clear()
+        self.num_begun = state.get("begun", 0)
         return differ
 
     def _start_epoch(self, epoch: int) -> None:

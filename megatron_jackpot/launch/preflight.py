@@ -342,7 +342,7 @@ CHECKS: tuple[Check[Subject], ...] = (
     Check(
         "config.json against parallel, data, rollout, evaluation",
         "is a known dense architecture that tp and pp divide, long enough for prompt and response (servers "
-        "keep 2 tokens free), with at least rollout.top_k_logp ids",
+        "keep 2 tokens free), with at least rollout.top_k_logp and algorithm.num_candidates ids",
         "change the layout or the lengths",
         _shapes,
     ),

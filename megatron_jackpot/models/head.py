@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.engine import MegatronModel, Reader
+from megatron_jackpot.parallel.linear import LinearLogits
 from megatron_jackpot.parallel.vocab_spec import VocabSpec
 
 
@@ -36,6 +38,15 @@ class FrozenHead:
             return F.linear(self.hidden_TH[m][rows], self.weight_VH)
 
         return compute
+
+    def score(self, reader: Reader) -> dict[str, Tensor] | None:
+        """What `MegatronModel.score` gives, of the pass that was recorded and without another one."""
+        if self.weight_VH is None:
+            return None
+        with torch.no_grad():
+            logits = (LinearLogits(hidden_TH, self.weight_VH) for hidden_TH in self.hidden_TH)
+            read = [reader(one, m) for m, one in enumerate(logits)]
+        return {key: torch.stack([tensors[key] for tensors in read]) for key in read[0]}
 
     def common(self, vocab: VocabSpec) -> VocabSpec:
         """`vocab` of another model, over the ids that both know.

@@ -131,7 +131,8 @@ def vocab_parallel_scores(
     """
     if not 0 <= k <= vocab.size:
         raise ValueError(
-            f"k = {k}: must lie in 0 .. {vocab.size}, the size of the vocabulary. Lower rollout.top_k_logp."
+            f"k = {k}: must lie in 0 .. {vocab.size}, the size of the vocabulary. Lower "
+            "algorithm.num_candidates."
         )
     all_ids_TN = labels_T[:, None] if ids_TK is None else torch.cat([labels_T[:, None], ids_TK], -1)
     local = read(logits_TV, vocab, chunk, ids_TN=all_ids_TN, k=k, entropy=entropy)

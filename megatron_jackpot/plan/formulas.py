@@ -152,6 +152,12 @@ class Plan:
         return self.server_weights + self.longest * self.server_kv_token
 
     @property
+    def ring_bytes(self) -> float:
+        """Host memory a GPU takes for the pushed weights that are scored again."""
+        age, served = self.config.rollout.max_staleness, self.models[-1]
+        return (age + 1) * served.weights if age and scores_q(self.config) else 0.0
+
+    @property
     def bubble(self) -> float:
         """Share of a model's pass that its GPUs idle in the pipeline: (pp - 1) / (M vpp + pp - 1)."""
         p = self.config.parallel
@@ -190,6 +196,12 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
         rollout_flops=tokens * forward_flops(served, mean),
         synced=num_params(served) * BYTES[config.precision.dtype],
     )
+
+
+def scores_q(config: Config) -> bool:
+    """Whether q is taken from the trainer's scores, and older weights are kept for it; not where a correction
+    of one's own asks for that."""
+    return config.rollout.top_k_logp == 0 or config.algorithm.correction.settings.get("z") == "exact"
 
 
 @dataclass(frozen=True)
@@ -248,12 +260,13 @@ class _Load:
 
     def _forward_passes(self, name: str) -> float:
         """Scoring once, the update's own forward, and another of all minis but the first under target =
-        current."""
+        current; where q is taken from scores, one with each older version that sampled."""
         algorithm = self.config.algorithm
+        older = self.config.rollout.ahead if name == self.config.served and scores_q(self.config) else 0
         if name == "actor":
-            return 2.0 if algorithm.train_actor else 1.0
+            return older + (2.0 if algorithm.train_actor else 1.0)
         minis = algorithm.num_minibatches
-        return 2.0 + ((minis - 1) / minis if algorithm.target == "current" else 0.0)
+        return older + 2.0 + ((minis - 1) / minis if algorithm.target == "current" else 0.0)
 
     def _in_flight(self) -> float:
         """Micro-batches whose activations the first pipeline stage holds, as a share of all layers."""

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.plan.formulas import GIB, SERVER_SHARE, TRAINER_RESERVE_GIB, ModelPlan, Plan, make_plan
+from megatron_jackpot.plan.microbatch import microbatch_advice
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def show_plan(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in (memory_table(plan), step_table(plan, assumed), sharing_table(plan, assumed)):
         console.print(table)
+    if advice := microbatch_advice(config, gpus, assumed.mean_tokens):
+        console.print(f"advice: {advice}", markup=False, highlight=False, soft_wrap=True)
     for trouble in memory_troubles(plan):
         console.print(f"DOES NOT FIT: {trouble}", markup=False, highlight=False, soft_wrap=True)
     return plan
@@ -107,6 +110,8 @@ def memory_table(plan: Plan) -> Table:
         "server GPU: weights": plan.server_weights,
         "server GPU: KV of the longest": plan.longest * plan.server_kv_token,
     }
+    if plan.ring_bytes:
+        served = {"host: pushed weights, to be scored again": plan.ring_bytes, **served}
     for what, size in served.items():
         cells = (f"{size / GIB:.3f}" if m.name == plan.config.served else "" for m in plan.models)
         table.add_row(what, *cells, "")

@@ -132,10 +132,12 @@ class Pipeline:
         *,
         limit_s: float,
         in_flight: Literal["retract", "wait"] = "retract",
+        known_since: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`limit_s` is for one step's rollout; `in_flight` what a push does to responses under way."""
+        """`limit_s` is for one step's rollout; `in_flight` what a push does to responses under way;
+        `known_since` the oldest version whose weights are still known, where they are to be scored."""
         self.mesh, self.config, self.source, self.stop = mesh, config, source, stop
-        self.limit_s, self.in_flight = limit_s, in_flight
+        self.limit_s, self.in_flight, self.known_since = limit_s, in_flight, known_since
         self.finished = finished
         """Finished groups of steps that are not trained yet: what a checkpoint saves of them. Changed in
         place, by the source's thread too."""
@@ -149,8 +151,12 @@ class Pipeline:
         """Begin to ask for the groups of `step`, on a leader; nothing where that was begun before."""
         if self.source is None or loader is None or any(batch.step == step for batch in self.batches):
             return
+        begun = loader.num_begun > 0
         batch = _Batch(step, *loader.next())
         self.batches.append(batch)
+        if begun:
+            missing = sum(batch.key(prompt) not in self.finished for prompt in batch.prompts)
+            batch.add({"rollout/begun_anew": (missing, len(batch.prompts))})
         self._ask(batch)
 
     def take(self, step: int, loader: PromptLoader | None, recover: Callable[[], object]) -> Collected | None:
@@ -279,10 +285,11 @@ class Pipeline:
         """Forget groups whose tokens are too old for their step, or newer than it: whether there were any.
 
         A step's requests begin late enough, so this takes a fault: a checkpoint of a run with a larger
-        `ahead`, or a server that kept the weights of before a rollback.
+        `ahead`, a server that kept the weights of before a rollback, or a resume where weights of before it
+        were to be scored.
         """
         newest = batch.step - 1
-        oldest = newest - self.config.max_staleness
+        oldest = max(newest - self.config.max_staleness, self.known_since())
         stale: list[list[Rollout]] = []
         for key in map(batch.key, batch.prompts):
             spoken = [r.weight_version for r in self.finished.get(key, ()) if len(r.tokens)]

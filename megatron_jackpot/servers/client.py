@@ -149,9 +149,9 @@ class SGLangClient:
             },
             "return_logprob": True,
             "top_logprobs_num": sampling.top_k_logp,
-            "return_flat_raw_output_top_logprobs": True,
-            "return_flat_raw_top_logprobs_b64": True,
         }
+        if sampling.top_k_logp:
+            body |= {"return_flat_raw_output_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
         return await self._ask(
             body, n, lambda content, version: self._parse_group(content, n, sampling, version), retried
         )

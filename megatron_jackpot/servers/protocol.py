@@ -32,7 +32,7 @@ class Sampling:
     temperature: float
     max_new_tokens: int
     top_k_logp: int
-    """k of the returned top-k; sampling itself is never truncated."""
+    """k of the returned top-k, 0 for none; sampling itself is never truncated."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a response, beside the model's own end-of-text ids."""
     ignore_eos: bool = False
@@ -45,8 +45,8 @@ class Sampling:
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens}: must be >= 1.")
-        if self.top_k_logp < 1:
-            raise ValueError(f"top_k_logp = {self.top_k_logp}: must be >= 1.")
+        if self.top_k_logp < 0:
+            raise ValueError(f"top_k_logp = {self.top_k_logp}: must be >= 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Completion:
     server_logp: np.ndarray
     """[R] float32, after temperature; 0 where not valid."""
     topk_ids: np.ndarray
-    """[R, K] int32, best first; -1 is padding."""
+    """[R, K] int32, best first; -1 is padding. K = 0 where none were asked for."""
     topk_logp: np.ndarray
     """[R, K] float32; -inf where the id is -1."""
     valid: np.ndarray

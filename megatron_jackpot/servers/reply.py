@@ -136,7 +136,10 @@ def _sampled_logp(meta: JsonObject, tokens: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def parse_topk(meta: JsonObject, rows: int, k: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(ids [R, K], logp [R, K], number of NaN entries turned into padding)."""
+    """(ids [R, K], logp [R, K], number of NaN entries turned into padding). SGLang leaves the fields out at
+    k = 0, and what a server sends uncalled is not read."""
+    if k == 0:
+        return np.empty((rows, 0), np.int32), np.empty((rows, 0), np.float32), 0
     if "output_top_logprobs_val_flat_b64" in meta:
         ids, logp = _flat_topk(meta, rows, k)
     elif isinstance(meta.get("output_top_logprobs"), list):

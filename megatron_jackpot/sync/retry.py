@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 ALIVE_LIMIT_S = 5.0
+"""For a server's answer: one that hangs or is gone must not hold up every push."""
+BUSY_LIMIT_S = 30.0
+"""For its scheduler's, where the rest of it answers: sampling ahead of training, it may be busy that long."""
 POLL_S = 1.0
 
 
@@ -62,11 +65,19 @@ def retry(push: Callable[[], T]) -> T:
 
 
 async def answering(urls: Sequence[str]) -> list[str]:
+    """Those whose scheduler answers at once, or later where their front does at once: one that was left out
+    of a push would be of no use until the next."""
+
     async def ask(url: str) -> str | None:
+        admin = ServerAdmin([url], timeout_s=ALIVE_LIMIT_S)
         try:
-            await ServerAdmin([url]).alive(timeout_s=ALIVE_LIMIT_S)
+            await admin.alive(timeout_s=ALIVE_LIMIT_S)
         except ServerError:
-            return None
+            try:
+                await admin.model_info()
+                await admin.alive(timeout_s=BUSY_LIMIT_S)
+            except ServerError:
+                return None
         return url
 
     return [url for url in await asyncio.gather(*(ask(url) for url in urls)) if url is not None]

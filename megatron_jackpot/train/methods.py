@@ -25,6 +25,7 @@ from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import Registry, build
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
+from megatron_jackpot.config.agreement import refuse_other_numbers
 from megatron_jackpot.config.load import examine
 from megatron_jackpot.records import Correction, Metrics, Pair, Rollout, Scores
 from megatron_jackpot.train.own_methods import try_out
@@ -273,11 +274,8 @@ def _check_exact(correction: CorrectionMethod, config: Config) -> None:
             f"{config.algorithm.num_minibatches} with a moving target or lam needs it per mini-batch. "
             "Use z='topk' or num_minibatches=1."
         )
-    if config.rollout.ahead:
-        raise ValueError(
-            "algorithm.correction.z = 'exact' takes q from the sampling weights of today, but rollout.ahead "
-            f"= {config.rollout.ahead} trains on tokens of older ones. Use z='topk', or rollout.ahead=0."
-        )
+    for mistake in refuse_other_numbers(config, "algorithm.correction.z = 'exact'", "z='topk'"):
+        raise ValueError(mistake)
 
 
 def _check_corrected_once(correction: CorrectionMethod, objective: Objective, config: Config) -> None:

@@ -204,7 +204,7 @@ def random_scores(*, exact: bool = False) -> Scores:
     )
     if exact:
         actor["exact_overlap"] = torch.minimum(policy_MTV, actor_MTV).exp().sum(-1)
-    return make_scores(batch, ids_MTC, policy, actor, served_version=0, step=0)
+    return make_scores(batch, ids_MTC, policy, actor, versions=(0,), step=0)
 
 
 def _random_rollout(prompt: int, sample: int, random: np.random.Generator) -> Rollout:

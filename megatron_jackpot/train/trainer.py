@@ -16,6 +16,7 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models.build import DTYPES
 from megatron_jackpot.models.engine import Loss
+from megatron_jackpot.models.weight_ring import WeightRing
 from megatron_jackpot.monitor.token_log import TokenLog
 from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
 from megatron_jackpot.records import Aggregated, Batch, Correction, Rollout, Scores
@@ -89,6 +90,10 @@ class Trainer:
             state.guard,
         )
         self.source, self.sync, self.stop = source, sync, stop
+        age = config.rollout.max_staleness
+        asked = config.rollout.top_k_logp == 0 or state.methods.exact_lam is not None
+        self.ring = WeightRing(state.served, age + 1) if asked and age else None
+        """What older tokens were sampled with, where q is taken from scores."""
         self.pipeline = Pipeline(
             mesh,
             config.rollout,
@@ -97,6 +102,7 @@ class Trainer:
             state.finished_groups,
             limit_s=config.run.phase_timeout_s,
             in_flight=config.sync.in_flight,
+            known_since=lambda: self.ring.versions[0] if self.ring is not None and self.ring.versions else 0,
         )
         self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
         here = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.dp_rank == 0
@@ -105,8 +111,9 @@ class Trainer:
             state.policy,
             state.actor,
             temperature=config.rollout.temperature,
-            top_k=config.rollout.top_k_logp,
+            top_k=config.num_candidates,
             keep_head=state.methods.keeps_logits,
+            ring=self.ring,
         )
         self.packer = Packer(
             mesh,
@@ -375,6 +382,8 @@ class Trainer:
                 log.warning(error)
         if self.mesh.is_main:
             weights.finish()
+        if self.ring is not None:
+            self.ring.push(version)
         self.mesh.wait_for_leaders(f"sync-{version}-{self.num_pushes}", limit_s)
         self.pipeline.pushed(version)
         return metrics

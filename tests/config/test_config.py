@@ -83,6 +83,15 @@ def test_overrides_are_yaml_and_the_last_one_wins(config_file):
     assert config.algorithm.correction.name == "tis" and config.algorithm.correction.settings == {"cap": 3.0}
 
 
+@pytest.mark.parametrize(
+    ("rollout", "algorithm", "k"),
+    [({}, {}, 20), ({"top_k_logp": 5}, {}, 5), ({"top_k_logp": 5}, {"num_candidates": 9}, 9)]
+    + [({"top_k_logp": 0}, {}, 20)],
+)
+def test_the_policys_candidates_are_as_many_as_the_servers_unless_they_are_set(rollout, algorithm, k):
+    assert parse_config(tree(rollout=rollout, algorithm=algorithm)).num_candidates == k
+
+
 @pytest.mark.parametrize("override", ["run.steps", "=3", "run.folder.name=a", "run.steps=[1"])
 def test_malformed_override_is_quoted_in_the_message(config_file, override):
     with pytest.raises(ValueError, match="Override") as caught:
@@ -125,6 +134,19 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
         (
             {"rollout": {"ahead": 1}, "servers": {"release_memory": True}},
             "rollout.ahead = 1 has servers sample while the trainer learns",
+        ),
+        (
+            {"rollout": {"top_k_logp": 0}, "servers": {"quantization": "fp8"}},
+            "rollout.top_k_logp = 0 takes q from the trainer's scores, but servers compute with other "
+            "numbers: servers.quantization = 'fp8'. Set servers.quantization=null, or",
+        ),
+        (
+            {
+                "rollout": {"top_k_logp": 0},
+                "servers": {"dtype": "bfloat16"},
+                "precision": {"dtype": "float32"},
+            },
+            "numbers: servers.dtype = 'bfloat16'. Set servers.dtype=null, or",
         ),
         ({"parallel": {"vpp": 2}}, "needs parallel.pp > 1"),
         (

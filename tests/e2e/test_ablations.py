@@ -78,6 +78,12 @@ def test_every_method_has_a_file_and_every_file_trains(folder: Path, server: str
     written = {key for steps in rows.values() for row in steps for key in row} - {"step"}
     assert written <= set(documented), written - set(documented)
     check_one_model(rows["on_policy"])
+    for row in rows["candidates_of_the_trainer"][1:]:
+        # fp32 on both sides: the trainer's candidates are those that the server would have named.
+        assert row["gap/actor_server"] < 1e-4 and 0 < row["jackpot/z_topk"] <= 1
+        # What they cover is what is accepted, to the noise of about a hundred tokens.
+        assert abs(row["jackpot/z_topk"] - row["jackpot/acceptance_expected"]) < 0.15
+        assert row["jackpot/z_zero_fraction"] == 0 and "rollout/dropped_topk" not in row
     configs = [load_config(path) for path in FILES]
     assert {one.name for config in configs for one in config.algorithm.filters} == set(FILTERS)
     named = {

@@ -118,17 +118,27 @@ def test_groups_of_a_server_killed_in_a_rollout_come_from_the_other_and_of_both_
     assert versions == list(range(1, done + 1))
 
 
-def test_asked_to_stop_in_a_rollout_it_goes_on_where_it_was_after_its_server_died(yaml_file: Path) -> None:
-    folder = yaml_file.parent / "short"
-    where = f"run.folder={folder}"
-    with FaultRun(yaml_file, where) as run:
+@pytest.mark.parametrize("ahead", [0, pytest.param(2, marks=pytest.mark.full)])
+def test_asked_to_stop_in_a_rollout_it_goes_on_where_it_was_after_its_server_died(
+    yaml_file: Path, ahead: int
+) -> None:
+    """And, where rollouts run ahead, after its rank did, too."""
+    folder = yaml_file.parent / f"short-{ahead}"
+    where = (f"run.folder={folder}", f"rollout.ahead={ahead}", f"rollout.max_staleness={max(1, ahead)}")
+    with FaultRun(yaml_file, *where) as run:
         run.folder = folder
         run.wait_steps(1)
         run.hit(run.servers()[0], signal.SIGKILL)
         run.wait_steps(1)
+        if ahead:
+            run.hit(run.ranks()[0], signal.SIGKILL)
+            run.wait_steps(1 + ahead)
+            assert "starting again after step-" in run.text() and "resumed after step" in run.text()
         assert run.stop(signal.SIGTERM) == EXIT_REQUEUE, run.text()[-3000:]
     done = check_account(folder)
-    with FaultRun(yaml_file, where, f"run.steps={done + 1}") as run:
+    with FaultRun(yaml_file, *where, f"run.steps={done + 1}") as run:
         assert run.popen.wait(timeout=200) == 0, run.text()[-3000:]
         assert f"resumed after step {done}" in run.text()
     assert check_account(folder) == done + 1
+    ages = [row["staleness/max"] for row in read_metrics(folder)[1:]]
+    assert max(ages) == ahead, ages

@@ -38,9 +38,14 @@ SHOWN = (
 
 def write_rows(path: Path, num: int = 400) -> Path:
     chosen = random.Random(0)
-    pairs = [(chosen.randint(10, 99), chosen.randint(10, 99)) for _ in range(num)]
+    pairs = chosen.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], num)
     rows = [
-        json.dumps(dict(prompt=f"State the final answer to the following: {a} + {b} =", answer=str(a + b)))
+        json.dumps(
+            dict(
+                prompt=f"State the final answer to the following arithmetic problem: {a} + {b} =",
+                answer=str(a + b),
+            )
+        )
         for a, b in pairs
     ]
     path.write_text("\n".join(rows) + "\n")
@@ -50,10 +55,10 @@ def write_rows(path: Path, num: int = 400) -> Path:
 def settings(rows: Path, run: Path, flags: list[str], case: dict) -> list[str]:
     tree: dict = dict(
         run=dict(folder=str(run), steps=STEPS),
-        data=dict(source="jsonl", path=str(rows), reward="exact", tasks=None, size=None),
+        data=dict(source="jsonl", path=str(rows), reward="exact"),
         rollout=dict(prompts_per_step=32),
         servers=dict(extra_args=flags),
-        evaluation=dict(every=None),
+        evaluation=dict(size=0),
         parallel=dict(threads=1),
     )
     for changes in (case, {} if TINY else ON_DEVICE):
@@ -79,7 +84,7 @@ def run_case(name: str, flags: list[str], folder: Path) -> bool:
     if code:
         print((folder / "launch.log").read_text()[-2500:])
         for file in sorted(run.glob("*.log")):
-            print(f"-- {file.name}\n{file.read_text()[-2500:]}", flush=True)
+            print(f"-- {file.name}\n{file.read_text(errors='replace')[-2500:]}", flush=True)
         return False
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for key in sorted({key for row in metrics for key in row if key.startswith("time/")} | set(SHOWN)):

@@ -57,8 +57,9 @@ def config(**changes: dict) -> Config:
             "z = 'exact' is scored once per step",
         ),
         (
-            {"algorithm_correction": {"name": "jackpot", "z": "exact"}, "rollout_ahead": 1},
-            "rollout.ahead = 1 trains on tokens of older ones. Use z='topk'",
+            {"algorithm_correction": {"name": "jackpot", "z": "exact"}, "servers_quantization": "fp8"},
+            "but servers compute with other numbers: servers.quantization = 'fp8'. "
+            "Set servers.quantization=null, or z='topk'",
         ),
     ],
 )
@@ -71,7 +72,7 @@ def test_methods_that_go_together_are_built() -> None:
     made = Methods.from_config(config(algorithm_objective={"name": "topr", "anchor": "old"}))
     assert made.objective.anchor == "old" and made.exact_lam is None
     exact = config(
-        algorithm_correction={"name": "jackpot", "z": "exact", "target_acceptance": 0.8, "lam": 2.0}
+        algorithm_correction={"name": "jackpot", "z": "exact", "target_acceptance": 0.8, "lam": 2.0},
     )
     made = Methods.from_config(exact)
     assert made.exact_lam == 2.0 and made.acceptance is not None

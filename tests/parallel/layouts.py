@@ -42,6 +42,8 @@ class Layout:
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
+    top_k: int = TOP_K
+    """What servers return; 0 leaves the candidates to the trainer."""
     one_model: bool = False
     """No actor: servers hold the policy."""
 
@@ -75,7 +77,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 prompts_per_step=NUM_PROMPTS,
                 samples_per_prompt=4,
                 max_new_tokens=16,
-                top_k_logp=TOP_K,
+                top_k_logp=layout.top_k,
             ),
             packing=dict(enabled=layout.packing, tokens=64),
             algorithm=dict(
@@ -83,6 +85,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 filters=[dict(name=name) for name in layout.filters],
                 objective=dict(name=layout.objective),
                 aggregation=dict(name=layout.aggregation),
+                num_candidates=TOP_K,
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
             ),
@@ -119,7 +122,7 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
         measured = trainer.measurements()
         measured.note_rollouts(collected(mine or []), mesh.dp, {})
-        trainer.learn(trainer.packer.pack(mine, TOP_K), measured)
+        trainer.learn(trainer.packer.pack(mine, layout.top_k), measured)
         trainer.state.num_steps += 1
         history.append(measured.reduced(mesh))
     weights = {name: export(model) for name, model in trainer.state.models.items()}

@@ -101,11 +101,13 @@ CANDIDATES = dict(
     correction=(("name", "seq_tis"), ("batch_normalize", True)), distill="forward_topk", aggregation="prompt"
 )
 """The packer spreads a prompt's responses over data-parallel ranks."""
+OWN = dict(correction=(("name", "jackpot"), ("z_correction", "tail")), distill="forward_topk", top_k=0)
+"""Servers return no top-k: the actor is scored first, and read again from its last hidden states."""
 
 
 def methods_of(layout: Layout) -> Layout:
     """The same methods on one rank."""
-    names = ("correction", "distill", "aggregation", "filters")
+    names = ("correction", "distill", "aggregation", "filters", "top_k")
     return Layout(**{name: getattr(layout, name) for name in names})
 
 
@@ -118,6 +120,8 @@ def test_methods_over_the_whole_vocabulary_do_not_depend_on_the_layout(folder: P
         Layout(dp=2, packing=False, **EXACT),
         Layout(tp=2, **REVERSE),
         Layout(dp=2, **CANDIDATES),
+        Layout(tp=2, sp=True, **OWN),
+        Layout(pp=2, vpp=2, **OWN),
     )
     for layout, result in zip(layouts, run(layouts, folder), strict=True):
         check_equal(result, serial(methods_of(layout)), layout)

@@ -102,6 +102,24 @@ def _ages(mesh, config) -> list:
     return [versions, taken.sums["rollout/stale_groups"], taken.sums["rollout/stale_tokens"][0] > 0]
 
 
+def _unknown(mesh, config) -> list:
+    """Of weights before version 3 the law is not known any more, as after a resume: what step 4 gets."""
+    made = Made(mesh, config, ScriptedSource())
+    made.start(1, 2, 3)
+    for step in (1, 2, 3):
+        made.take(step)
+    made.pipeline.pushed(2)
+    made.start(4)
+    while len(made.finished) < NUM_PROMPTS // 2:
+        time.sleep(0.01)
+    made.pipeline.pushed(3)
+    made.pipeline.known_since = lambda: 3
+    taken = made.take(4)
+    made.close()
+    versions = {int(v) for group in taken.groups for r in group for v in r.weight_version}
+    return [versions, taken.sums["rollout/stale_groups"]]
+
+
 def _stop(mesh, config) -> list:
     """A stop while the main thread waits: what is kept, and where the loader stands."""
     began = time.monotonic()
@@ -137,7 +155,14 @@ def _rollback(mesh, config) -> list:
 def _all(rank: int, world: int, folder: str) -> dict[str, object]:
     config = make_config(Layout(dp=2), Path(folder))
     mesh = init_mesh(config.parallel, 5)
-    cases = {"order": _order, "failures": _failures, "ages": _ages, "stop": _stop, "rollback": _rollback}
+    cases = {
+        "order": _order,
+        "failures": _failures,
+        "ages": _ages,
+        "unknown": _unknown,
+        "stop": _stop,
+        "rollback": _rollback,
+    }
     seen = {}
     for name, case in cases.items():
         seen[name] = case(mesh, config)
@@ -168,6 +193,11 @@ def test_groups_that_are_too_old_are_sampled_anew_and_counted_with_their_length(
     half = NUM_PROMPTS // 2
     assert seen[0]["ages"] == [{3}, (0, half), False]
     assert seen[1]["ages"] == [{3}, (half, half), True]
+
+
+def test_groups_of_weights_that_are_not_known_any_more_are_sampled_anew_where_they_are_scored(seen) -> None:
+    for rank in seen:
+        assert rank["unknown"] == [{3}, (NUM_PROMPTS // 2, NUM_PROMPTS // 2)]
 
 
 def test_a_stop_keeps_what_is_finished_of_every_step_and_the_place_of_the_first(seen) -> None:

@@ -84,6 +84,10 @@ def test_servers_hold_the_policy_and_its_sizes_are_what_they_are_asked_for(tmp_p
         model_shapes(parse_config(tree(tmp_path, **longest)))
     assert "policy.hf: max_position_embeddings = 512 - 2, which servers keep free" in str(caught.value)
     assert "rollout.top_k_logp = 62 exceeds the policy's vocabulary of 61" in str(caught.value)
+    with pytest.raises(
+        ValueError, match="algorithm.num_candidates = 62 exceeds the policy's vocabulary of 61"
+    ):
+        model_shapes(parse_config(tree(tmp_path, algorithm=dict(num_candidates=62))))
 
 
 def test_fp8_servers_start_from_the_policys_configuration(tmp_path) -> None:

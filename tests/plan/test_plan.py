@@ -187,6 +187,14 @@ def test_bytes_of_a_weight_update_are_those_of_the_export(tmp_path, mesh) -> Non
     assert sum(t.nbytes for t in export(model).values()) == make_plan(config, 1).synced
 
 
+def test_q_from_scores_takes_a_pass_for_each_step_ahead_and_memory_for_each_push(tmp_path) -> None:
+    asked, older = dict(ahead=2, max_staleness=2), dict(ahead=2, max_staleness=2, top_k_logp=0)
+    plain, own = (make_plan(config_for(tmp_path, POLICY, ACTOR, rollout=each), 1) for each in (asked, older))
+    assert plain.ring_bytes == 0 and own.ring_bytes == 3 * own.actor.weights
+    # Scoring, forward and backward of an update are 4 passes' worth.
+    assert own.actor.flops / plain.actor.flops == (4 + 2) / 4 and own.policy.flops == plain.policy.flops
+
+
 def test_logits_are_a_block_or_all_of_a_micro_batch_with_their_gradient(tmp_path) -> None:
     whole, sizes = 65536 * padded_vocab_size([hf_config()["vocab_size"]], 1), {}
     big = dict(data=dict(max_prompt_tokens=24), packing=dict(tokens=65536))

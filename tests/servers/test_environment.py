@@ -13,8 +13,10 @@ from megatron_jackpot.servers.address import free_port, port_is_free, url_of
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.environment import CACHES, child_environment, without_proxy, writable_caches
 from megatron_jackpot.servers.process import ServerProcess
+from megatron_jackpot.sync import retry
 from megatron_jackpot.sync.broadcast import address_towards
 from megatron_jackpot.sync.retry import PushInterrupted, wait_for_healthy
+from tests.servers.fake_server import FakeServer, ok
 
 HEALTHY = """
 import http.server, socket, sys
@@ -108,6 +110,14 @@ def test_addresses_of_both_kinds():
 def test_an_address_that_is_not_here_is_refused_with_the_remedy(host):
     with pytest.raises(ConfigError, match="servers.host = .*Set it to one of this machine's"):
         free_port(host)
+
+
+def test_a_busy_scheduler_is_waited_for_and_a_server_that_hangs_is_not(monkeypatch):
+    monkeypatch.setattr(retry, "ALIVE_LIMIT_S", 0.5)
+    slow, never = ok({}, after_s=1.0), ok({}, after_s=3.0)
+    with FakeServer(server_info=[slow]) as busy, FakeServer(server_info=[never], model_info=[never]) as hung:
+        assert wait_for_healthy([busy.url, hung.url], 0) == [busy.url]
+        assert len(busy.asked("server_info")) == 2 and len(hung.asked("server_info")) == 1
 
 
 def test_waiting_for_servers_ends_at_once_when_the_run_is_to_stop():

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ from tests.servers.fake_server import VOCAB, FakeServer, cut_off, error, flat_to
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=3)
 
 
-def ask(servers: Sequence[FakeServer], *, n: int = 2, prompt: Sequence[int] = (1, 2), **knobs: Any) -> Any:
+def ask(
+    servers: Sequence[FakeServer],
+    *,
+    n: int = 2,
+    prompt: Sequence[int] = (1, 2),
+    sampling: Sampling = SAMPLING,
+    **knobs: Any,
+) -> Any:
     """(completions, how often it was tried again) of one group request."""
 
     async def run() -> Any:
@@ -27,7 +35,7 @@ def ask(servers: Sequence[FakeServer], *, n: int = 2, prompt: Sequence[int] = (1
         urls = [server.url for server in servers]
         async with SGLangClient(urls, vocab_size=VOCAB, context_length=64, **settings) as client:
             retries: list[None] = []
-            group = await client.generate_group(prompt, n, SAMPLING, retried=lambda: retries.append(None))
+            group = await client.generate_group(prompt, n, sampling, retried=lambda: retries.append(None))
             return group, len(retries)
 
     return asyncio.run(run())
@@ -52,6 +60,24 @@ def test_a_group_is_one_request_to_one_server_without_truncation_of_the_distribu
     assert len(completions) == 2
     params = body["sampling_params"]
     assert (params["n"], params["top_p"], params["top_k"], params["repetition_penalty"]) == (2, 1.0, -1, 1.0)
+
+
+def test_without_top_k_none_is_asked_for_and_none_expected() -> None:
+    """SGLang then leaves all of its fields out."""
+    bare = group()
+    for one in bare:
+        meta = one["meta_info"]
+        one["meta_info"] = {name: value for name, value in meta.items() if "top_logprobs" not in name}
+    with FakeServer(generate=[ok(bare)]) as server:
+        completions, retries = ask([server], sampling=replace(SAMPLING, top_k_logp=0))
+        (body,) = server.asked("generate")
+    assert retries == 0 and body["return_logprob"] is True and body["top_logprobs_num"] == 0
+    assert not [name for name in body if "flat" in name]
+    for completion in completions:
+        assert completion.topk_ids.shape == completion.topk_logp.shape == (4, 0)
+        assert completion.valid.all() and (completion.server_logp < 0).all()
+    with pytest.raises(ValueError, match="top_k_logp = -1: must be >= 0"):
+        replace(SAMPLING, top_k_logp=-1)
 
 
 @pytest.mark.parametrize("not_finite", [None, float("nan"), float("-inf")])
