@@ -19,7 +19,8 @@ from megatron_jackpot.records import Aggregated, Batch, Prompt, Rollout
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.state import TrainState
-from megatron_jackpot.train.trainer import Agreed, MiniBatch, Trainer
+from megatron_jackpot.train.step_metrics import Agreed
+from megatron_jackpot.train.trainer import MiniBatch, Trainer
 from tests.loading import load_models
 from tests.tiny import hf_config
 

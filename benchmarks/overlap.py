@@ -5,7 +5,8 @@
 Tiny models on one rank, scripted rollouts without a server: a batch takes as long as an update, which is
 measured first. "even": one batch after the other, as on servers that are full. "heavy tail": a batch's groups
 side by side, each as long as a Pareto draw of its prompt says, the longest of 8 about as long as an update.
-Prints medians, their ratio to taking turns, and the mean response length, which must not depend on `ahead`.
+Prints medians, their ratio to taking turns, what `plan`'s timeline has for the even shape, and the mean
+response length, which must not depend on `ahead`.
 
 "replies": how much slower a step's learning is while the rollouts' thread parses replies as fast as a server
 sends them, with and without top-k; runs with and without replies take turns.
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
+from megatron_jackpot.plan.timeline import Rates, Work, simulate
 from megatron_jackpot.servers.protocol import Sampling
 from megatron_jackpot.servers.reply import parse_group
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
@@ -129,6 +131,13 @@ def _measure(rank: int, world: int, steps: int, folder: str) -> tuple[dict, dict
     return found, learning
 
 
+def timeline_s(update_s: float, ahead: int) -> float:
+    """A step's seconds by the timeline: one server, one response at a time, as long as an update."""
+    work = Work(sequences=1, mean_tokens=1.0, spread=0.0, longest=2.0)
+    rates = Rates(stream_tps=1 / update_s, server_tps=1 / update_s, learn_s=update_s, push_s=0.0)
+    return simulate(work, rates, servers=1, slots=1, ahead=ahead).step_s
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
@@ -137,7 +146,17 @@ def main() -> None:
         write_models(Path(folder))
         found, learning = run_ranks(_measure, 1, 600, args.steps, folder)[0]
     table = Table(title=f"median over {args.steps} steps")
-    for column in ("rollouts", "ahead", "step s", "ratio", "trainer idle", "servers idle", "tokens", "age"):
+    for column in (
+        "rollouts",
+        "ahead",
+        "step s",
+        "ratio",
+        "timeline",
+        "trainer idle",
+        "servers idle",
+        "tokens",
+        "age",
+    ):
         table.add_column(column, justify="left" if column == "rollouts" else "right")
     for shape, runs in found.items():
         serial = statistics.median(row["time/step"] for row in runs[0])
@@ -148,7 +167,8 @@ def main() -> None:
             )
             tokens = statistics.mean(row["rollout/response_tokens"] for row in rows)
             age = max(row["staleness/max"] for row in rows)
-            cells = (f"{step:.3f}", f"{step / serial:.2f}", f"{trainer:.0%}", f"{servers:.0%}")
+            by_plan = f"{timeline_s(serial / 2, ahead):.3f}" if shape == "even" else ""
+            cells = (f"{step:.3f}", f"{step / serial:.2f}", by_plan, f"{trainer:.0%}", f"{servers:.0%}")
             table.add_row(shape, str(ahead), *cells, f"{tokens:.4f}", f"{age:.0f}")
     Console().print(table)
     Console().print(_of_learning(learning))

@@ -41,11 +41,11 @@ def measure(trainer, steps: int) -> tuple[dict[str, dict[str, list[float]]], lis
     for step in range(steps + 1):
         measured = trainer.measurements()
         with measured.timer("rollout"):
-            groups = trainer.with_advantages(trainer.collect())
+            trained = trainer.curate(trainer.collect())
         with measured.timer("sync"):
             trainer.push()
         shared = {phase: measured.values[f"time/{phase}"] for phase in ("rollout", "sync")}
-        batch = trainer.packer.pack(groups, trainer.config.rollout.top_k_logp)
+        batch = trainer.packed(trained)
         for arm in ARMS if step % 2 else ARMS[::-1]:
             trainer.methods.correction = make_correction(arm, {}, 0)
             measured = trainer.measurements()
@@ -55,7 +55,7 @@ def measure(trainer, steps: int) -> tuple[dict[str, dict[str, list[float]]], lis
                 learned = measured.values.get(f"time/{phase}", 0.0)
                 seconds[arm][phase].append(shared.get(phase, learned))
         if step:
-            tokens.append(float(sum(r.num_tokens for group in groups for r in group)))
+            tokens.append(float(sum(r.num_tokens for group in trained.groups for r in group)))
     return seconds, tokens
 
 

@@ -3,13 +3,15 @@
     python benchmarks/study.py prepare FOLDER [SEED ...]             problems and warmed models: minutes
     python benchmarks/study.py run PLAN.yaml FOLDER --dry-run        what it would take, what it could resolve
     python benchmarks/study.py run PLAN.yaml FOLDER [--limit-s 840]  goes on where an earlier call ended
-    python benchmarks/study.py report PLAN.yaml FOLDER               Markdown, and pictures beside it
+    python benchmarks/study.py report PLAN.yaml FOLDER [--into docs/evidence.md]    tables and pictures
+    python benchmarks/study.py revalidate PLAN.yaml FOLDER           whether stale runs would come out so
     python benchmarks/study.py compare PLAN.yaml FOLDER --arm tis --seed 0    the same run on SGLang
 
 Of several callers with one FOLDER each takes runs that no other is at. One core each: OMP_NUM_THREADS=1.
 """
 
 import argparse
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.study_parts.compare import compare  # noqa: E402
 from benchmarks.study_parts.estimate import estimate  # noqa: E402
+from benchmarks.study_parts.picture import draw  # noqa: E402
 from benchmarks.study_parts.plan import Plan, read_plan, run_folder  # noqa: E402
-from benchmarks.study_parts.report import draw, write_report  # noqa: E402
-from benchmarks.study_parts.runner import DONE, Stale, perform  # noqa: E402
+from benchmarks.study_parts.report import put_into, write_report  # noqa: E402
+from benchmarks.study_parts.revalidate import revalidate  # noqa: E402
+from benchmarks.study_parts.runner import DONE, FIRST_STEPS, Stale, perform  # noqa: E402
 from benchmarks.study_parts.warmup import warm_up  # noqa: E402
 from megatron_jackpot.config import Parallel  # noqa: E402
 from megatron_jackpot.models.mesh import init_mesh  # noqa: E402
@@ -57,16 +61,23 @@ def main() -> None:
     prepare = commands.add_parser("prepare")
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("seeds", type=int, nargs="*", default=[0, 1, 2])
-    for name in ("run", "report", "compare"):
+    for name in ("run", "report", "revalidate", "compare"):
         command = commands.add_parser(name)
         command.add_argument("plan", type=Path)
         command.add_argument("folder", type=Path)
         if name == "run":
             command.add_argument("--dry-run", action="store_true")
             command.add_argument("--limit-s", type=float, default=1e9, help="save and end soon after that")
+        if name == "report":
+            command.add_argument(
+                "--into", type=Path, help="a document with the stage's marks; the picture beside"
+            )
+        if name == "revalidate":
+            command.add_argument("--steps", type=int, default=FIRST_STEPS, help="to repeat in every arm")
         if name == "compare":
             command.add_argument("--arm", required=True)
             command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--steps", type=int, help="on SGLang; all of them if not given")
     given = parser.parse_args()
     folder = given.folder.resolve()
     if given.command == "prepare":
@@ -76,10 +87,16 @@ def main() -> None:
         return
     plan = read_plan(given.plan)
     if given.command == "report":
-        print(write_report(plan, folder))
-        print("\n".join(str(path) for path in draw(plan, folder)))
+        text, pictures = write_report(plan, folder), draw(plan, folder)
+        print("\n".join([text, *map(str, pictures)]))
+        if given.into:
+            put_into(given.into, plan, text)
+            for picture in pictures[-1:]:
+                shutil.copy(picture, given.into.with_name(f"study_{plan.stage}.png"))
+    elif given.command == "revalidate":
+        sys.exit(min(1, revalidate(plan, folder, init_mesh(Parallel(threads=1), 0), given.steps)))
     elif given.command == "compare":
-        compare(plan, folder, given.arm, given.seed)
+        compare(plan, folder, given.arm, given.seed, given.steps or plan.steps)
     else:
         mesh = init_mesh(Parallel(threads=1), 0)
         begun = (folder / f"stage_{plan.stage}").exists()

@@ -40,6 +40,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--acceptance": dict(type=float, default=0.75, help="share of tokens kept; default 0.75"),
         "--tflops": dict(type=float, default=400.0, help="achieved per GPU; default 400"),
         "--tp-gbs": dict(type=float, default=300.0, help="achieved GB/s between tp peers; default 300"),
+        "--server-tps": dict(type=float, help="measured tokens/s of a full server: asks for the timeline"),
+        "--stream-tps": dict(type=float, default=100.0, help="... of one response alone; default 100"),
+        "--push-s": dict(type=float, default=5.0, help="seconds of a push; default 5"),
+        "--spread": dict(type=float, default=0.8, help="sd of log response length; default 0.8"),
     },
 }
 
@@ -339,6 +343,7 @@ def _hush() -> None:
 def _plan(config: Config, args: argparse.Namespace) -> int:
     _hush()
     from megatron_jackpot.config.placement import expected_processes
+    from megatron_jackpot.plan.splits import Measured, show_timeline
     from megatron_jackpot.plan.tables import Assumptions, memory_troubles, show_plan
 
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
@@ -347,7 +352,11 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
         if args.gpu_memory:
             cluster = config.cluster.model_copy(update={"gpu_memory_gib": args.gpu_memory})
             config = config.model_copy(update={"cluster": cluster})
-        return int(bool(memory_troubles(show_plan(config, gpus, assumed, why=why))))
+        plan = show_plan(config, gpus, assumed, why=why)
+        if args.server_tps:
+            rates = {key: getattr(args, key) for key in ("server_tps", "stream_tps", "push_s", "spread")}
+            show_timeline(plan, assumed, Measured(**rates))
+        return int(bool(memory_troubles(plan)))
     except ValueError as error:
         return refuse(str(error).splitlines())
 

@@ -4,12 +4,12 @@ reply -> Completion (servers) -> Rollout -> Batch [M, T] -> Scores [M, T] -> Cor
 Aggregated [M, T] -> one ObjectiveInputs [T] per micro-batch, with DistillInputs [T] beside the actor's ->
 loss. From Batch on each is constructed in one function and changed by `replace` alone, and no tensor of a
 Batch is held by another record. Nothing else holds numbers of tokens, but for what a function hands to its
-caller and nobody keeps (Local and VocabScores in parallel, SampledLogp in algorithm) and the TokenRecord that
-monitor writes to disk.
+caller and nobody keeps (Local and VocabScores in parallel, SampledLogp, Group and Selection in algorithm) and
+the TokenRecord that monitor writes to disk.
 
 Shapes: R response tokens of one rollout, M micro-batches on this DP rank, T packed tokens per micro-batch
-(the same for every micro-batch and rank), K ids per token: the server's top-k in a Batch, candidates in
-Scores.
+(the same for every micro-batch and rank), P pruned rollouts, K ids per token: the server's top-k in a Batch,
+candidates in Scores.
 Row t of every packed field speaks about the prediction made at position t, that is about `labels_MT[m, t]`,
 the token that follows `tokens_MT[m, t]` in its sequence; nothing is ever rolled across a sequence boundary.
 """
@@ -75,8 +75,10 @@ class Rollout:
     reward: float = 0.0
     correct: bool = False
     advantage: float | np.ndarray = 0.0
-    """Of each token alike, or [R] float32. Computed once, after collection, over the whole group and before
-    any rejection."""
+    """Of each token alike, or [R] float32. Computed once, after collection and selection, before any
+    rejection."""
+    loss_weight: float = 1.0
+    """What multiplies its part of both losses: a selector's, after every cap."""
 
     @property
     def key(self) -> tuple[int, int, int]:
@@ -123,6 +125,11 @@ class Batch:
     """float32, the advantage of each response token: its rollout's, or its own."""
     correct_MT: Tensor
     """bool, the rollout's verdict on each of its tokens."""
+    loss_weight_MT: Tensor
+    """float32, the rollout's weight in both losses on each of its tokens; 0 outside the response."""
+    pruned_MP4: Tensor
+    """int64, (epoch, prompt id, tokens, tokens of a correct one) of each rollout of the mini-batch that does
+    not train but counts in N, all of them in its first micro-batch; (-1, -1, 0, 0) is padding."""
     cu_seqlens: tuple[Tensor, ...]
     """M int32 tensors [S_m + 1]: where each packed sequence starts; padding comes last, as sequences of its
     own."""

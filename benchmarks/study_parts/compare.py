@@ -16,9 +16,9 @@ EXACT = "eval/policy_exact"
 LIMIT_S = 7200
 
 
-def compare(plan: Plan, folder: Path, arm: str, seed: int) -> None:
-    """Run it where it was not, and print a line for each evaluation: SGLang, the testbed with the same seed,
-    and mean and standard deviation of all its finished seeds.
+def compare(plan: Plan, folder: Path, arm: str, seed: int, steps: int) -> None:
+    """Run `steps` of it where they were not, and print a line for each evaluation: SGLang, the testbed with
+    the same seed, and mean and standard deviation of all its finished seeds.
 
     At the plan's first mismatch and learning rate. Raises ValueError when the testbed's run is not done.
     """
@@ -31,13 +31,15 @@ def compare(plan: Plan, folder: Path, arm: str, seed: int) -> None:
         raise ValueError(f"{arm}, seed {seed}: the testbed's run is not done. First: study.py run.")
     run = next(r for r in plan.runs if (r.arm, r.seed) == (arm, seed))
     place = folder / f"stage_{plan.stage}" / "sglang" / f"{arm}-seed{seed}"
-    if not (place / "compared").is_file():
+    if not place.is_dir() or max((row["step"] for row in read_metrics(place)), default=0) < steps:
         config = run_folder(folder, run) / CONFIG_FILE
         launch = [sys.executable, "-m", "megatron_jackpot.cli", "launch", str(config), f"run.folder={place}"]
         subprocess.run(
-            [*launch, "run.resume=auto", "run.save_every=100"], cwd=ROOT, check=True, timeout=LIMIT_S
+            [*launch, f"run.steps={steps}", "run.resume=auto", f"run.save_every={plan.every}"],
+            cwd=ROOT,
+            check=True,
+            timeout=LIMIT_S,
         )
-        (place / "compared").touch()
     theirs = {
         row["step"]: row["eval/policy_accuracy"]
         for row in read_metrics(place)

@@ -90,9 +90,15 @@ class Plan:
 
     @property
     def runs(self) -> list[Run]:
-        """In order: whole blocks of all arms, seed after seed, the first learning rate and mismatch first."""
-        cells = itertools.product(self.mismatches, self.lrs, self.seeds, self.arms)
-        return [Run(self.stage, arm, m, lr, seed, seed % self.warmups) for m, lr, seed, arm in cells]
+        """In order: all arms, a seed of every warm-up, the mismatches; more seeds; the next rate."""
+        rounds = [
+            self.seeds[begin : begin + self.warmups] for begin in range(0, len(self.seeds), self.warmups)
+        ]
+        return [
+            Run(self.stage, arm, mismatch, lr, seed, seed % self.warmups)
+            for lr, seeds, mismatch in itertools.product(self.lrs, rounds, self.mismatches)
+            for seed, arm in itertools.product(seeds, self.arms)
+        ]
 
     def config(self, run: Run, folder: Path) -> Config:
         """The settings of a run whose models and problems lie in `folder`. Raises ConfigError."""

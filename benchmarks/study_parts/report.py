@@ -1,4 +1,4 @@
-"""Tables and pictures of what is finished of a stage: balanced blocks only, every arm shown, won or lost."""
+"""Tables of what is finished of a stage: balanced blocks only, every arm shown, won or lost."""
 
 import json
 from collections import Counter
@@ -13,6 +13,10 @@ from benchmarks.study_parts import stats
 from benchmarks.study_parts.plan import Plan, Run, run_folder
 from benchmarks.study_parts.runner import DONE, LINES, ORIGIN, difference, origin
 
+WORTH, CLOSE = 0.02, 0.05
+"""A smaller mean difference makes no arm better; an interval above -CLOSE is close to the reference."""
+FEWEST = 3
+"""Seeds of a verdict."""
 POLICY, ACTOR = "eval/policy_accuracy", "eval/actor_accuracy"
 
 
@@ -99,11 +103,12 @@ def blocks(plan: Plan, curves: Sequence[Curve]) -> list[Block]:
 
 
 def write_report(plan: Plan, folder: Path) -> str:
-    """Markdown of everything that is finished; also into FOLDER/stage_X/report.md."""
+    """Markdown of everything that is finished, under a heading of the second level; also into
+    FOLDER/stage_X/report.md."""
     curves = finished(plan, folder)
     found = blocks(plan, curves)
     used = sum(len(block.rates) * len(block.seeds) * len(plan.arms) for block in found)
-    lines = [f"# Stage {plan.stage}: {len(curves)} of {len(plan.runs)} runs", "", plan.question.strip(), ""]
+    lines = [f"## Stage {plan.stage}: {len(curves)} of {len(plan.runs)} runs", "", plan.question.strip(), ""]
     if used < len(plan.runs):
         lines += [
             f"NOT WHOLE: {used} runs form balanced blocks, {len(curves) - used} others are left out.",
@@ -120,9 +125,21 @@ def write_report(plan: Plan, folder: Path) -> str:
     return text
 
 
+def put_into(document: Path, plan: Plan, text: str) -> None:
+    """Replace what stands between the document's two marks of the stage. Raises ValueError without them."""
+    begin, end = (f"<!-- stage {plan.stage}: {what} -->" for what in ("begin", "end"))
+    before, found, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(
+            f"{document}: has no {begin} with a {end} after it. Write both where the report is to stand."
+        )
+    document.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}", encoding="utf-8")
+
+
 def _tables(plan: Plan, block: Block) -> list[str]:
     rates = ", ".join(f"{rate:g}" for rate in block.rates)
-    lines = [f"## Mismatch {block.mismatch}: seeds {block.seeds}, learning rates {rates}", ""]
+    lines = [f"### Mismatch {block.mismatch}: seeds {block.seeds}, learning rates {rates}", ""]
     head = ("arm", "best lr", "last, mean [95%]", "lowest-highest", "area [95%]", "actor, last")
     lines += [_row((*head, "collapsed", "drawdown", "failed", "s a step")), _row(["---"] * 10)]
     for arm in plan.arms:
@@ -150,15 +167,33 @@ def _tables(plan: Plan, block: Block) -> list[str]:
         f"At step 0 the policy has {start:.3f}. Paired differences of the accuracy at the last step:",
         "",
     ]
-    lines += [_row(("arm", "against", "mean [95%]", "wins", "resolvable, 80% power")), _row(["---"] * 5)]
+    head = ("arm", "against", "mean [95%]", "wins", "resolvable, 80% power", "verdict")
+    lines += [_row(head), _row(["---"] * len(head))]
     against = [(arm, plan.reference) for arm in plan.arms if arm != plan.reference]
     for one, other in dict.fromkeys([*plan.contrasts, *against]):
         gaps = block.judged(one, "last")[0] - block.judged(other, "last")[0]
         sd = float(gaps.std(ddof=1)) if len(gaps) > 1 else plan.assumed_sd
         smallest = stats.resolvable(sd, len(gaps))
         wins = f"{int((gaps > 0).sum())} of {len(gaps)}"
-        lines.append(_row((one, other, _interval(gaps, block.warmups), wins, f"{smallest:.3f}")))
+        found = verdict(gaps, block.warmups, smallest, close=other == plan.reference)
+        lines.append(_row((one, other, _interval(gaps, block.warmups), wins, f"{smallest:.3f}", found)))
     return [*lines, ""]
+
+
+def verdict(gaps: np.ndarray, groups: Sequence[int], smallest: float, *, close: bool) -> str:
+    """Better where the interval excludes 0 and the mean is worth it and resolvable; unresolved, it leans."""
+    if len(gaps) < FEWEST:
+        return "too few seeds"
+    low, high = stats.bootstrap(gaps, groups)
+    mean = float(gaps.mean())
+    sign = "better" if mean > 0 else "worse"
+    # Percentiles of a few seeds end at the extremes: what cannot be resolved cannot be excluded either.
+    largest = max(abs(low), abs(high), smallest)
+    if low * high > 0 and abs(mean) >= WORTH:
+        found = sign if abs(mean) >= smallest else f"leans {sign}, unresolved; at most {largest:.3f}"
+    else:
+        found = f"no difference larger than {largest:.3f}"
+    return f"{found}; {'close' if low > -CLOSE else 'not shown to be close'}" if close else found
 
 
 def _interval(values: np.ndarray, warmups: Sequence[int]) -> str:
@@ -170,34 +205,3 @@ def _interval(values: np.ndarray, warmups: Sequence[int]) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def draw(plan: Plan, folder: Path) -> list[Path]:
-    """A picture of each mismatch: mean curves with bands from lowest to highest seed, and survival."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    paths = []
-    for block in blocks(plan, finished(plan, folder)):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 1))
-        for arm in plan.arms:
-            _, best = block.judged(arm, "last")
-            curves = [c for c in block.curves[arm][block.rates[best]].values() if not c.failed]
-            if not curves:
-                continue
-            values, steps = np.array([curve.values() for curve in curves]), curves[0].steps
-            (line,) = left.plot(steps, values.mean(0), label=f"{arm}, lr {block.rates[best]:g}")
-            left.fill_between(steps, values.min(0), values.max(0), alpha=0.12, color=line.get_color())
-            right.step(steps, stats.survival(values.tolist()), where="post", color=line.get_color())
-        left.set(
-            xlabel="step", ylabel="policy: share of held-out sums right", title=f"mismatch {block.mismatch}"
-        )
-        right.set(xlabel="step", ylabel="share of runs not collapsed", ylim=(0, 1.05))
-        left.legend(fontsize=8)
-        figure.tight_layout()
-        paths.append(folder / f"stage_{plan.stage}" / f"{block.mismatch}.png")
-        figure.savefig(paths[-1], dpi=110)
-        pyplot.close(figure)
-    return paths

@@ -3,10 +3,11 @@
 import fcntl
 import hashlib
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.checkpoint import Saver
 from megatron_jackpot.train.guard import RollBack
 
-LINES, ORIGIN, DONE = "evaluations.jsonl", "origin.json", "done"
+LINES, FIRST, ORIGIN, DONE = "evaluations.jsonl", "first_steps.jsonl", "origin.json", "done"
+FIRST_STEPS = 10
+"""As many steps are recorded in FIRST with all their numbers, for `study.py revalidate`."""
 KEPT = (
     *("reward/mean", "rollout/equal_rewards", "rollout/response_tokens", "kl/target_server", "weight/ess"),
     *(
@@ -33,6 +36,8 @@ KEPT = (
     *("loss/distill", "objective/clip_fraction", "kl/server_policy_k3", "time/step"),
 )
 """Metrics of steps whose means stand in the next evaluation's line."""
+PROVING = ("reward", "jackpot", "weight", "kl", "gap", "objective", "loss", "grad_norm")
+"""Groups of metrics that follow from code, settings and models alone."""
 
 
 class Stale(ValueError):
@@ -81,17 +86,31 @@ def perform(plan: Plan, run: Run, folder: Path, mesh: Mesh, deadline: float) -> 
         else:
             record(bed.trainer.config, place)
             (place / ORIGIN).write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        lines = JsonLines(place / LINES, resume_step=bed.trainer.state.num_steps if saved else -1)
+        resume_step = bed.trainer.state.num_steps if saved else -1
+        lines, first = (JsonLines(place / name, resume_step=resume_step) for name in (LINES, FIRST))
         line = {**run.key, "commit": now["commit"], "code": now["code"]}
         try:
-            return _perform(bed, lines, line, place, plan.every, deadline)
+            return _perform(bed, lines, first, line, place, plan.every, deadline)
         finally:
             lines.close()
+            first.close()
             bed.close()
 
 
+def proof_of(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Those of a step that another run of the same code repeats bit for bit; null where not finite."""
+    named = {name: value for name, value in metrics.items() if name.partition("/")[0] in PROVING}
+    return {name: value if math.isfinite(value) else None for name, value in named.items()}
+
+
 def _perform(
-    bed: Testbed, lines: JsonLines, line: dict[str, Any], place: Path, every: int, deadline: float
+    bed: Testbed,
+    lines: JsonLines,
+    first: JsonLines,
+    line: dict[str, Any],
+    place: Path,
+    every: int,
+    deadline: float,
 ) -> bool:
     trainer, state = bed.trainer, bed.trainer.state
     trainer.push()
@@ -101,9 +120,11 @@ def _perform(
         means: dict[str, list[float]] = defaultdict(list)
         try:
             for _ in range(every):
-                for name, value in trainer.step().metrics.items():
-                    if name in KEPT:
-                        means[name].append(value)
+                metrics = trainer.step().metrics
+                if state.num_steps <= FIRST_STEPS:
+                    first.write({"step": state.num_steps, **proof_of(metrics)})
+                for name in (name for name in KEPT if name in metrics):
+                    means[name].append(metrics[name])
         except RollBack as error:
             # Numbers that are not finite, again and again: that is a result of the arm.
             lines.write({**line, "step": state.num_steps, "failed": str(error)})

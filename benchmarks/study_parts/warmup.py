@@ -71,13 +71,14 @@ def _warm_up_one(
     _, prepare, train, tokenizer = quickstart()
     knobs = settings["models"][name]
     lr, steps = knobs["lr"], knobs["steps"]
-    hf_config = prepare.hf_config(knobs["hf"], tokenizer)
+    shape = settings["models"][knobs["from"]]["hf"] if "from" in knobs else knobs["hf"]
+    hf_config = prepare.hf_config(shape, tokenizer)
     torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()))
     family = family_of(hf_config)
     model = MegatronModel.load(
         name,
         family,
-        None,
+        place.parent / knobs["from"] if "from" in knobs else None,
         mesh=mesh,
         parallel=Parallel(),
         precision=Precision(dtype="float32", fused_linear=False),
@@ -88,7 +89,8 @@ def _warm_up_one(
     )
     packer = Packer(mesh, tokens=settings["packing_tokens"], enabled=True, num_minibatches=1, vpp=None)
     forbidden = task.read_questions(data, task.HELDOUT, task.DEVELOPMENT)
-    corpus = examples(tokenizer, settings["carelessness"], f"{seed}/{name}", forbidden)
+    guesses = knobs.get("guesses", 0.0)
+    corpus = examples(tokenizer, settings["carelessness"], f"{seed}/{name}", forbidden, guesses)
     decoder, last, started = Decoder(hf_config), None, time.perf_counter()
 
     def on_step(progress: Any) -> bool:
@@ -115,17 +117,28 @@ def _warm_up_one(
     )
 
 
-def examples(tokenizer: Any, carelessness: float, seed: str, forbidden: frozenset[str]) -> Iterator[Rollout]:
-    """Endless careless answers; none to a question in `forbidden`."""
+def examples(
+    tokenizer: Any, carelessness: float, seed: str, forbidden: frozenset[str], guesses: float = 0.0
+) -> Iterator[Rollout]:
+    """Endless careless answers; none to a question in `forbidden`. Of tens and units a share `guesses` is
+    any digit."""
     example, *_ = quickstart()
-    chance = random.Random(f"{seed}/careless")
+    chance, luck = random.Random(f"{seed}/careless"), random.Random(f"{seed}/guesses")
     for items in task.problems(f"warm-up/{seed}"):
         question = task.question(items)
         if question not in forbidden:
-            text = task.answer(items, chance, carelessness)
+            text = _guessed(task.answer(items, chance, carelessness), luck, guesses)
             yield example(
                 tokenizer.encode(f"{question}\n"), [*tokenizer.encode(text), tokenizer.eos_token_id]
             )
+
+
+def _guessed(text: str, luck: random.Random, guesses: float) -> str:
+    answers = [list(answer) for answer in text.split(",")]
+    for digits, place in itertools.product(answers, (-2, -1)):
+        if luck.random() < guesses:
+            digits[place] = luck.choice("0123456789")
+    return ",".join(map("".join, answers))
 
 
 def accuracy(decoder: Decoder, path: Path, tokenizer: Any, size: int | None = None) -> float:

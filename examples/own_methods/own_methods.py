@@ -4,6 +4,7 @@ Fields are keys in YAML, checks stand in __post_init__, the formula is the rest.
 tokens, N completions of a group; rho = p_old / q at the sampled token.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_jackpot.algorithm.correction_base import CorrectionMethod, correct
 from megatron_jackpot.algorithm.distill import Distillation
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import check_cap, log_ratio
+from megatron_jackpot.algorithm.selectors_base import Group, Selection, Selector, chosen
 from megatron_jackpot.algorithm.tokens import SumOverBatch, sampled_logp
 from megatron_jackpot.records import Correction, DistillInputs, ObjectiveInputs, Rollout, Scores
 
@@ -83,6 +85,27 @@ class MedianBaseline(Advantage):
     def per_token(self, advantage_N: Tensor, rollouts: Sequence[Rollout]) -> list[Tensor]:
         left = [torch.arange(len(r.tokens) - 1, -1, -1, device=advantage_N.device) for r in rollouts]
         return [one * self.discount**before_R for one, before_R in zip(advantage_N, left, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoRepeats(Selector):
+    """At most `most` rollouts of a group with the same reward and length: mostly the same answer again."""
+
+    most: int = 4
+    """Of equal ones, how many train: the first."""
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"most = {self.most}: must be >= 1. Use 4.")
+
+    def __call__(self, group: Group) -> Selection:
+        seen: Counter[tuple[float, int]] = Counter()
+        index = []
+        for i, kind in enumerate(zip(group.reward_N.tolist(), group.num_tokens_N.tolist(), strict=True)):
+            seen[kind] += 1
+            if seen[kind] <= self.most:
+                index.append(i)
+        return chosen(torch.tensor(index))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """How the terms of a mini-batch's tokens become one loss, and N: docs/objectives.md, "Aggregation".
 
-policy loss = -sum keep * weight * share * surrogate / N. c is what a token counts by the correction's
-`denominator`: 1, whether it is kept, or its accept probability; C its sum over a response or a prompt.
-Shapes: M micro-batches of T tokens, G prompts of the mini-batch.
+policy loss = -sum keep * weight * loss_weight * share * surrogate / N. c is what a token counts by the
+correction's `denominator`: 1, whether it is kept, or its accept probability; C its sum over a response or a
+prompt. Rollouts that a selector prunes and N counts all the same (`pruned_MP4`) count each of their tokens.
+Shapes: M micro-batches of T tokens, P pruned rollouts, G prompts of the mini-batch.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Aggregation:
     ) -> Aggregated:
         """Every rank of the mini-batch calls it, and what it is given equally often."""
         share_MT, count = self.shares(batch, correction.counted_MT, sum_over_batch, number_alike)
-        weight_MT = correction.weight_MT
+        weight_MT = correction.weight_MT * batch.loss_weight_MT
         if share_MT is not None:
             weight_MT = torch.where(correction.keep_MT, weight_MT * share_MT, 0.0).float()
         return Aggregated(keep_MT=correction.keep_MT, weight_MT=weight_MT, count=count)
@@ -57,7 +58,7 @@ class TokenMean(Aggregation):
     def shares(
         self, batch: Batch, counted_MT: Tensor, sum_over_batch: SumOverBatch, number_alike: NumberAlike
     ) -> tuple[Tensor | None, Tensor]:
-        return None, counted_MT.sum()
+        return None, counted_MT.sum() + batch.pruned_MP4[..., 2].sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class SequenceMean(Aggregation):
         self, batch: Batch, counted_MT: Tensor, sum_over_batch: SumOverBatch, number_alike: NumberAlike
     ) -> tuple[Tensor | None, Tensor]:
         share_MT = _inverse(segment_reduce(counted_MT, batch.mask_MT, batch.segment_MT))
-        return share_MT, (share_MT * counted_MT).sum()
+        return share_MT, (share_MT * counted_MT).sum() + _num_pruned(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class ConstantLength(Aggregation):
         self, batch: Batch, counted_MT: Tensor, sum_over_batch: SumOverBatch, number_alike: NumberAlike
     ) -> tuple[Tensor | None, Tensor]:
         own_MT = segment_reduce(counted_MT, batch.mask_MT, batch.segment_MT)
-        responses = (_inverse(own_MT) * counted_MT).sum()
+        responses = (_inverse(own_MT) * counted_MT).sum() + _num_pruned(batch)
         return torch.full_like(own_MT, 1 / self.length), responses
 
 
@@ -107,16 +108,24 @@ class PromptMean(Aggregation):
     ) -> tuple[Tensor | None, Tensor]:
         """Asks `number_alike` once, and for the sum of [G] float64 once: a prompt's responses may lie on
         several ranks."""
-        index_MT, num = number_alike(batch.rollout_id_MT3[..., :2])
-        own_G = counted_MT.new_zeros(num).index_add(0, index_MT.flatten(), counted_MT.flatten())
-        share_MT = _inverse(sum_over_batch(own_G))[index_MT]
-        return share_MT, (share_MT * counted_MT).sum()
+        ids, pruned_N4 = batch.rollout_id_MT3[..., :2], batch.pruned_MP4.flatten(0, 1)
+        index_N, num = number_alike(torch.cat([ids.flatten(0, 1), pruned_N4[:, :2]]))
+        counted_N = torch.cat([counted_MT.flatten(), pruned_N4[:, 2].to(counted_MT)])
+        own_G = counted_MT.new_zeros(num).index_add(0, index_N, counted_N)
+        share_N = _inverse(sum_over_batch(own_G))[index_N]
+        share_MT = share_N[: counted_MT.numel()].view(counted_MT.shape)
+        return share_MT, (share_N * counted_N).sum()
 
 
 AGGREGATIONS = Registry(
     Aggregation,
     {"token": TokenMean, "sequence": SequenceMean, "constant": ConstantLength, "prompt": PromptMean},
 )
+
+
+def _num_pruned(batch: Batch) -> Tensor:
+    """Pruned rollouts with a token that counts."""
+    return (batch.pruned_MP4[..., 2] > 0).sum()
 
 
 def _inverse(total: Tensor) -> Tensor:

@@ -123,6 +123,8 @@ class MinPRO(Objective):
 
     cap: float = 5.0
     """Upper bound of the weight (ours); .inf switches it off."""
+    prefix_at_most_one: bool = False
+    """The minimum is at most 1 (ours): ratios above 1 at the start of a rollout raise no weight."""
     anchor: Anchor = "server"
     """The ratio is p / q (only with correction "none") or p / p_old (with any correction)."""
 
@@ -135,6 +137,9 @@ class MinPRO(Objective):
 
     def surrogate(self, t: ObjectiveInputs) -> Tensor:
         log_ratio_T = ratio_to(t, self.anchor).detach()
-        log_weight_T = log_ratio_T + earlier_minimum(log_ratio_T, t)
+        least_T = earlier_minimum(log_ratio_T, t)
+        if self.prefix_at_most_one:
+            least_T = least_T.clamp(max=0.0)
+        log_weight_T = log_ratio_T + least_T
         weight_T = log_weight_T.exp().clamp(max=self.cap).to(t.logp_T.dtype)
         return weight_T * t.advantage_T * t.logp_T

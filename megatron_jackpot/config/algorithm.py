@@ -26,6 +26,11 @@ class Algorithm(Section):
     """Per-token surrogate of the policy: docs/objectives.md."""
     advantage: Method = Method(name="grpo")
     """Advantage from a group's rewards."""
+    selector: Method = Method(name="all")
+    """Which finished rollouts of a prompt train, and with what weight: docs/sampling.md."""
+    prompt_weight: Literal["sample", "equal"] = "sample"
+    """`sample`: each rollout weighs the same. `equal`: each prompt does, however many of its rollouts count;
+    under a mean over tokens with weight mean(n) / n."""
     aggregation: Method = Method(name="token")
     """How the policy's token losses become one: `token` mean, `sequence` (mean over responses), `constant`
     (their sums over one length), `prompt`: docs/objectives.md."""
@@ -49,5 +54,8 @@ class Algorithm(Section):
 class Packing(Section):
     enabled: bool = True
     """Pack several sequences into a micro-batch with block-diagonal attention; false gives each its own."""
+    window: int | None = Field(default=None, ge=1)
+    """Dense Prompt Packing: a micro-batch is filled from so many waiting sequences, the longest that fits
+    first; null looks at all of them, first fit decreasing. Without packing there is nothing to fill."""
     tokens: int = Field(default=8192, ge=16)
     """Tokens per micro-batch."""

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_jackpot.config.base import Section
+from megatron_jackpot.config.base import Method, Section
 
 CONTEXT_MARGIN = 2
 """SGLang lets prompt + response grow to context_length - 2 and shortens longer requests without an error."""
@@ -52,6 +52,9 @@ class Rollouts(Section):
     """Prompts per step over all data-parallel ranks."""
     samples_per_prompt: int = Field(default=8, ge=1)
     """Completions per prompt: the group behind the advantage."""
+    allocator: Method = Method(name="fixed")
+    """How many rollouts each prompt gets, in rounds, with samples_per_prompt on average or at first:
+    docs/sampling.md."""
     max_new_tokens: int = Field(default=8192, ge=1)
     """Longest response."""
     temperature: float = Field(default=1.0, gt=0)

@@ -3,6 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Collection
+from itertools import islice
 from typing import Any
 
 from megatron_jackpot.records import Prompt
@@ -56,6 +57,8 @@ class PromptLoader:
         """DIGEST_CHARS for each prompt."""
         self.ids = [prompt.id for prompt in prompts]
         self.may_change = frozenset(may_change)
+        self.given: list[int] = []
+        """Ids of the step that was given out last, over all leaders, in its order."""
         self._ahead: deque[tuple[int, int]] = deque()
         """(epoch, position) before each step that was given out and is not taken."""
         self.num_begun = 0
@@ -69,7 +72,17 @@ class PromptLoader:
             self._start_epoch(self._epoch + 1)
         step = self._order[self._position : self._position + self.per_step]
         self._position += self.per_step
+        self.given = [self.ids[i] for i in step]
         return self._epoch, [self.prompts[i] for i in step[self.dp_rank :: self.dp_size]]
+
+    def further(self, step: int, round: int, number: int, without: Collection[int]) -> list[Prompt]:
+        """Prompts beside those of a step, in an order of their own, of (seed, step, round): no place moves.
+
+        `without` are ids that are asked for already. Fewer where there are no more.
+        """
+        order = epoch_order(self.ids, self.seed, f"{step}/further/{round}")
+        free = (self.prompts[i] for i in order if self.ids[i] not in without)
+        return list(islice(free, number))
 
     def taken(self) -> None:
         """The oldest step that was given out is trained on now, and not to be given out again."""
@@ -131,8 +144,9 @@ class PromptLoader:
         self._order = epoch_order(self.ids, self.seed, epoch)
 
 
-def epoch_order(ids: list[int], seed: int, epoch: int) -> list[int]:
-    """Indices into `ids`, sorted by a hash of (seed, epoch, id): the same on every machine and version."""
+def epoch_order(ids: list[int], seed: int, epoch: int | str) -> list[int]:
+    """Indices into `ids`, sorted by a hash of (seed, epoch, id): the same on every machine and version.
+    `epoch` is any name of an order."""
 
     def key(index: int) -> bytes:
         return hashlib.blake2b(f"{seed}/{epoch}/{ids[index]}".encode(), digest_size=16).digest()

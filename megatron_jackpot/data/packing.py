@@ -8,7 +8,7 @@ import heapq
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -21,23 +21,39 @@ from megatron_jackpot.records import Batch, Rollout
 
 SHORTEST_PADDING = 64
 """Padding sequences are at least this long, so that an empty micro-batch does not hold thousands of them."""
+NOBODY = np.array([[-1, -1, 0, 0]], np.int64)
+"""A pruned rollout that is none."""
 
 
 class Packer:
     """Packs a step's rollouts for every rank of the mesh."""
 
     def __init__(
-        self, mesh: Mesh, *, tokens: int, enabled: bool, num_minibatches: int, vpp: int | None
+        self,
+        mesh: Mesh,
+        *,
+        tokens: int,
+        enabled: bool,
+        num_minibatches: int,
+        vpp: int | None,
+        window: int | None = None,
     ) -> None:
-        self.mesh = mesh
+        """`window` asks for `fill_from_window` in the place of `fill_bins`."""
+        self.mesh, self.window = mesh, window
         multiple = math.lcm(16, mesh.tp)
         self.tokens = math.ceil(tokens / multiple) * multiple
         self.enabled = enabled
         self.num_minibatches = num_minibatches
         self.microbatch_multiple = mesh.pp if vpp is not None else 1
 
-    def pack(self, groups: Sequence[Sequence[Rollout]] | None, top_k: int) -> Batch:
+    def pack(
+        self,
+        groups: Sequence[Sequence[Rollout]] | None,
+        top_k: int,
+        pruned: Sequence[Sequence[Rollout]] | None = None,
+    ) -> Batch:
         """`groups` are the DP leader's prompts in order, each a list of rollouts; None on other ranks.
+        `pruned` are those of the same prompts that only count in N.
 
         The batch lies on the mesh's device. Collectives: exchange between leaders over dp, one max over dp,
         broadcast over tp x pp.
@@ -46,7 +62,9 @@ class Packer:
         if self.mesh.is_leader:
             if groups is None:
                 raise RuntimeError("The DP leader must bring its rollouts to Packer.pack.")
-            columns = self._pack_minis(self._balance(split_groups(groups, self.num_minibatches)), top_k)
+            left_out = split_groups(pruned or [[] for _ in groups], self.num_minibatches)
+            minis = self._balance(split_groups(groups, self.num_minibatches))
+            columns = self._pack_minis(minis, left_out, top_k)
         return make_batch(self.mesh.tensors_from_leader(columns), num_minibatches=self.num_minibatches)
 
     def _balance(self, minis: list[list[Rollout]]) -> list[list[Rollout]]:
@@ -54,30 +72,44 @@ class Packer:
             return minis
         return [exchange(mini, self.mesh.dp_group) for mini in minis]
 
-    def _pack_minis(self, minis: list[list[Rollout]], top_k: int) -> dict[str, Tensor]:
+    def _pack_minis(
+        self, minis: list[list[Rollout]], pruned: list[list[Rollout]], top_k: int
+    ) -> dict[str, Tensor]:
         capacity = self.tokens if self.enabled else 0
-        bins = [fill_bins([r.num_tokens for r in mini], capacity) for mini in minis]
+        bins = [self._bins([r.num_tokens for r in mini], capacity) for mini in minis]
         count = torch.tensor(max(1, *(len(b) for b in bins)) if len(bins) > 1 else max(1, len(bins[0])))
         count = count.to(self.mesh.device)
         if self.mesh.dp > 1:
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
         num_rows = math.ceil(int(count) / self.microbatch_multiple) * self.microbatch_multiple
         rows = []
-        for mini, mini_bins in zip(minis, bins, strict=True):
-            segment = 0
+        for mini, mini_bins, left_out in zip(minis, bins, pruned, strict=True):
+            segment, first = 0, len(rows)
             for content in mini_bins + [[]] * (num_rows - len(mini_bins)):
                 rows.append(pack_row([mini[i] for i in content], self.tokens, top_k, first_segment=segment))
                 segment += len(content)
+            rows[first] |= pruned_columns(left_out)
         return stack_rows(rows)
+
+    def _bins(self, lengths: list[int], capacity: int) -> list[list[int]]:
+        if self.window is None:
+            return fill_bins(lengths, capacity)
+        return fill_from_window(lengths, capacity, self.window)
 
 
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Micro-batches as one tensor a field, [M, ...]; the ends of `cu_seqlens` are filled up with -1."""
-    longest = max(len(row["cu_seqlens"]) for row in rows)
+    """Micro-batches as one tensor a field, [M, ...]; the ends of `cu_seqlens` are filled up with -1, those of
+    `pruned_MP4` with rollouts of no token."""
+    longest, most = (max(len(row[name]) for row in rows) for name in ("cu_seqlens", "pruned_MP4"))
 
     def filled(row: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        starts = row["cu_seqlens"]
-        return {**row, "cu_seqlens": np.pad(starts, (0, longest - len(starts)), constant_values=-1)}
+        starts, pruned = row["cu_seqlens"], row["pruned_MP4"]
+        nobody = np.tile(NOBODY, (most - len(pruned), 1))
+        return {
+            **row,
+            "cu_seqlens": np.pad(starts, (0, longest - len(starts)), constant_values=-1),
+            "pruned_MP4": np.concatenate([pruned, nobody]),
+        }
 
     even = [filled(row) for row in rows]
     return {name: torch.from_numpy(np.stack([row[name] for row in even])) for name in rows[0]}
@@ -162,6 +194,24 @@ def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+def fill_from_window(lengths: Sequence[int], capacity: int, window: int) -> list[list[int]]:
+    """Dense Prompt Packing (arXiv 2603.04135): indices per bin, each filled from the `window` first sequences
+    that are left, by the longest that fits. Capacity 0 gives every sequence its own bin."""
+    bins: list[list[int]] = []
+    waiting, rest = list(range(min(window, len(lengths)))), iter(range(window, len(lengths)))
+    while waiting:
+        content, room = [], capacity
+        # One that is too long for any bin has its own, and is refused where its row is made.
+        while fitting := [i for i in waiting if lengths[i] <= room or not content]:
+            index = max(fitting, key=lambda i: (lengths[i], -i))
+            content.append(index)
+            room -= lengths[index]
+            waiting.remove(index)
+            waiting.extend(islice(rest, 1))
+        bins.append(content)
+    return bins
+
+
 def pack_row(
     rollouts: Sequence[Rollout], tokens: int, top_k: int, *, first_segment: int
 ) -> dict[str, np.ndarray]:
@@ -189,6 +239,16 @@ def pack_row(
     return {**row, "cu_seqlens": np.array(starts, dtype=np.int32)}
 
 
+def pruned_columns(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
+    """The field of Batch that says what rollouts count that do not train."""
+    lengths = [int(r.valid.sum()) for r in rollouts]
+    counts = [
+        (r.epoch, r.prompt.id, length, length * r.correct)
+        for r, length in zip(rollouts, lengths, strict=True)
+    ]
+    return {"pruned_MP4": np.array(counts, np.int64).reshape(-1, 4)}
+
+
 def _empty_row(tokens: int, top_k: int) -> dict[str, np.ndarray]:
     return dict(
         tokens_MT=np.zeros(tokens, np.int64),
@@ -203,6 +263,8 @@ def _empty_row(tokens: int, top_k: int) -> dict[str, np.ndarray]:
         weight_version_MT=np.full(tokens, -1, np.int64),
         advantage_MT=np.zeros(tokens, np.float32),
         correct_MT=np.zeros(tokens, np.bool_),
+        loss_weight_MT=np.zeros(tokens, np.float32),
+        **pruned_columns([]),
     )
 
 
@@ -225,3 +287,4 @@ def _write(row: dict[str, np.ndarray], rollout: Rollout, start: int, segment: in
     row["weight_version_MT"][answer] = rollout.weight_version
     row["advantage_MT"][answer] = rollout.advantage
     row["correct_MT"][answer] = rollout.correct
+    row["loss_weight_MT"][answer] = rollout.loss_weight

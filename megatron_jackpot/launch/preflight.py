@@ -151,13 +151,15 @@ def _methods(s: Subject) -> Iterator[str]:
     if s.command == "train":
         return  # The rank makes them at once.
     config = s.config
-    chosen = [value for _, value in (*config.algorithm, *(config.actor or ())) if isinstance(value, Method)]
+    sections = (*config.algorithm, *config.rollout, *(config.actor or ()))
+    chosen = [value for _, value in sections if isinstance(value, Method)]
     if any(method.is_own for method in (*chosen, *config.algorithm.filters)):
         yield from _ask_methods(config)
         return
     # No method looks at the actor's folder or optimizer: runs of other models share a verdict.
     actor = config.actor and config.actor.model_dump(exclude={"hf", "optimizer"})
-    rollout = (config.rollout.max_new_tokens, config.rollout.ahead)
+    given = config.rollout
+    rollout = (given.max_new_tokens, given.ahead, given.samples_per_prompt, given.allocator)
     asked = (config.algorithm, actor, config.run.seed, rollout)
     key = content(*asked, sources=("algorithm/*.py", "train/methods.py"))
     yield from cached("methods", key, lambda: _ask_methods(config))
@@ -359,7 +361,7 @@ CHECKS: tuple[Check[Subject], ...] = (
         _stop_ids,
     ),
     Check(
-        "algorithm, actor.objective, actor.distill",
+        "algorithm, rollout.allocator, actor.objective, actor.distill",
         "name methods and settings that exist, within their bounds, that go together",
         "as the method says",
         _methods,

@@ -138,7 +138,7 @@ def step_table(plan: Plan, assumed: Assumptions) -> Table:
             f"{trained / plan.tokens / assumed.acceptance:.3e}"
         ),
         "policy FLOPs spent on rejected tokens": f"{(1 - assumed.acceptance) * plan.policy.flops:.3e}",
-        f"seconds of training at {assumed.tflops:g} TFLOP/s": f"{_total_seconds(plan, assumed):.2f}",
+        f"seconds of training at {assumed.tflops:g} TFLOP/s": f"{total_seconds(plan, assumed):.2f}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -177,7 +177,8 @@ def shared_seconds(plan: Plan, model: ModelPlan, assumed: Assumptions) -> float:
     return work / (1 - plan.bubble)
 
 
-def _total_seconds(plan: Plan, assumed: Assumptions) -> float:
+def total_seconds(plan: Plan, assumed: Assumptions) -> float:
+    """Scoring and updates of a step."""
     return sum(shared_seconds(plan, m, assumed) for m in plan.models)
 
 

@@ -1,8 +1,9 @@
 """Prompts -> rollouts with rewards: a coroutine per group, failures counted up to a limit."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,9 +15,14 @@ POLL_S = 0.25
 MAX_ABORTS = 10
 """How often a group that servers aborted is asked for again before it counts as failed."""
 
+NOTHING_BEGUN: Mapping[int, list[Rollout]] = MappingProxyType({})
+"""Rollouts of earlier rounds, by prompt id: none."""
+
 Reward = Callable[[Sequence[int], Prompt], Awaitable[tuple[float, bool]]]
 Keep = Callable[[list[Rollout]], None]
-"""Told of each group when it is finished."""
+"""Told of each group when a round of it is finished."""
+More = Callable[[Prompt, list[Rollout]], int]
+"""Further rollouts of a prompt that has these; 0 where its group is whole."""
 
 
 class Unfinished(Exception):
@@ -78,6 +84,8 @@ class GroupSampler:
         prompts: Sequence[Prompt],
         stop: Callable[[], str | None] = lambda: None,
         keep: Keep = lambda group: None,
+        more: More | None = None,
+        begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Whole groups in the order of `prompts`, and (sum, count) metrics of the requests.
 
@@ -86,23 +94,24 @@ class GroupSampler:
         is asked for again and counted apart. `stop`, asked all the time, gives a reason to raise Interrupted.
         Requests in flight then are aborted. Errors of the reward and wrong prompts end the call at once.
         `keep` is told of a group as soon as it is there, whatever becomes of the call.
+
+        `more` asks for rounds of rollouts, `samples_per_prompt` in one round without it; `begun` has those of
+        earlier calls, by prompt id. A group that a later round failed for keeps what it has.
         """
+        more = more or self._usual
         tally = Tally(num_prompts=len(prompts))
 
         async def one_group(position: int, prompt: Prompt) -> None:
-            try:
-                completions = await self._unbroken(prompt, tally)
-            except ServerError as error:
-                tally.failed, tally.last_error = tally.failed + 1, error
-                _check_failures(tally, self.max_failed_groups)
-                return
-            tally.dropped_topk += sum(completion.num_dropped_topk for completion in completions)
-            tally.topk += sum(completion.topk_ids.size for completion in completions)
-            tally.tokens += sum(len(completion.tokens) for completion in completions)
-            known = [_known(completion, self.num_ids) for completion in completions]
-            tally.unknown_tokens += sum(int((~here).sum()) for here in known)
-            tally.groups[position] = await self._rewarded(prompt, epoch, completions, known)
-            keep(tally.groups[position])
+            group = begun.get(prompt.id, [])
+            while (number := more(prompt, group)) > 0:
+                try:
+                    made = await self._one_round(prompt, epoch, number, len(group), tally)
+                except ServerError as error:
+                    tally.failed, tally.last_error = tally.failed + 1, error
+                    _check_failures(tally, self.max_failed_groups)
+                    return
+                group = tally.groups[position] = [*group, *made]
+                keep(group)
 
         def so_far() -> tuple[list[list[Rollout]], Sums]:
             return [tally.groups[position] for position in sorted(tally.groups)], _metrics(tally)
@@ -115,11 +124,26 @@ class GroupSampler:
             raise Interrupted(reason, *so_far())
         return so_far()
 
-    async def _unbroken(self, prompt: Prompt, tally: Tally) -> list[Completion]:
+    def _usual(self, prompt: Prompt, group: list[Rollout]) -> int:
+        return self.samples_per_prompt - len(group)
+
+    async def _one_round(
+        self, prompt: Prompt, epoch: int, number: int, first: int, tally: Tally
+    ) -> list[Rollout]:
+        """`number` rollouts of a prompt, numbered from `first` on. Raises ServerError and StaleWeights."""
+        completions = await self._unbroken(prompt, number, tally)
+        tally.dropped_topk += sum(completion.num_dropped_topk for completion in completions)
+        tally.topk += sum(completion.topk_ids.size for completion in completions)
+        tally.tokens += sum(len(completion.tokens) for completion in completions)
+        known = [_known(completion, self.num_ids) for completion in completions]
+        tally.unknown_tokens += sum(int((~here).sum()) for here in known)
+        return await self._rewarded(prompt, epoch, completions, known, first=first)
+
+    async def _unbroken(self, prompt: Prompt, number: int, tally: Tally) -> list[Completion]:
         """A group of which nothing was aborted. Raises ServerError and StaleWeights."""
         for _ in range(MAX_ABORTS):
             completions = await self.client.generate_group(
-                prompt.tokens, self.samples_per_prompt, self.sampling, retried=tally.note_retry
+                prompt.tokens, number, self.sampling, retried=tally.note_retry
             )
             if all(completion.finish != "abort" for completion in completions):
                 return completions
@@ -128,11 +152,17 @@ class GroupSampler:
         raise ServerError(f"a group of prompt {prompt.id} was aborted {MAX_ABORTS} times")
 
     async def _rewarded(
-        self, prompt: Prompt, epoch: int, completions: list[Completion], known: list[np.ndarray]
+        self,
+        prompt: Prompt,
+        epoch: int,
+        completions: list[Completion],
+        known: list[np.ndarray],
+        *,
+        first: int,
     ) -> list[Rollout]:
         judged = (self.reward(completion.tokens.tolist(), prompt) for completion in completions)
         verdicts = await asyncio.gather(*judged)
-        made = rollouts_of(prompt, epoch, completions, verdicts)
+        made = rollouts_of(prompt, epoch, completions, verdicts, first=first)
         return [replace(one, valid=one.valid & ids) for one, ids in zip(made, known, strict=True)]
 
 
@@ -184,9 +214,14 @@ def _metrics(tally: Tally) -> Sums:
 
 
 def rollouts_of(
-    prompt: Prompt, epoch: int, completions: Sequence[Completion], verdicts: Sequence[tuple[float, bool]]
+    prompt: Prompt,
+    epoch: int,
+    completions: Sequence[Completion],
+    verdicts: Sequence[tuple[float, bool]],
+    *,
+    first: int = 0,
 ) -> list[Rollout]:
-    """A group of a prompt from what was sampled and (reward, correct) of each."""
+    """Rollouts of a prompt from what was sampled and (reward, correct) of each, numbered from `first` on."""
     return [
         Rollout(
             prompt=prompt,
@@ -202,7 +237,9 @@ def rollouts_of(
             reward=float(reward),
             correct=bool(correct),
         )
-        for sample, (completion, (reward, correct)) in enumerate(zip(completions, verdicts, strict=True))
+        for sample, (completion, (reward, correct)) in enumerate(
+            zip(completions, verdicts, strict=True), first
+        )
     ]
 
 

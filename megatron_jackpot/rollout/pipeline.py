@@ -10,22 +10,27 @@ token is older than `ahead` when it is trained on.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent import futures
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch.distributed as dist
 
+from megatron_jackpot.algorithm.allocators_base import Fixed
 from megatron_jackpot.config import Rollouts
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.failures import RewardsFailing
-from megatron_jackpot.rollout.collect import POLL_S, Interrupted, Keep, Sums, Unfinished
+from megatron_jackpot.rollout.allocation import Allocation
+from megatron_jackpot.rollout.asked import Asked
+from megatron_jackpot.rollout.collect import NOTHING_BEGUN, POLL_S, Interrupted, Keep, More, Sums, Unfinished
+from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.rollout.finished_groups import Groups
 from megatron_jackpot.rollout.loop_thread import LoopThread
+from megatron_jackpot.rollout.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +46,8 @@ Stop = Callable[[], str | None]
 
 
 class Source(Protocol):
-    """Where rollouts come from, on a DP leader: coroutines for its thread."""
+    """Where rollouts come from, on a DP leader: coroutines for its thread. `collect` is told `more` and
+    `begun` where prompts get different numbers alone."""
 
     thread: LoopThread
 
@@ -53,6 +59,8 @@ class Source(Protocol):
         samples: int | None = None,
         stop: Stop = lambda: None,
         keep: Keep = lambda group: None,
+        more: More | None = None,
+        begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
     ) -> Coroutine[object, None, tuple[list[list[Rollout]], Sums]]: ...
 
     def hold(self, *, until_quiet: bool) -> Coroutine[object, None, None]: ...
@@ -66,53 +74,6 @@ class Source(Protocol):
 
 class StopRun(Exception):
     """The run is to save and end; raised on every rank alike."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collected:
-    """One leader's groups of a step, in the loader's order, and what it took to get them."""
-
-    groups: list[list[Rollout]]
-    sums: Sums
-    """Of all requests, repeated ones included; and how long trainer and servers had nothing to do."""
-    seconds: float
-    """Spent asking the servers."""
-    epoch: int
-    trained: list[int]
-    """Ids of the prompts that came back with a group."""
-    lost: list[int]
-    """Ids of those that did not."""
-
-
-@dataclass
-class _Batch:
-    """What a leader asks for in a step, and what that took so far."""
-
-    step: int
-    epoch: int
-    prompts: list[Prompt]
-    work: "futures.Future[Unfinished | None] | None" = None
-    sums: Sums = field(default_factory=dict)
-    seconds: float = 0.0
-
-    def add(self, sums: Sums) -> None:
-        for key, (total, count) in sums.items():
-            before = self.sums.get(key, (0.0, 0.0))
-            self.sums[key] = (before[0] + total, before[1] + count)
-
-    def key(self, prompt: Prompt) -> tuple[int, int]:
-        return self.epoch, prompt.id
-
-    def ending(self) -> tuple[int, BaseException | None]:
-        """How asking ended, once it has."""
-        assert self.work is not None
-        error = self.work.exception()
-        if error is not None:
-            return REFUSED if isinstance(error, RewardsFailing) else FAILED, error
-        unfinished = self.work.result()
-        if unfinished is None:
-            return COMPLETE, None
-        return STOPPED if isinstance(unfinished, Interrupted) else LOST, unfinished
 
 
 class Pipeline:
@@ -133,15 +94,18 @@ class Pipeline:
         limit_s: float,
         in_flight: Literal["retract", "wait"] = "retract",
         known_since: Callable[[], int] = lambda: 0,
+        allocation: Allocation | None = None,
     ) -> None:
         """`limit_s` is for one step's rollout; `in_flight` what a push does to responses under way;
-        `known_since` the oldest version whose weights are still known, where they are to be scored."""
+        `known_since` the oldest version whose weights are still known, where they are to be scored; without
+        an `allocation` every prompt gets the same."""
         self.mesh, self.config, self.source, self.stop = mesh, config, source, stop
         self.limit_s, self.in_flight, self.known_since = limit_s, in_flight, known_since
         self.finished = finished
         """Finished groups of steps that are not trained yet: what a checkpoint saves of them. Changed in
         place, by the source's thread too."""
-        self.batches: deque[_Batch] = deque()
+        self.allocation = allocation or Allocation(Fixed(), config.samples_per_prompt)
+        self.batches: deque[Asked] = deque()
         """Started and not taken, the oldest first."""
         self._interrupted: str | None = None
         self._asking = Stopwatch()
@@ -152,7 +116,9 @@ class Pipeline:
         if self.source is None or loader is None or any(batch.step == step for batch in self.batches):
             return
         begun = loader.num_begun > 0
-        batch = _Batch(step, *loader.next())
+        epoch, prompts = loader.next()
+        plan = self.allocation.plan(step, loader.given)
+        batch = Asked(step, epoch, prompts, plan, self.allocation, loader.further)
         self.batches.append(batch)
         if begun:
             missing = sum(batch.key(prompt) not in self.finished for prompt in batch.prompts)
@@ -212,7 +178,7 @@ class Pipeline:
             return
         self.source.thread.wait(self.source.use(version), END_LIMIT_S, "requests to begin after a push")
         for batch in self.batches:
-            if batch.work is not None and batch.work.done() and batch.ending()[0] == LOST:
+            if batch.work is not None and batch.work.done() and ending(batch)[0] == LOST:
                 self._ask(batch)
 
     def interrupt(self, reason: str) -> None:
@@ -232,12 +198,11 @@ class Pipeline:
         self.finished.clear()
         self._interrupted = None
 
-    def _ask(self, batch: _Batch) -> None:
+    def _ask(self, batch: Asked) -> None:
         assert self.source is not None
-        missing = [prompt for prompt in batch.prompts if batch.key(prompt) not in self.finished]
-        batch.work = self.source.thread.submit(self._collect(self.source, batch, missing))
+        batch.work = self.source.thread.submit(self._collect(self.source, batch))
 
-    async def _collect(self, source: Source, batch: _Batch, missing: list[Prompt]) -> Unfinished | None:
+    async def _collect(self, source: Source, batch: Asked) -> Unfinished | None:
         """Fill `finished` with a batch's missing groups, in the source's thread; why some are not there."""
         unfinished, started = None, time.perf_counter()
 
@@ -246,16 +211,20 @@ class Pipeline:
 
         with self._asking:
             try:
-                _, sums = await source.collect(
-                    batch.epoch, missing, stop=lambda: self._interrupted, keep=keep
-                )
+                for epoch, prompts in batch.rounds(self.finished):
+                    missing = batch.missing(prompts, self.finished)
+                    options = batch.options(missing, self.finished)
+                    _, sums = await source.collect(
+                        epoch, missing, stop=lambda: self._interrupted, keep=keep, **options
+                    )
+                    batch.add(sums)
             except Unfinished as error:
-                unfinished, sums = error, error.metrics
+                unfinished = error
+                batch.add(error.metrics)
         batch.seconds += time.perf_counter() - started
-        batch.add(sums)
         return unfinished
 
-    def _wait(self, batch: _Batch) -> tuple[int, BaseException | None]:
+    def _wait(self, batch: Asked) -> tuple[int, BaseException | None]:
         """Until a batch is there and young enough: how that ended, and what went wrong."""
         for _ in range(MAX_RECOVERIES + 1):
             deadline = time.monotonic() + self.limit_s
@@ -269,11 +238,11 @@ class Pipeline:
                         "(run.phase_timeout_s)."
                     )
             outcome, error = max(
-                (other.ending() for other in self.batches if other.work and other.work.done()),
+                (ending(other) for other in self.batches if other.work and other.work.done()),
                 key=lambda ending: ending[0] if ending[0] >= REFUSED else -1,
             )
             if outcome < REFUSED:
-                outcome, error = batch.ending()
+                outcome, error = ending(batch)
             if outcome != COMPLETE or not self._drop_stale(batch):
                 return outcome, error
             self._ask(batch)
@@ -281,7 +250,7 @@ class Pipeline:
             f"tokens older than rollout.max_staleness = {self.config.max_staleness}.", [], {}
         )
 
-    def _drop_stale(self, batch: _Batch) -> bool:
+    def _drop_stale(self, batch: Asked) -> bool:
         """Forget groups whose tokens are too old for their step, or newer than it: whether there were any.
 
         A step's requests begin late enough, so this takes a fault: a checkpoint of a run with a larger
@@ -291,7 +260,7 @@ class Pipeline:
         newest = batch.step - 1
         oldest = max(newest - self.config.max_staleness, self.known_since())
         stale: list[list[Rollout]] = []
-        for key in map(batch.key, batch.prompts):
+        for key in map(batch.key, (*batch.prompts, *batch.fetched)):
             spoken = [r.weight_version for r in self.finished.get(key, ()) if len(r.tokens)]
             if any(versions.min() < oldest or versions.max() > newest for versions in spoken):
                 stale.append(self.finished.pop(key))
@@ -304,29 +273,58 @@ class Pipeline:
         )
         return bool(stale)
 
-    def _taken(self, batch: _Batch, loader: PromptLoader | None, started: float) -> Collected:
+    def _taken(self, batch: Asked, loader: PromptLoader | None, started: float) -> Collected:
         assert loader is not None, "a batch came from it"
         loader.taken()
         self.batches.popleft()
-        groups = {prompt.id: self.finished.pop(batch.key(prompt), None) for prompt in batch.prompts}
+        found = {p.id: self.finished.pop(batch.key(p), []) for p in (*batch.prompts, *batch.fetched)}
         # A checkpoint's are loaded on every leader; of another one's steps there is nothing to keep here.
-        wanted = {other.key(prompt) for other in self.batches for prompt in other.prompts}
-        for key in self.finished.keys() - wanted:
-            del self.finished[key]
+        for key in [*self.finished]:
+            if not any(other.owns(key) for other in self.batches):
+                del self.finished[key]
+        sampled = [group for group in found.values() if group]
+        live = [self.allocation.live(group) for group in sampled]
+        trained = [sampled[i] for i in self.allocation.allocator.commit(live, len(batch.prompts))]
+        self._observe(batch, [(number, _num_correct(group), len(group)) for number, group in found.items()])
         now = _Mark(time.perf_counter(), self._asking.seconds())
         period, waited = now.time - self._since.time, now.time - started
         idle = period - (now.asked - self._since.asked)
         self._since = now
         batch.add({"rollout/stale_groups": (0, len(batch.prompts))})
+        batch.add(batch.measured(sampled, trained))
         batch.add({"idle/trainer": (waited, period), "idle/servers": (max(idle, 0.0), period)})
         return Collected(
-            groups=[group for group in groups.values() if group is not None],
+            groups=trained,
+            sampled=sampled,
             sums=batch.sums,
             seconds=batch.seconds,
             epoch=batch.epoch,
-            trained=[number for number, group in groups.items() if group is not None],
-            lost=[number for number, group in groups.items() if group is None],
+            trained=[prompt.id for prompt in batch.prompts if found[prompt.id]],
+            lost=[prompt.id for prompt in batch.prompts if not found[prompt.id]],
+            fetched=[prompt.id for prompt in batch.fetched],
         )
+
+    def _observe(self, batch: Asked, mine: list[tuple[int, int, int]]) -> None:
+        """Tell the allocator of all leaders' groups, in the loader's order: every leader is here. Gathers of
+        objects over dp: 1 where it remembers anything."""
+        parts = [mine]
+        if self.allocation.allocator.num_visits and self.mesh.dp > 1:
+            parts = [mine] * self.mesh.dp
+            dist.all_gather_object(parts, mine, group=self.mesh.dp_group)
+        seen = {row[0]: row for part in parts for row in part}
+        self.allocation.observe(batch.step, [seen[number] for number in batch.plan if number in seen])
+
+
+def ending(batch: Asked) -> tuple[int, BaseException | None]:
+    """How asking for a step ended, once it has."""
+    assert batch.work is not None
+    error = batch.work.exception()
+    if error is not None:
+        return REFUSED if isinstance(error, RewardsFailing) else FAILED, error
+    unfinished = batch.work.result()
+    if unfinished is None:
+        return COMPLETE, None
+    return STOPPED if isinstance(unfinished, Interrupted) else LOST, unfinished
 
 
 @dataclass(frozen=True)
@@ -337,25 +335,8 @@ class _Mark:
     asked: float
 
 
-class Stopwatch:
-    """Seconds within which at least one `with` block was open, in the source's thread."""
-
-    def __init__(self) -> None:
-        self._open, self._since, self._seconds = 0, 0.0, 0.0
-
-    def __enter__(self) -> None:
-        if not self._open:
-            self._since = time.perf_counter()
-        self._open += 1
-
-    def __exit__(self, *error: object) -> None:
-        self._open -= 1
-        if not self._open:
-            self._seconds += time.perf_counter() - self._since
-
-    def seconds(self) -> float:
-        """So far; asked from another thread it may miss the end of a block by its own time."""
-        return self._seconds + (time.perf_counter() - self._since if self._open else 0.0)
+def _num_correct(group: Sequence[Rollout]) -> int:
+    return sum(rollout.correct for rollout in group)
 
 
 def _raise_everywhere(outcome: int, error: BaseException | None) -> None:
@@ -365,13 +346,3 @@ def _raise_everywhere(outcome: int, error: BaseException | None) -> None:
     with raise_on_all_ranks():
         if error is not None:
             raise error
-
-
-def account(mesh: Mesh, collected: Collected) -> dict[str, Any]:
-    """What became of a step's prompts over all leaders, which alone call it: epoch, trained, lost."""
-    parts: list[Any] = [(collected.trained, collected.lost)]
-    if mesh.dp > 1:
-        parts *= mesh.dp
-        dist.all_gather_object(parts, (collected.trained, collected.lost), group=mesh.dp_group)
-    trained, lost = (sorted(number for part in parts for number in part[i]) for i in (0, 1))
-    return {"epoch": collected.epoch, "trained": trained, "lost": lost}

@@ -2,7 +2,7 @@
 own."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.failures import Counts, failure_sums
 from megatron_jackpot.rewards.pool import START_TIMEOUT_S, RewardPool
-from megatron_jackpot.rollout.collect import GroupSampler, Keep, Sums, Unfinished
+from megatron_jackpot.rollout.collect import NOTHING_BEGUN, GroupSampler, Keep, More, Sums, Unfinished
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
@@ -70,9 +70,11 @@ class ServerSource:
         samples: int | None = None,
         stop: Callable[[], str | None] = lambda: None,
         keep: Keep = lambda group: None,
+        more: More | None = None,
+        begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the metrics
-        of requests and rewards; `samples` of each in place of the usual number.
+        of requests and rewards; `samples` of each in place of the usual number, or what `more` asks for.
 
         Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early,
         and RewardsFailing.
@@ -81,7 +83,7 @@ class ServerSource:
         samples = self.sampler.samples_per_prompt if samples is None else samples
         sampler = replace(self.sampler, samples_per_prompt=samples, reward=partial(self.reward, counts))
         try:
-            groups, sums = await sampler.collect(epoch, prompts, stop, keep)
+            groups, sums = await sampler.collect(epoch, prompts, stop, keep, more, begun)
         except Unfinished as unfinished:
             unfinished.metrics.update(failure_sums(counts))
             raise

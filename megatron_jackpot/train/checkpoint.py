@@ -302,6 +302,7 @@ def run_state(state: TrainState) -> dict[str, Any]:
         "loader": mesh.from_main(state.loader.state_dict() if state.loader is not None else None),
         # They measure on the last pipeline stage and stand still elsewhere.
         "controllers": mesh.object_from_last_stage(controllers),
+        "allocation": mesh.from_main(state.methods.allocation.state_dict()),
         "schedule": {name: schedule_state(model) for name, model in state.models.items()},
         "optimizer": {name: model.optimizer_settings for name, model in state.models.items()},
     }
@@ -321,6 +322,9 @@ def _load(state: TrainState, folder: Path) -> list[str]:
         load_model(model, folder / name)
         load_schedule(model, saved["schedule"][name])
     state.methods.load_controllers(saved["controllers"])
+    # One without it is of a run in which every prompt got the same.
+    if "allocation" in saved:
+        state.methods.allocation.load_state_dict(saved["allocation"])
     state.guard.load_state_dict(saved["guard"])
     state.num_steps, state.num_probes = saved["num_steps"], saved["num_probes"]
     state.measured = saved.get(MEASURED, {})

@@ -85,6 +85,7 @@ def _pack(sequences: list[list[int]], bins: list[list[int]], tokens: int, device
                 reward=0.0,
                 correct=False,
                 advantage=0.0,
+                loss_weight=1.0,
                 **NOTHING,
             )
             for i in content

@@ -48,7 +48,7 @@ def policy_loss(
         added = {}
         if nll_weight:
             right_T = inputs.valid_T & batch.correct_MT[m]
-            nll = -nll_weight * torch.where(right_T, inputs.logp_T, 0.0).sum()
+            nll = -nll_weight * torch.where(right_T, batch.loss_weight_MT[m] * inputs.logp_T, 0.0).sum()
             added = {"positive_nll": nll.detach()}
         total = value + nll if nll_weight else value
         return total, {
@@ -73,12 +73,14 @@ def actor_loss(
     """PPO on the same samples, weighted by min(p_actor_old/q, C), plus lambda_distill times distillation, Eq.
     6-8.
 
-    All valid tokens count: the actor's samples are its own, nothing is rejected. `teacher` has the policy's
+    All valid tokens count: the actor's samples are its own, nothing is rejected; what a selector weighs is
+    weighed here too. `teacher` has the policy's
     logits of this mini-batch, for a distillation over the whole vocabulary.
     """
     batch, old_MT = scores.batch, scores.actor_logp_MT
     assert old_MT is not None, "whoever trains an actor has scored it"
     weight_MT = log_ratio(old_MT, batch.server_logp_MT).exp().clamp(max=methods.tis_cap)
+    weight_MT = weight_MT * batch.loss_weight_MT
     distill_weight, at_candidates = methods.distill_weight, methods.distill.needs == "candidates"
 
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -97,7 +99,7 @@ def actor_loss(
             return vocab_parallel_kl(*both, teacher.common(vocab), direction=direction)
 
         inputs = distill_inputs(logp_TK, scores, m, full_kl)
-        kl = torch.where(mask_T, methods.distill(inputs), 0.0).sum() / denominator
+        kl = torch.where(mask_T, batch.loss_weight_MT[m] * methods.distill(inputs), 0.0).sum() / denominator
         value = rl_weight * rl + distill_weight * kl
         return value, {"actor": value.detach(), "actor_rl": rl.detach(), "distill": kl.detach()}
 

@@ -9,15 +9,19 @@ from typing import get_type_hints
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.aggregation import AGGREGATIONS
+from megatron_jackpot.algorithm.allocators import ALLOCATORS
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.registry import fields_of
+from megatron_jackpot.algorithm.selectors import SELECTORS
 
 CHOICES: dict[str, Mapping[str, type]] = {
     "algorithm.correction": CORRECTIONS,
     "algorithm.objective": OBJECTIVES,
     "algorithm.advantage": ADVANTAGES,
+    "algorithm.selector": SELECTORS,
+    "rollout.allocator": ALLOCATORS,
     "algorithm.aggregation": AGGREGATIONS,
     "actor.objective": OBJECTIVES,
     "actor.distill": DISTILL,

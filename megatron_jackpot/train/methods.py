@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from megatron_jackpot.algorithm.advantages import ADVANTAGES, Advantage
-from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation
+from megatron_jackpot.algorithm.advantages import ADVANTAGES
+from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation, PromptMean
+from megatron_jackpot.algorithm.allocators import ALLOCATORS
+from megatron_jackpot.algorithm.allocators_base import Allocator
 from megatron_jackpot.algorithm.controllers import AdaptiveDistill, TargetAcceptance
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
@@ -23,11 +24,15 @@ from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import Registry, build
+from megatron_jackpot.algorithm.selectors import SELECTORS
+from megatron_jackpot.algorithm.selectors_base import Selector
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
 from megatron_jackpot.config.agreement import refuse_other_numbers
 from megatron_jackpot.config.load import examine
-from megatron_jackpot.records import Correction, Metrics, Pair, Rollout, Scores
+from megatron_jackpot.records import Correction, Metrics, Pair, Scores
+from megatron_jackpot.rollout.allocation import Allocation
+from megatron_jackpot.train.curator import Curator
 from megatron_jackpot.train.own_methods import try_out
 
 M = TypeVar("M")
@@ -65,10 +70,9 @@ class Methods:
     correction: CorrectionMethod
     filters: Sequence[Filter]
     objective: Objective
-    advantage: Advantage
+    curator: Curator
+    allocation: Allocation
     aggregation: Aggregation
-    overlong: SoftOverlong | None = None
-    mask_truncated: bool = False
     actor: ActorMethods | None = None
     """None where the policy samples."""
     exact_lam: float | None = None
@@ -97,10 +101,16 @@ class Methods:
             correction=correction,
             filters=made["filters"],
             objective=made["objective"],
-            advantage=made["advantage"],
+            curator=Curator(
+                advantage=made["advantage"],
+                selector=made["selector"],
+                seed=config.run.seed,
+                prompt_weight=config.algorithm.prompt_weight,
+                overlong=made["overlong"],
+                mask_truncated=config.algorithm.mask_truncated,
+            ),
+            allocation=Allocation(made["allocator"], config.rollout.samples_per_prompt),
             aggregation=made["aggregation"],
-            overlong=made["overlong"],
-            mask_truncated=config.algorithm.mask_truncated,
             actor=actor,
             exact_lam=correction.lam if correction.needs_exact_overlap else None,
             acceptance=None if wanted is None else TargetAcceptance(acceptance=wanted, lam=correction.lam),
@@ -148,36 +158,6 @@ class Methods:
         self.correction = replace(self.correction, lam=lam)
         self.exact_lam = None if self.exact_lam is None else lam
 
-    def with_advantages(
-        self, groups: list[list[Rollout]], sum_over_batch: SumOverBatch, device: torch.device
-    ) -> list[list[Rollout]]:
-        """One DP leader's whole groups with their advantages, and no valid token where a response is not to
-        train; every leader calls it, as some formulas look at the whole batch."""
-        rewards = [[rollout.reward + self._punished(rollout) for rollout in group] for group in groups]
-        of_groups = [self.advantage(own) for own in rewards]
-        advantage_N = torch.cat([torch.empty(0), *of_groups]).to(device)
-        rollouts = [rollout for group in groups for rollout in group]
-        reward_N = torch.tensor([r for own in rewards for r in own], dtype=torch.float64, device=device)
-        advantage_N = self.advantage.over_batch(advantage_N, reward_N, sum_over_batch)
-        tokens = self.advantage.per_token(advantage_N, rollouts)
-        values = iter(advantage_N.tolist() if tokens is None else [one.cpu().numpy() for one in tokens])
-        return [[self._trained(rollout, next(values)) for rollout in group] for group in groups]
-
-    def reward_metrics(self, groups: Sequence[Sequence[Rollout]]) -> dict[str, tuple[float, float]]:
-        """(sum, count) of what is added to the rewards; none where nothing is."""
-        if self.overlong is None:
-            return {}
-        punished = [self._punished(rollout) for group in groups for rollout in group]
-        return {"reward/overlong": (sum(punished), len(punished))}
-
-    def _punished(self, rollout: Rollout) -> float:
-        return 0.0 if self.overlong is None else self.overlong(len(rollout.tokens))
-
-    def _trained(self, rollout: Rollout, advantage: float | np.ndarray) -> Rollout:
-        masked = self.mask_truncated and rollout.finish == "length"
-        valid = np.zeros_like(rollout.valid) if masked else rollout.valid
-        return replace(rollout, advantage=advantage, valid=valid)
-
 
 def _build(chosen: Method, registry: Registry[M], where: str) -> M:
     return _tried(build(chosen.name, chosen.settings, registry, where), chosen, where)
@@ -224,6 +204,8 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         "filters": lambda: _filters(algorithm.filters),
         "objective": lambda: _build(algorithm.objective, OBJECTIVES, "algorithm.objective"),
         "advantage": lambda: _build(algorithm.advantage, ADVANTAGES, "algorithm.advantage"),
+        "selector": lambda: _build(algorithm.selector, SELECTORS, "algorithm.selector"),
+        "allocator": lambda: _build(config.rollout.allocator, ALLOCATORS, "rollout.allocator"),
         "overlong": lambda: _overlong(config),
         "aggregation": lambda: _build(algorithm.aggregation, AGGREGATIONS, "algorithm.aggregation"),
     }
@@ -247,6 +229,12 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         together.append(lambda: _check_corrected_once(made["correction"], made["objective"], config))
     if {"correction", "aggregation"} <= made.keys():
         together.append(lambda: _check_counted(made["correction"], made["aggregation"], config))
+    if {"correction", "selector"} <= made.keys():
+        together.append(lambda: _check_pruned(made["correction"], made["selector"], config))
+    if "allocator" in made:
+        together.append(lambda: _check_bounds(made["allocator"], config))
+    if "aggregation" in made:
+        together.append(lambda: _check_prompt_weight(made["aggregation"], config))
     if actor is not None and "actor_objective" in made:
         together.append(lambda: _check_actor_objective(made["actor_objective"], actor))
     for check in together:
@@ -294,6 +282,34 @@ def _check_counted(correction: CorrectionMethod, aggregation: Aggregation, confi
             f"algorithm.aggregation.name = '{config.algorithm.aggregation.name}' knows no removed tokens, "
             f"algorithm.correction.denominator = '{correction.denominator}' leaves them out of N. Set "
             "algorithm.correction.denominator to 'all'."
+        )
+
+
+def _check_pruned(correction: CorrectionMethod, selector: Selector, config: Config) -> None:
+    if selector.selects and selector.denominator == "full" and correction.denominator != "all":
+        raise ValueError(
+            f"algorithm.selector.denominator = 'full' of '{config.algorithm.selector.name}' counts rollouts "
+            "that are not scored, of which nobody knows what algorithm.correction.denominator = "
+            f"'{correction.denominator}' would leave out. Set algorithm.correction.denominator to 'all'."
+        )
+
+
+def _check_bounds(allocator: Allocator, config: Config) -> None:
+    samples = config.rollout.samples_per_prompt
+    least, most = allocator.bounds(samples)
+    if not least <= samples <= most:
+        raise ValueError(
+            f"rollout.samples_per_prompt = {samples}: must lie in [{least}, {most}], what "
+            f"rollout.allocator.name = '{config.rollout.allocator.name}' gives a prompt, as its budget is "
+            "samples_per_prompt x prompts_per_step. Change it, or least and most."
+        )
+
+
+def _check_prompt_weight(aggregation: Aggregation, config: Config) -> None:
+    if config.algorithm.prompt_weight == "equal" and isinstance(aggregation, PromptMean):
+        raise ValueError(
+            "algorithm.prompt_weight = 'equal' weighs prompts by their number of rollouts, which "
+            "algorithm.aggregation.name = 'prompt' has done already. Set algorithm.prompt_weight to 'sample'."
         )
 
 

@@ -5,7 +5,7 @@ scores are those of three random models over one small vocabulary; what a run ha
 gradient here, so that a weight or a teacher through which gradient would flow is found.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_jackpot.algorithm.advantages import Advantage
+from megatron_jackpot.algorithm.advantages import GRPO, Advantage
 from megatron_jackpot.algorithm.aggregation import Aggregation
+from megatron_jackpot.algorithm.allocators_base import Allocator, Memory
 from megatron_jackpot.algorithm.candidates import make_scores, union_of_candidates
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.distill import Distillation, distill_inputs
 from megatron_jackpot.algorithm.importance import MaskedIS
 from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
 from megatron_jackpot.algorithm.registry import check_choice, shown
+from megatron_jackpot.algorithm.selectors_base import Group, Selection, Selector
 from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
 from megatron_jackpot.parallel.divergence import vocab_parallel_kl
 from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
@@ -31,6 +33,8 @@ from megatron_jackpot.records import Aggregated, Correction, Direction, Metrics,
 V, T, K = 40, 64, 4
 REWARDS = ([1.0, 0.0, 0.5, -1.0, 1.0], [1.0, 1.0, 1.0], [0.3])
 """Of groups that differ, that do not, and of one completion."""
+MOST_ROLLOUTS = 10_000
+"""Of one prompt in a trial, before a rule counts as endless."""
 WIDE = (torch.float32, torch.float64)
 
 sum_over_batch = make_sum_over(None)
@@ -138,6 +142,59 @@ def try_advantage(method: Advantage) -> None:
         _check("a result of per_token", own_R, (len(rollout.tokens),), (torch.float32,))
 
 
+def try_selector(method: Selector) -> None:
+    """Which rollouts train, of groups that differ, that do not, and of one rollout; twice the same."""
+    for rewards in REWARDS:
+        found, again = (method(_random_group(rewards)) for _ in range(2))
+        if not isinstance(found, Selection):
+            raise Broken(f"must return a Selection, got {type(found).__name__}. Return chosen(index_S).")
+        index_S, num = found.index_S, len(found.index_S)
+        _check("index_S", index_S, (num,), (torch.int64,))
+        _check("weight_S", found.weight_S, (num,), (torch.float64,))
+        if found.advantage_S is not None:
+            _check("advantage_S", found.advantage_S, (num,), (torch.float32,))
+        if not set(index_S.tolist()) <= set(range(len(rewards))) or (index_S.diff() <= 0).any():
+            raise Broken(f"index_S = {index_S.tolist()}: must ascend within the group. Sort it.")
+        if (found.weight_S <= 0).any():
+            raise Broken("weight_S must be > 0 everywhere. Leave a rollout out of index_S instead.")
+        same = torch.equal(index_S, again.index_S) and torch.equal(found.weight_S, again.weight_S)
+        if not same:
+            raise Broken("gives another result when it is called again. Draw with group.draw_N.")
+
+
+def _random_group(rewards: Sequence[float]) -> Group:
+    reward_N = torch.tensor(rewards, dtype=torch.float64)
+    return Group(
+        reward_N=reward_N,
+        correct_N=reward_N >= 1,
+        advantage_N=GRPO()(reward_N),
+        num_tokens_N=torch.arange(len(rewards)) + 5,
+        draw_N=torch.arange(len(rewards)).double() * 0.37 % 1,
+    )
+
+
+def try_allocator(method: Allocator) -> None:
+    """A plan of six prompts that holds the budget, rounds that end, and groups that are there."""
+    ids, samples, memory = list(range(6)), 8, Memory()
+    method.observe([(number, number, 8) for number in ids[:4]], memory)
+    plan = method.plan(ids, samples, memory)
+    if len(plan) != len(ids) or not all(isinstance(n, int) and n >= 1 for n in plan):
+        raise Broken(f"plan = {plan}: must be an int >= 1 for each prompt. Return one.")
+    if sum(plan) != samples * len(ids):
+        raise Broken(
+            f"plan = {plan} adds up to {sum(plan)}, must be {samples * len(ids)}. Share out the rest."
+        )
+    for verdict in (False, True):
+        verdicts = [verdict] * samples
+        while (more := method.more(verdicts)) > 0:
+            verdicts += [verdict] * more
+            if len(verdicts) > MOST_ROLLOUTS:
+                raise Broken(f"more never returns 0 where all are {verdict}. Set it a limit.")
+    kept = method.commit([True, False, True, True], 3)
+    if not set(kept) <= {0, 1, 2, 3} or kept != sorted(set(kept)):
+        raise Broken(f"commit = {kept}: must ascend within the groups. Sort it.")
+
+
 def try_distillation(method: Distillation) -> None:
     """Loss per token, and gradient into the actor's log-probs alone."""
     check_choice("needs", method.needs, ("sampled", "candidates", "logits"))
@@ -172,7 +229,9 @@ TRIALS: dict[str, Callable[[Any], None]] = {
     "algorithm.filters": try_correction,
     "algorithm.objective": try_objective,
     "algorithm.advantage": try_advantage,
+    "algorithm.selector": try_selector,
     "algorithm.aggregation": try_aggregation,
+    "rollout.allocator": try_allocator,
     "actor.objective": try_objective,
     "actor.distill": try_distillation,
 }

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -16,8 +16,9 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import reduce_metrics
 from megatron_jackpot.records import Batch, Metrics
 from megatron_jackpot.rollout.collect import group_metrics
-from megatron_jackpot.rollout.pipeline import Collected
+from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.run.watchdog import Watchdog
+from megatron_jackpot.train.curator import Trained
 from megatron_jackpot.train.samples import Wrong, wrong_rollouts
 
 AGE = "staleness/age_"
@@ -36,6 +37,23 @@ class StepResult:
     """What became of the step's prompts (rollout/pipeline.py: account), on DP leaders."""
     wrong: list[Wrong]
     """A few rollouts that missed their answer, on DP leaders."""
+
+
+class Agreed(NamedTuple):
+    """What every rank must know of a mini-batch before the next schedule starts, summed over all of it."""
+
+    num_policy: float
+    """N of the policy's loss."""
+    num_valid: float
+    """Valid tokens that train."""
+    num_actor: float
+    """N of the actor's: these, and those of pruned rollouts that count."""
+    num_positive: float
+    """Of correct rollouts among the latter."""
+    acceptance: float
+    """Mean expected acceptance; NaN where no token is valid."""
+    kl: float
+    """Mean KL(target || server) over the candidates; NaN where no token is valid."""
 
 
 @dataclass
@@ -74,20 +92,18 @@ class StepMetrics:
             before = self.sums.get(key, (0.0, 0.0))
             self.sums[key] = (before[0] + total, before[1] + count)
 
-    def note_rollouts(
-        self, collected: Collected, dp: int, rewards: Mapping[str, tuple[float, float]]
-    ) -> None:
-        """What a leader's rollouts were, and what was added to their rewards; `dp` leaders share the step."""
-        self.wrong = wrong_rollouts(collected.groups)
-        rollouts = [r for group in collected.groups for r in group]
+    def note_rollouts(self, collected: Collected, trained: Trained, dp: int) -> None:
+        """What a leader's rollouts were, and what of them trains; `dp` leaders share the step."""
+        self.wrong = wrong_rollouts(collected.sampled)
+        rollouts = [r for group in collected.sampled for r in group]
         tokens = float(sum(len(r.tokens) for r in rollouts))
-        trained = float(sum(r.num_tokens for r in rollouts))
+        learned = float(sum(r.num_tokens for group in trained.groups for r in group))
         pairs: Mapping[str, tuple[float, float]] = {
-            "train/tokens": (trained, 1 / dp),
+            "train/tokens": (learned, 1 / dp),
             "rollout/tokens_per_s": (tokens, collected.seconds / dp),
-            **group_metrics(collected.groups),
+            **group_metrics(collected.sampled),
             **collected.sums,
-            **rewards,
+            **trained.sums,
         }
         for name, (total, count) in pairs.items():
             self.rollout_sums[name] = (torch.tensor(float(total)), torch.tensor(float(count)))
@@ -111,6 +127,8 @@ class StepMetrics:
         on_last = reduce_metrics(self.sums, mesh.dp_group) if mesh.is_last_stage else {}
         if on_last.get("weight/mean_square"):
             on_last["weight/ess"] = on_last["weight/mean"] ** 2 / on_last["weight/mean_square"]
+        if on_leaders.get("select/weight_square"):
+            on_leaders["select/ess"] = on_leaders["select/weight"] ** 2 / on_leaders["select/weight_square"]
         on_last |= _quantiles_of_age({key: on_last.pop(key) for key in [*on_last] if key.startswith(AGE)})
         on_last = mesh.object_from_last_stage(on_last)
         return {**on_leaders, **on_last, **self.values} if mesh.is_main else {}

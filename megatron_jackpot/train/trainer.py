@@ -19,17 +19,19 @@ from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.weight_ring import WeightRing
 from megatron_jackpot.monitor.token_log import TokenLog
 from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
-from megatron_jackpot.records import Aggregated, Batch, Correction, Rollout, Scores
-from megatron_jackpot.rollout.pipeline import Collected, Pipeline, Source, StopRun, account
+from megatron_jackpot.records import Aggregated, Batch, Correction, Scores
+from megatron_jackpot.rollout.collected import Collected, account
+from megatron_jackpot.rollout.pipeline import Pipeline, Source, StopRun
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.sync.proof import SyncReport
 from megatron_jackpot.sync.retry import PushInterrupted
 from megatron_jackpot.sync.stream import WeightStream
+from megatron_jackpot.train.curator import Trained
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, actor_loss, policy_loss
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
-from megatron_jackpot.train.step_metrics import StepMetrics, StepResult, staleness
+from megatron_jackpot.train.step_metrics import Agreed, StepMetrics, StepResult, staleness
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +54,6 @@ class MiniBatch(NamedTuple):
     """Which of the step's micro-batches it holds."""
     scores: Scores | None
     """Of `batch`; None off the last pipeline stage."""
-
-
-class Agreed(NamedTuple):
-    """What every rank must know of a mini-batch before the next schedule starts, summed over all of it."""
-
-    num_policy: float
-    """N of the policy's loss."""
-    num_valid: float
-    """All valid tokens: N of the actor's."""
-    num_positive: float
-    """Valid tokens of correct rollouts."""
-    acceptance: float
-    """Mean expected acceptance; NaN where no token is valid."""
-    kl: float
-    """Mean KL(target || server) over the candidates; NaN where no token is valid."""
 
 
 class Trainer:
@@ -102,6 +89,7 @@ class Trainer:
             state.finished_groups,
             limit_s=config.run.phase_timeout_s,
             in_flight=config.sync.in_flight,
+            allocation=state.methods.allocation,
             known_since=lambda: self.ring.versions[0] if self.ring is not None and self.ring.versions else 0,
         )
         self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
@@ -121,6 +109,7 @@ class Trainer:
             enabled=config.packing.enabled,
             num_minibatches=config.algorithm.num_minibatches,
             vpp=config.parallel.vpp,
+            window=config.packing.window,
         )
         self.sum_over_batch = make_sum_over(mesh.dp_group)
         self.number_alike = make_number_alike(mesh.dp_group)
@@ -132,16 +121,15 @@ class Trainer:
         with measured.timer("step"):
             with measured.timer("rollout"):
                 collected = self.collect()
-                groups = self.with_advantages(collected)
+                trained = self.curate(collected)
             with measured.timer("make_room"):
                 self.make_room()
-            self.learn(self.packer.pack(groups, self.config.rollout.top_k_logp), measured)
+            self.learn(self.packed(trained), measured)
             self.state.num_steps += 1
             with measured.timer("sync"):
                 measured.values |= self.push()
-        if collected is not None:
-            rewards = self.methods.reward_metrics(collected.groups)
-            measured.note_rollouts(collected, self.mesh.dp, rewards)
+        if collected is not None and trained is not None:
+            measured.note_rollouts(collected, trained, self.mesh.dp)
         return StepResult(
             step=measured.step,
             metrics=measured.reduced(self.mesh),
@@ -172,7 +160,7 @@ class Trainer:
             if self.actor is not None:
                 with measured.timer("update_actor"):
                     # Before the policy moves: the teacher is what was scored.
-                    self.update_actor(mini, agreed.num_valid, measured)
+                    self.update_actor(mini, agreed.num_actor, measured)
             if agreed.num_policy > 0 and not self.guard.paused:
                 with measured.timer("update_policy"):
                     self.update_policy(mini, aggregated, agreed, measured, first=not policy_moved)
@@ -190,11 +178,17 @@ class Trainer:
             self.pipeline.start(later, loader)
         return self.pipeline.take(step, loader, recover=self.push)
 
-    def with_advantages(self, collected: Collected | None) -> list[list[Rollout]] | None:
-        """A leader's groups with their advantages; every leader calls it."""
+    def curate(self, collected: Collected | None) -> Trained | None:
+        """What of a leader's groups trains, with advantages and weights; every leader calls it."""
         if collected is None:
             return None
-        return self.methods.with_advantages(collected.groups, self.sum_over_batch, self.mesh.device)
+        key = (self.state.num_steps, self.sum_over_batch, self.mesh.device)
+        return self.methods.curator(collected.groups, *key)
+
+    def packed(self, trained: Trained | None) -> Batch:
+        """On every rank; None but on leaders."""
+        groups, pruned = (None, None) if trained is None else (trained.groups, trained.pruned)
+        return self.packer.pack(groups, self.config.rollout.top_k_logp, pruned)
 
     def refuse_stop(self) -> None:
         """Raises StopRun on every rank when any of them was asked to save and end."""
@@ -239,18 +233,21 @@ class Trainer:
         Whether a mini-batch is trained on follows from the denominators, so every stage must know them before
         the next schedule starts. Reductions: 1 over dp; broadcasts: 1 over pp.
         """
-        counts = torch.zeros(7, dtype=torch.float64, device=self.mesh.device)
+        counts = torch.zeros(8, dtype=torch.float64, device=self.mesh.device)
         if scores is not None and correction is not None and aggregated is not None:
             mask_MT = scores.batch.mask_MT
             accepted = mean_over(correction.accept_MT, mask_MT)
-            right = (mask_MT & scores.batch.correct_MT).sum()
-            mine = (aggregated.count, mask_MT.sum(), right, *accepted, *correction.kl)
+            pruned, pruned_right = scores.batch.pruned_MP4[..., 2:].sum((0, 1))
+            right = (mask_MT & scores.batch.correct_MT).sum() + pruned_right
+            num_valid = mask_MT.sum()
+            mine = (aggregated.count, num_valid, num_valid + pruned, right, *accepted, *correction.kl)
             counts = self.sum_over_batch(torch.stack([number.double() for number in mine]))
-        num_policy, num_valid, num_positive, *pairs = self.mesh.from_last_stage(counts).tolist()
+        num_policy, num_valid, num_actor, num_positive, *pairs = self.mesh.from_last_stage(counts).tolist()
         accepted, of, kl, kl_count = pairs
         return Agreed(
             num_policy=num_policy,
             num_valid=num_valid,
+            num_actor=num_actor,
             num_positive=num_positive,
             acceptance=accepted / of if of else math.nan,
             kl=kl / kl_count if kl_count else math.nan,

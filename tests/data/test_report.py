@@ -62,6 +62,8 @@ def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Scores, Corre
         weight_version_MT=shaped["version"],
         advantage_MT=shaped["advantage"],
         correct_MT=shaped["correct"],
+        loss_weight_MT=torch.ones(ROWS, TOKENS),
+        pruned_MP4=torch.zeros(ROWS, 0, 4, dtype=torch.int64),
         cu_seqlens=(),
         longest=(),
     )

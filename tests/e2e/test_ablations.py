@@ -9,10 +9,12 @@ import pytest
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.aggregation import AGGREGATIONS
+from megatron_jackpot.algorithm.allocators import ALLOCATORS
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.filters import FILTERS
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
+from megatron_jackpot.algorithm.selectors import SELECTORS
 from megatron_jackpot.config import Parallel, load_config
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.metrics import read_metrics
@@ -47,11 +49,13 @@ def _run_all(rank: int, world: int, folder: str, server: str) -> dict[str, list[
             "packing.tokens=512",
         ]
         if one_model:
-            # The server was started for models of the actor's shape. Nothing but rewards moves the policy.
+            # The server was started for models of the actor's shape.
             overrides += [f"policy.hf={folder}/actor", "sync.method=broadcast"]
-            overrides += ["data.reward=tests.e2e.digits:score"]
         else:
             overrides += ["evaluation.size=0"]
+        if one_model or path.stem.startswith(("selector", "allocator")):
+            # Rewards that differ: nothing would train a run of random models else.
+            overrides += ["data.reward=tests.e2e.digits:score"]
         started = time.perf_counter()
         try:
             run(load_config(file, overrides), mesh)
@@ -88,12 +92,14 @@ def test_every_method_has_a_file_and_every_file_trains(folder: Path, server: str
     assert {one.name for config in configs for one in config.algorithm.filters} == set(FILTERS)
     named = {
         kind: {getattr(config.algorithm, kind).name for config in configs}
-        for kind in ("correction", "objective", "advantage", "aggregation")
+        for kind in ("correction", "objective", "advantage", "aggregation", "selector")
     }
     assert named["correction"] == set(CORRECTIONS)
     assert named["objective"] == set(OBJECTIVES)
     assert named["advantage"] == set(ADVANTAGES)
     assert named["aggregation"] == set(AGGREGATIONS)
+    assert named["selector"] == set(SELECTORS)
+    assert {config.rollout.allocator.name for config in configs} == set(ALLOCATORS)
     assert {config.actor.distill.name for config in configs if config.actor is not None} == set(DISTILL)
 
 

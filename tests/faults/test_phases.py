@@ -15,9 +15,10 @@ import pytest
 from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.records import Prompt
-from megatron_jackpot.rollout.pipeline import Collected
+from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.train import assembly
+from megatron_jackpot.train.curator import Trained
 from megatron_jackpot.train.evaluation import Evaluated, Evaluator
 from megatron_jackpot.train.probe import Prober
 from megatron_jackpot.train.run import run as run_training
@@ -56,16 +57,17 @@ def _train(
     assembly.make_sync = lambda *_: None
     Prober.__call__ = lambda _: {}
     Evaluator.__call__ = lambda _: Evaluated({}, [])
-    with_advantages = Trainer.with_advantages
+    curate = Trainer.curate
 
-    def spoiled(trainer: Trainer, collected: Collected | None) -> list | None:
-        made = with_advantages(trainer, collected)
+    def spoiled(trainer: Trainer, collected: Collected | None) -> Trained | None:
+        made = curate(trainer, collected)
         if made is None or source.calls not in source.bad:
             return made
         # As from broken numerics further on: rewards and advantages that are none are refused.
-        return [[dataclasses.replace(r, advantage=math.nan) for r in group] for group in made]
+        spoilt = [[dataclasses.replace(r, advantage=math.nan) for r in group] for group in made.groups]
+        return dataclasses.replace(made, groups=spoilt)
 
-    Trainer.with_advantages = spoiled
+    Trainer.curate = spoiled
     overrides = [
         f"run.folder={run}",
         f"run.steps={steps}",

@@ -21,6 +21,7 @@ from megatron_jackpot.sync.fp8 import quantise
 from megatron_jackpot.sync.ipc import serialise
 from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 from megatron_jackpot.sync.stream import export, exported
+from megatron_jackpot.train.curator import Trained
 from tests.gpu.test_models import SHAPE
 from tests.loading import load_model
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, collected, load_trainer, make_config
@@ -49,8 +50,9 @@ def trainer_of(folder: Path, layout: Layout, **precision):
 def learn(trainer, steps: int = 1) -> dict[str, float]:
     for _ in range(steps):
         measured = trainer.measurements()
-        measured.note_rollouts(collected(groups(range(NUM_PROMPTS))), trainer.mesh.dp, {})
-        trainer.learn(trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K), measured)
+        trained = Trained(groups=groups(range(NUM_PROMPTS)), pruned=[])
+        measured.note_rollouts(collected(trained.groups), trained, trainer.mesh.dp)
+        trainer.learn(trainer.packer.pack(trained.groups, TOP_K), measured)
     return measured.reduced(trainer.mesh)
 
 

@@ -244,6 +244,13 @@ def test_methods_are_asked_again_only_when_they_change_and_always_where_they_are
     for _ in range(2):
         mistakes(run_file, "algorithm.correction.name=mine:Own")
     assert asked == [*["tis"] * 3, *["mine:Own"] * 2]
+    # Allocators stand beside the other settings of rollouts, and look at one of them.
+    chosen = ("algorithm.correction={name: tis, cap: 2.25}", "rollout.allocator=vip")
+    for more in ((), ("rollout.samples_per_prompt=16",), ("rollout.allocator={name: vip, least: 3}",), ()):
+        mistakes(run_file, *chosen, *more)
+    for _ in range(2):
+        mistakes(run_file, chosen[0], "rollout.allocator=mine:Own")
+    assert asked[5:] == ["tis"] * 5
 
 
 def test_a_cache_that_cannot_be_written_or_read_keeps_nothing(tmp_path: Path, monkeypatch) -> None:

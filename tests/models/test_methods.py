@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_jackpot.config import Config, parse_config
+from megatron_jackpot.train.assembly import check_leaders
 from megatron_jackpot.train.methods import Methods
 from tests.tiny import groups
 
@@ -47,6 +48,22 @@ def config(**changes: dict) -> Config:
             {"algorithm_overlong": {"buffer": 65}},
             r"algorithm.overlong.buffer = 65: must lie in \[1, 64\], rollout.max_new_tokens",
         ),
+        (
+            {"algorithm_selector": {"name": "dynamic_pruning"}},
+            "'dynamic_pruning' counts rollouts that are not scored.*denominator = 'accepted'.*to 'all'",
+        ),
+        (
+            {"algorithm_selector": {"name": "pods", "keep": 1}},
+            "algorithm.selector.keep = 1: must be >= 2",
+        ),
+        (
+            {"algorithm_prompt_weight": "equal", "algorithm_aggregation": "prompt"},
+            "'prompt' has done already. Set algorithm.prompt_weight to 'sample'",
+        ),
+        (
+            {"rollout_allocator": {"name": "vip", "least": 9}},
+            r"rollout.samples_per_prompt = 8: must lie in \[9, 32\], what rollout.allocator.name = .vip.",
+        ),
         ({"actor_distill": {"name": "k3"}}, "actor.distill.name = 'k3' is unknown"),
         (
             {
@@ -66,6 +83,16 @@ def config(**changes: dict) -> Config:
 def test_methods_that_do_not_go_together_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Methods.from_config(config(**changes))
+
+
+def test_an_allocator_that_would_have_to_ask_other_leaders_is_refused_with_more_than_one() -> None:
+    chosen = config(rollout_allocator="dynamic_sampling")
+    check_leaders(chosen, Methods.from_config(chosen), 1)
+    with pytest.raises(ValueError, match="'dynamic_sampling' decides over all .*2 data-parallel leaders"):
+        check_leaders(chosen, Methods.from_config(chosen), 2)
+    for other in ("aero", "vip", "coba"):
+        chosen = config(rollout_allocator=other)
+        check_leaders(chosen, Methods.from_config(chosen), 4)
 
 
 def test_methods_that_go_together_are_built() -> None:
@@ -92,16 +119,18 @@ def test_a_long_response_is_punished_and_a_cut_one_trains_nothing_but_counts_in_
     # 64 - 16 tokens cost nothing, 4 more a quarter of 0.5, all 16 the whole.
     shaped = [1.0, 1.0 - 0.125, 0.5]
     mean = sum(shaped) / 3
-    (after,) = made.with_advantages([group], lambda sums: sums, torch.device("cpu"))
+    trained = made.curator([group], 0, lambda sums: sums, torch.device("cpu"))
+    (after,) = trained.groups
     assert [r.advantage for r in after] == pytest.approx([x - mean for x in shaped], rel=1e-6)
     assert [bool(r.valid.all()) for r in after] == [True, True, False] and not after[2].valid.any()
     assert [r.reward for r in after] == [1.0] * 3
-    total, count = made.reward_metrics([group])["reward/overlong"]
+    total, count = trained.sums["reward/overlong"]
     assert (total, count) == (pytest.approx(-0.625), 3)
     plain = Methods.from_config(config())
-    assert plain.reward_metrics([group]) == {}
-    (after,) = plain.with_advantages([group], lambda sums: sums, torch.device("cpu"))
-    assert all(r.valid.all() and r.advantage == 0 for r in after)
+    untouched = plain.curator([group], 0, lambda sums: sums, torch.device("cpu"))
+    (after,) = untouched.groups
+    assert untouched.sums == {} and untouched.pruned == [[]]
+    assert all(r.valid.all() and r.advantage == 0 and r.loss_weight == 1 for r in after)
 
 
 def test_filters_are_a_list_and_may_be_ones_own() -> None:
@@ -122,15 +151,15 @@ def test_advantages_are_those_of_each_whole_group_in_its_order() -> None:
         return sums
 
     before = groups(range(3), samples=3)
-    after = made.with_advantages(before, alone, torch.device("cpu"))
+    after = made.curator(before, 0, alone, torch.device("cpu")).groups
     assert [[r.key for r in group] for group in after] == [[r.key for r in group] for group in before]
     # Rewards 0, 1, 0 of which the mean is 1 / 3.
     want = [-1 / 3, 2 / 3, -1 / 3]
     assert [r.advantage for group in after for r in group] == pytest.approx(want * 3) and not asked
     made = Methods.from_config(config(algorithm_advantage={"name": "reinforce++"}))
-    (first, second, third), *_ = made.with_advantages(before, alone, torch.device("cpu"))
+    (first, second, third), *_ = made.curator(before, 0, alone, torch.device("cpu")).groups
     spread = (2 / 9) ** 0.5
     assert [r.advantage for r in (first, second, third)] == pytest.approx(
         [a / spread for a in want], rel=1e-5
     )
-    assert len(asked) == 1 and made.with_advantages([], alone, torch.device("cpu")) == []
+    assert len(asked) == 1 and made.curator([], 0, alone, torch.device("cpu")).groups == []

@@ -13,10 +13,12 @@ import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.aggregation import AGGREGATIONS
+from megatron_jackpot.algorithm.allocators import ALLOCATORS
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.registry import Registry
+from megatron_jackpot.algorithm.selectors import SELECTORS
 from megatron_jackpot.config import load_config
 from megatron_jackpot.data.packing import pack_row
 from megatron_jackpot.rewards.pool import RewardPool
@@ -34,6 +36,8 @@ REGISTRIES: dict[str, Registry] = {
     "algorithm.correction": CORRECTIONS,
     "algorithm.objective": OBJECTIVES,
     "algorithm.advantage": ADVANTAGES,
+    "algorithm.selector": SELECTORS,
+    "rollout.allocator": ALLOCATORS,
     "actor.distill": DISTILL,
 }
 GOOD = """
@@ -100,7 +104,8 @@ def test_the_example_has_one_for_every_seam_and_their_settings_arrive(
     monkeypatch.syspath_prepend(str(EXAMPLE))
     chosen = load_config(EXAMPLE / "run.yaml")
     made = Methods.from_config(chosen)
-    methods = (made.correction, made.objective, made.advantage, made.actor.distill)
+    curator = made.curator
+    methods = (made.correction, made.objective, curator.advantage, curator.selector, made.actor.distill)
     assert {type(method).__module__ for method in methods} == {"own_methods"}
     assert (made.correction.floor, made.correction.cap, made.objective.negative) == (0.02, 2.0, 0.3)
     scores = random_scores()
@@ -110,8 +115,8 @@ def test_the_example_has_one_for_every_seam_and_their_settings_arrive(
     weight_MT = (p_MT / scores.batch.server_logp_MT.exp()).clamp(max=2.0)
     torch.testing.assert_close(found.weight_MT[found.keep_MT], weight_MT[found.keep_MT])
     assert 0 < int(found.keep_MT.sum()) < int(mask_MT.sum())
-    assert made.advantage([1.0, 0.0, 0.0]).tolist() == [1.0, 0.0, 0.0]
-    (group,) = made.with_advantages(groups(range(1), samples=3), lambda sums: sums, torch.device("cpu"))
+    assert made.curator.advantage([1.0, 0.0, 0.0]).tolist() == [1.0, 0.0, 0.0]
+    (group,) = made.curator(groups(range(1), samples=3), 0, lambda sums: sums, torch.device("cpu")).groups
     row = pack_row(group, 256, 8, first_segment=0)
     for index, rollout in enumerate(group):  # Rewards 0, 1, 0.
         length, own = len(rollout.tokens), row["segment_MT"] == index

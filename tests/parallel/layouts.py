@@ -3,16 +3,19 @@ layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
+from megatron_jackpot.algorithm.selectors_base import Group, Selection, Selector
 from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
-from megatron_jackpot.rollout.pipeline import Collected
+from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.sync.stream import export
+from megatron_jackpot.train.curator import Trained
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.state import TrainState
@@ -22,6 +25,17 @@ from tests.tiny import groups
 
 NUM_PROMPTS = 8
 TOP_K = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uneven(Selector):
+    """Prunes drawn rollouts, of some prompts more than of others, and weighs the rest."""
+
+    denominator: Literal["full", "selected"] = "full"
+
+    def __call__(self, group: Group) -> Selection:
+        (kept_C,) = (group.draw_N >= 0.4).nonzero(as_tuple=True)
+        return Selection(index_S=kept_C, weight_S=0.5 + 2 * group.draw_N[kept_C])
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,7 @@ class Layout:
     filters: tuple[str, ...] = ()
     objective: str = "ppo"
     aggregation: str = "token"
+    selector: str = "all"
     target: str = "old"
     distill: str = "k3_sample"
     fused: bool = True
@@ -85,6 +100,7 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 filters=[dict(name=name) for name in layout.filters],
                 objective=dict(name=layout.objective),
                 aggregation=dict(name=layout.aggregation),
+                selector=dict(name=layout.selector),
                 num_candidates=TOP_K,
                 num_minibatches=layout.num_minibatches,
                 target=layout.target,
@@ -107,7 +123,7 @@ def load_trainer(config: Config, total_steps: int = 10) -> Trainer:
 
 def collected(groups: list) -> Collected:
     """A leader's groups as a rollout brings them."""
-    return Collected(groups=groups, sums={}, seconds=0.0, epoch=0, trained=[], lost=[])
+    return Collected(groups=groups, sampled=groups, sums={}, seconds=0.0, epoch=0, trained=[], lost=[])
 
 
 def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
@@ -121,8 +137,13 @@ def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:
     for _ in range(steps):
         mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
         measured = trainer.measurements()
-        measured.note_rollouts(collected(mine or []), mesh.dp, {})
-        trainer.learn(trainer.packer.pack(mine, layout.top_k), measured)
+        trained = Trained(groups=mine or [], pruned=[])
+        if layout.selector != "all" and mine is not None:
+            trained = trainer.methods.curator(
+                mine, trainer.state.num_steps, trainer.sum_over_batch, mesh.device
+            )
+        measured.note_rollouts(collected(mine or []), trained, mesh.dp)
+        trainer.learn(trainer.packed(trained if mesh.is_leader else None), measured)
         trainer.state.num_steps += 1
         history.append(measured.reduced(mesh))
     weights = {name: export(model) for name, model in trainer.state.models.items()}

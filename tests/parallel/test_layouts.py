@@ -98,16 +98,19 @@ REVERSE = dict(
     filters=("seq_mis", "icepop"),
 )
 CANDIDATES = dict(
-    correction=(("name", "seq_tis"), ("batch_normalize", True)), distill="forward_topk", aggregation="prompt"
+    correction=(("name", "seq_tis"), ("batch_normalize", True)),
+    distill="forward_topk",
+    aggregation="prompt",
+    selector="tests.parallel.layouts:Uneven",
 )
-"""The packer spreads a prompt's responses over data-parallel ranks."""
+"""The packer spreads a prompt's responses over data-parallel ranks, whose leaders pruned some."""
 OWN = dict(correction=(("name", "jackpot"), ("z_correction", "tail")), distill="forward_topk", top_k=0)
 """Servers return no top-k: the actor is scored first, and read again from its last hidden states."""
 
 
 def methods_of(layout: Layout) -> Layout:
     """The same methods on one rank."""
-    names = ("correction", "distill", "aggregation", "filters", "top_k")
+    names = ("correction", "distill", "aggregation", "filters", "selector", "top_k")
     return Layout(**{name: getattr(layout, name) for name in names})
 
 

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
-from megatron_jackpot.rollout.collect import Interrupted, Keep, Sums
+from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Keep, Sums
 from megatron_jackpot.rollout.loop_thread import LoopThread
+from megatron_jackpot.servers.protocol import Completion, Sampling
 from tests.tiny import groups
 
 
@@ -71,3 +73,68 @@ class ScriptedSource:
 
     def close(self) -> None:
         self.thread.close()
+
+
+class JudgedSource(ScriptedSource):
+    """Rounds as the real source makes them; a prompt's verdicts are a text of 0 and 1, by its id.
+
+    Tokens are (sample + 1, 2) under weights of version 0, so that a rollout shows which one it is.
+    """
+
+    def __init__(self, verdicts: Callable[[int], str], samples: int) -> None:
+        super().__init__(samples=samples)
+        self.verdicts = verdicts
+        self.rounds: list[tuple[int, int]] = []
+        """(prompt id, rollouts) of every request."""
+        self.delay_s = 0.0
+        """Before each request is answered."""
+        self.limit: int | None = None
+        """Requests that are answered; the others do not end by themselves."""
+
+    async def collect(self, epoch: int, prompts: Sequence[Prompt], **options: Any) -> tuple[list, Sums]:
+        begun = options.get("begun", {})
+        sampler = GroupSampler(
+            client=Requests(self, {prompt.id: len(begun.get(prompt.id, [])) for prompt in prompts}),
+            sampling=Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=1),
+            samples_per_prompt=self.samples,
+            reward=self.reward,
+            num_ids=1000,
+            max_failed_groups=0.0,
+        )
+        return await sampler.collect(epoch, prompts, **options)
+
+    async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
+        correct = self.verdicts(prompt.id)[tokens[0] - 1] == "1"
+        return float(correct), correct
+
+
+class Requests:
+    """The servers of one `collect`: prompts end with their id, of which so many rollouts were had before."""
+
+    def __init__(self, source: JudgedSource, sampled: dict[int, int]) -> None:
+        self.source, self.sampled = source, sampled
+
+    async def generate_group(
+        self, prompt_tokens: Sequence[int], n: int, sampling: Sampling, **_: object
+    ) -> list[Completion]:
+        number, source = prompt_tokens[-1], self.source
+        await asyncio.sleep(source.delay_s)
+        while source.limit is not None and len(source.rounds) >= source.limit:
+            await asyncio.sleep(0.005)
+        source.rounds.append((number, n))
+        first = self.sampled[number]
+        self.sampled[number] += n
+        return [_numbered(sample) for sample in range(first, first + n)]
+
+
+def _numbered(sample: int) -> Completion:
+    return Completion(
+        tokens=np.array([sample + 1, 2], np.int32),
+        server_logp=np.array([-1.0, -0.5], np.float32),
+        topk_ids=np.array([[3], [2]], np.int32),
+        topk_logp=np.array([[-0.7], [-0.5]], np.float32),
+        valid=np.ones(2, np.bool_),
+        weight_version=np.zeros(2, np.int32),
+        finish="stop",
+        num_dropped_topk=0,
+    )

@@ -7,8 +7,9 @@ import shutil
 import pytest
 
 from benchmarks.study_parts.plan import BASE, ROOT, WATCHED, Plan, fingerprint, read_plan, run_folder
-from benchmarks.study_parts.report import blocks, finished, write_report
-from benchmarks.study_parts.runner import LINES, Stale, perform
+from benchmarks.study_parts.report import blocks, finished, put_into, write_report
+from benchmarks.study_parts.revalidate import revalidate
+from benchmarks.study_parts.runner import LINES, ORIGIN, Stale, perform
 
 PLANS = sorted((ROOT / "benchmarks" / "plans").glob("stage_*.yaml"))
 LATER = math.inf
@@ -112,9 +113,39 @@ def test_a_plan_with_an_unknown_arm_or_key_is_refused(tmp_path) -> None:
     text = PLANS[0].read_text()
     for old, new, what in (
         ("reference: on_policy", "reference: nobody", "nobody"),
-        ("every: 20", "evry: 20", "evry"),
+        ("every: ", "evry: ", "evry"),
     ):
         path = tmp_path / "plan.yaml"
         path.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=what):
             read_plan(path)
+
+
+def test_runs_whose_first_steps_repeat_are_stamped_anew_and_others_stay_stale(
+    plan, folder, mesh, monkeypatch
+) -> None:
+    for run in plan.runs:
+        assert perform(plan, run, folder, mesh, LATER)
+    made = json.loads((run_folder(folder, plan.runs[1]) / ORIGIN).read_text())
+    monkeypatch.setattr("benchmarks.study_parts.runner.fingerprint", lambda: "written otherwise")
+    with monkeypatch.context() as other:
+        other.setattr("benchmarks.study_parts.sampler.STREAM", 1 << 61)
+        assert revalidate(plan, folder, mesh, 2) >= 1
+        assert finished(plan, folder)[1].stale == ["code"]
+    assert revalidate(plan, folder, mesh, 2) == 0
+    assert "STALE" not in write_report(plan, folder)
+    stamped = json.loads((run_folder(folder, plan.runs[1]) / ORIGIN).read_text())
+    assert stamped["code"] == "written otherwise" and stamped["made"]["code"] == made["code"]
+
+
+def test_a_report_takes_the_place_between_its_stages_marks_and_no_other(plan, tmp_path) -> None:
+    document = tmp_path / "evidence.md"
+    document.write_text("above\n<!-- stage test: begin -->\nold\n<!-- stage test: end -->\nbelow\n")
+    for text in ("first", "second\n"):
+        put_into(document, plan, text)
+    assert (
+        document.read_text() == "above\n<!-- stage test: begin -->\nsecond\n<!-- stage test: end -->\nbelow\n"
+    )
+    document.write_text("above\n<!-- stage b: begin -->\n<!-- stage b: end -->\n")
+    with pytest.raises(ValueError, match="Write both"):
+        put_into(document, plan, "third")

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.study_parts import stats
+from benchmarks.study_parts.picture import price
+from benchmarks.study_parts.report import verdict
 
 
 def test_quantiles_of_t_are_those_in_the_tables() -> None:
@@ -51,3 +53,28 @@ def test_a_rate_is_chosen_by_the_other_units_so_that_luck_is_not_counted_twice()
     noise, units = np.random.default_rng(0).normal(0, 1, (2000, 3, 5)), np.arange(5)
     assert abs(np.mean([sample[stats.cross_fitted(sample)[0], units].mean() for sample in noise])) < 0.03
     assert np.mean([sample.mean(1).max() for sample in noise]) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("gap", "smallest", "says"),
+    [
+        (0.06, 0.03, "better; close"),
+        # Both intervals exclude 0, but so small a mean is worth nothing, and the other may be noise.
+        (0.015, 0.01, "no difference larger than 0.015; close"),
+        (0.06, 0.07, "leans better, unresolved; at most 0.070; close"),
+        (-0.15, 0.08, "worse; not shown to be close"),
+    ],
+)
+def test_a_verdict_takes_a_mean_that_is_worth_it_and_resolved(gap: float, smallest: float, says: str) -> None:
+    assert verdict(np.full(5, gap), range(5), smallest, close=True) == says
+
+
+def test_a_verdict_takes_an_interval_without_0() -> None:
+    gaps = np.array([0.3, -0.2, 0.3, -0.2, 0.3])
+    assert verdict(gaps, range(5), 0.5, close=False) == "no difference larger than 0.500"
+
+
+def test_curves_are_priced_as_the_cost_table_has_it() -> None:
+    assert price("on_policy", 128) == 1.0
+    # docs/evidence.md, from `cost.py` and `cost.py --concurrency 16`.
+    assert [round(price("jackpot_paper", n), 2) for n in (128, 16)] == [1.03, 0.59]

@@ -82,6 +82,8 @@ def scores_of(s: Flat) -> Scores:
         weight_version_MT=zeros_MT,
         advantage_MT=laid(s.advantage_T, 0.0),
         correct_MT=laid(s.correct_T, False),
+        loss_weight_MT=laid(torch.ones_like(s.advantage_T), 0.0),
+        pruned_MP4=torch.zeros(num, 0, 4, dtype=torch.int64),
         cu_seqlens=tuple(torch.tensor([0, width], dtype=torch.int32) for _ in range(num)),
         longest=(width,) * num,
     )
@@ -152,6 +154,8 @@ def batch_of(tokens: Tokens) -> Batch:
         weight_version_MT=zeros_MT,
         advantage_MT=tokens.advantage_T[None],
         correct_MT=tokens.mask_T[None],
+        loss_weight_MT=torch.ones(zeros_MT.shape),
+        pruned_MP4=torch.zeros(1, 0, 4, dtype=torch.int64),
         cu_seqlens=(torch.tensor([0, len(tokens.mask_T)], dtype=torch.int32),),
         longest=(len(tokens.mask_T),),
     )

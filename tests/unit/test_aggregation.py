@@ -16,7 +16,7 @@ from megatron_jackpot.algorithm.aggregation import (
     SequenceMean,
     TokenMean,
 )
-from megatron_jackpot.algorithm.corrections import IcePop, Jackpot, MaskedIS, NoCorrection
+from megatron_jackpot.algorithm.corrections import IcePop, Jackpot, MaskedIS, NoCorrection, TokenIS
 from megatron_jackpot.algorithm.objectives import GSPO, PPO
 from megatron_jackpot.algorithm.objectives_base import objective_inputs
 from tests.unit.flat import Tokens, batch_of, identity, on_ranks, places, scores_of
@@ -111,6 +111,35 @@ def test_an_aggregation_is_the_same_on_any_split(method, kind):
     for i, (weight_T, _) in zip(index, split, strict=True):
         torch.testing.assert_close(weight_T, whole_T[i], rtol=1e-6, atol=0)
     assert sum(own for _, own in split) == pytest.approx(count, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", EVERY, ids=lambda m: type(m).__name__)
+def test_pruned_rollouts_count_in_n_as_if_they_were_there(method):
+    """Responses 3, 4 and 8 are left out of the batch: shares and N of the rest are those of the whole."""
+    s, correction = flat(), MaskedIS(cap=1.2)
+    whole_T, count = weighed(method, correction, s, identity, numbering(s))
+    left_T = torch.isin(s.segment_T, torch.tensor([3, 4, 8]))
+    lengths = [int((s.mask_T & (s.segment_T == own)).sum()) for own in (3, 4, 8)]
+    pruned = torch.tensor([[0, 7 * (own % 4), n, 0] for own, n in zip((3, 4, 8), lengths, strict=True)])
+    assert min(lengths) > 0
+    scores = scores_of(part(s, (~left_T).nonzero()[:, 0]))
+    rows = torch.tensor([[-1, -1, 0, 0]]).repeat(scores.batch.num_microbatches, 3, 1)
+    rows[1] = pruned
+    batch = replace(scores.batch, pruned_MP4=rows)
+    made = method(batch, correction(scores, identity), identity, numbering(s))
+    row_T, column_T, _, _ = places(part(s, (~left_T).nonzero()[:, 0]))
+    torch.testing.assert_close(made.weight_MT[row_T, column_T], whole_T[~left_T], rtol=1e-6, atol=0)
+    assert float(made.count) == pytest.approx(count, rel=1e-12)
+
+
+def test_a_selection_s_weight_multiplies_what_the_correction_has_capped():
+    scores = scores_of(flat())
+    found = TokenIS(cap=1.1)(scores, identity)
+    batch = replace(scores.batch, loss_weight_MT=torch.full_like(found.weight_MT, 10.0))
+    made = TokenMean()(batch, found, identity, numbering(flat()))
+    assert float(found.weight_MT.max()) == pytest.approx(1.1)
+    torch.testing.assert_close(made.weight_MT, 10 * found.weight_MT)
+    assert float(made.count) == int(scores.batch.mask_MT.sum())
 
 
 def tiny():

@@ -26,7 +26,7 @@ OURS: dict[str, set[str]] = {
     "data": {"records", "config", "parallel", "algorithm.registry"},
     "models": {"records", "config", "parallel", "run.provenance"},
     "monitor": {"records", "config", "run"},
-    "rollout": {"records", "config", "parallel", "rewards", "data", "servers"},
+    "rollout": {"records", "algorithm.allocators_base", "config", "parallel", "rewards", "data", "servers"},
     "sync": {"config", "parallel", "models", "servers"},
     "plan": {"config", "parallel.block_sizes"},
     "train": {

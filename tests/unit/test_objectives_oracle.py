@@ -5,6 +5,7 @@ An oracle is f(live, frozen): log-probs with a gradient and those under a stop-g
 differences in `live` alone give the gradient that the method asks for.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 
 from megatron_jackpot.algorithm.objectives import OBJECTIVES, PPO
 from megatron_jackpot.algorithm.objectives_base import objective_inputs
+from megatron_jackpot.algorithm.objectives_sequence import MinPRO
 from megatron_jackpot.algorithm.obrs import counter_uniform
 from megatron_jackpot.algorithm.registry import build
-from tests.unit.flat import identity, inputs_of, on_ranks, places
+from tests.unit.flat import Tokens, identity, inputs_of, on_ranks, places
 from tests.unit.flat import scores_of as flat_scores
 from tests.unit.test_corrections import make_scores
 from tests.unit.test_corrections import part as flat_part
@@ -119,12 +121,12 @@ def topr(live, frozen, d, level="sequence", anchor="q"):
     return np.where(d["a"] < 0, taper, 1) * d["a"] * live
 
 
-def minpro(live, frozen, d, cap=5.0, anchor="q"):
+def minpro(live, frozen, d, cap=5.0, anchor="q", most=np.inf):
     weight = np.zeros(len(live))
     for own in rollouts(d):
         r = np.exp(frozen[own] - d[anchor][own])
         for t in range(len(own)):
-            weight[own[t]] = min(r[t] * (min(r[:t]) if t else 1.0), cap)
+            weight[own[t]] = min(r[t] * min(min(r[:t]) if t else 1.0, most), cap)
     return weight * d["a"] * live
 
 
@@ -214,6 +216,7 @@ CASES = [
     ("topr", {"level": "token", "anchor": "old"}, topr, {"level": "token", "anchor": "old"}),
     ("minpro", {}, minpro, {}),
     ("minpro", {"cap": 1.0, "anchor": "old"}, minpro, {"cap": 1.0, "anchor": "old"}),
+    ("minpro", {"prefix_at_most_one": True}, minpro, {"most": 1.0}),
     ("dppo_tv", {}, dppo_tv, {}),
     (
         "dppo_tv",
@@ -338,6 +341,25 @@ def test_m2po_keeps_as_many_tokens_as_the_budget_allows():
     assert log_r_T[log_r_T.abs() <= made.threshold * 1.004].square().mean() > 0.04
     dropped = made.metrics(inputs_of(logp_T, tokens))["clip_fraction"][0].item()
     assert dropped == (~kept_T & (tokens.advantage_T != 0)).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("limited", "want"), [(False, [1, 1.2, 0.5, 0.5, 0.5]), (True, [1, 1, 0.5, 0.5, 0.5])]
+)
+def test_the_minimum_of_minpro_is_of_earlier_ratios_and_may_be_held_at_1(limited, want):
+    ratio_T = torch.tensor([1.2, 0.5, 1.1, 0.9, 2.0], dtype=torch.float64)
+    zeros_T, ones_T = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.bool)
+    tokens = Tokens(
+        old_logp_T=zeros_T - 3,
+        server_logp_T=zeros_T - 3,
+        advantage_T=zeros_T + 1,
+        mask_T=ones_T,
+        segment_T=torch.zeros(5, dtype=torch.int64),
+    )
+    logp_T = (ratio_T.log() - 3).requires_grad_()
+    surrogate_T = MinPRO(cap=math.inf, prefix_at_most_one=limited).surrogate(inputs_of(logp_T, tokens))
+    (weight_T,) = torch.autograd.grad(surrogate_T.sum(), logp_T)
+    torch.testing.assert_close(weight_T / ratio_T, torch.tensor(want, dtype=torch.float64))
 
 
 def test_bapo_moves_its_bounds_only_when_negatives_dominate():

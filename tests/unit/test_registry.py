@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
+from megatron_jackpot.algorithm.allocators import ALLOCATORS
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.registry import build
+from megatron_jackpot.algorithm.selectors import SELECTORS
 
 REPOSITORY = Path(__file__).parents[2]
 REGISTRIES: dict[str, dict[str, type]] = {
     "algorithm.correction": CORRECTIONS,
     "algorithm.objective": OBJECTIVES,
     "algorithm.advantage": ADVANTAGES,
+    "algorithm.selector": SELECTORS,
+    "rollout.allocator": ALLOCATORS,
     "actor.distill": DISTILL,
 }
 EVERY = [(where, name) for where, registry in REGISTRIES.items() for name in registry]
@@ -99,6 +103,8 @@ PAGES = {
     "algorithm.correction": "corrections.md",
     "algorithm.objective": "objectives.md",
     "algorithm.advantage": "advantages.md",
+    "algorithm.selector": "sampling.md",
+    "rollout.allocator": "allocation.md",
     "actor.distill": "distillation.md",
 }
 

@@ -1,0 +1,331 @@
+"""Rounds of rollouts, prompts in the place of others, and plans from what was seen: in one process, on
+scripted verdicts, through faults and resumes."""
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_jackpot.algorithm.allocators import VIP, CoBA, DynamicSampling, Rescue
+from megatron_jackpot.algorithm.allocators_base import Allocator, Fixed
+from megatron_jackpot.config import Rollouts
+from megatron_jackpot.data.loader import PromptLoader
+from megatron_jackpot.records import Prompt
+from megatron_jackpot.rollout.allocation import Allocation
+from megatron_jackpot.rollout.collected import Collected, account
+from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
+from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
+from tests.rollout.sources import JudgedSource
+
+PROMPTS = [Prompt(id=i, tokens=(1, 10, i), label=None) for i in range(40)]
+PER_STEP, SAMPLES = 4, 4
+
+
+class Leader:
+    """A mesh of leaders that are threads of one process, as one of them sees it."""
+
+    def __init__(self, dp: int, dp_rank: int, barrier: threading.Barrier, values: list) -> None:
+        self.dp, self.dp_rank, self.dp_group = dp, dp_rank, self
+        self.barrier, self.values = barrier, values
+
+    def gather(self, value: Any) -> list:
+        self.values[self.dp_rank] = value
+        self.barrier.wait(60)
+        seen = [*self.values]
+        self.barrier.wait(60)
+        return seen
+
+    def wait_for_leaders(self, what: str, timeout_s: float) -> None:
+        self.gather(None)
+
+    def largest(self, value: int) -> int:
+        return max(self.gather(value))
+
+
+def leaders(dp: int) -> list[Leader]:
+    barrier, values = threading.Barrier(dp), [None] * dp
+    return [Leader(dp, rank, barrier, values) for rank in range(dp)]
+
+
+def together(calls: list[Callable[[], Any]]) -> list:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [work.result() for work in [pool.submit(call) for call in calls]]
+
+
+class Run:
+    """A leader's pipeline on scripted verdicts, as the trainer moves it."""
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        verdicts: Callable[[int], str],
+        ahead: int = 0,
+        mesh: Leader | None = None,
+    ) -> None:
+        mesh = mesh or leaders(1)[0]
+        self.allocation = Allocation(allocator, SAMPLES)
+        self.source, self.finished, self.why = JudgedSource(verdicts, SAMPLES), Groups(), ""
+        self.loader = PromptLoader(PROMPTS, PER_STEP, mesh.dp_rank, mesh.dp, 5)
+        self.ahead, self.steps = ahead, 0
+        self.pipeline = Pipeline(
+            mesh,
+            Rollouts(samples_per_prompt=SAMPLES, max_staleness=99),
+            self.source,
+            lambda: self.why or None,
+            self.finished,
+            limit_s=20,
+            allocation=self.allocation,
+        )
+
+    def step(self) -> Collected:
+        number = self.steps + 1
+        for later in range(number, number + self.ahead + 1):
+            self.pipeline.start(later, self.loader)
+        taken = self.pipeline.take(number, self.loader, recover=lambda: None)
+        assert taken is not None
+        self.steps = number
+        return taken
+
+    def stopped_after(self, requests: int) -> None:
+        """The next step is interrupted when so many requests have been answered."""
+        self.source.limit = requests
+        self.why = "test"
+        with pytest.raises(StopRun):
+            self.step()
+        self.pipeline.interrupt("test")
+
+    def resumed(self, folder: Path, mesh: Leader | None = None) -> "Run":
+        """A leader of another process, from what the leaders' checkpoint holds."""
+        again = Run(self.allocation.allocator, self.source.verdicts, self.ahead, mesh)
+        again.steps = self.steps
+        again.loader.load_state_dict(self.loader.state_dict())
+        again.allocation.load_state_dict(json.loads(json.dumps(self.allocation.state_dict())))
+        for path in folder.glob("*.npz"):
+            again.finished |= load_groups(path, {prompt.id: prompt for prompt in PROMPTS})
+        return again
+
+    def save(self, folder: Path) -> None:
+        save_groups(folder / f"rollouts-{self.pipeline.mesh.dp_rank}.npz", self.finished)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch):
+    def all_gather_object(parts: list, mine: Any, group: Leader) -> None:
+        parts[:] = group.gather(mine)
+
+    monkeypatch.setattr("megatron_jackpot.rollout.pipeline.dist.all_gather_object", all_gather_object)
+    made: list[Run] = []
+
+    def make(*args, **options) -> Run:
+        made.append(Run(*args, **options))
+        return made[-1]
+
+    yield make
+    for run in made:
+        run.source.close()
+
+
+def first_right(number: int) -> str:
+    """Prompt i is right for the first time at its (i mod 13)-th rollout."""
+    return "".join("1" if sample == number % 13 else "0" for sample in range(99))
+
+
+def summary(taken: Collected) -> list[list[tuple[tuple[int, int, int], int, bool]]]:
+    return [[(r.key, int(r.tokens[0]), r.correct) for r in group] for group in taken.groups]
+
+
+def test_a_rescued_prompt_gets_pairs_until_the_first_success_and_its_samples_are_numbered_on(runs) -> None:
+    run = runs(Rescue(extra=2, most=10), first_right)
+    taken = run.step()
+    for group in taken.groups:
+        first = group[0].prompt.id % 13
+        want = SAMPLES if first < SAMPLES else min(10, SAMPLES + 2 * (1 + (first - SAMPLES) // 2))
+        assert [r.sample for r in group] == list(range(want)) == [r.tokens[0] - 1 for r in group]
+        asked = [n for number, n in run.source.rounds if number == group[0].prompt.id]
+        assert asked == [SAMPLES, *[2] * ((want - SAMPLES) // 2)]
+    sizes = [len(group) for group in taken.groups]
+    failed = [g for g in taken.groups if not any(r.correct for r in g[:SAMPLES])]
+    assert len(set(sizes)) > 1 and taken.sums["allocate/rollouts"] == (sum(sizes), PER_STEP)
+    rescued = sum(any(r.correct for r in group) for group in failed)
+    assert taken.sums["allocate/rescued"] == (rescued, len(failed)) and rescued
+    assert taken.sums["allocate/further"] == (len(failed), PER_STEP)
+
+
+@pytest.mark.parametrize("requests", range(1, 9))
+def test_a_rescue_that_was_stopped_anywhere_goes_on_with_the_same_decisions(
+    runs, tmp_path: Path, requests: int
+) -> None:
+    whole = runs(Rescue(extra=2, most=10), first_right)
+    want, total = summary(whole.step()), len(whole.source.rounds)
+    assert total > 8
+    run = runs(Rescue(extra=2, most=10), first_right)
+    run.stopped_after(requests)
+    run.save(tmp_path)
+    again = run.resumed(tmp_path)
+    try:
+        assert summary(again.step()) == want
+        # Nothing that was finished is asked for once more: not a group, and not a round of one.
+        assert len(run.source.rounds) + len(again.source.rounds) == total
+    finally:
+        again.source.close()
+
+
+def every_third(number: int) -> str:
+    """Two prompts of three are all wrong."""
+    return "0100" if number % 3 == 0 else "0000"
+
+
+def test_dynamic_sampling_replaces_equal_groups_and_the_loader_s_place_does_not_move(runs) -> None:
+    run, plain = runs(DynamicSampling(over_sample=2), every_third), runs(Fixed(), every_third)
+    for _ in range(4):
+        taken, without = run.step(), plain.step()
+        assert taken.trained == without.trained and taken.lost == []
+        assert len(taken.groups) == PER_STEP
+        assert all(group[0].prompt.id % 3 == 0 for group in taken.groups)
+        asked = [*taken.trained, *taken.fetched]
+        assert len(set(asked)) == len(asked) == len(taken.sampled)
+        # The first live ones in the order in which they were asked for, whichever finished first.
+        assert [g[0].prompt.id for g in taken.groups] == [i for i in asked if i % 3 == 0][:PER_STEP]
+        surplus = sum(i % 3 == 0 for i in asked) - PER_STEP
+        assert taken.sums["allocate/surplus"] == (surplus, PER_STEP)
+        assert taken.sums["allocate/fetched"] == (len(taken.fetched), PER_STEP)
+        told = account(run.pipeline.mesh, taken)
+        assert told["fetched"] == sorted(taken.fetched) and "fetched" not in account(
+            run.pipeline.mesh, without
+        )
+    assert run.loader.state_dict() == plain.loader.state_dict() and not run.finished
+
+
+def test_fetched_prompts_of_a_step_do_not_meet_the_loader_s_of_a_step_in_flight(runs) -> None:
+    """30 prompts wait in three steps ahead, of which step 1 fetches some too: each has a group of its own."""
+    alone, ahead = (runs(DynamicSampling(over_sample=2), every_third, ahead=n) for n in (0, 3))
+    for _ in range(4):
+        assert summary(alone.step()) == summary(ahead.step())
+    assert not alone.finished and all(
+        any(batch.owns(key) for batch in ahead.pipeline.batches) for key in ahead.finished
+    )
+
+
+@pytest.mark.parametrize("requests", range(1, 8))
+def test_dynamic_sampling_that_was_stopped_in_any_round_goes_on_with_the_same_decisions(
+    runs, tmp_path: Path, requests: int
+) -> None:
+    whole = runs(DynamicSampling(over_sample=2), every_third)
+    whole.step()
+    before, taken = len(whole.source.rounds), whole.step()
+    want, fetched, total = summary(taken), taken.fetched, len(whole.source.rounds)
+    assert total - before == 8
+    run = runs(DynamicSampling(over_sample=2), every_third)
+    run.step()
+    run.stopped_after(before + requests)
+    run.save(tmp_path)
+    again = run.resumed(tmp_path)
+    try:
+        resumed = again.step()
+        assert summary(resumed) == want and resumed.fetched == fetched
+        assert len(run.source.rounds) + len(again.source.rounds) == total
+    finally:
+        again.source.close()
+
+
+def test_where_no_other_prompts_are_left_equal_groups_fill_the_step(
+    runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_jackpot.rollout.pipeline.raise_on_all_ranks", nullcontext)
+    run = runs(DynamicSampling(over_sample=3, max_rounds=99), lambda number: "0000")
+    taken = run.step()
+    assert [g[0].prompt.id for g in taken.groups] == taken.trained
+    assert len(taken.fetched) == len(PROMPTS) - PER_STEP
+    failing = runs(DynamicSampling(max_rounds=2, on_exhausted="fail"), lambda number: "0000")
+    with pytest.raises(RuntimeError, match="0 of 4 groups differ in correct"):
+        failing.step()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(CoBA):
+    """CoBA that writes into the plan's prompts what it knew: the number of steps that it had seen."""
+
+    num_visits = 50
+
+    def plan(self, ids, samples, memory) -> list[int]:
+        PLANNED.append(len(memory.rates))
+        return super().plan(ids, samples, memory)
+
+
+PLANNED: list[int] = []
+
+
+def by_turns(number: int) -> str:
+    return "".join("1" if (number * 7 + sample * 5) % 11 < number % 9 else "0" for sample in range(200))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_a_plan_sees_exactly_the_steps_before_those_in_flight_also_after_a_resume(
+    runs, tmp_path: Path, ahead: int
+) -> None:
+    PLANNED.clear()
+    whole = runs(Told(), by_turns, ahead=ahead)
+    sizes = [[len(group) for group in whole.step().groups] for _ in range(14)]
+    steps = range(1, 14 + ahead + 1)
+    assert PLANNED == [max(0, step - 1 - ahead) for step in steps]
+    assert all(sum(own) == PER_STEP * SAMPLES for own in sizes) and any(len(set(own)) > 1 for own in sizes)
+    run = runs(Told(), by_turns, ahead=ahead)
+    for _ in range(11):
+        run.step()
+    run.pipeline.interrupt("test")
+    PLANNED.clear()
+    run.save(tmp_path)
+    again = run.resumed(tmp_path)
+    try:
+        assert [[len(group) for group in again.step().groups] for _ in range(3)] == sizes[11:]
+        # Steps in flight have the plans that were made of them.
+        assert PLANNED == [step - 1 - ahead for step in range(12 + ahead, 15 + ahead)]
+    finally:
+        again.source.close()
+
+
+@pytest.mark.parametrize("allocator", [VIP(least=2), CoBA(), Rescue(extra=2, most=10)], ids=str)
+def test_every_leader_of_any_layout_comes_to_the_same_plans_and_groups(runs, allocator: Allocator) -> None:
+    """One leader's rollouts end last: what the others know by then must not show."""
+    seen = []
+    for dp in (1, 2, 4):
+        made = [runs(allocator, by_turns, ahead=1, mesh=leader) for leader in leaders(dp)]
+        made[0].source.delay_s = 0.02
+        taken: list[list[Collected]] = together(
+            [lambda run=run: [run.step() for _ in range(12)] for run in made]
+        )
+        groups = [sorted(g for part in step for g in summary(part)) for step in zip(*taken, strict=True)]
+        states = [run.allocation.state_dict() for run in made]
+        assert all(state == states[0] for state in states)
+        seen.append((groups, states[0]))
+    assert seen[0] == seen[1] == seen[2]
+    # Of 4 rollouts a prompt, VIP moves none: their pass rates are not far enough apart.
+    sizes = {len(group) for step in seen[0][0] for group in step}
+    assert sizes == {4} if isinstance(allocator, VIP) else len(sizes) > 1
+
+
+@pytest.mark.parametrize("dp", [1, 4])
+def test_a_stop_within_a_round_on_two_leaders_goes_on_with_the_same_decisions_on_others(
+    runs, tmp_path: Path, dp: int
+) -> None:
+    allocator = Rescue(extra=2, most=10)
+    whole = runs(allocator, first_right)
+    want, total = sorted(summary(whole.step())), len(whole.source.rounds)
+    stopped = [runs(allocator, first_right, mesh=leader) for leader in leaders(2)]
+    together([lambda run=run: run.stopped_after(4) for run in stopped])
+    for run in stopped:
+        run.save(tmp_path)
+    again = [stopped[0].resumed(tmp_path, leader) for leader in leaders(dp)]
+    try:
+        parts = together([run.step for run in again])
+        assert sorted(g for part in parts for g in summary(part)) == want
+        assert sum(len(run.source.rounds) for run in [*stopped, *again]) == total
+    finally:
+        for run in again:
+            run.source.close()
