@@ -1,13 +1,14 @@
 """Problems before tokenization, from reasoning-gym or from files: jsonl, parquet, a data set on disk."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_jackpot.algorithm.registry import nearest
-from megatron_jackpot.data.tables import files_behind, is_table, table_rows
+from megatron_jackpot.data.tables import Row, files_behind, is_table, table_rows
 
 ASKING = ("user", "tool", "system", "developer", "function", "ipython")
 """Roles of a message that the assistant may answer. Its own has other names, too: model, gpt, Assistant."""
@@ -21,7 +22,7 @@ class Problem:
     """Position in its source: index of the draw, or line number in the file counted from 0."""
     question: str | list[dict[str, str]]
     """A text, or chat messages with role and content."""
-    label: dict[str, Any]
+    label: Row
     """`answer` and whatever else the source gives to the reward."""
 
     @property
@@ -80,11 +81,10 @@ def file_problems(path: Path, mistakes: list[str] | None = None) -> list[Problem
     A bad row stops the run rather than being skipped: a partly broken file is not the file that was meant.
     Its mistake goes to `mistakes`, naming file and line, or is a ValueError where that is None.
     """
-    path, problems = Path(path), []
-    read = _of_table if is_table(path) else _of_line
-    for index, row in table_rows(path) if is_table(path) else _lines(path):
+    problems = []
+    for index, problem in _read(Path(path)):
         try:
-            problems.append(read(index, row))
+            problems.append(problem())
         except ValueError as error:
             mistake = f"{path}, {place_in(path, index)}: {error}"
             if mistakes is None:
@@ -98,13 +98,19 @@ def place_in(path: Path, index: int) -> str:
     return f"{'row' if is_table(path) else 'line'} {index + 1}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _read(path: Path) -> Iterator[tuple[int, Callable[[], Problem]]]:
+    """(row counted from 0, what makes its problem or raises ValueError)."""
+    if is_table(path):
+        yield from ((index, partial(_of_table, index, row)) for index, row in table_rows(path))
+        return
     (path,) = files_behind(path)
     with open(path, "rb") as file:
-        yield from ((index, line) for index, line in enumerate(file) if line.strip())
+        for index, line in enumerate(file):
+            if line.strip():
+                yield index, partial(_of_line, index, line)
 
 
-def _of_table(index: int, row: dict[str, Any]) -> Problem:
+def _of_table(index: int, row: Row) -> Problem:
     answer = row.get("answer")
     if isinstance(answer, float):
         raise ValueError(f"'answer' is the float {answer!r}: how is it written? Store it as text or integer.")
@@ -135,7 +141,7 @@ def _of_line(index: int, line: bytes) -> Problem:
     return _problem(index, row, answer)
 
 
-def _problem(index: int, row: dict[str, Any], answer: object) -> Problem:
+def _problem(index: int, row: Row, answer: object) -> Problem:
     if ("prompt" in row) == ("messages" in row):
         raise ValueError(f"a row needs either 'prompt' or 'messages', got the keys {sorted(row)}.")
     question = _prompt(row["prompt"]) if "prompt" in row else _messages(row["messages"])
@@ -143,7 +149,7 @@ def _problem(index: int, row: dict[str, Any], answer: object) -> Problem:
     return Problem(index, question, {**extra, "answer": _answer(answer)})
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -11,6 +11,8 @@ STATE = "state.json"
 """What `Dataset.save_to_disk` writes beside its arrow files."""
 SPLITS = "dataset_dict.json"
 """What `DatasetDict.save_to_disk` writes above a folder for each split."""
+Row = dict[str, Any]
+"""Column -> value, as JSON gives them."""
 BATCH = 1024
 """Rows that are held as Python values at a time."""
 
@@ -45,7 +47,7 @@ def files_behind(path: Path) -> list[Path]:
     return found
 
 
-def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def table_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """(row counted from 0, its columns as Python values) in order; absent values are left out.
 
     Raises ValueError where pyarrow is missing or cannot read a file, and as `files_behind` does.
@@ -53,12 +55,12 @@ def table_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     for file in files_behind(path):
         for batch in _batches(file):
-            for row in batch.to_pylist():
-                yield number, _without_nulls(row)
+            for row in batch:
+                yield number, {key: _without_nulls(value) for key, value in row.items() if value is not None}
                 number += 1
 
 
-def _batches(file: Path) -> Iterator[Any]:
+def _batches(file: Path) -> Iterator[list[Row]]:
     try:
         # Not an import: the package is nobody's requirement.
         pyarrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
@@ -68,15 +70,17 @@ def _batches(file: Path) -> Iterator[Any]:
         ) from error
     try:
         if file.suffix == ENDING:
-            yield from parquet.ParquetFile(file).iter_batches(batch_size=BATCH)
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=BATCH):
+                yield batch.to_pylist()
         else:
             with pyarrow.memory_map(str(file)) as mapped:
-                yield from pyarrow.ipc.open_stream(mapped)
+                for batch in pyarrow.ipc.open_stream(mapped):
+                    yield batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: object) -> object:
     """Every row of a table has every column, and every message every field."""
     if isinstance(value, dict):
         return {key: _without_nulls(below) for key, below in value.items() if below is not None}

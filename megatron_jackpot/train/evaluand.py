@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_jackpot.config import Config, ConfigError, Evaluation
 from megatron_jackpot.config.load import examine, placed
@@ -128,7 +127,7 @@ def _of_run(run: Path) -> Tree:
     return tree
 
 
-def _paths(tree: Tree) -> list[tuple[dict[str, Any], str]]:
+def _paths(tree: Tree) -> list[tuple[Tree, str]]:
     """Where a relative path may stand."""
     data, sets = tree.get("data", {}), tree.get("evaluation", {}).get("sets", {})
     places = [(data, key) for key in ("path", "heldout_path")] + [(one, "path") for one in sets.values()]

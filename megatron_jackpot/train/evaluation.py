@@ -71,7 +71,7 @@ class Evaluator:
         mesh = self.state.mesh
         pairs: Metrics = {}
         samples: list[Row] = []
-        failed = judged = 0.0
+        failed = counted = 0.0
         # All of it before servers are asked: ranks that ask none wait in the store, not in a collective.
         recomputed = {name: self._recomputed(mine) for name, (mine, _) in self._parts().items()}
         for name, (mine, prompts) in self._parts().items():
@@ -80,13 +80,13 @@ class Evaluator:
             given = recomputed[name] | {self.state.served.name: self._served(mine, self.judge)}
             for model, answers in given.items():
                 right, lost = judged(mine, answers, self.judge)
-                failed, judged = failed + lost, judged + sum(map(len, answers))
+                failed, counted = failed + lost, counted + sum(map(len, answers))
                 scored = Scored(f"eval/{name}/{model}" if name else f"eval/{model}", mine, right)
                 pairs |= scored.metrics(tasks_of(prompts)) | scored.passes(self._samples(model))
                 first = self.config.evaluation.keep
                 samples += kept(name, model, mine[:first], answers, right, self.judge)
         if self.judge is not None:
-            pairs["eval/failed_rewards"] = pair(failed, judged)
+            pairs["eval/failed_rewards"] = pair(failed, counted)
         mesh.wait_for_leaders(f"eval-{self.state.num_steps}", self.config.rollout.request_timeout_s * 2)
         metrics = reduce_metrics(pairs, mesh.dp_group) if mesh.is_leader else {}
         if not mesh.is_main:
