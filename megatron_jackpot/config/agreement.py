@@ -192,8 +192,8 @@ def _reference(c: "Config") -> Iterator[str]:
     selector = c.algorithm.selector.name
     if kl is not None and kl.place == "reward" and selector != "all":
         yield (
-            f"algorithm.reference_kl.place = 'reward' is known after scoring, but algorithm.selector = '{selector}' "
-            "chooses by the rewards before it. Set place=loss, or selector=all."
+            "algorithm.reference_kl.place = 'reward' is known after scoring, but algorithm.selector.name = "
+            f"'{selector}' chooses by the rewards before it. Set place=loss, or selector=all."
         )
 
 

@@ -27,12 +27,12 @@ from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_s
 from megatron_jackpot.launch.cached import cached, content
 from megatron_jackpot.launch.folder import used_for
 from megatron_jackpot.launch.labels import label_mistakes, load_mistakes, whole_rows
+from megatron_jackpot.launch.ports import prometheus_mistakes, server_mistakes
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import judges
 from megatron_jackpot.rewards.remote import address_mistake, is_remote
 from megatron_jackpot.run.clock import started_at
 from megatron_jackpot.run.provenance import check_models, check_run_folder, checkpoints, versions
-from megatron_jackpot.servers.address import LAST_PORT, free_port, port_is_free
 
 Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
@@ -265,36 +265,13 @@ def _reward(s: Subject) -> Iterator[str]:
 
 
 def _servers(s: Subject) -> Iterator[str]:
-    servers = s.config.servers
-    if s.command != "launch" or servers.urls:
-        return
-    if servers.python is not None and not os.access(servers.python, os.X_OK):
-        yield f"servers.python = {servers.python} is no program. Set it to the interpreter that has SGLang."
-    try:
-        free_port(servers.host)
-    except ValueError as error:
-        yield str(error)
-        return
-    ports = range(servers.port, servers.port + servers.num) if servers.port else ()
-    if ports and ports[-1] > LAST_PORT:
-        yield (
-            f"servers.port = {servers.port} leaves no room for servers.num = {servers.num} below port "
-            f"{LAST_PORT}. Lower it, or set it to 0."
-        )
-    for port in ports:
-        if port <= LAST_PORT and not port_is_free(servers.host, port):
-            yield (
-                f"Port {port} on {servers.host} is in use: no server can start there. "
-                "Set servers.port to a free one, or to 0 to have one chosen."
-            )
+    if s.command == "launch" and not s.config.servers.urls:
+        yield from server_mistakes(s.config.servers)
 
 
 def _prometheus(s: Subject) -> Iterator[str]:
-    host, port = s.config.logging.prometheus_host, s.config.logging.prometheus_port
-    with suppress(ValueError):
-        if s.command != "launch" or port is None or port_is_free(host, port):
-            return
-    yield f"logging.prometheus_port = {port}: in use on {host}, or that is not here. Set another, or null."
+    if s.command == "launch":
+        yield from prometheus_mistakes(s.config.logging)
 
 
 def _run_folder(s: Subject) -> Iterator[str]:

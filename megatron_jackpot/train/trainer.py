@@ -19,7 +19,7 @@ from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.weight_ring import WeightRing
 from megatron_jackpot.monitor.token_log import TokenLog
 from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
-from megatron_jackpot.records import Aggregated, Batch, Correction, Scores
+from megatron_jackpot.records import Aggregated, Batch, Correction, Rollout, Scores
 from megatron_jackpot.rollout.collected import Collected, account
 from megatron_jackpot.rollout.pipeline import Pipeline, Source, StopRun
 from megatron_jackpot.run.watchdog import Watchdog

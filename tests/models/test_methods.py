@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_jackpot.algorithm.reward_parts import RewardParts
 from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.train.assembly import check_leaders
 from megatron_jackpot.train.methods import Methods
