@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-BINARY = ("rb", "wb", "ab", "r+b")
+BINARY = ("rb", "wb", "ab", "r+b", "a+b")
 
 
 def without_encoding(path: Path) -> list[str]:
