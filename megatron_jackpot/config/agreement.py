@@ -181,8 +181,9 @@ def _reference(c: "Config") -> Iterator[str]:
         )
     if kl is None and c.policy.reference is not None:
         yield (
-            "policy.reference is scored in every step, but algorithm.reference_kl is null: nothing would use "
-            "it. Set algorithm.reference_kl.weight=1e-3, or policy.reference=null."
+            f"policy.reference = {c.policy.reference.model_dump(mode='json')} is scored in every step, but "
+            "algorithm.reference_kl is null: nothing would use it. Set algorithm.reference_kl.weight=1e-3, or "
+            "policy.reference=null."
         )
     if kl is not None and kl.place == "reward" and kl.estimator == "unbiased":
         yield (

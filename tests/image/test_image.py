@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.launch import doctor
+from megatron_jackpot.servers import gpus
 from tools.check_image import main, pins, wrong_pins
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +113,7 @@ def test_doctor_compares_nccl_of_both_environments(tmp_path, monkeypatch, traine
         interpreters[side].write_text(f"#!/bin/sh\necho {version}\n")
         interpreters[side].chmod(0o755)
     monkeypatch.setattr("sys.executable", str(interpreters["trainer"]))
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: ["0"])
     attempt = doctor.attempt
     monkeypatch.setattr(doctor, "attempt", lambda code, interpreter: attempt(code, interpreter=interpreter))
     check = doctor.same_nccl(interpreters["server"])
