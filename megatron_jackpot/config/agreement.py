@@ -176,14 +176,15 @@ def _reference(c: "Config") -> Iterator[str]:
     kl = c.algorithm.reference_kl
     if kl is not None and c.policy.reference is None:
         yield (
-            "algorithm.reference_kl needs a model to stay near, but policy.reference is null. Set "
-            "policy.reference={} for the policy at the start, or policy.reference.hf=FOLDER."
+            f"algorithm.reference_kl = {kl.model_dump(mode='json')} needs a model to stay near, but "
+            "policy.reference is null. Set policy.reference={} for the policy at the start, or "
+            "policy.reference.hf=FOLDER."
         )
     if kl is None and c.policy.reference is not None:
         yield (
             f"policy.reference = {c.policy.reference.model_dump(mode='json')} is scored in every step, but "
-            "algorithm.reference_kl is null: nothing would use it. Set algorithm.reference_kl.weight=1e-3, or "
-            "policy.reference=null."
+            "algorithm.reference_kl is null: nothing would use it. Set algorithm.reference_kl.weight=1e-3 "
+            "or policy.reference=null."
         )
     if kl is not None and kl.place == "reward" and kl.estimator == "unbiased":
         yield (

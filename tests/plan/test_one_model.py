@@ -117,7 +117,7 @@ KL = dict(algorithm=dict(reference_kl={}))
 @pytest.mark.parametrize(
     ("sections", "line"),
     [
-        (KL, "algorithm.reference_kl needs a model to stay near, but policy.reference is null"),
+        (KL, "needs a model to stay near, but policy.reference is null"),
         (dict(policy=dict(reference={})), "nothing would use it. Set algorithm.reference_kl.weight=1e-3"),
         (
             dict(
