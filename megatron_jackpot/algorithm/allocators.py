@@ -49,8 +49,8 @@ class DynamicSampling(Allocator):
     """What must differ within a group."""
 
     def __post_init__(self) -> None:
-        if not self.over_sample >= 1:
-            raise ValueError(f"over_sample = {self.over_sample}: must be >= 1. Use 3.")
+        if not 1 <= self.over_sample < math.inf:
+            raise ValueError(f"over_sample = {self.over_sample}: must be >= 1 and finite. Use 3.")
         if self.max_rounds < 1:
             raise ValueError(f"max_rounds = {self.max_rounds}: must be >= 1. Use 10.")
 
@@ -162,15 +162,15 @@ class CoBA(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.alpha_least <= self.alpha_most < self.kappa:
+        if not 0 < self.alpha_least <= self.alpha_most < self.kappa < math.inf:
             raise ValueError(
                 f"alpha_least = {self.alpha_least}, alpha_most = {self.alpha_most}: must be 0 < least <= "
-                f"most < kappa = {self.kappa}. Leave them out."
+                f"most < kappa = {self.kappa}, finite. Leave them out."
             )
-        if not self.tau > 0:
-            raise ValueError(f"tau = {self.tau}: must be > 0. Use 3.")
-        if not self.steepness >= 0:
-            raise ValueError(f"steepness = {self.steepness}: must be >= 0. Use 9.")
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"tau = {self.tau}: must be > 0 and finite. Use 3.")
+        if not 0 <= self.steepness < math.inf:
+            raise ValueError(f"steepness = {self.steepness}: must be >= 0 and finite. Use 9.")
 
     def plan(self, ids: Sequence[int], samples: int, memory: Memory) -> list[int]:
         alpha = self.alpha(memory.rates)

@@ -123,8 +123,8 @@ class AERO(Selector):
     """Advantage there, r = 1 where correct, else 0: (r - U) / sqrt(U (1 - U)), r - U, or 2 U - 1."""
 
     def __post_init__(self) -> None:
-        if not self.ratio > 0:
-            raise ValueError(f"ratio = {self.ratio}: must be > 0. Use 1.0.")
+        if not 0 < self.ratio < math.inf:
+            raise ValueError(f"ratio = {self.ratio}: must be > 0 and finite. Use 1.0.")
         if self.keep < 1:
             raise ValueError(f"keep = {self.keep}: must be >= 1. Use 4.")
 

@@ -127,7 +127,7 @@ def add_weight_gradients_in_place(chunk: GPTModel) -> None:
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
+            setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010 - its class is Transformer Engine's
 
 
 def end_at_hidden(chunk: GPTModel) -> None:

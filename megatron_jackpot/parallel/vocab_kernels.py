@@ -15,6 +15,7 @@ import triton.language as tl
 
 NEG_INF = tl.constexpr(-float("inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
+EIGHT, YES, NO = tl.constexpr(8), tl.constexpr(True), tl.constexpr(False)
 NONE = tl.constexpr(2**31 - 1)
 """In place of an id: beyond every one."""
 
@@ -160,7 +161,7 @@ def read_kernel(
             mass,
             moment,
             inverse_temperature,
-            True,
+            YES,
             ENTROPY,
             GROUPS,
             GROUP,
@@ -180,7 +181,7 @@ def read_kernel(
             mass,
             moment,
             inverse_temperature,
-            False,
+            NO,
             ENTROPY,
             GROUPS,
             GROUP,
@@ -248,19 +249,19 @@ def top_kernel(
     is in a register; whoever wins is followed by the next of its own GROUP, which is read again. One warp, so
     that no reduction waits.
     """
-    EIGHT: tl.constexpr = 8
     row = tl.program_id(0).to(tl.int64)
     pointer, peaks = logits_ptr + row * row_stride, group_peak_ptr + row * num_groups
-    chunk, inside = tl.arange(0, CHUNKS)[:, None], tl.arange(0, GROUP)[None, :]
+    chunk, inside = tl.expand_dims(tl.arange(0, CHUNKS), 1), tl.expand_dims(tl.arange(0, GROUP), 0)
     leader_peak = tl.full((CHUNKS, EIGHT), NEG_INF, tl.float32)
     leader = tl.full((CHUNKS, EIGHT), NONE, tl.int32)
     for index in range(0, CHUNKS):
-        group = (index * EIGHT + tl.arange(0, EIGHT)[:, None]) * GROUP + inside
+        group = (index * EIGHT + tl.expand_dims(tl.arange(0, EIGHT), 1)) * GROUP + inside
         values = tl.load(peaks + group, mask=group < num_groups, other=NEG_INF)
         largest = tl.max(values, axis=1)
-        found = (values == largest[:, None]) & (group < num_groups)
-        leader_peak = tl.where(chunk == index, largest[None, :], leader_peak)
-        leader = tl.where(chunk == index, tl.min(tl.where(found, group, NONE), axis=1)[None, :], leader)
+        found = (values == tl.expand_dims(largest, 1)) & (group < num_groups)
+        leader_peak = tl.where(chunk == index, tl.expand_dims(largest, 0), leader_peak)
+        firsts = tl.min(tl.where(found, group, NONE), axis=1)
+        leader = tl.where(chunk == index, tl.expand_dims(firsts, 0), leader)
     slot = tl.arange(0, BLOCK_K)
     slot_best, slot_id = tl.full((BLOCK_K,), NEG_INF, tl.float32), tl.full((BLOCK_K,), NONE, tl.int32)
     for index in range(0, k):

@@ -9,6 +9,8 @@ import triton.language as tl
 from megatron_jackpot.parallel.vocab_kernels import (
     LOG2_E,
     NEG_INF,
+    NO,
+    YES,
     finite_or_zero,
     lane_max,
     lane_sum,
@@ -114,7 +116,7 @@ def pair_kernel(
             second_mass,
             excess,
             inverse_temperature,
-            True,
+            YES,
             KL,
         )
     if whole < width:
@@ -130,7 +132,7 @@ def pair_kernel(
             second_mass,
             excess,
             inverse_temperature,
-            False,
+            NO,
             KL,
         )
     scale = inverse_temperature * LOG2_E

@@ -117,7 +117,7 @@ def test_the_spec_follows_the_choice_of_layers(fused_rope) -> None:
         mock.patch.object(build, "get_num_layers_to_build", return_value=4),
     ):
         assert build.layer_spec(config, te=True, vp_stage=None) == "te"
-        te_spec.assert_called_once_with(qk_layernorm=True)
+        te_spec.assert_called_once_with(qk_layernorm=True, use_te_activation_func=True)
         local = build.layer_spec(config, te=False, vp_stage=None)
         assert te_spec.call_count == 1
     assert [layer.submodules.input_layernorm for layer in local.layer_specs] == [build.cpu.RMSNorm] * 4
