@@ -80,6 +80,7 @@ def vocab_parallel_gather_logp(
     """log softmax(logits / temperature) at ids [T, K], no gradient. All-reduces: max [T], sum [1 + K, T]."""
     local = read(logits_TV, vocab, chunk, ids_TN=ids_TK)
     _, logp_TK, _ = normalise(local, ids_TK, vocab)
+    assert logp_TK is not None, "it was asked at ids"
     return logp_TK
 
 

@@ -59,6 +59,7 @@ def read(
             BLOCK_N=triton.next_power_of_2(max(num_ids, 1)),
             GROUP=GROUP,
             **_tile(width, logits_TV),
+            num_warps=NUM_WARPS,
         )
     top = _top_of_groups(logits_TV, peak_TG, k, first, width, temperature) if k else (None, None)
     return lse_T, None if ids_TN is None else picked_TN, top, entropy_T if entropy else None
@@ -230,6 +231,7 @@ def _pair(
             1 / temperature,
             KL=kl,
             **_tile(width, first_TV),
+            num_warps=NUM_WARPS,
         )
     return lse_first_T, lse_second_T, kl_T
 
@@ -266,10 +268,10 @@ def _block(columns: int) -> int:
 
 
 def _tile(columns: int, like: Tensor) -> dict[str, int]:
-    """ROWS, LANES and EACH of a block, and its warps: 16 bytes side by side, one lane per thread."""
+    """ROWS, LANES and EACH of a block: 16 bytes side by side, one lane per thread."""
     block, each = min(READ_BLOCK, _block(columns)), 16 // like.element_size()
     lanes = min(32 * NUM_WARPS, block // each)
-    return dict(ROWS=block // (lanes * each), LANES=lanes, EACH=each, num_warps=NUM_WARPS)
+    return dict(ROWS=block // (lanes * each), LANES=lanes, EACH=each)
 
 
 def _fp32(like: Tensor, *shape: int) -> Tensor:
