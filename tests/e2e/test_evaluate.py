@@ -36,14 +36,15 @@ def test_a_greedy_answer_is_right_where_the_set_asks_for_it_and_samples_count_ea
         assert main([*command, *fixed, *settings]) == 0
         return read_evaluations(run)[-1]
 
+    # The folder is named as one model of a run is: it counts as that one.
     judge(["nothing says this"] * 6)
     texts = [row["text"] for row in read_metrics(run / ANSWERS_FILE)]
     said = [text.strip() for text in texts]
     assert len(texts) == 6 and any(said)
     greedy = judge([text or "nothing says this" for text in said])
-    assert greedy["metrics"] == {"eval/sums/policy_accuracy": pytest.approx(sum(map(bool, said)) / 6)}
+    assert greedy["metrics"] == {"eval/sums/actor_accuracy": pytest.approx(sum(map(bool, said)) / 6)}
     sampled = judge(["7", "8"], "evaluation.samples=4", "evaluation.temperature=1")
     assert [sampled[name] for name in ("step", "set", "problems", "samples")] == [0, "sums", 2, 4]
     parts = ("accuracy", "pass@2", "pass@4")
-    assert set(sampled["metrics"]) == {f"eval/sums/policy_{part}" for part in parts}
+    assert set(sampled["metrics"]) == {f"eval/sums/actor_{part}" for part in parts}
     assert len(read_evaluations(run)) == 3
