@@ -177,6 +177,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
     command.add_argument("--server-python", type=Path, help="interpreter with SGLang; default this one")
+    _add_evaluate(commands)
+    command = commands.add_parser("report", help="A run on one HTML page, or several beside each other.")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    command.add_argument("--out", type=Path, help="the page; default RUN/report.html, of one run")
+    command.add_argument("--serve", action="store_true", help="show the page on loopback while runs go on")
+    command.add_argument("--port", type=int, default=8300, help="with --serve; 0 takes a free one")
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes `key=value ...` only in one run; those after an option arrive here.
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and args.command == "report"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    if args.command == "launch" and not args.slurm and (args.dry_run or args.chain != 1):
+        parser.error("--dry-run and --chain go with --slurm")
+    return args
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     command = commands.add_parser(
         "evaluate",
         help="A model's answers to named sets, from SGLang servers of its own: docs/evaluation.md.",
@@ -197,20 +215,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument(
         "--run", type=Path, help="whose settings count and whose record it goes to; default the model's own"
     )
-    command = commands.add_parser("report", help="A run on one HTML page, or several beside each other.")
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    command.add_argument("--out", type=Path, help="the page; default RUN/report.html, of one run")
-    command.add_argument("--serve", action="store_true", help="show the page on loopback while runs go on")
-    command.add_argument("--port", type=int, default=8300, help="with --serve; 0 takes a free one")
-    args, rest = parser.parse_known_args(argv)
-    # argparse takes `key=value ...` only in one run; those after an option arrive here.
-    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and args.command == "report"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
-    if args.command == "launch" and not args.slurm and (args.dry_run or args.chain != 1):
-        parser.error("--dry-run and --chain go with --slurm")
-    return args
 
 
 def refuse(mistakes: Iterable[str]) -> int:
