@@ -17,6 +17,19 @@ class RewardPart(Section):
     """named: only rows that name it under `reward`."""
 
 
+class Code(Section):
+    credit: Literal["share", "all"] = "share"
+    """The share of a row's tests that pass, or 1 where all do."""
+    cpu_s: int = Field(default=2, ge=1)
+    """Seconds a response's program may compute for each test, and three times as long by the clock."""
+    memory_gb: float = Field(default=0.5, gt=0)
+    """Memory that it may take."""
+    check_answers: bool = True
+    """Refuse rows whose own `answer` does not pass their tests; false where answers are no programs."""
+    trusted: bool = False
+    """Run programs unsealed, with the rights of this user: where the kernel cannot seal them."""
+
+
 class Data(Section):
     source: Literal["reasoning_gym", "jsonl"] = "reasoning_gym"
     """Where prompts come from; jsonl stands for files of rows, parquet and data sets on disk among them."""
@@ -41,7 +54,7 @@ class Data(Section):
     """Rows (line - 1) that were trained on and may differ from the checkpoint's on resume; later rows always
     may."""
     reward: str = "exact"
-    """exact, reasoning_gym, math_verify, your own package.module:name, called (response_text, label) ->
+    """exact, reasoning_gym, math_verify, code, your own package.module:name, called (response_text, label) ->
     float, or a service's http://HOST:PORT/PATH: docs/rewards.md."""
     rewards: dict[str, RewardPart] = {}
     """Several by name, in place of data.reward, for example {answer: {reward: exact}, short: {reward:
@@ -56,6 +69,8 @@ class Data(Section):
     """Time limit of one reward; on expiry the reward is 0 and the event is counted."""
     reward_batch: int = Field(default=32, ge=1)
     """Responses that a reward's service is sent in one request."""
+    code: Code = Code()
+    """The reward `code`: docs/rewards.md."""
     max_failed_rewards: float = Field(default=0.05, ge=0, le=1)
     """Share of a step's rewards that may time out or crash; above it, and at 20 or more, the run stops."""
 

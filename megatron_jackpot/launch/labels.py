@@ -20,16 +20,21 @@ def label_mistakes(
     `progress` is told the number of labels checked in a file. Labels that were found right before are not
     checked again, and where there are no others no worker is started.
     """
-    known = CheckedLabels(written(data.judge))
+    known = CheckedLabels(written(data.judge), data.code.model_dump())
     new = {path: prompts for path, prompts in files.items() if any(p.label not in known for p in prompts)}
     mistakes = []
-    if new:
-        with _pool(data, data.reward_workers) as pool:
-            for path, prompts in new.items():
-                try:
-                    asyncio.run(pool.check_labels(prompts, path, progress))
-                except ValueError as error:
-                    mistakes.append(str(error))
+    if not new:
+        return []
+    try:
+        pool = _pool(data, data.reward_workers)
+    except ValueError as error:
+        return [str(error)]
+    with pool:
+        for path, prompts in new.items():
+            try:
+                asyncio.run(pool.check_labels(prompts, path, progress))
+            except ValueError as error:
+                mistakes.append(str(error))
     return mistakes
 
 
@@ -49,5 +54,11 @@ def load_mistakes(data: Data) -> list[str]:
 
 def _pool(data: Data, workers: int) -> RewardPool:
     # No response is scored here, so the network may stay as it is.
-    memory = int(data.reward_memory_gb * 2**30)
-    return RewardPool(data.judge, workers, data.reward_timeout_s, memory_bytes=memory, network=True)
+    return RewardPool(
+        data.judge,
+        workers,
+        data.reward_timeout_s,
+        memory_bytes=int(data.reward_memory_gb * 2**30),
+        network=True,
+        code=data.code.model_dump(),
+    )

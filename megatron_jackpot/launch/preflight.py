@@ -36,7 +36,7 @@ from megatron_jackpot.run.provenance import check_models, check_run_folder, chec
 
 Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
-REWARDS = ("exact", "reasoning_gym", "math_verify")
+REWARDS = ("exact", "reasoning_gym", "math_verify", "code")
 
 NOT_CHECKED = (
     "weights: that they are whole, and that models and servers fit the GPUs' memory",

@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ HASH_LENGTH = 32
 class CheckedLabels:
     """`label in checked`; `add` keeps labels for the next run, where the folder can be written to."""
 
-    def __init__(self, reward: str):
-        key = hashlib.sha256(json.dumps([reward, judges()]).encode()).hexdigest()[:16]
+    def __init__(self, reward: str, code: Mapping[str, object]):
+        """`code` has the settings that a verdict of the reward `code` depends on."""
+        told = json.dumps([reward, dict(code), judges()], sort_keys=True)
+        key = hashlib.sha256(told.encode()).hexdigest()[:16]
         self.path = home() / "labels" / f"{key}.txt"
         self._hashes: set[str] = set()
         try:
@@ -66,6 +68,6 @@ def judges() -> list[str]:
             versions.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(package)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         versions.append(hashlib.sha256(path.read_bytes()).hexdigest())
     return versions

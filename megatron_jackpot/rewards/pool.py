@@ -63,14 +63,17 @@ class RewardPool:
         network: bool = False,
         max_failed: float = 1.0,
         batch: int = 32,
+        code: Mapping[str, object] | None = None,
     ):
         """Blocks until every worker has imported the reward. Raises ValueError when it cannot be imported.
 
         An item may take `memory_bytes` of memory and, over all threads, four times `timeout_s` of CPU time.
         `max_failed` is the share of a call's rewards that may fail, `batch` how many items a service is
-        asked for at once. Where services give all rewards there are no workers.
+        asked for at once, `code` the settings of the reward of that name. Where services give all rewards
+        there are no workers.
         """
         self.limits = {"memory_bytes": memory_bytes, "cpu_s": 4 * timeout_s, "network": network}
+        self.code = dict(code or {})
         self.reward = written(reward)
         self.parts = read(self.reward)
         self.where = (
@@ -157,7 +160,7 @@ class RewardPool:
         told how many of the others have been, every PROGRESS_LABELS of them.
         """
         prompts = list(prompts)
-        known = CheckedLabels(self.reward)
+        known = CheckedLabels(self.reward, self.code)
         unchecked = [prompt for prompt in prompts if prompt.label not in known]
         chunks = [unchecked[i : i + CHUNK] for i in range(0, len(unchecked), CHUNK)]
         done = 0
@@ -258,7 +261,7 @@ class RewardPool:
         self._idle.append(worker)
 
     def _start(self) -> "_Worker":
-        worker = _Worker(self.reward, self.limits)
+        worker = _Worker(self.reward, {**self.limits, "code": {**self.code, "timeout_s": self.timeout_s}})
         self._workers.add(worker)
         return worker
 

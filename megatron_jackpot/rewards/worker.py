@@ -2,7 +2,7 @@
 LIMITS`.
 
 REWARD is a reward's name, or the parts of several as a JSON object (parts.py). LIMITS is a JSON object of
-memory_bytes, cpu_s (of one item) and network.
+memory_bytes, cpu_s (of one item) and network, and has the settings of the reward `code` under that name.
 
 It answers one request at a time in its main thread. Messages are a 4-byte length and a body: requests are
 pickled (kind, response_text, label, seen) with kind "score", or "check" and a list of labels; `seen` is what
@@ -20,7 +20,8 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,9 @@ from megatron_jackpot.algorithm.registry import load
 from megatron_jackpot.rewards.confine import confine, cpu_left, limit_cpu
 from megatron_jackpot.rewards.parts import Several, read
 
-REWARDS = {name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify")}
+REWARDS = {
+    name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify", "code")
+}
 
 SEEN = ("prompt", "num_tokens", "finish_reason")
 """What a reward is given by keyword where it has a parameter of that name: the prompt's text as the model saw
@@ -40,15 +43,18 @@ Score = Callable[..., Any]
 Check = Callable[[Any], None]
 
 
-def find_reward(name: str) -> tuple[Score, Check | None]:
+def find_reward(name: str, code: Mapping[str, object]) -> tuple[Score, Check | None]:
     """(score, check) of a built-in reward, or of the user's own: `package.module:name` of a function, or of a
     class, of which one instance is made. A last dot may stand for the colon. `asked_for` says what else it is
-    given.
+    given; `code` has the settings of the reward of that name.
 
     Raises ValueError for neither.
     """
     if name in REWARDS:
         module = importlib.import_module(REWARDS[name])
+        if hasattr(module, "CodeReward"):
+            reward = module.CodeReward(**code)
+            return reward.score, reward.check
         if hasattr(module, "warm_up"):
             module.warm_up()
         return module.score, module.check
@@ -71,13 +77,13 @@ def find_reward(name: str) -> tuple[Score, Check | None]:
     return cast(Score, score), None
 
 
-def find_judge(name: str) -> tuple[Score, Check | None, list[str]]:
+def find_judge(name: str, code: Mapping[str, object]) -> tuple[Score, Check | None, list[str]]:
     """(score, check, what it asks for) of one reward or of several. Raises ValueError as `find_reward`."""
     parts = read(name)
     if parts is not None:
-        several = Several(parts, find_reward, asked_for)
+        several = Several(parts, partial(find_reward, code=code), asked_for)
         return several, several.check, several.asks
-    score, check = find_reward(name)
+    score, check = find_reward(name, code)
     return score, check, asked_for(score)
 
 
@@ -134,7 +140,7 @@ def main(name: str, fd: int, parent: int, limits: dict[str, Any]) -> None:
     connection.set_inheritable(False)
     stream = connection.makefile("rb")
     try:
-        score, check, asks = find_judge(name)
+        score, check, asks = find_judge(name, limits["code"])
         exposed = confine(limits["memory_bytes"], limits["network"])
         ready: dict[str, Any] = {"ready": True, "exposed": exposed, "asks": asks}
     except ValueError as error:

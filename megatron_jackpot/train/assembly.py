@@ -218,6 +218,7 @@ def reward_pool(data: Data) -> RewardPool:
         network=data.reward_network,
         max_failed=data.max_failed_rewards,
         batch=data.reward_batch,
+        code=data.code.model_dump(),
     )
 
 

@@ -87,7 +87,7 @@ def test_an_exception_in_the_reward_is_an_error_with_its_traceback(functions):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("exakt", "'exakt' is unknown. Use exact, reasoning_gym, math_verify or package"),
+        ("exakt", "'exakt' is unknown. Use exact, reasoning_gym, math_verify, code or package"),
         ("no_such_package.reward", "No module named 'no_such_package'"),
         ("jackpot_test_rewards.missing", "module jackpot_test_rewards has no 'missing'"),
         ("jackpot_test_rewards:missing", "module jackpot_test_rewards has no 'missing'"),

@@ -103,6 +103,8 @@ def test_a_reference_that_says_nothing_is_refused(gold):
 def test_the_names_in_the_configuration_are_the_rewards_there_are():
     from megatron_jackpot.rewards.worker import REWARDS, find_reward
 
+    label = {"answer": "12", "task": "none", "entry": {}, "tests": ["assert True"]}
+    code = {**Data().code.model_dump(), "timeout_s": 10.0}
     for name in REWARDS:
         assert name in Data.model_fields["reward"].description
-        assert find_reward(name)[0]("12", {"answer": "12", "task": "none", "entry": {}}) in (0.0, 1.0)
+        assert find_reward(name, code)[0]("12", label) in (0.0, 1.0)
