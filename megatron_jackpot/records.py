@@ -74,7 +74,8 @@ class Rollout:
     """"stop", "length" or "abort"."""
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
-    """Each reward's number, where there are several: `reward` is their weighted sum."""
+    """Each reward's number, where there are several: `reward` is their weighted sum. And what a reward
+    returned beside its `score`, by name; of several as REWARD/NAME."""
     correct: bool = False
     advantage: float | np.ndarray = 0.0
     """Of each token alike, or [R] float32. Computed once, after collection and selection, before any

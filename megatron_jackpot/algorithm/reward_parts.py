@@ -12,6 +12,9 @@ from torch import Tensor
 from megatron_jackpot.algorithm.advantages import Advantage
 from megatron_jackpot.records import Rollout
 
+PART_METRIC = "reward/part/"
+"""Before the names of metrics that one rank may have and another not."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardParts:
@@ -28,7 +31,7 @@ class RewardParts:
         if not self.singly:
             return method(rewards)
         advantage_N = torch.zeros(len(group))
-        for index, name in enumerate(group[0].parts):
+        for index, name in enumerate(name for name in group[0].parts if name in self.weights):
             own, weight = [rollout.parts[name] for rollout in group], self.weights[name]
             if index == 0 and weight:
                 added = [whole - rollout.reward for whole, rollout in zip(rewards, group, strict=True)]
@@ -37,9 +40,9 @@ class RewardParts:
         return advantage_N
 
     def sums(self, rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
-        """(sum, count) of each reward, over the rollouts that have it."""
+        """(sum, count) of each reward and of what they measured, over the rollouts that have it."""
         found = {}
-        for name in self.weights:
+        for name in {**self.weights, **{name: 0 for rollout in rollouts for name in rollout.parts}}:
             own = [rollout.parts[name] for rollout in rollouts if name in rollout.parts]
-            found[f"reward/part/{name}"] = (sum(own), len(own))
+            found[f"{PART_METRIC}{name}"] = (sum(own), len(own))
         return found

@@ -71,6 +71,19 @@ def reduce_metrics(
     return {name: row[0] / row[1] for name, row in zip(names, rows, strict=False) if row[1]}
 
 
+def with_all_names(
+    metrics: Mapping[str, tuple[Tensor, Tensor]], prefix: str, group: ProcessGroup | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`metrics`, and (0, 0) for names with this prefix that other ranks of the group alone have. Gathers of
+    objects: 1."""
+    if group is None or group.size() == 1:
+        return dict(metrics)
+    names: list[list[str]] = [[] for _ in range(group.size())]
+    dist.all_gather_object(names, [name for name in metrics if name.startswith(prefix)], group=group)
+    nothing = torch.zeros([])
+    return {**{name: (nothing, nothing) for part in names for name in part}, **metrics}
+
+
 @contextmanager
 def raise_on_all_ranks(group: ProcessGroup | None = None) -> Iterator[None]:
     """What fails within on one rank fails on all of the group: its error there, OSError with rank and reason

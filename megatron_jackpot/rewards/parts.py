@@ -86,12 +86,12 @@ def weighted(parts: Parts, values: Mapping[str, float]) -> float:
 
 
 class Several:
-    """The rewards of a run as one that returns a number for each part; those of services are not here."""
+    """The rewards of a run as one that returns what each part does; those of services are not here."""
 
     def __init__(
         self,
         parts: Parts,
-        find: Callable[[str], tuple[Callable[..., float], Callable[[object], None] | None]],
+        find: Callable[[str], tuple[Callable[..., object], Callable[[object], None] | None]],
         asked_for: Callable[[Callable[..., object]], list[str]],
     ) -> None:
         """Raises ValueError as `find` does, which loads a reward by its name."""
@@ -102,7 +102,7 @@ class Several:
 
     def __call__(
         self, response_text: str, label: object, *, names: Sequence[str], **seen: object
-    ) -> dict[str, float]:
+    ) -> dict[str, object]:
         """`names` of those that are here; `seen` has what any of them asks for."""
         return {
             name: self.found[name][0](response_text, label, **{what: seen[what] for what in self.wants[name]})

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from megatron_jackpot.records import Prompt
 
 Verdict: TypeAlias = tuple[float, bool] | tuple[float, bool, dict[str, float]]
-"""(reward, correct), and the parts of several."""
+"""(reward, correct), and the parts of several with what rewards measured."""
 START_TIMEOUT_S = 120.0
 QUIET = ("-W", "ignore::SyntaxWarning")
 """The compiler's, of packages that are compiled when they are first needed, as uv installs them."""
@@ -43,7 +43,8 @@ PROGRESS_LABELS = 1000
 
 class RewardPool:
     """`await pool(response_text, label)` -> (reward, correct); correct means a reward of exactly 1.0. Of
-    several it is (their weighted sum, whether the row's first is exactly 1.0, name -> number of each).
+    several it is (their weighted sum, whether the row's first is exactly 1.0, name -> number of each), and
+    what a reward returned beside its `score` is there too, by its name.
 
     `seen` of a call holds what the reward asks for by keyword: `asks`.
 
@@ -114,16 +115,18 @@ class RewardPool:
         counts = self.failures.counters if counts is None else counts
         names = [""] if self.parts is None else of_row(self.parts, label)
         values: dict[str, float] = {}
+        measured: dict[str, float] = {}
         asked = [*self._asked(names, response_text, label, seen or {})]
         for reply in [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked):
             if "failed" in reply:
                 self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
-                return self._verdict(dict.fromkeys(names, 0.0))
+                return self._verdict(dict.fromkeys(names, 0.0), {})
             if "error" in reply:
                 raise ValueError(f"{self.where} {reply['error']}")
             values |= reply["parts"]
+            measured |= reply["measured"]
         self.failures.add_scored(counts)
-        return self._verdict({name: values[name] for name in names})
+        return self._verdict({name: values[name] for name in names}, measured)
 
     def _asked(
         self, names: Sequence[str], response_text: str, label: object, seen: Mapping[str, object]
@@ -137,11 +140,11 @@ class RewardPool:
             if name in self.remote:
                 yield self.remote[name].score(response_text, label, seen)
 
-    def _verdict(self, values: dict[str, float]) -> Verdict:
+    def _verdict(self, values: dict[str, float], measured: dict[str, float]) -> Verdict:
         first = next(iter(values.values()))
         if self.parts is None:
-            return first, first == 1.0
-        return weighted(self.parts, values), first == 1.0, values
+            return (first, first == 1.0, measured) if measured else (first, first == 1.0)
+        return weighted(self.parts, values), first == 1.0, values | measured
 
     @property
     def counters(self) -> Counts:

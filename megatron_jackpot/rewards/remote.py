@@ -1,20 +1,20 @@
 """A reward that a service gives: items of several responses in one HTTP request, with a limit of time.
 
     POST {"items": [{"response": ..., "label": ..., "prompt": ..., "num_tokens": ..., "finish_reason": ...}]}
-    200  {"rewards": [0.5, ...]}, a number for each item, in their order
+    200  {"rewards": [0.5, ...]}, for each item in their order a number, or {"score": 0.5, ...}
 
 Standard library only; no redirects and no proxies: responses and labels go to the address that is named.
 """
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import Mapping
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
-from numbers import Real
 from typing import Any
 from urllib.parse import urlsplit
+
+from megatron_jackpot.rewards.returned import numbers_of, of_reward
 
 LINGER_S = 0.02
 """How long the first item of a request waits for others."""
@@ -24,8 +24,8 @@ LARGEST_REPLY = 2**24
 """Bytes."""
 
 Reply = dict[str, Any]
-"""{"parts": name -> float}, {"failed": "timed_out" or "crashed", "why": text}, or {"error": text}: a worker's
-form."""
+"""{"parts": name -> float, "measured": name -> float}, {"failed": "timed_out" or "crashed", "why": text}, or
+{"error": text}: a worker's form."""
 
 
 def is_remote(reward: str) -> bool:
@@ -105,10 +105,14 @@ class RemoteReward:
         rewards = told.get("rewards") if isinstance(told, dict) else None
         if not isinstance(rewards, list) or len(rewards) != num:
             raise ValueError(f'replied {body[:200]!r}, must be {{"rewards": [...]}} with {num} numbers.')
-        odd = [r for r in rewards if isinstance(r, bool) or not isinstance(r, Real) or not math.isfinite(r)]
-        if odd:
-            raise ValueError(f"gave {odd[0]!r}, not a finite number.")
-        return [{"parts": {self.name: float(reward)}} for reward in rewards]
+        return [self._reply(reward) for reward in rewards]
+
+    def _reply(self, told: object) -> Reply:
+        try:
+            value, measured = numbers_of(told)
+        except ValueError as error:
+            raise ValueError(f"gave {told!r}, {error}.") from error
+        return {"parts": {self.name: value}, "measured": of_reward(self.name, measured)}
 
 
 def _post(url: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:

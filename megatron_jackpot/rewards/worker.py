@@ -13,7 +13,6 @@ import ctypes
 import importlib
 import inspect
 import json
-import math
 import os
 import pickle
 import signal
@@ -22,13 +21,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast
 
 from megatron_jackpot.algorithm.registry import load
 from megatron_jackpot.rewards.confine import confine, cpu_left, limit_cpu
 from megatron_jackpot.rewards.parts import Several, read
+from megatron_jackpot.rewards.returned import numbers_of, of_reward
 
 REWARDS = {
     name: f"megatron_jackpot.rewards.{name}" for name in ("exact", "reasoning_gym", "math_verify", "code")
@@ -39,7 +38,8 @@ SEEN = ("prompt", "num_tokens", "finish_reason")
 it, tokens of the response, and why it ended ("stop", "length")."""
 
 Score = Callable[..., Any]
-"""(response_text, label, and those of SEEN that it asks for) -> float, or of several a number for each."""
+"""(response_text, label, and those of SEEN that it asks for) -> float, or "score" and others by name; or of
+several that for each."""
 Check = Callable[[Any], None]
 
 
@@ -95,8 +95,9 @@ def asked_for(score: Callable[..., object]) -> list[str]:
 def answer(
     score: Score, check: Check | None, request: tuple[str, str, Any, dict[str, object]]
 ) -> dict[str, Any]:
-    """{"parts": name -> float}, the name of a single reward being empty, {"faults": text or None of each
-    label} or {"error": text}; {"failed": "timed_out" or "crashed", "why": text} where the item met a limit.
+    """{"parts": name -> float, "measured": name -> float}, the name of a single reward being empty,
+    {"faults": text or None of each label} or {"error": text}; {"failed": "timed_out" or "crashed", "why":
+    text} where the item met a limit.
     """
     kind, response_text, label, seen = request
     try:
@@ -109,13 +110,17 @@ def answer(
         return {"failed": "timed_out", "why": str(error) or "TimeoutError"}
     except Exception:
         return {"error": "raised an exception:\n" + traceback.format_exc()[-4000:]}
-    parts = reward if isinstance(score, Several) else {"": reward}
-    for name, value in parts.items():
-        if not isinstance(value, Real) or not math.isfinite(value):
+    returned = reward if isinstance(score, Several) else {"": reward}
+    found: dict[str, dict[str, float]] = {"parts": {}, "measured": {}}
+    for name, value in returned.items():
+        try:
+            found["parts"][name], measured = numbers_of(value)
+        except ValueError as error:
             which = f"{name}: " if name else ""
-            told = f"returned {repr(value)[:200]} for label {repr(label)[:200]}, not a finite float."
+            told = f"returned {repr(value)[:200]} for label {repr(label)[:200]}, {error}."
             return {"error": f"{which}{told}"}
-    return {"parts": {name: float(value) for name, value in parts.items()}}
+        found["measured"] |= of_reward(name, measured)
+    return found
 
 
 def _fault(check: Check, label: Any) -> str | None:

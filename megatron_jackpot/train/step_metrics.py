@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import record_function
 
+from megatron_jackpot.algorithm.reward_parts import PART_METRIC
 from megatron_jackpot.models.engine import UpdateReport
 from megatron_jackpot.parallel.context import Mesh
-from megatron_jackpot.parallel.reduce import reduce_metrics
+from megatron_jackpot.parallel.reduce import reduce_metrics, with_all_names
 from megatron_jackpot.records import Batch, Metrics
 from megatron_jackpot.rollout.collect import group_metrics
 from megatron_jackpot.rollout.collected import Collected
@@ -123,7 +124,10 @@ class StepMetrics:
 
     def reduced(self, mesh: Mesh) -> dict[str, float]:
         """Every metric of the step on the main rank; {} elsewhere. Call it on every rank."""
-        on_leaders = reduce_metrics(self.rollout_sums, mesh.dp_group) if mesh.is_leader else {}
+        on_leaders: dict[str, float] = {}
+        if mesh.is_leader:
+            pairs = with_all_names(self.rollout_sums, PART_METRIC, mesh.dp_group)
+            on_leaders = reduce_metrics(pairs, mesh.dp_group)
         on_last = reduce_metrics(self.sums, mesh.dp_group) if mesh.is_last_stage else {}
         if on_last.get("weight/mean_square"):
             on_last["weight/ess"] = on_last["weight/mean"] ** 2 / on_last["weight/mean_square"]

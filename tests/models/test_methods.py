@@ -185,6 +185,27 @@ def test_several_rewards_are_normalised_by_their_sum_or_each_by_itself(how: str)
     }
 
 
+def test_what_rewards_only_measure_changes_no_advantage_and_has_means_of_its_own() -> None:
+    weights = {"answer": 1.0, "length": 0.5}
+    rewards = {name: {"reward": "exact", "weight": weight} for name, weight in weights.items()}
+    values = [{"answer": float(i % 2), "length": float(i)} for i in range(4)]
+    plain = parted(values, weights)
+    # Before the first reward, which what is added belongs to.
+    measured = [replace(r, parts={"answer/format": 9.0 * i, **r.parts}) for i, r in enumerate(plain)]
+    added = {r.key: -0.1 * i for i, r in enumerate(plain)}
+    made = Methods.from_config(config(data_rewards=rewards, algorithm_reward_parts="singly"))
+    both = [
+        made.curator([group], 0, lambda sums: sums, torch.device("cpu"), added) for group in (plain, measured)
+    ]
+    assert [r.advantage for r in both[0].groups[0]] == [r.advantage for r in both[1].groups[0]]
+    assert both[1].sums["reward/part/answer/format"] == (54.0, 4)
+    assert RewardParts().sums([replace(plain[0], parts={"format": 0.5}), plain[1]]) == {
+        "reward/part/format": (0.5, 1),
+        "reward/part/answer": (1.0, 1),
+        "reward/part/length": (1.0, 1),
+    }
+
+
 def test_what_is_added_to_the_rewards_belongs_to_the_first_part_where_each_is_normalised_by_itself() -> None:
     weights = {"answer": 2.0, "length": 0.5}
     rewards = {name: {"reward": "exact", "weight": weight} for name, weight in weights.items()}

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_jackpot.algorithm.obrs import kappa
-from megatron_jackpot.parallel.reduce import make_sum_over, reduce_metrics
+from megatron_jackpot.parallel.reduce import make_sum_over, reduce_metrics, with_all_names
 from megatron_jackpot.parallel.vocab import (
     vocab_parallel_argmax,
     vocab_parallel_entropy,
@@ -128,6 +128,12 @@ def on_one_rank(rank, world):
         means = reduce_metrics(metrics_of(rank), group)
     many = {f"{index:04d}": (torch.tensor(float(index)), torch.tensor(1.0)) for index in range(1200)}
     assert [*reduce_metrics(many, group).values()] == [*range(1200)]
+    own = {
+        f"own/{rank}": (torch.tensor(3.0), torch.tensor(2.0)),
+        "own/both": (torch.ones([]), torch.ones([])),
+    }
+    shared = reduce_metrics(with_all_names({**metrics_of(rank), **own}, "own/", group), group)
+    assert shared == {**means, "own/both": 1.0, **{f"own/{one}": 1.5 for one in range(world)}}
     wrong = metrics_of(rank)
     if rank == 0:
         wrong["c"] = wrong.pop("b")

@@ -7,6 +7,7 @@ import pytest
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.parts import Part
 from megatron_jackpot.rewards.pool import RewardPool
+from megatron_jackpot.rewards.returned import numbers_of
 
 
 def parts(functions, **changes):
@@ -26,6 +27,7 @@ def several(functions, tmp_path, monkeypatch):
         "def length_of(text, label):\n    return len(text)\n"
         "def tokens(text, label, *, num_tokens):\n    return num_tokens / 4\n"
         "def odd(text, label):\n    return None\n"
+        "def named(text, label):\n    return {'score': len(text), 'format': 0.5, 'lines': 1}\n"
         "def ends(text, label):\n    import os\n    os._exit(3)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -88,3 +90,30 @@ def test_the_part_that_is_no_number_is_named_and_one_that_ends_its_worker_leaves
 def test_a_reward_that_cannot_be_found_is_refused_when_the_pool_starts(several):
     with pytest.raises(ValueError, match="no 'lenght'"):
         RewardPool(parts(several, length=dict(reward=f"{several}:lenght")), 1, 10.0)
+
+
+def test_of_several_numbers_score_is_the_reward_and_the_others_are_measured_by_name(several):
+    with RewardPool(f"{several}:named", 1, 10.0) as pool:
+        assert judged(pool, "y", None) == (1.0, True, {"format": 0.5, "lines": 1.0})
+        assert judged(pool, "yes", None)[:2] == (3.0, False)
+    named = parts(several, length=dict(reward=f"{several}.named"))
+    with RewardPool(named, 1, 10.0) as pool:
+        wanted = {"answer": 1.0, "length": 3.0, "length/format": 0.5, "length/lines": 1.0}
+        assert judged(pool, "yes", {"answer": "yes"}, num_tokens=1) == (1.75, True, wanted)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"format": 1.0}, "whose keys have no 'score', which is the reward"),
+        ({"score": float("nan")}, "not a finite float under 'score'"),
+        ({"score": 1.0, "format": "good"}, "not a finite float under 'format'"),
+        ({"score": 1.0, "for mat": 1.0}, "'for mat' makes no metric: use letters"),
+        ({"score": 1.0, 3: 1.0}, "3 makes no metric"),
+        ({"score": 1.0, **{f"n{i}": 0 for i in range(33)}}, "of 33 numbers beside 'score', must be"),
+        ([1.0], "not a finite float"),
+    ],
+)  # fmt: skip
+def test_what_is_no_reward_or_makes_no_metric_is_an_error_that_says_so(returned, message):
+    with pytest.raises(ValueError, match=message):
+        numbers_of(returned)

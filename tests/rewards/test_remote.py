@@ -29,6 +29,8 @@ class Handler(BaseHTTPRequestHandler):
             status = 404
         if "few" in texts:
             body = b'{"rewards": []}'
+        if "named" in texts:
+            body = json.dumps({"rewards": [{"score": 1.0, "style": 0.25}] * len(items)}).encode()
         if "nan" in texts:
             body = b'{"rewards": [NaN]}'
         self.send_response(status)
@@ -110,13 +112,18 @@ def test_a_service_that_breaks_off_or_is_not_there_is_counted(service, text):
     [
         ("unknown", "status 404, must be 200"),
         ("few", r'must be {"rewards": \[...\]} with 1 numbers'),
-        ("nan", "gave nan, not a finite number"),
+        ("nan", "gave nan, not a finite float"),
     ],
 )
 def test_a_reply_of_another_form_ends_the_run_and_is_shown(service, text, said):
     url = address(service)
     with RewardPool(url, 1, 5.0) as pool, pytest.raises(ValueError, match=f"data.reward = '{url}' .*{said}"):
         score_all(pool, (text, 1))
+
+
+def test_a_service_may_reply_with_several_numbers_of_which_score_is_the_reward(service):
+    with RewardPool(address(service), 1, 5.0) as pool:
+        assert score_all(pool, ("named", 1)) == [(1.0, True, {"style": 0.25})]
 
 
 def test_a_service_is_one_of_several_rewards_beside_those_of_the_workers(service, functions):
