@@ -186,6 +186,8 @@ def _reference(c: "Config") -> Iterator[str]:
             "algorithm.reference_kl is null: nothing would use it. Set algorithm.reference_kl.weight=1e-3 "
             "or policy.reference=null."
         )
+    if c.policy.reference is not None and c.policy.reference.refresh_every and c.precision.fp8_param:
+        yield "policy.reference.refresh_every takes weights that are no fp8. Set precision.fp8_param=false."
     if kl is not None and kl.place == "reward" and kl.estimator == "unbiased":
         yield (
             "algorithm.reference_kl.estimator = 'unbiased' is a form of the loss, but place = 'reward'. Set "
@@ -335,8 +337,8 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check(
         "policy.reference, algorithm.reference_kl",
-        "go together; the form 'unbiased' is one of the loss",
-        "set both or neither; estimator=k1 in the reward",
+        "go together; the form 'unbiased' is one of the loss; refresh_every takes no fp8 weights",
+        "set both or neither; estimator=k1 in the reward; precision.fp8_param=false",
         _reference,
     ),
     Check(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from megatron_jackpot.config.base import Method, Section
 
@@ -35,6 +35,17 @@ class Reference(Section):
     is the policy as it was at the start."""
     offload: bool = False
     """Keep its weights in host memory and bring them to the device for its pass alone, once a step."""
+    refresh_every: int | None = Field(default=None, ge=1)
+    """Steps after which it becomes the policy of then, again and again; null keeps it as it is loaded."""
+
+    @field_validator("refresh_every")
+    @classmethod
+    def _of_the_policy(cls, value: int | None, others: ValidationInfo) -> int | None:
+        if value is not None and others.data.get("hf") is not None:
+            raise ValueError(
+                "a reference that becomes the policy starts as it. Set policy.reference.hf=null."
+            )
+        return value
 
 
 class Policy(Section):
@@ -43,7 +54,8 @@ class Policy(Section):
     (docs/models.md)."""
     optimizer: Optimizer = Optimizer()
     reference: Reference | None = None
-    """A frozen model that algorithm.reference_kl holds the policy near: {} is the policy at the start."""
+    """A model that algorithm.reference_kl holds the policy near, and that never learns itself: {} is the
+    policy at the start."""
 
 
 class Actor(Section):

@@ -41,7 +41,8 @@ GATHERED_ON_HOST = {**RESHARDABLE, "distrib_optim_fully_reshardable_mem_efficien
 
 
 class Snapshot:
-    """A model and its optimizer as they were at the last `take`, in host memory that every `take` reuses.
+    """A model, and its optimizer where it has one, as they were at the last `take`, in host memory that every
+    `take` reuses.
 
     `take` belongs to training and copies what this rank holds itself, without a collective (but for weights
     that an overlapped gather has not brought yet). `write` may run in any thread while training goes on: its
@@ -52,14 +53,18 @@ class Snapshot:
     def __init__(self, model: MegatronModel) -> None:
         self.model = model
         self._memory = HostCopy()
-        _give_state(model.optimizer)
+        if model.optimizer is not None:
+            _give_state(model.optimizer)
         self.take()
 
     def take(self) -> None:
         """Copy the state as it is now; the one before must have been written. Every rank calls it."""
         with torch.no_grad(), self.model.fresh_parameters():
             self._weights = _weights(self.model)
-            if self.model.ddp_config.use_distributed_optimizer:
+            self._whole = None
+            if self.model.optimizer is None:
+                entries, shards = _entries(self._weights), []
+            elif self.model.ddp_config.use_distributed_optimizer:
                 entries = _entries(self._weights)
                 shards = [_Shards(part) for part in _parts(self.model.optimizer)]
             else:
@@ -103,9 +108,10 @@ class Snapshot:
         state."""
         parts = [shards.gathered(self._weights) for shards in self._shards]
         optimizer: Any = parts[0] if len(parts) == 1 else dict(enumerate(parts)) if parts else self._whole
+        learned = {} if optimizer is None else {"optimizer": optimizer}
         for entry, copied in self._entries:
             entry.data = copied
-        sharded, common = save_preprocess({**self._weights, "optimizer": optimizer}, False)
+        sharded, common = save_preprocess({**self._weights, **learned}, False)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
         return mcore_to_pyt_state_dict(by_key), common
 
@@ -157,7 +163,9 @@ class _Shards:
 
 
 def _weights(model: MegatronModel) -> dict[str, Any]:
-    return {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(model.chunks)}
+    # What never learns is not wrapped.
+    modules = [getattr(chunk, "module", chunk) for chunk in model.chunks]
+    return {f"model{i}": module.sharded_state_dict() for i, module in enumerate(modules)}
 
 
 def _entries(state: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory]:
@@ -169,6 +177,16 @@ def _entries(state: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory
 def _unshared(value: Any) -> Any:
     """A bare tensor (the number of steps) in memory of its own; it is too small to matter."""
     return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def load_frozen(model: MegatronModel, folder: Path) -> None:
+    """The weights that a finished save wrote of a model that never learns, on any layout; every rank calls
+    it."""
+    with torch.no_grad():
+        check_pickles(folder)
+        loaded = dist_checkpointing.load(_weights(model), str(folder))
+        for index, chunk in enumerate(model.chunks):
+            chunk.load_state_dict(loaded[f"model{index}"])
 
 
 def load_model(model: MegatronModel, folder: Path) -> None:

@@ -159,8 +159,17 @@ class Plan:
     @property
     def ring_bytes(self) -> float:
         """Host memory a GPU takes for the pushed weights that are scored again."""
-        age, served = self.config.rollout.max_staleness, self.models[-1]
+        age, served = self.config.rollout.max_staleness, self.actor or self.policy
         return (age + 1) * served.weights if age and scores_q(self.config) else 0.0
+
+    @property
+    def reference_host(self) -> float:
+        """Host memory a GPU takes for the reference: offloaded, and if it is refreshed, copied for saves."""
+        section = self.config.policy.reference
+        if section is None or self.reference is None:
+            return 0.0
+        saved = section.refresh_every is not None and self.config.run.save_every is not None
+        return (section.offload + saved) * (self.reference.weights + self.reference.visiting)
 
     @property
     def bubble(self) -> float:

@@ -113,6 +113,9 @@ def memory_table(plan: Plan) -> Table:
     }
     if plan.ring_bytes:
         served = {"host: pushed weights, to be scored again": plan.ring_bytes, **served}
+    if plan.reference_host:
+        cells = (f"{plan.reference_host / GIB:.3f}" if m is plan.reference else "" for m in plan.models)
+        table.add_row("host: the reference", *cells, "")
     for what, size in served.items():
         cells = (f"{size / GIB:.3f}" if m.name == plan.config.served else "" for m in plan.models)
         table.add_row(what, *cells, "")

@@ -1,12 +1,12 @@
 """A run's whole state in one folder per saved step, published atomically and checked before it is believed.
 
-    RUN/checkpoints/step-000040/policy/  actor/  rollouts-0.npz  state.json  manifest.json
+    RUN/checkpoints/step-000040/policy/  actor/  reference/  rollouts-0.npz  state.json  manifest.json
     latest -> step-000040      best -> step-000020, with run.keep_best
 
 A folder is written as .step-000040.unfinished and renamed when its manifest (size and sha256 of every file)
 is on disk; a later crash leaves at most an unfinished folder. Random draws are functions of (seed, step,
 rollout), so that no generator needs saving. `rollouts-*` are the finished groups of a step that was
-interrupted.
+interrupted, `reference/` is there where it is refreshed.
 """
 
 import datetime
@@ -38,7 +38,7 @@ from megatron_jackpot.run.provenance import CHECKPOINTS, check_models, checkpoin
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.digests import Digests, digest, digests
 from megatron_jackpot.train.kept import MEASURED, STATE, tidy
-from megatron_jackpot.train.state import TrainState
+from megatron_jackpot.train.state import REFERENCE, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Saver:
         self._writing: _Writing | None = None
         if config.save_every is not None and config.save_in_background:
             # Host memory is slow at first touch: that is no pause of the first save then.
-            self._snapshots = {name: Snapshot(model) for name, model in state.models.items()}
+            self._snapshots = {name: Snapshot(model) for name, model in state.saved.items()}
 
     def save(self, *, background: bool) -> None:
         """Save the state after `state.num_steps` steps; in the foreground it is published on return.
@@ -109,7 +109,7 @@ class Saver:
         self._note_end(raise_it)
 
     def _take(self) -> None:
-        for name, model in self.state.models.items():
+        for name, model in self.state.saved.items():
             if name in self._snapshots:
                 self._snapshots[name].take()
             else:
@@ -127,7 +127,7 @@ class Saver:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob(".step-*"):
                 shutil.rmtree(left)
-            for name in self.state.models:
+            for name in self.state.saved:
                 (unfinished / name).mkdir(parents=True)
             newest = checkpoints(self.folder.parent)[-1:]
             need = sum(path.stat().st_size for folder in newest for path in _files(folder))
@@ -152,7 +152,7 @@ class Saver:
     def _write_files(self, writing: "_Writing") -> Digests:
         """Size and hash of what every rank has written."""
         unfinished, group, rank = writing.unfinished, self._group, dist.get_rank()
-        for name in self.state.models:
+        for name in self.state.saved:
             self._snapshots[name].write(unfinished / name, group)
         parts: list[Any] = [None] * dist.get_world_size()
         with raise_on_all_ranks(group):
@@ -217,11 +217,11 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def expected_bytes(state: TrainState) -> int:
-    """About how large a checkpoint gets: weights, fp32 copy and two moments of every model; every rank calls
-    it."""
+    """About how large a checkpoint gets: every model's weights, and fp32 copy and two moments of those that
+    learn; every rank calls it."""
     local = sum(
-        parameter.numel() * (parameter.element_size() + 12)
-        for model in state.models.values()
+        parameter.numel() * (parameter.element_size() + 12 * (model.optimizer is not None))
+        for model in state.saved.values()
         for chunk in model.chunks
         for parameter in chunk.parameters()
     )
@@ -312,7 +312,7 @@ def _load(state: TrainState, folder: Path) -> list[str]:
     formats.check_format("checkpoint", saved.get(formats.FIELD, 0), folder / STATE)
     check_models(folder, state.models)
     if state.reference is not None:
-        state.reference.check_state(saved.get("reference"))
+        state.reference.load_state_dict(saved.get("reference"), folder / REFERENCE)
     changed: set[int] = set()
     if state.loader is not None and saved["loader"] is not None:
         changed = state.loader.load_state_dict(saved["loader"])

@@ -1,4 +1,5 @@
-"""The frozen model that the policy is held near: loaded, scored once a step, known by what its files hold.
+"""The model that the policy is held near: loaded, scored once a step, known by what its files hold; or
+refreshed from the policy, and then its weights are a checkpoint's.
 
 Shapes: M micro-batches of T tokens.
 """
@@ -9,11 +10,13 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.model_folder import WEIGHTS
 from megatron_jackpot.config.schema import REFERENCE
+from megatron_jackpot.models.checkpoint import load_frozen
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family
 from megatron_jackpot.models.frozen import HostWeights
@@ -30,9 +33,16 @@ class Reference:
     """No gradients, no optimizer, no buffers: the weights, and [M, T] log-probs of a step."""
 
     def __init__(
-        self, model: MegatronModel, folder: Path, *, temperature: float, exact: bool, offload: bool
+        self,
+        model: MegatronModel,
+        folder: Path,
+        *,
+        temperature: float,
+        exact: bool,
+        offload: bool,
+        refresh_every: int | None,
     ) -> None:
-        self.model, self.folder, self.exact = model, folder, exact
+        self.model, self.folder, self.exact, self.refresh_every = model, folder, exact, refresh_every
         self.vocab = model.vocab(temperature)
         self.digest = content_digest(folder)
         self._host = HostWeights(model) if offload else None
@@ -57,8 +67,14 @@ class Reference:
             padded_vocab=padded_vocab,
             frozen=True,
         )
-        temperature = config.rollout.temperature
-        return cls(model, folder, temperature=temperature, exact=kl.exact, offload=section.offload)
+        return cls(
+            model,
+            folder,
+            temperature=config.rollout.temperature,
+            exact=kl.exact,
+            offload=section.offload,
+            refresh_every=section.refresh_every,
+        )
 
     def score(self, batch: Batch, policy_head: FrozenHead | None) -> dict[str, Tensor]:
         """The fields of Scores about the reference, [M, T]; none off the last pipeline stage.
@@ -77,12 +93,39 @@ class Reference:
         with nullcontext() if self._host is None else self._host.on_device():
             return self.model.score(batch, read) or {}
 
-    def state_dict(self) -> dict[str, str]:
-        return {"path": str(self.folder), "sha256": self.digest}
+    def after(self, num_steps: int, policy: MegatronModel) -> None:
+        """Become the policy, where it is time; every rank calls it after every step."""
+        if self.refresh_every is None or num_steps % self.refresh_every:
+            return
+        with torch.no_grad(), policy.fresh_parameters():
+            weights = [parameter.data for chunk in policy.chunks for parameter in chunk.parameters()]
+            if self._host is not None:
+                self._host.take(weights)
+                return
+            own = [parameter for chunk in self.model.chunks for parameter in chunk.parameters()]
+            for parameter, weight in zip(own, weights, strict=True):
+                parameter.copy_(weight)
 
-    def check_state(self, saved: Mapping[str, str] | None) -> None:
-        """Raises ValueError where a checkpoint was made with other weights; None knew of no reference."""
-        if saved is not None and saved["sha256"] != self.digest:
+    def state_dict(self) -> dict[str, str | int | None]:
+        return {"path": str(self.folder), "sha256": self.digest, "refresh_every": self.refresh_every}
+
+    def load_state_dict(self, saved: Mapping[str, str | int | None] | None, weights: Path) -> None:
+        """Go on as a checkpoint was made; `weights` is its folder with those of a refreshed reference. None
+        knew of no reference.
+
+        Raises ValueError where it was made with weights that are not here.
+        """
+        if saved is None:
+            return
+        if saved.get("refresh_every"):
+            if self.refresh_every is None:
+                raise ValueError(
+                    "policy.reference.refresh_every is null, but the checkpoint's reference was refreshed "
+                    f"every {saved['refresh_every']} steps: the KL would be one to another model. Set it, or "
+                    "begin a new run."
+                )
+            load_frozen(self.model, weights)
+        elif saved["sha256"] != self.digest:
             raise ValueError(
                 f"policy.reference = {self.folder} holds other files than {saved['path']} did when the "
                 "checkpoint was made: the KL would be one to another model. Set policy.reference.hf to a "

@@ -10,6 +10,9 @@ from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.reference import Reference
 
+REFERENCE = "reference"
+"""Its folder in a checkpoint."""
+
 
 @dataclass(kw_only=True)
 class TrainState:
@@ -20,7 +23,7 @@ class TrainState:
     actor: MegatronModel | None
     """None where servers hold the policy."""
     reference: Reference | None = None
-    """What the policy is held near; it does not change, and a checkpoint holds its hash."""
+    """What the policy is held near; a checkpoint holds its hash, or its weights where it is refreshed."""
     methods: Methods
     guard: Guard
     loader: PromptLoader | None = None
@@ -36,6 +39,18 @@ class TrainState:
     @property
     def models(self) -> dict[str, MegatronModel]:
         return {"policy": self.policy, **({} if self.actor is None else {"actor": self.actor})}
+
+    @property
+    def saved(self) -> dict[str, MegatronModel]:
+        """Those whose weights are a checkpoint's."""
+        changes = self.reference is not None and self.reference.refresh_every is not None
+        return {**self.models, **({REFERENCE: self.reference.model} if changes else {})}
+
+    def finish_step(self) -> None:
+        """Count a step; every rank calls it."""
+        self.num_steps += 1
+        if self.reference is not None:
+            self.reference.after(self.num_steps, self.policy)
 
     @property
     def served(self) -> MegatronModel:

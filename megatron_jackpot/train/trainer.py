@@ -127,7 +127,7 @@ class Trainer:
             with measured.timer("make_room"):
                 self.make_room()
             self.learn(self.packed(trained), measured, None if collected is None else collected.groups)
-            self.state.num_steps += 1
+            self.state.finish_step()
             with measured.timer("sync"):
                 measured.values |= self.push()
         if collected is not None and trained is not None:

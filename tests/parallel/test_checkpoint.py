@@ -37,6 +37,9 @@ def _train(
     config = make_config(layout, Path(folder))
     knobs = config.policy.optimizer.model_copy(update=options.get("optimizer", {}))
     config = config.model_copy(update={"policy": config.policy.model_copy(update={"optimizer": knobs})})
+    if refresh := options.get("refresh"):
+        held = config.policy.reference.model_copy(update={"hf": None, **refresh})
+        config = config.model_copy(update={"policy": config.policy.model_copy(update={"reference": held})})
     saving = config.run.model_copy(
         update={
             "folder": Path(run),

@@ -1,4 +1,4 @@
-"""The frozen reference: what it holds, what it says, and that a checkpoint knows it by its files."""
+"""The reference: what it holds, what it says, and that a checkpoint knows it by its files or holds it."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from megatron_jackpot.parallel.linear import LinearLogits
 from megatron_jackpot.train.reference import content_digest
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
+from tests.parallel.test_checkpoint import STEERED, same, train
 from tests.tiny import groups
 
 KL = (("weight", 0.1), ("exact", True))
@@ -79,10 +80,13 @@ def _digests(rank: int, world: int, folders: list[str]) -> list[str]:
     )
     reference = trainer.state.reference
     found = [content_digest(Path(folder)) for folder in folders]
-    reference.check_state(None)
-    reference.check_state({"path": "elsewhere", "sha256": found[0]})
+    nowhere = Path("none")
+    reference.load_state_dict(None, nowhere)
+    reference.load_state_dict({"path": "elsewhere", "sha256": found[0]}, nowhere)
     with pytest.raises(ValueError, match="policy.reference = .*holds other files than elsewhere did"):
-        reference.check_state({"path": "elsewhere", "sha256": found[2]})
+        reference.load_state_dict({"path": "elsewhere", "sha256": found[2]}, nowhere)
+    with pytest.raises(ValueError, match="refresh_every is null, but .* was refreshed every 2 steps"):
+        reference.load_state_dict({**reference.state_dict(), "refresh_every": 2}, nowhere)
     return found
 
 
@@ -99,3 +103,30 @@ def test_a_reference_is_known_by_its_weights_wherever_they_lie(folder: Path, tmp
     save_file(tensors, copies[1] / "model.safetensors")
     one, two = run_ranks(_digests, 2, 120, [str(folder / "policy"), *map(str, copies)])
     assert one == two and one[0] == one[1] != one[2]
+
+
+@pytest.mark.parametrize(
+    ("layout", "offload"),
+    [(Layout(), True), pytest.param(Layout(tp=2), False, marks=pytest.mark.full)],
+    ids=["same layout", "tp 2"],
+)
+def test_a_refreshed_reference_is_the_policy_of_that_step_also_after_a_resume(
+    folder: Path, tmp_path: Path, layout: Layout, offload: bool
+) -> None:
+    """Saved after step 3, where it is the policy after step 2; at the start and after 4 it is that of now."""
+    refreshed, kl = {"refresh": {"refresh_every": 2}}, (("weight", 0.1),)
+    held = Layout(reference_kl=kl, correction=STEERED.correction)
+    whole = train(folder, tmp_path, held, 5, save="background", save_at=[3], **refreshed)
+    apart = [row["kl/policy_reference_unweighted"] for row in whole[0]]
+    assert [value == 0.0 for value in apart] == [True, False, True, False, True]
+    assert (tmp_path / "checkpoints" / "step-000003" / "reference").is_dir()
+    refreshed["refresh"]["offload"] = offload
+    again = Layout(**{**vars(layout), "reference_kl": kl, "correction": STEERED.correction})
+    got = train(folder, tmp_path, again, 5, resume=True, **refreshed)
+    name = "kl/policy_reference_unweighted"
+    if layout.world == 1:
+        same(got, whole, exact=True, steps=2)
+    else:
+        assert got[0][0][name] == pytest.approx(apart[3], rel=1e-3)
+        # Refreshed from the policy after step 4, which is another by rounding.
+        assert got[0][1][name] == pytest.approx(0.0, abs=1e-9)

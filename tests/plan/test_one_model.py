@@ -118,6 +118,14 @@ KL = dict(algorithm=dict(reference_kl={}))
     ("sections", "line"),
     [
         (KL, "needs a model to stay near, but policy.reference is null"),
+        (
+            dict(policy=dict(reference=dict(hf="actor", refresh_every=2)), **KL),
+            "a reference that becomes the policy starts as it. Set policy.reference.hf=null",
+        ),
+        (
+            dict(policy=dict(reference=dict(refresh_every=2)), precision=dict(fp8_param=True), **KL),
+            "policy.reference.refresh_every takes weights that are no fp8",
+        ),
         (dict(policy=dict(reference={})), "nothing would use it. Set algorithm.reference_kl.weight=1e-3"),
         (
             dict(
@@ -154,6 +162,16 @@ def test_a_reference_costs_its_weights_and_one_forward_pass_and_offloaded_they_c
     assert kept.reference.flops * 4 == pytest.approx(joint_plan.actor.flops)
     assert visiting.reference.resident == 0 and visiting.trainer_bytes < kept.trainer_bytes
     assert visiting.reference.transient == weights + kept.reference.transient
+    assert (alone.reference_host, kept.reference_host, visiting.reference_host) == (0.0, 0.0, weights)
+    # What servers hold is kept for the scores of older weights, with a reference as without.
+    older = dict(rollout=dict(model="policy", ahead=2, max_staleness=2, top_k_logp=0))
+    for more in ({}, dict(policy=dict(reference=other), **KL)):
+        plan = make_plan(parse_config(tree(tmp_path, **older, **more)), 1)
+        assert plan.ring_bytes == 3 * plan.policy.weights
+    # The policy's own shape; offloaded, and once more in what a save holds.
+    refreshed = dict(policy=dict(reference=dict(refresh_every=2, offload=True)), run=dict(save_every=5))
+    plan = make_plan(parse_config(tree(tmp_path, **refreshed, **KL)), 1)
+    assert plan.reference_host == 2 * plan.policy.weights > 0
     console = Console(record=True, width=150)
     show_plan(visiting.config, 1, Assumptions(), console)
     shown = console.export_text()
