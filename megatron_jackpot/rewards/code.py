@@ -21,6 +21,8 @@ from megatron_jackpot.rewards.sandbox.values import LARGEST, to_frame
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 TAGS = ("", "py", "python", "python3")
 MOST_TESTS = 100
+LONGEST = 2**19
+"""Characters of a program."""
 WALL = 3
 """Seconds by the clock for a test for each that it may compute: a busy machine, or a program that sleeps."""
 SHARE = 0.8
@@ -54,13 +56,18 @@ class CodeReward:
             "all": credit == "all",
         }
         try:
-            self.verdicts("", ["assert True"])
+            passed = self.verdicts("", ["assert True"])
         except RuntimeError as error:
             raise ValueError(
                 f"data.reward = 'code' cannot seal the programs of responses on this machine ({error}): they "
                 "could read files, use the network and end the trainer. Run on Linux, x86_64 or aarch64, "
                 "with seccomp; or set data.code.trusted=true where nothing is to be protected."
             ) from error
+        if passed != [True]:
+            raise ValueError(
+                f"data.code: a program that does nothing does not pass within memory_gb = {memory_gb:g} and "
+                f"data.reward_timeout_s = {timeout_s:g}. Raise them, or look what keeps this machine busy."
+            )
 
     def score(self, response_text: str, label: object) -> float:
         """The share of the tests that pass, or 1 where all do; 0 without a program."""
@@ -137,12 +144,13 @@ def _end_session(leader: int) -> None:
 
 def program_of(response_text: str) -> str | None:
     """The last whole block between ``` of Python or of no language, a text without ``` being all program;
-    thoughts are left out. None where there is none."""
+    thoughts are left out. None where there is none, or one longer than LONGEST."""
     visible = without_thinking(response_text)
-    if visible is None or "```" not in visible:
-        return visible
+    if visible is None:
+        return None
     blocks = [text for tag, text in FENCE.findall(visible) if tag.lower() in TAGS]
-    return blocks[-1] if blocks else None
+    found = blocks[-1] if blocks else None if "```" in visible else visible
+    return found if found is not None and len(found) <= LONGEST else None
 
 
 def tests_of(label: object) -> list[Test]:

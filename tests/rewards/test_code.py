@@ -71,6 +71,7 @@ def test_a_script_is_judged_by_its_output_and_its_exit(judge):
         ("<think>```python\nx = 1\n```", None),
         ("```python\nx = 1", None),
         ("```c\nint x;\n```", None),
+        ("#" * 2**20, None),
     ],
 )
 def test_the_program_is_the_last_whole_block(response, program, judge):
@@ -102,8 +103,10 @@ LIMIT = 10 ** 5000
         "import math\ndef check(candidate):\n    assert math.isclose(candidate(0.1), 0.1)\ncheck(same)",
         "assert same(lambda: 1)",
         "assert missing(1)",
+        "print('1' * 9, flush=True)\nassert same(2) == 2",
+        "import os\nos.write(1, b'1')\nassert same(2) == 3",
     ]
-    assert judge.verdicts(program, tests) == [True] * 6 + [False] * 2
+    assert judge.verdicts(program, tests) == [True] * 6 + [False] * 2 + [True, False]
 
 
 def test_what_programs_import_works_sealed_and_else_is_not_found(judge):
@@ -254,6 +257,8 @@ def test_a_machine_that_cannot_seal_is_refused_unless_programs_are_trusted(monke
     ):
         reward()
     monkeypatch.setattr(code, "_run", really)
+    with pytest.raises(ValueError, match="does nothing does not pass within memory_gb = 0.001"):
+        reward(memory_gb=0.001)
     reads = "import os\ndef f(): return os.path.exists('/')"
     assert reward(trusted=True).verdicts(reads, ["assert f()"]) == [True]
     assert reward().verdicts(reads, ["assert f()"]) == [False]

@@ -20,14 +20,17 @@ from megatron_jackpot.rewards.sandbox.values import FRAME, Value
 LARGEST_FILE = 2**20
 """Bytes, where files can be written at all."""
 OPEN_FILES = 1024
-NOTHING = 4
-"""Descriptor of /dev/null in a program's process; 3 takes its answers."""
+ANSWERS = 3
+"""Descriptor on which a program's process answers."""
 
 
 def main() -> None:
     """Raises nothing of its own but what no machine should do."""
     asked = _message()
     _end_with_parent()
+    # What tests print is no verdict.
+    verdicts, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
     seconds, kinds = asked["cpu_s"], asked["kinds"]
     _limit(asked["memory_bytes"], seconds * (len(kinds) + 1))
     preload(asked["program"])
@@ -39,12 +42,12 @@ def main() -> None:
         try:
             seal()
         except CannotSeal as error:
-            os.write(1, b"E" + str(error).encode())
+            os.write(verdicts, b"E" + str(error).encode())
             return
         no_more_imports()
     for test, program in zip(tests, programs, strict=True):
         passed = passes(test, program, asked["wall_s"])
-        os.write(1, b"1" if passed else b"0")
+        os.write(verdicts, b"1" if passed else b"0")
         if asked["all"] and not passed:
             return
 
@@ -76,11 +79,10 @@ def _start(kind: str, asked: dict[str, Value]) -> Program:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     os.dup2(output if kind == "input" else nothing, 1)
-    answers = 3
-    if kind == "calls" and output != answers:
-        os.dup2(output, answers)
+    if kind == "calls" and output != ANSWERS:
+        os.dup2(output, ANSWERS)
     # Among them the tests' own input, and the ends of other programs' pipes.
-    os.closerange(answers + (kind == "calls"), OPEN_FILES)
+    os.closerange(ANSWERS + (kind == "calls"), OPEN_FILES)
     _limit(asked["memory_bytes"], asked["cpu_s"])
     if asked["sealed"]:
         try:
@@ -91,7 +93,7 @@ def _start(kind: str, asked: dict[str, Value]) -> Program:
     if kind == "input":
         run_with_input(asked["program"])
     else:
-        serve_calls(asked["program"], answers)
+        serve_calls(asked["program"], ANSWERS)
     sys.exit(0)
 
 
