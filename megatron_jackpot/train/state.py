@@ -43,8 +43,9 @@ class TrainState:
     @property
     def saved(self) -> dict[str, MegatronModel]:
         """Those whose weights are a checkpoint's."""
-        changes = self.reference is not None and self.reference.refresh_every is not None
-        return {**self.models, **({REFERENCE: self.reference.model} if changes else {})}
+        if self.reference is None or self.reference.refresh_every is None:
+            return self.models
+        return {**self.models, REFERENCE: self.reference.model}
 
     def finish_step(self) -> None:
         """Count a step; every rank calls it."""
