@@ -5,7 +5,7 @@ Shapes: M micro-batches of T tokens; sg() stops the gradient.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,27 @@ ZERO_LOGP = -1e4
 product with an advantage of 0 is 0."""
 
 
-def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -> ObjectiveInputs:
+class AtCandidates(NamedTuple):
+    """Constants at the candidates of a micro-batch, [T, K]; the id -1 is padding."""
+
+    ids_TK: Tensor
+    logp_TK: Tensor
+    """Under the live policy."""
+    target_logp_TK: Tensor
+    server_logp_TK: Tensor
+
+
+def at_candidates(scores: Scores, m: int, logp_TK: Tensor) -> AtCandidates:
+    """Those of micro-batch m, where the live policy has log-probs `logp_TK`."""
+    known = (scores.candidate_target_logp_MTK[m], scores.candidate_server_logp_MTK[m])
+    return AtCandidates(scores.candidate_ids_MTK[m], *(one.detach() for one in (logp_TK, *known)))
+
+
+def objective_inputs(
+    logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int, candidates: AtCandidates | None = None
+) -> ObjectiveInputs:
     """What an objective may look at in micro-batch m: live log-probs, those at the start of the step,
-    constants.
+    constants; `candidates` where it needs them.
 
     Raises nothing: a NaN inside the mask stays a NaN, so that a broken model shows in the loss.
     """
@@ -38,7 +56,14 @@ def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -
     def logarithm(value_T: Tensor) -> Tensor:
         return torch.where(value_T == -math.inf, ZERO_LOGP, only(value_T))
 
+    none_TK = logp_T.detach().new_empty(len(logp_T), 0)
+    ids_TK, *at_ids = candidates or AtCandidates(none_TK.long(), none_TK, none_TK, none_TK)
+    other_TK = counted_T[:, None] & (ids_TK >= 0) & (ids_TK != batch.labels_MT[m][:, None])
+    at_others = [torch.where(other_TK, precise(known_TK), -math.inf) for known_TK in at_ids]
     return ObjectiveInputs(
+        candidate_logp_TK=at_others[0],
+        candidate_old_logp_TK=at_others[1],
+        candidate_server_logp_TK=at_others[2],
         logp_T=torch.where(valid_T, only(logp_T), logarithm(logp_T.detach())),
         old_logp_T=logarithm(old_logp_T.detach()),
         server_logp_T=only(batch.server_logp_MT[m].detach()),
@@ -65,6 +90,12 @@ class Objective:
     @property
     def corrects(self) -> bool:
         """Whether the method carries its own ratio to the server, so that no correction may be added."""
+        return False
+
+    @property
+    def needs_candidates(self) -> bool:
+        """Whether the method looks at the log-probs of the candidates, which the update reads with the
+        sampled token's."""
         return False
 
     def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "Objective":

@@ -243,6 +243,8 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         together.append(lambda: _check_counted(made["correction"], made["aggregation"], config))
     if {"correction", "selector"} <= made.keys():
         together.append(lambda: _check_pruned(made["correction"], made["selector"], config))
+    if "objective" in made:
+        together.append(lambda: _check_candidates(made["objective"], config))
     if "allocator" in made:
         together.append(lambda: _check_bounds(made["allocator"], config))
     if "aggregation" in made:
@@ -285,6 +287,17 @@ def _check_corrected_once(correction: CorrectionMethod, objective: Objective, co
             f"algorithm.objective.name = '{algorithm.objective.name}' carries its own ratio to the server, "
             f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction "
             "none" + (", or objective anchor old." if hasattr(objective, "anchor") else ".")
+        )
+
+
+def _check_candidates(objective: Objective, config: Config) -> None:
+    algorithm = config.algorithm
+    moving = algorithm.target == "current" and algorithm.num_minibatches > 1
+    if objective.needs_candidates and not objective.corrects and moving:
+        raise ValueError(
+            f"algorithm.objective.name = '{algorithm.objective.name}' compares with the policy at the start "
+            "of the step at the candidates, which algorithm.target = 'current' scores anew with each of "
+            f"algorithm.num_minibatches = {algorithm.num_minibatches}. Set algorithm.target to 'old'."
         )
 
 
@@ -331,6 +344,11 @@ def _check_actor_objective(objective: Objective, actor: Actor) -> None:
             f"actor.objective.name = '{actor.objective.name}' carries its own ratio to the server, and the "
             "actor's "
             "loss is weighted by actor.tis_cap's already. Use ppo, gspo, cispo, opsm or reinforce."
+        )
+    if objective.needs_candidates:
+        raise ValueError(
+            f"actor.objective.name = '{actor.objective.name}' looks at the candidates, at which the actor at "
+            "the start of the step is not scored. Use approximation binary."
         )
     if type(objective).prepare is not Objective.prepare:
         raise ValueError(

@@ -20,7 +20,7 @@ from megatron_jackpot.algorithm.candidates import make_scores, union_of_candidat
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.distill import Distillation, distill_inputs
 from megatron_jackpot.algorithm.importance import MaskedIS
-from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
+from megatron_jackpot.algorithm.objectives_base import Objective, at_candidates, objective_inputs
 from megatron_jackpot.algorithm.registry import check_choice, shown
 from megatron_jackpot.algorithm.selectors_base import Group, Selection, Selector
 from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
@@ -106,7 +106,9 @@ def try_objective(method: Objective) -> None:
     old_MT = scores.policy_logp_MT.detach()
     for m in range(len(old_MT)):
         live_T = (old_MT[m] + 0.3 * _randn(T, seed=10 + m)).clamp(max=-1e-3).requires_grad_()
-        inputs = objective_inputs(live_T, old_MT[m], scores.batch, m)
+        candidates = at_candidates(scores, m, 0.9 * scores.candidate_target_logp_MTK[m] - 0.1)
+        given = candidates if prepared.needs_candidates else None
+        inputs = objective_inputs(live_T, old_MT[m], scores.batch, m, given)
         surrogate_T = prepared.surrogate(inputs)
         _check("surrogate", surrogate_T, (T,), WIDE)
         if (surrogate_T.detach()[~inputs.valid_T] != 0).any():

@@ -39,6 +39,18 @@ def config(**changes: dict) -> Config:
             {"actor_objective": {"name": "kl_cov"}},
             "actor.objective.name = 'kl_cov' asks for numbers",
         ),
+        (
+            {"actor_objective": {"name": "dppo_kl", "anchor": "old", "approximation": "topk"}},
+            "'dppo_kl' looks at the candidates, .* Use approximation binary",
+        ),
+        (
+            {
+                "algorithm_objective": {"name": "dppo_tv", "anchor": "old", "approximation": "topk"},
+                "algorithm_target": "current",
+                "algorithm_num_minibatches": 2,
+            },
+            "compares with the policy at the start of the step.* Set algorithm.target to 'old'",
+        ),
         ({"actor_objective": {"name": "m2po"}}, "actor.objective.name = 'm2po' carries its own ratio"),
         ({"algorithm_correction": {"name": "jackpt"}}, "Did you mean 'jackpot'"),
         (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.diagnostics import diagnostics, mean_over
-from megatron_jackpot.algorithm.objectives_base import objective_inputs
+from megatron_jackpot.algorithm.objectives_base import AtCandidates, objective_inputs
 from megatron_jackpot.records import Batch, Correction, ObjectiveInputs, Scores
 
 
@@ -133,11 +133,19 @@ class Tokens:
     advantage_T: Tensor
     mask_T: Tensor
     segment_T: Tensor
+    candidates_TK3: Tensor | None = None
+    """log-probs at the candidates under the live policy, the old one and the server; -inf is padding. None of
+    them is the sampled token."""
 
 
 def inputs_of(logp_T: Tensor, tokens: Tokens) -> ObjectiveInputs:
     """What an objective sees of one micro-batch."""
-    return objective_inputs(logp_T, tokens.old_logp_T, batch_of(tokens), 0)
+    batch, at_TK3 = batch_of(tokens), tokens.candidates_TK3
+    if at_TK3 is None:
+        return objective_inputs(logp_T, tokens.old_logp_T, batch, 0)
+    # The sampled token's id is 0.
+    ids_TK = torch.where(at_TK3[..., 0] > -math.inf, 1, -1)
+    return objective_inputs(logp_T, tokens.old_logp_T, batch, 0, AtCandidates(ids_TK, *at_TK3.unbind(-1)))
 
 
 def batch_of(tokens: Tokens) -> Batch:

@@ -136,6 +136,25 @@ def dppo_kl(live, frozen, d, low=0.05, high=0.05, cap=20.0, anchor="q"):
     return keep * np.minimum(p / q, cap) * d["a"] * live
 
 
+def over_candidates(frozen, d, anchor):
+    """(p, q) of each token over itself, its candidates and the rest."""
+    for t, (logp, anchor_logp) in enumerate(zip(frozen, d[anchor], strict=True)):
+        at = d["candidates"][t][d["candidates"][t, :, 0] > -np.inf]
+        both = ((logp, at[:, 0]), (anchor_logp, at[:, dict(old=1, q=2)[anchor]]))
+        known = [np.exp(np.append(one, rest)) for one, rest in both]
+        yield [np.append(one, max(1 - one.sum(), 1e-6)) for one in known]
+
+
+def topk(live, frozen, d, low, high, kind, anchor="q"):
+    distance = [
+        np.abs(p - q).sum() / 2 if kind == "tv" else (q * np.log(q / p)).sum()
+        for p, q in over_candidates(frozen, d, anchor)
+    ]
+    over, under = np.array(distance) > high, np.array(distance) > low
+    gone = np.where(d["a"] > 0, over & (frozen > d[anchor]), under & (frozen < d[anchor]))
+    return ~gone * np.minimum(np.exp(frozen - d[anchor]), 20) * d["a"] * live
+
+
 def bapo(
     live,
     frozen,
@@ -224,6 +243,14 @@ CASES = [
         dppo_kl,
         {"low": 0.001, "high": 0.02, "anchor": "old"},
     ),
+    ("dppo_tv", {"approximation": "topk"}, topk, {"low": 0.15, "high": 0.15, "kind": "tv"}),
+    (
+        "dppo_tv",
+        {"approximation": "topk", "anchor": "old", "delta_low": 0.3, "delta_high": 0.05},
+        topk,
+        {"low": 0.3, "high": 0.05, "kind": "tv", "anchor": "old"},
+    ),
+    ("dppo_kl", {"approximation": "topk"}, topk, {"low": 0.05, "high": 0.05, "kind": "kl"}),
     ("bapo", {}, bapo, {}),
     ("bapo", {"positive_share": 0.57}, bapo, {"share": 0.57}),
     (
@@ -255,6 +282,7 @@ def arrays(tokens):
         "q": tokens.server_logp_T.numpy(),
         "a": tokens.advantage_T.numpy(),
         "mask": tokens.mask_T.numpy(),
+        "candidates": tokens.candidates_TK3.numpy(),
         "segment": tokens.segment_T.numpy(),
     }
 
