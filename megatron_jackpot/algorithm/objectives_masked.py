@@ -39,6 +39,10 @@ class DPPO(Objective):
     """M sg(min(r, cap)) A log p with M = 0 where the update would leave the region further (arXiv
     2602.04879)."""
 
+    delta_low: float
+    """Largest distance of a token whose probability fell."""
+    delta_high: float
+    """Largest distance of a token whose probability rose."""
     cap: float = 20.0
     """Upper bound of r."""
     anchor: Anchor = "server"
@@ -101,9 +105,7 @@ class DPPOTV(DPPO):
     delta_low."""
 
     delta_low: float = 0.15
-    """Largest total variation of a token whose probability fell."""
     delta_high: float = 0.15
-    """Largest total variation of a token whose probability rose."""
 
     def _distance(self, t: ObjectiveInputs) -> Tensor:
         if self.approximation == "topk":
@@ -117,9 +119,7 @@ class DPPOKL(DPPO):
     """The same with KL(q || p) as the distance."""
 
     delta_low: float = 0.05
-    """Largest KL of a token whose probability fell."""
     delta_high: float = 0.05
-    """Largest KL of a token whose probability rose."""
 
     def _distance(self, t: ObjectiveInputs) -> Tensor:
         if self.approximation == "topk":
