@@ -242,6 +242,8 @@ class ObjectiveInputs:
     """The same at the start of the step."""
     server_logp_T: Tensor
     """log q of the sampled token."""
+    reference_logp_T: Tensor
+    """The same under the frozen reference; 0 where there is none."""
     candidate_logp_TK: Tensor
     """log p at the candidates but for the sampled token, constants; -inf on padding. K = 0 where the method
     needs none, here and below."""

@@ -7,6 +7,7 @@ policy loss = -sum keep * weight * surrogate / N.
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.objectives_covariance import ClipCov, KLCov
 from megatron_jackpot.algorithm.objectives_masked import BAPO, DPPOKL, DPPOTV, M2PO
+from megatron_jackpot.algorithm.objectives_regression import DMPO, AStarPO
 from megatron_jackpot.algorithm.objectives_sequence import GMPO, GSPO, TOPR, MinPRO
 from megatron_jackpot.algorithm.objectives_token import CISPO, OPSM, PPO, SAPO, DecoupledPPO, Reinforce
 from megatron_jackpot.algorithm.registry import Registry
@@ -30,5 +31,7 @@ OBJECTIVES = Registry(
         "dppo_kl": DPPOKL,
         "bapo": BAPO,
         "m2po": M2PO,
+        "dmpo": DMPO,
+        "a_star_po": AStarPO,
     },
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_jackpot.algorithm.diagnostics import mean_over
 from megatron_jackpot.algorithm.divergence import k3
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio, precise
-from megatron_jackpot.algorithm.tokens import SumOverBatch, sampled_logp, trainable
+from megatron_jackpot.algorithm.tokens import NumberAlike, SumOverBatch, sampled_logp, trainable
 from megatron_jackpot.records import Batch, Metrics, ObjectiveInputs, Scores
 
 Anchor = Literal["server", "old"]
@@ -40,10 +40,16 @@ def at_candidates(scores: Scores, m: int, logp_TK: Tensor) -> AtCandidates:
 
 
 def objective_inputs(
-    logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int, candidates: AtCandidates | None = None
+    logp_T: Tensor,
+    old_logp_T: Tensor,
+    batch: Batch,
+    m: int,
+    *,
+    candidates: AtCandidates | None = None,
+    reference_logp_T: Tensor | None = None,
 ) -> ObjectiveInputs:
     """What an objective may look at in micro-batch m: live log-probs, those at the start of the step,
-    constants; `candidates` where it needs them.
+    constants; candidates and the reference where it needs them.
 
     Raises nothing: a NaN inside the mask stays a NaN, so that a broken model shows in the loss.
     """
@@ -67,6 +73,9 @@ def objective_inputs(
         logp_T=torch.where(valid_T, only(logp_T), logarithm(logp_T.detach())),
         old_logp_T=logarithm(old_logp_T.detach()),
         server_logp_T=only(batch.server_logp_MT[m].detach()),
+        reference_logp_T=(
+            torch.zeros_like(logp_T.detach()) if reference_logp_T is None else logarithm(reference_logp_T)
+        ),
         advantage_T=torch.where(valid_T, precise(batch.advantage_MT[m].detach()), 0.0),
         segment_T=torch.where(counted_T, batch.segment_MT[m], -1),
         rollout_id_T3=torch.where(counted_T.unsqueeze(-1), batch.rollout_id_MT3[m], 0),
@@ -89,7 +98,8 @@ class Objective:
 
     @property
     def corrects(self) -> bool:
-        """Whether the method carries its own ratio to the server, so that no correction may be added."""
+        """Whether the method carries its own ratio to the server, or holds for any law of it, so that no
+        correction may be added."""
         return False
 
     @property
@@ -98,7 +108,12 @@ class Objective:
         sampled token's."""
         return False
 
-    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "Objective":
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the method looks at the frozen reference, which `policy.reference` names."""
+        return False
+
+    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch, number_alike: NumberAlike) -> "Objective":
         """The objective to use on this mini-batch; most need nothing of the whole mini-batch."""
         return self
 

@@ -27,7 +27,7 @@ from megatron_jackpot.algorithm.objectives_base import (
     unprepared,
 )
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, check_cap
-from megatron_jackpot.algorithm.tokens import SumOverBatch
+from megatron_jackpot.algorithm.tokens import NumberAlike, SumOverBatch
 from megatron_jackpot.records import Metrics, ObjectiveInputs, Scores
 
 KL_FLOOR = 1e-8
@@ -177,7 +177,9 @@ class BAPO(Objective):
         return True
 
     @torch.no_grad()
-    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedBAPO":
+    def prepare(
+        self, scores: Scores, sum_over_batch: SumOverBatch, number_alike: NumberAlike
+    ) -> "PreparedBAPO":
         """The same method with its bounds. Sums over the batch once: P and N for every bound."""
         lows = _steps(self.low_start, self.low_end, self.low_step)
         highs = _steps(self.high_start, self.high_end, self.high_step)
@@ -261,7 +263,9 @@ class M2PO(Objective):
         return True
 
     @torch.no_grad()
-    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedM2PO":
+    def prepare(
+        self, scores: Scores, sum_over_batch: SumOverBatch, number_alike: NumberAlike
+    ) -> "PreparedM2PO":
         """The same method with the largest |log r| it keeps. Sums over the batch once: a histogram."""
         log_ratio_MT, mask_MT = masked_log_ratio(scores)
         counted_MT = mask_MT & self.in_scope(log_ratio_MT, scores.batch.advantage_MT)

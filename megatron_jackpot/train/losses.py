@@ -57,7 +57,10 @@ def policy_loss(
 
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
         logp_T, candidates = live_logp(logits_TV, m)
-        inputs = objective_inputs(logp_T, old_MT[m], batch, m, candidates)
+        reference = None if scores.reference_logp_MT is None else scores.reference_logp_MT[m]
+        inputs = objective_inputs(
+            logp_T, old_MT[m], batch, m, candidates=candidates, reference_logp_T=reference
+        )
         weighted_T = aggregated.weight_MT[m] * objective.surrogate(inputs)
         value = -torch.where(aggregated.keep_MT[m], weighted_T, 0.0).sum() / denominator
         # Both -inf is no gap; one of them alone is an infinite one.

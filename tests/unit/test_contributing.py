@@ -33,6 +33,7 @@ def inputs(logp: list[float], old_logp: list[float], advantage: list[float]) -> 
         logp_T=torch.tensor(logp, requires_grad=True),
         old_logp_T=torch.tensor(old_logp),
         server_logp_T=torch.tensor(old_logp),
+        reference_logp_T=torch.zeros(length),
         candidate_logp_TK=torch.empty(length, 0),
         candidate_old_logp_TK=torch.empty(length, 0),
         candidate_server_logp_TK=torch.empty(length, 0),

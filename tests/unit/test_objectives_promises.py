@@ -11,7 +11,7 @@ from megatron_jackpot.algorithm.objectives import OBJECTIVES, PPO
 from megatron_jackpot.algorithm.objectives_base import objective_inputs
 from megatron_jackpot.algorithm.objectives_sequence import MinPRO
 from megatron_jackpot.algorithm.registry import build
-from tests.unit.flat import Tokens, identity, inputs_of, on_ranks, places
+from tests.unit.flat import Tokens, identity, inputs_of, number_alone, on_ranks, places
 from tests.unit.flat import scores_of as flat_scores
 from tests.unit.test_corrections import make_scores
 from tests.unit.test_corrections import part as flat_part
@@ -86,7 +86,7 @@ def test_clip_cov_draws_its_share_of_the_tokens_inside_whatever_the_split():
 
     def drawn(flat, sum_over_batch=identity):
         scores = flat_scores(flat)
-        made = objective.prepare(scores, sum_over_batch)
+        made = objective.prepare(scores, sum_over_batch, number_alone)
         row_T, column_T, _, _ = places(flat)
         inputs = [
             objective_inputs(scores.target_logp_MT[m], scores.policy_logp_MT[m], scores.batch, m)
