@@ -147,6 +147,16 @@ def test_dmpo_weighs_each_response_by_its_formula(knobs, words):
         assert knobs.get("least_ess", 0.7) is None or shares >= 0.7
 
 
+def test_a_small_kappa_keeps_more_than_one_response_where_log_ratios_are_large():
+    flat = make_flat(gap=8.0)
+    found = {}
+    for least in (None, 0.7):
+        made = DMPO(least_ess=least).prepare(scores_of(flat), identity, number_alone)
+        found[least] = (made.mean_kappa, made.mean_ess)
+    assert found[None][0] == 1 and found[None][1] < 0.5  # One of 3 or 4, and a group of one.
+    assert found[0.7][0] < 0.5 and found[0.7][1] > 0.7
+
+
 def test_dmpo_does_nothing_where_rewards_are_equal_unless_its_baseline_is_the_mean():
     flat = make_flat()
     flat = replace(flat, advantage_T=torch.where(flat.segment_T >= 0, 0.3, 0.0))
