@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ABLATIONS = Path(__file__).parents[2] / "examples" / "ablations"
 FILES = sorted(ABLATIONS.glob("*.yaml"))
-CHECKED = ("on_policy", "candidates_of_the_trainer")
+CHECKED = ("on_policy", "candidates_of_the_trainer", "objective_a_star_po")
 """Of which more is asked than that they train."""
 FIRST = [path for i, path in enumerate(FILES) if i % 3 == 0 or path.stem in CHECKED]
 BASE = "base: ../quickstart/run.yaml"

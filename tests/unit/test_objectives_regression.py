@@ -255,7 +255,7 @@ def test_a_star_po_is_at_rest_at_its_optimum_whoever_sampled():
         live_T = star.log().requires_grad_()
         value_T, _ = surrogates(made, flat, live_T)
         (grad_T,) = torch.autograd.grad(value_T.sum(), live_T)
-        assert float(value_T.abs().max()) < 1e-14 and float(grad_T.abs().max()) < 1e-7
+        assert value_T.abs().max().item() < 1e-14 and grad_T.abs().max().item() < 1e-7
         off_T = torch.tensor(q).double().log()
         assert float(surrogates(made, flat, off_T)[0].abs().max()) > 1e-3
 
