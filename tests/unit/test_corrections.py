@@ -246,14 +246,19 @@ def test_tis_truncates_old_policy_over_server_and_none_weighs_nothing():
         assert torch.equal(result.keep_T, s.mask_T) and result.count == s.mask_T.sum()
 
 
+def logps_of(s):
+    """(name, log-probs) of what there is of them."""
+    named = [(name, value) for name, value in vars(s).items() if name.endswith(("logp_T", "logp_TK"))]
+    return [(name, value) for name, value in named if value is not None]
+
+
 @pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
 def test_nothing_outside_the_mask_matters_not_even_nan(correction):
     s = make_scores()
     broken = {}
-    for name, value in vars(s).items():
-        if name.endswith(("logp_T", "logp_TK")):
-            broken[name] = value.clone()
-            broken[name][~s.mask_T] = math.nan
+    for name, value in logps_of(s):
+        broken[name] = value.clone()
+        broken[name][~s.mask_T] = math.nan
     spoiled = replace(s, **broken)
     want, got = run(correction, s), run(correction, spoiled)
     assert torch.equal(got.weight_T, want.weight_T) and torch.equal(got.keep_T, want.keep_T)
@@ -286,7 +291,7 @@ def test_a_server_logp_inside_the_mask_that_is_not_finite_is_an_error(correction
 @pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
 def test_corrections_carry_no_gradient(correction):
     s = make_scores()
-    live = {name: v.requires_grad_() for name, v in vars(s).items() if name.endswith(("logp_T", "logp_TK"))}
+    live = {name: v.requires_grad_() for name, v in logps_of(s)}
     result = run(correction, replace(s, **live))
     tensors = [result.weight_T, result.count, *(x for pair in result.metrics.values() for x in pair)]
     assert not any(tensor.requires_grad for tensor in tensors)
