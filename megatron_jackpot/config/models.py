@@ -54,8 +54,8 @@ class Policy(Section):
     (docs/models.md)."""
     optimizer: Optimizer = Optimizer()
     reference: Reference | None = None
-    """A model that algorithm.reference_kl holds the policy near, and that never learns itself: {} is the
-    policy at the start."""
+    """A model that algorithm.reference_kl holds the policy near, that some objectives ask for, and that never
+    learns itself: {} is the policy at the start."""
 
 
 class Actor(Section):

@@ -53,7 +53,7 @@ class Reference:
     ) -> "Reference | None":
         """That of the configuration; every rank calls it."""
         section, kl = config.policy.reference, config.algorithm.reference_kl
-        if section is None or kl is None:
+        if section is None:
             return None
         folder = section.hf or config.policy.hf
         model = MegatronModel.load(
@@ -71,7 +71,7 @@ class Reference:
             model,
             folder,
             temperature=config.rollout.temperature,
-            exact=kl.exact,
+            exact=kl is not None and kl.exact,
             offload=section.offload,
             refresh_every=section.refresh_every,
         )

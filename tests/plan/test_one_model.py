@@ -126,7 +126,6 @@ KL = dict(algorithm=dict(reference_kl={}))
             dict(policy=dict(reference=dict(refresh_every=2)), precision=dict(fp8_param=True), **KL),
             "policy.reference.refresh_every takes weights that are no fp8",
         ),
-        (dict(policy=dict(reference={})), "nothing would use it. Set algorithm.reference_kl.weight=1e-3"),
         (
             dict(
                 policy=dict(reference={}),
