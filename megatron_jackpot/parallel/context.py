@@ -136,6 +136,11 @@ class Mesh:
                     f"'{what}'."
                 ) from error
 
+    def own_store(self) -> dist.Store:
+        """A client of its own of the ranks' store, for another thread than the main one: a wait holds its
+        client's lock."""
+        return dist.distributed_c10d._get_default_store().clone()
+
     def store_set(self, key: str, word: str) -> None:
         """The main rank's word to all others, without a collective: see `store_wait`."""
         if dist.get_world_size() > 1:
