@@ -4,6 +4,7 @@ import datetime
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -139,7 +140,8 @@ class Mesh:
     def own_store(self) -> dist.Store:
         """A client of its own of the ranks' store, for another thread than the main one: a wait holds its
         client's lock."""
-        return dist.distributed_c10d._get_default_store().clone()
+        # torch's stubs do not know `clone`.
+        return methodcaller("clone")(dist.distributed_c10d._get_default_store())
 
     def store_set(self, key: str, word: str) -> None:
         """The main rank's word to all others, without a collective: see `store_wait`."""

@@ -17,6 +17,7 @@ from megatron_jackpot.parallel.exchange import Batch, Exchange, LeaderEnded
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.rollout.collect import Interrupted, Sums, Unfinished
+from megatron_jackpot.rollout.collected import Allocated
 from megatron_jackpot.rollout.finished_groups import Groups
 
 Further = Callable[[int, int, int, Collection[int]], list[Prompt]]
@@ -40,8 +41,8 @@ class Asked:
     """Of asking together: words of an earlier one do not count."""
     fetched: list[Prompt] = field(default_factory=list)
     """This leader's prompts beside the loader's, in the order in which they were asked for."""
-    beside: list[int] = field(default_factory=list)
-    """Ids of those of all leaders, in that order."""
+    beside: dict[int, int] = field(default_factory=dict)
+    """Prompt id -> round, of those of all leaders, in that order."""
     live: dict[int, bool] = field(default_factory=dict)
     """Prompt id -> whether its group is live, of all leaders' finished groups, after the last round."""
     waits_for: str = ""
@@ -101,7 +102,7 @@ class Asked:
         them has ended, and what an allocator's `fetch` raises.
         """
         if number == 0:
-            self.fetched, self.beside, self.waits_for = [], [], ""
+            self.fetched, self.beside, self.waits_for = [], {}, ""
             return self.epoch, self.prompts
         allocator = self.allocation.allocator
         if not allocator.replaces:
@@ -113,7 +114,7 @@ class Asked:
         if not new:
             return None
         leader, dp = (0, 1) if self.exchange is None else (self.exchange.dp_rank, self.exchange.dp)
-        self.beside = [*self.beside, *(prompt.id for prompt in new)]
+        self.beside = self.beside | dict.fromkeys((prompt.id for prompt in new), number)
         self.fetched = [*self.fetched, *new[leader::dp]]
         return self.further_epoch, new[leader::dp]
 
@@ -143,6 +144,26 @@ class Asked:
         order = [number for number in (*self.plan, *self.beside) if number in self.live]
         kept = self.allocation.allocator.commit([self.live[number] for number in order], len(self.plan))
         return {order[i] for i in kept}
+
+    def allocated(self, found: Mapping[int, Sequence[Rollout]], trained: Collection[int]) -> list[Allocated]:
+        """Of each of this leader's prompts with its group; nothing where every prompt gets the same."""
+        if not self.allocation.allocator.allocates:
+            return []
+        rows = []
+        for number, group in found.items():
+            planned = self.plan.get(number, self.allocation.samples)
+            row = Allocated(
+                round=self.beside.get(number, 0),
+                prompt=number,
+                planned=planned,
+                rollouts=len(group),
+                rounds=self.allocation.rounds(planned, group),
+                correct=sum(rollout.correct for rollout in group),
+                live=len({rollout.reward for rollout in group}) > 1,
+                trained=number in trained,
+            )
+            rows.append(row)
+        return rows
 
     def measured(self, sampled: Sequence[Sequence[Rollout]], trained: Sequence[Sequence[Rollout]]) -> Sums:
         """What the allocator did; nothing where every prompt gets the same."""

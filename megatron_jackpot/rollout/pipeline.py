@@ -329,6 +329,7 @@ class Pipeline:
             trained=[prompt.id for prompt in batch.prompts if found[prompt.id]],
             lost=[prompt.id for prompt in batch.prompts if not found[prompt.id]],
             fetched=[prompt.id for prompt in batch.fetched],
+            allocated=batch.allocated(found, {group[0].prompt.id for group in trained}),
         )
 
     def _observe(self, batch: Asked, mine: list[tuple[int, int, int]]) -> None:

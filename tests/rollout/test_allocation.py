@@ -57,6 +57,13 @@ def test_a_rescued_prompt_gets_pairs_until_the_first_success_and_its_samples_are
     rescued = sum(any(r.correct for r in group) for group in failed)
     assert taken.sums["allocate/rescued"] == (rescued, len(failed)) and rescued
     assert taken.sums["allocate/further"] == (len(failed), PER_STEP)
+    told = account(run.pipeline.mesh, taken)["allocated"]
+    wanted = {group[0].prompt.id: group for group in taken.groups}
+    for row in zip(*told.values(), strict=True):
+        group = wanted.pop(dict(zip(told, row, strict=True))["prompt"])
+        rounds, correct = 1 + (len(group) - SAMPLES) // 2, sum(r.correct for r in group)
+        assert row == (0, group[0].prompt.id, SAMPLES, len(group), rounds, correct, correct > 0, True)
+    assert not wanted
 
 
 @pytest.mark.parametrize("requests", range(1, 9))
@@ -93,9 +100,13 @@ def test_dynamic_sampling_replaces_equal_groups_and_the_loader_s_place_does_not_
         assert taken.sums["allocate/surplus"] == (surplus, PER_STEP)
         assert taken.sums["allocate/fetched"] == (len(taken.fetched), PER_STEP)
         told = account(run.pipeline.mesh, taken)
-        assert told["fetched"] == sorted(taken.fetched) and "fetched" not in account(
-            run.pipeline.mesh, without
-        )
+        assert told["fetched"] == sorted(taken.fetched)
+        assert not {"fetched", "allocated"} & account(run.pipeline.mesh, without).keys()
+        by_prompt = zip(*(told["allocated"][name] for name in ("prompt", "round", "trained")), strict=True)
+        trained = {group[0].prompt.id for group in taken.groups}
+        assert {number: (round > 0, used) for number, round, used in by_prompt} == {
+            number: (number in taken.fetched, number in trained) for number in asked
+        }
     assert run.loader.state_dict() == plain.loader.state_dict() and not run.finished
 
 
