@@ -53,6 +53,7 @@ class Asked:
 
     @property
     def batch(self) -> Batch:
+        """By what leaders know it."""
         return self.attempt, self.step
 
     @property
