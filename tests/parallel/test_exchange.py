@@ -43,7 +43,7 @@ def _overtaken(mesh: Mesh, folder: Path) -> Any:
     """Leader 0 is late with round 1 of step 1: epochs that were asked for, in order, and the decisions."""
     run = made(mesh, ahead=1)
     if mesh.dp_rank == 0:
-        run.source.late[-2] = 0.6
+        run.source.late[-2] = 0.4
     return _closed(run, lambda run: [steps(run, 2), [epoch for epoch, _ in run.source.asked]])
 
 
@@ -74,7 +74,7 @@ def _failed(mesh: Mesh, folder: Path) -> Any:
 def _late(mesh: Mesh, folder: Path) -> Any:
     """The last leader's first round does not end; its own limit is longer."""
     run, last = made(mesh), mesh.dp_rank == mesh.dp - 1
-    run.pipeline.limit_s = 1.5 if last else 0.3
+    run.pipeline.limit_s = 1.0 if last else 0.3
     if last:
         run.source.limit = 0
     with pytest.raises(TimeoutError) as caught:
@@ -212,7 +212,7 @@ def test_a_leader_that_fails_ends_the_wait_of_the_others(ranks) -> None:
 def test_a_wait_for_a_leader_has_a_limit_and_says_for_what_it_waited(ranks) -> None:
     seen, _ = ranks
     *others, last = [rank["late"] for rank in seen]
-    assert last == "Waited 1.5 s for the rollouts of step 1 (run.phase_timeout_s)."
+    assert last == "Waited 1 s for the rollouts of step 1 (run.phase_timeout_s)."
     assert all(f"last for what DP leader {len(others)} says of round 0." in told for told in others)
 
 
