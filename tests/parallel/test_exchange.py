@@ -1,6 +1,7 @@
 """dynamic_sampling on leaders that are processes of their own, on a TCP store: the same decisions as a single
 leader's, in whatever order rounds end, through faults, stops and rollbacks."""
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent import futures
@@ -40,10 +41,10 @@ def _undisturbed(mesh: Mesh, folder: Path) -> Any:
 
 
 def _overtaken(mesh: Mesh, folder: Path) -> Any:
-    """Leader 0 is late with round 1 of step 1: epochs that were asked for, in order, and the decisions."""
+    """On leader 0 round 1 of step 1 ends after that of step 2, on the others before: the decisions, and the
+    epochs that were asked for, in order."""
     run = made(mesh, ahead=1)
-    if mesh.dp_rank == 0:
-        run.source.late[-2] = 0.4
+    run.source.after = {-2: -3} if mesh.dp_rank == 0 else {-3: -2}
     return _closed(run, lambda run: [steps(run, 2), [epoch for epoch, _ in run.source.asked]])
 
 
@@ -72,15 +73,23 @@ def _failed(mesh: Mesh, folder: Path) -> Any:
 
 
 def _late(mesh: Mesh, folder: Path) -> Any:
-    """The last leader's first round does not end; its own limit is longer."""
-    run, last = made(mesh), mesh.dp_rank == mesh.dp - 1
-    run.pipeline.limit_s = 1.0 if last else 0.3
-    if last:
+    """The last leader's first round does not end before leader 0 has said that it waits no longer."""
+    run, store = made(mesh), mesh.own_store()
+    if mesh.dp_rank == 0:
+        run.pipeline.limit_s = 0.3
+    if mesh.dp_rank == mesh.dp - 1:
         run.source.limit = 0
-    with pytest.raises(TimeoutError) as caught:
+
+        def release() -> None:
+            while not store.check(["jackpot/exchange/0/1/ended"]):
+                time.sleep(0.01)
+            run.source.limit = None
+
+        threading.Thread(target=release, daemon=True).start()
+    with pytest.raises(OSError) as caught:
         run.step()
     run.source.close()
-    return str(caught.value)
+    return f"{type(caught.value).__name__}: {caught.value}"
 
 
 def _stopped(mesh: Mesh, folder: Path) -> Any:
@@ -102,9 +111,9 @@ def _rolled_back(mesh: Mesh, folder: Path) -> Any:
     run = made(mesh, ahead=1)
     before = run.loader.state_dict()
     if mesh.dp_rank == 0:
-        run.source.late[-3] = 30.0
+        run.source.after = {-3: -99}
     run.step()
-    run.source.late.clear()
+    run.source.after.clear()
     run.pipeline.drop()
     run.loader.load_state_dict(before)
     run.steps = 0
@@ -211,9 +220,10 @@ def test_a_leader_that_fails_ends_the_wait_of_the_others(ranks) -> None:
 
 def test_a_wait_for_a_leader_has_a_limit_and_says_for_what_it_waited(ranks) -> None:
     seen, _ = ranks
-    *others, last = [rank["late"] for rank in seen]
-    assert last == "Waited 1 s for the rollouts of step 1 (run.phase_timeout_s)."
-    assert all(f"last for what DP leader {len(others)} says of round 0." in told for told in others)
+    own, *others = [rank["late"] for rank in seen]
+    what = f"last for what DP leader {len(others)} says of round 0."
+    assert own == f"TimeoutError: Waited 0.3 s for the rollouts of step 1 (run.phase_timeout_s), {what}"
+    assert others == [f"OSError: rank 0: {own}"] * len(others)
 
 
 def test_after_a_rollback_the_words_of_the_attempt_before_do_not_count(ranks, single) -> None:

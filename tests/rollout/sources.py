@@ -88,8 +88,8 @@ class JudgedSource(ScriptedSource):
         """(prompt id, rollouts) of every request."""
         self.delay_s = 0.0
         """Before each request is answered."""
-        self.late: dict[int, float] = {}
-        """Seconds in its place, by epoch."""
+        self.after: dict[int, int] = {}
+        """Epoch -> another one, of which a request must have been answered before any of its own."""
         self.errors: dict[int, Exception] = {}
         """By epoch: what its next request ends with, once."""
         self.limit: int | None = None
@@ -122,7 +122,9 @@ class Requests:
         self, prompt_tokens: Sequence[int], n: int, sampling: Sampling, **_: object
     ) -> list[Completion]:
         number, source = prompt_tokens[-1], self.source
-        await asyncio.sleep(source.late.get(self.epoch, source.delay_s))
+        await asyncio.sleep(source.delay_s)
+        while source.after.get(self.epoch) not in {None, *(epoch for epoch, _ in source.asked)}:
+            await asyncio.sleep(0.005)
         if self.epoch in source.errors:
             raise source.errors.pop(self.epoch)
         while source.limit is not None and len(source.rounds) >= source.limit:
