@@ -61,6 +61,19 @@ def _lost(mesh: Mesh, folder: Path) -> Any:
     return _closed(run, lambda run: [decided + steps(run, STEPS - 1), run.pipeline.batches[-1].attempt])
 
 
+def _stale(mesh: Mesh, folder: Path) -> Any:
+    """When step 1 is taken, all that the last leader has of it is too old, once: the decisions, how many of
+    its requests were made, and the attempt of what is in flight at last."""
+    run, oldest = made(mesh, ahead=1), iter([1])
+    if mesh.dp_rank == mesh.dp - 1:
+        run.pipeline.known_since = lambda: next(oldest, 0)
+    decided = steps(run, 1)
+    asked = [epoch for epoch, _ in run.source.asked].count(-2)
+    return _closed(
+        run, lambda run: [decided + steps(run, STEPS - 1), asked, run.pipeline.batches[-1].attempt]
+    )
+
+
 def _failed(mesh: Mesh, folder: Path) -> Any:
     """One leader's error in round 1 is everyone's, at once."""
     run, began = made(mesh), time.monotonic()
@@ -131,6 +144,7 @@ CASES = {
     "undisturbed": _undisturbed,
     "overtaken": _overtaken,
     "lost": _lost,
+    "stale": _stale,
     "failed": _failed,
     "late": _late,
     "stopped": _stopped,
@@ -209,6 +223,15 @@ def test_what_one_leader_lost_is_asked_again_with_the_same_decisions(ranks, sing
     seen, _ = ranks
     assert joined([rank["lost"][0] for rank in seen]) == single
     assert [rank["lost"][1] for rank in seen] == [1] * len(seen)
+
+
+def test_where_one_leaders_groups_are_too_old_all_decide_anew(ranks, single) -> None:
+    seen, _ = ranks
+    assert joined([rank["stale"][0] for rank in seen]) == single
+    fetched = [len(rank["undisturbed"][0][0][1]) for rank in seen]
+    *others, last = [rank["stale"][1] for rank in seen]
+    assert others == fetched[:-1] and last == 2 * fetched[-1] > 0
+    assert [rank["stale"][2] for rank in seen] == [1] * len(seen)
 
 
 def test_a_leader_that_fails_ends_the_wait_of_the_others(ranks) -> None:
