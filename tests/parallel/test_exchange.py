@@ -120,14 +120,16 @@ def _stopped(mesh: Mesh, folder: Path) -> Any:
 
 
 def _rolled_back(mesh: Mesh, folder: Path) -> Any:
-    """Back to the start while a leader waits for round 1 of step 2: the decisions after it."""
+    """Back to the start while leaders wait for round 1 of step 2, other groups having been live before: the
+    decisions after it."""
     run = made(mesh, ahead=1)
-    before = run.loader.state_dict()
+    before, run.source.verdicts = run.loader.state_dict(), lambda number: every_third(number + 1)
     if mesh.dp_rank == 0:
         run.source.after = {-3: -99}
     run.step()
     run.source.after.clear()
     run.pipeline.drop()
+    run.source.verdicts = every_third
     run.loader.load_state_dict(before)
     run.steps = 0
     return _closed(run, steps)
