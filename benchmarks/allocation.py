@@ -35,6 +35,7 @@ def main() -> None:
         "vip": VIP(),
         "vip, dr_grpo": VIP(variance="dr_grpo"),
         "coba": CoBA(),
+        "coba, reference": CoBA(variant="reference"),
     }
     print("| what | prompts x rollouts | ms |\n|---|---|---|")
     for name, allocator in allocators.items():

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--stream-tps": dict(type=float, default=100.0, help="... of one response alone; default 100"),
         "--push-s": dict(type=float, default=5.0, help="seconds of a push; default 5"),
         "--spread": dict(type=float, default=0.8, help="sd of log response length; default 0.8"),
+    },
+    "values": {
+        "--samples": dict(type=int, default=8, help="answers of the reference to each prompt; default 8"),
+        "--beta": dict(type=float, default=0.5, help="of V* = beta log mean exp(r / beta); default 0.5"),
     },
 }
 
@@ -108,6 +112,8 @@ def _run(args: argparse.Namespace, began: float) -> int:
         return _train(config, mistakes, args)
     if config is None or mistakes:
         return refuse(mistakes)
+    if args.command == "values":
+        return _values(config, args)
     if args.command == "plan":
         return _plan(config, args)
     if args.command in ("serve", "join"):
@@ -153,6 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "train": "Run one rank of a training job; started by torchrun.",
         "launch": "Run a whole job on this machine: SGLang servers, then torchrun; or submit it to Slurm.",
         "plan": "Memory, traffic and FLOPs of a run, by arithmetic: docs/planning.md.",
+        "values": "V* of every training prompt, from SGLang servers of the reference: docs/objectives.md.",
         "serve": "This node's SGLang servers in a Slurm job; started by launch/jobs/common.sh.",
         "join": "This node's training processes in a Slurm job; started by launch/jobs/common.sh.",
     }
@@ -309,22 +316,41 @@ def _report(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     _hush()
     from megatron_jackpot.monitor.console import print_evaluations
-    from megatron_jackpot.monitor.messages import configure
     from megatron_jackpot.train.evaluand import evaluand, settings
     from megatron_jackpot.train.evaluate import evaluate
+
+    def ask() -> None:
+        it = evaluand(args.what, args.model, args.run)
+        print_evaluations(evaluate(it, settings(it, args.data, args.overrides)))
+
+    return _with_servers(ask, "nothing was written")
+
+
+def _values(config: Config, args: argparse.Namespace) -> int:
+    _hush()
+    from megatron_jackpot.train.values import make_values
+
+    def ask() -> None:
+        print(make_values(config, samples=args.samples, beta=args.beta))
+
+    return _with_servers(ask, "what the table has stays there")
+
+
+def _with_servers(ask: Callable[[], None], left: str) -> int:
+    """The exit code of `ask`, which starts servers and ends them; `left` says what an interruption leaves."""
+    from megatron_jackpot.monitor.messages import configure
 
     configure()
     try:
         with ending_when_asked():
-            it = evaluand(args.what, args.model, args.run)
-            print_evaluations(evaluate(it, settings(it, args.data, args.overrides)))
+            ask()
     except (RuntimeError, TimeoutError) as error:
         refuse(str(error).splitlines())
         return EXIT_FAILED
     except (ValueError, OSError) as error:
         return refuse(str(error).splitlines())
     except KeyboardInterrupt:
-        print("megatron-jackpot: interrupted; the servers have ended, nothing was written", file=sys.stderr)
+        print(f"megatron-jackpot: interrupted; the servers have ended, {left}", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
 

@@ -231,9 +231,9 @@ class Aggregated:
 class ObjectiveInputs:
     """The live log-probs and the constants of a micro-batch: all an objective may look at.
 
-    Every number is 0 outside `counted_T` and at least fp32. Rejected tokens are there, so that a response's
-    ratio is whole, and so are those that nothing trains on because a model gives them probability 0. A
-    rollout never spans two micro-batches, so sums over a segment are complete.
+    Every number is 0 outside `counted_T`, at candidates -inf, and at least fp32. Rejected tokens are there,
+    so that a response's ratio is whole, and so are those that nothing trains on because a model gives them
+    probability 0. A rollout never spans two micro-batches, so sums over a segment are complete.
     """
 
     logp_T: Tensor
@@ -242,6 +242,16 @@ class ObjectiveInputs:
     """The same at the start of the step."""
     server_logp_T: Tensor
     """log q of the sampled token."""
+    reference_logp_T: Tensor
+    """The same under the frozen reference; 0 where there is none."""
+    candidate_logp_TK: Tensor
+    """log p at the candidates but for the sampled token, constants; -inf on padding. K = 0 where the method
+    needs none, here and below."""
+    candidate_old_logp_TK: Tensor
+    """The same under the target of the mini-batch, the policy at the start of the step where `target` is
+    "old"."""
+    candidate_server_logp_TK: Tensor
+    """log q there; -inf also where it is not known."""
     advantage_T: Tensor
     """The rollout's advantage on each of its tokens, or the token's own; 0 outside `valid_T`."""
     segment_T: Tensor

@@ -26,10 +26,7 @@ class Advantage:
         reward_N = _rewards(reward_N)
         if _all_equal(reward_N):
             return torch.zeros_like(reward_N, dtype=torch.float32)
-        advantage_N = self.of_group(reward_N).float()
-        if not torch.isfinite(advantage_N).all():
-            raise ValueError(f"rewards = {reward_N.tolist()}: too large for fp32. Scale the reward function.")
-        return advantage_N
+        return _finite(self.of_group(reward_N).float(), reward_N)
 
     def of_group(self, reward_N: Tensor) -> Tensor:
         """Advantages [N] of finite fp64 rewards that are not all equal."""
@@ -128,7 +125,19 @@ class ReinforcePP(Advantage):
         return (advantage_N.double() / (variance.sqrt() + self.eps)).float()
 
 
-ADVANTAGES = Registry(Advantage, {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO, "reinforce++": ReinforcePP})
+@dataclass(frozen=True, kw_only=True)
+class Reward(Advantage):
+    """r itself, for objectives that have a baseline of their own; it needs no group."""
+
+    def __call__(self, reward_N: Tensor | Sequence[float]) -> Tensor:
+        reward_N = _rewards(reward_N)
+        return _finite(reward_N.float(), reward_N)
+
+
+ADVANTAGES = Registry(
+    Advantage,
+    {"grpo": GRPO, "dr_grpo": DrGRPO, "rloo": RLOO, "reinforce++": ReinforcePP, "reward": Reward},
+)
 
 
 def _variance(value_N: Tensor, sum_over_batch: SumOverBatch) -> tuple[Tensor, Tensor]:
@@ -152,6 +161,12 @@ def _rewards(reward_N: Tensor | Sequence[float]) -> Tensor:
     if not torch.isfinite(reward_N).all():
         raise ValueError(f"rewards = {reward_N.tolist()}: must be finite. Check the reward function.")
     return reward_N
+
+
+def _finite(advantage_N: Tensor, reward_N: Tensor) -> Tensor:
+    if not torch.isfinite(advantage_N).all():
+        raise ValueError(f"rewards = {reward_N.tolist()}: too large for fp32. Scale the reward function.")
+    return advantage_N
 
 
 def _all_equal(reward_N: Tensor) -> bool:

@@ -6,7 +6,6 @@ prompt. Rollouts that a selector prunes and N counts all the same (`pruned_MP4`)
 Shapes: M micro-batches of T tokens, P pruned rollouts, G prompts of the mini-batch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,12 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.registry import Registry
-from megatron_jackpot.algorithm.tokens import SumOverBatch, segment_reduce
+from megatron_jackpot.algorithm.tokens import NumberAlike, SumOverBatch, segment_reduce
 from megatron_jackpot.records import Aggregated, Batch, Correction
-
-NumberAlike = Callable[[Tensor], tuple[Tensor, int]]
-"""From ids [..., 2] to (the number of each [...], how many numbers there are), the same on every DP x CP rank
-of the mini-batch, whatever ids it holds itself. Every rank must call it equally often."""
 
 
 @dataclass(frozen=True, kw_only=True)

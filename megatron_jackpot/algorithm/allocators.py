@@ -11,6 +11,11 @@ from typing import ClassVar, Literal
 from megatron_jackpot.algorithm.allocators_base import Allocator, Fixed, Memory, greedy
 from megatron_jackpot.algorithm.registry import Registry
 
+MIDDLE = (0.05, 0.99)
+"""Pass rates of prompts that coba's reference counts as neither hopeless nor solved."""
+LARGEST_VARIANCE = 0.1667
+"""Of pass rates, at which its tau is largest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rescue(Allocator):
@@ -143,6 +148,9 @@ class CoBA(Bounded):
 
     num_visits: ClassVar[int] = 3
 
+    variant: Literal["paper", "reference"] = "paper"
+    """Everything by value, or as in the published code: a part by value to prompts that neither fail nor
+    succeed always, the rest to those that fail."""
     least: int = 2
     """Rollouts that every prompt gets."""
     most: int = 128
@@ -151,6 +159,8 @@ class CoBA(Bounded):
     """alpha + beta of the density that says which pass rates are worth it."""
     tau: float = 3.0
     """How slowly a prompt is exhausted: at n = tau / (p (1 - p)) by 63%."""
+    tau_most: float = 12.0
+    """reference: tau where pass rates differ most; it grows with their variance."""
     alpha_least: float = 1.0
     """alpha where nothing fails."""
     alpha_most: float = 10.0
@@ -167,6 +177,8 @@ class CoBA(Bounded):
             )
         if not 0 < self.tau < math.inf:
             raise ValueError(f"tau = {self.tau}: must be > 0 and finite. Use 3.")
+        if not self.tau <= self.tau_most < math.inf:
+            raise ValueError(f"tau_most = {self.tau_most}: must be >= tau = {self.tau}, finite. Use 12.")
         if not 0 <= self.steepness < math.inf:
             raise ValueError(f"steepness = {self.steepness}: must be >= 0 and finite. Use 9.")
 
@@ -174,18 +186,67 @@ class CoBA(Bounded):
         alpha = self.alpha(memory.rates)
         seen = [memory.visits.get(number, ()) for number in ids]
         rates = [sum(c for c, _ in own) / sum(n for _, n in own) if own else 0.5 for own in seen]
+        if self.variant == "reference" and any(seen):
+            return self.share_by_bands(rates, samples * len(ids), alpha)
         return self.share(rates, samples * len(ids), alpha)
 
-    def share(self, rates: Sequence[float], budget: int, alpha: float) -> list[int]:
+    def share(self, rates: Sequence[float], budget: int, alpha: float, tau: float | None = None) -> list[int]:
         """Rollouts of prompts with these pass rates, of the largest sum of values."""
         inside = [min(max(p, 0.01), 0.99) for p in rates]
         worth = [beta_density(p, alpha, self.kappa - alpha) for p in inside]
 
         def gain(i: int, n: int) -> float:
-            falls = math.exp(-inside[i] * (1 - inside[i]) / self.tau)
+            falls = math.exp(-inside[i] * (1 - inside[i]) / (tau or self.tau))
             return worth[i] * falls**n * (1 - falls)
 
         return greedy(len(rates), self.least, self.most, budget, gain)
+
+    def share_by_bands(self, rates: Sequence[float], budget: int, alpha: float) -> list[int]:
+        """As the published code does (Within-yao/CoBA-RL, budget_allocators.py): of what is above `least`, a
+        part by value to the prompts within MIDDLE, what is left to those below, then within, then above."""
+        numbers = [self.least] * len(rates)
+        low, high = MIDDLE
+        middle = [i for i, p in enumerate(rates) if low <= p <= high]
+        left = budget - sum(numbers)
+        if middle:
+            share = len(middle) / len(rates)
+            part = int(left * (0.8 if share > 0.5 else 0.6 + 0.4 * share))
+            own = [rates[i] for i in middle]
+            most = min(len(middle) * self.least + part, len(middle) * self.most)
+            for i, n in zip(middle, self.share(own, most, alpha, self._spread_tau(own)), strict=True):
+                numbers[i] = n
+        below = [i for i, p in enumerate(rates) if p < low]
+        above = [i for i, p in enumerate(rates) if p > high]
+        for band in (below, middle, above):
+            self._give(band, rates, budget - sum(numbers), numbers)
+        while left := budget - sum(numbers):
+            # Where prompts are at `most` that code leaves some of the budget.
+            self._give_evenly(range(len(rates)), left, numbers)
+        return numbers
+
+    def _spread_tau(self, rates: Sequence[float]) -> float:
+        inside = [min(max(p, 0.01), 0.99) for p in rates]
+        mean = sum(inside) / len(inside)
+        variance = sum((p - mean) ** 2 for p in inside) / len(inside)
+        return self.tau + (self.tau_most - self.tau) * min(variance / LARGEST_VARIANCE, 1.0)
+
+    def _give(self, band: Sequence[int], rates: Sequence[float], left: int, numbers: list[int]) -> None:
+        """Share out `left` among a band's prompts, as far as `most` allows: in turn each gets its 1 - p over
+        the band's sum of what is left then, and what remains goes evenly."""
+        weights = {i: 1 - min(max(rates[i], 1e-6), 1 - 1e-6) for i in band if numbers[i] < self.most}
+        total = sum(weights.values())
+        for i, weight in weights.items():
+            more = min(int(left * weight / total), self.most - numbers[i])
+            numbers[i] += more
+            left -= more
+        self._give_evenly(band, left, numbers)
+
+    def _give_evenly(self, band: Sequence[int], left: int, numbers: list[int]) -> None:
+        """Once; the first get what does not divide."""
+        free = [i for i in band if numbers[i] < self.most]
+        for place, i in enumerate(free):
+            each, extra = divmod(left, len(free))
+            numbers[i] += min(each + (place < extra), self.most - numbers[i])
 
     def alpha(self, rates: Sequence[float]) -> float:
         """Of the mean pass rates of the last steps; large where most fails."""

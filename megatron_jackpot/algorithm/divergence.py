@@ -13,6 +13,8 @@ from megatron_jackpot.algorithm.obrs import precise
 
 REST_FLOOR = 1e-6
 """Least mass of the bucket of all ids outside the candidates: below it fp32 sums are rounding."""
+P_FLOOR = 1e-12
+"""Least probability that a divergence from an anchor divides by."""
 
 
 def k3(log_ratio: Tensor) -> Tensor:
@@ -39,6 +41,30 @@ def candidate_kl_after(target_logp_K: Tensor, server_logp_K: Tensor, lam: float)
     log_p_B, log_q_B = with_rest(target_logp_K, server_logp_K)
     log_kept_B = torch.minimum(log_q_B, log_p_B - math.log(lam))
     return _kl(log_p_B, log_kept_B - log_kept_B.logsumexp(-1, keepdim=True))
+
+
+def sampled_tv(logp: Tensor, anchor_logp: Tensor, logp_K: Tensor, anchor_logp_K: Tensor) -> Tensor:
+    """Total variation of two models over the sampled token, the candidates beside it with a known anchor and
+    one bucket for all other ids: [...] and [..., K] -> [...].
+
+    At most that over the whole vocabulary, |p - q| of the sampled token at K = 0 (arXiv 2602.04879).
+    """
+    log_p_B, log_q_B = _with_sampled(logp, anchor_logp, logp_K, anchor_logp_K)
+    return (log_p_B.exp() - log_q_B.exp()).abs().sum(-1) / 2
+
+
+def sampled_kl(logp: Tensor, anchor_logp: Tensor, logp_K: Tensor, anchor_logp_K: Tensor) -> Tensor:
+    """KL(anchor || p) over the buckets of `sampled_tv`, [...]; p counts as at least P_FLOOR in each."""
+    log_p_B, log_q_B = _with_sampled(logp, anchor_logp, logp_K, anchor_logp_K)
+    return _kl(log_q_B, log_p_B.clamp(min=math.log(P_FLOOR)))
+
+
+def _with_sampled(
+    logp: Tensor, anchor_logp: Tensor, logp_K: Tensor, anchor_logp_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of both over the sampled token, the candidates and the rest, float64 [..., K + 2]."""
+    both = ((logp, logp_K), (anchor_logp, anchor_logp_K))
+    return with_rest(*(torch.cat([own[..., None], own_K], -1).double() for own, own_K in both))
 
 
 def with_rest(target_logp_K: Tensor, server_logp_K: Tensor) -> tuple[Tensor, Tensor]:

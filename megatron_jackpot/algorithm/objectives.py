@@ -6,7 +6,8 @@ policy loss = -sum keep * weight * surrogate / N.
 
 from megatron_jackpot.algorithm.objectives_base import Objective
 from megatron_jackpot.algorithm.objectives_covariance import ClipCov, KLCov
-from megatron_jackpot.algorithm.objectives_masked import BAPO, M2PO, DPPOBinaryKL, DPPOBinaryTV
+from megatron_jackpot.algorithm.objectives_masked import BAPO, DPPOKL, DPPOTV, M2PO
+from megatron_jackpot.algorithm.objectives_regression import DMPO, AStarPO
 from megatron_jackpot.algorithm.objectives_sequence import GMPO, GSPO, TOPR, MinPRO
 from megatron_jackpot.algorithm.objectives_token import CISPO, OPSM, PPO, SAPO, DecoupledPPO, Reinforce
 from megatron_jackpot.algorithm.registry import Registry
@@ -26,9 +27,11 @@ OBJECTIVES = Registry(
         "gmpo": GMPO,
         "topr": TOPR,
         "minpro": MinPRO,
-        "dppo_tv": DPPOBinaryTV,
-        "dppo_kl": DPPOBinaryKL,
+        "dppo_tv": DPPOTV,
+        "dppo_kl": DPPOKL,
         "bapo": BAPO,
         "m2po": M2PO,
+        "dmpo": DMPO,
+        "a_star_po": AStarPO,
     },
 )

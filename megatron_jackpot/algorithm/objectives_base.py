@@ -5,7 +5,7 @@ Shapes: M micro-batches of T tokens; sg() stops the gradient.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_jackpot.algorithm.diagnostics import mean_over
 from megatron_jackpot.algorithm.divergence import k3
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio, precise
-from megatron_jackpot.algorithm.tokens import SumOverBatch, sampled_logp, trainable
+from megatron_jackpot.algorithm.tokens import NumberAlike, SumOverBatch, sampled_logp, trainable
 from megatron_jackpot.records import Batch, Metrics, ObjectiveInputs, Scores
 
 Anchor = Literal["server", "old"]
@@ -23,9 +23,33 @@ ZERO_LOGP = -1e4
 product with an advantage of 0 is 0."""
 
 
-def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -> ObjectiveInputs:
+class AtCandidates(NamedTuple):
+    """Constants at the candidates of a micro-batch, [T, K]; the id -1 is padding."""
+
+    ids_TK: Tensor
+    logp_TK: Tensor
+    """Under the live policy."""
+    target_logp_TK: Tensor
+    server_logp_TK: Tensor
+
+
+def at_candidates(scores: Scores, m: int, logp_TK: Tensor) -> AtCandidates:
+    """Those of micro-batch m, where the live policy has log-probs `logp_TK`."""
+    known = (scores.candidate_target_logp_MTK[m], scores.candidate_server_logp_MTK[m])
+    return AtCandidates(scores.candidate_ids_MTK[m], *(one.detach() for one in (logp_TK, *known)))
+
+
+def objective_inputs(
+    logp_T: Tensor,
+    old_logp_T: Tensor,
+    batch: Batch,
+    m: int,
+    *,
+    candidates: AtCandidates | None = None,
+    reference_logp_T: Tensor | None = None,
+) -> ObjectiveInputs:
     """What an objective may look at in micro-batch m: live log-probs, those at the start of the step,
-    constants.
+    constants; candidates and the reference where it needs them.
 
     Raises nothing: a NaN inside the mask stays a NaN, so that a broken model shows in the loss.
     """
@@ -38,10 +62,20 @@ def objective_inputs(logp_T: Tensor, old_logp_T: Tensor, batch: Batch, m: int) -
     def logarithm(value_T: Tensor) -> Tensor:
         return torch.where(value_T == -math.inf, ZERO_LOGP, only(value_T))
 
+    none_TK = logp_T.detach().new_empty(len(logp_T), 0)
+    ids_TK, *at_ids = candidates or AtCandidates(none_TK.long(), none_TK, none_TK, none_TK)
+    other_TK = counted_T[:, None] & (ids_TK >= 0) & (ids_TK != batch.labels_MT[m][:, None])
+    at_others = [torch.where(other_TK, precise(known_TK), -math.inf) for known_TK in at_ids]
     return ObjectiveInputs(
+        candidate_logp_TK=at_others[0],
+        candidate_old_logp_TK=at_others[1],
+        candidate_server_logp_TK=at_others[2],
         logp_T=torch.where(valid_T, only(logp_T), logarithm(logp_T.detach())),
         old_logp_T=logarithm(old_logp_T.detach()),
         server_logp_T=only(batch.server_logp_MT[m].detach()),
+        reference_logp_T=(
+            torch.zeros_like(logp_T.detach()) if reference_logp_T is None else logarithm(reference_logp_T)
+        ),
         advantage_T=torch.where(valid_T, precise(batch.advantage_MT[m].detach()), 0.0),
         segment_T=torch.where(counted_T, batch.segment_MT[m], -1),
         rollout_id_T3=torch.where(counted_T.unsqueeze(-1), batch.rollout_id_MT3[m], 0),
@@ -64,10 +98,22 @@ class Objective:
 
     @property
     def corrects(self) -> bool:
-        """Whether the method carries its own ratio to the server, so that no correction may be added."""
+        """Whether the method carries its own ratio to the server, or holds for any law of it, so that no
+        correction may be added."""
         return False
 
-    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "Objective":
+    @property
+    def needs_candidates(self) -> bool:
+        """Whether the method looks at the log-probs of the candidates, which the update reads with the
+        sampled token's."""
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the method looks at the frozen reference, which `policy.reference` names."""
+        return False
+
+    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch, number_alike: NumberAlike) -> "Objective":
         """The objective to use on this mini-batch; most need nothing of the whole mini-batch."""
         return self
 

@@ -23,7 +23,7 @@ from megatron_jackpot.algorithm.objectives_base import (
 )
 from megatron_jackpot.algorithm.objectives_token import PPO
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, RATIO_UNIT, counter_uniform
-from megatron_jackpot.algorithm.tokens import SumOverBatch
+from megatron_jackpot.algorithm.tokens import NumberAlike, SumOverBatch
 from megatron_jackpot.records import Metrics, ObjectiveInputs, Scores
 
 STREAM = 1 << 32
@@ -61,7 +61,9 @@ class ClipCov(PPO):
         check_that(ok, "cov_low", self.cov_low, f"be < cov_high = {self.cov_high}", "Use 1.0 and 5.0.")
 
     @torch.no_grad()
-    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedClipCov":
+    def prepare(
+        self, scores: Scores, sum_over_batch: SumOverBatch, number_alike: NumberAlike
+    ) -> "PreparedClipCov":
         """The same method with the means and the chance of a draw. Sums over the batch twice."""
         means, cov_MT, mask_MT = _prepared(scores, sum_over_batch)
         inside = float(sum_over_batch((mask_MT & self._inside(cov_MT)).sum().double()))
@@ -116,7 +118,9 @@ class KLCov(Objective):
         check_that(0 < self.coef < math.inf, "coef", self.coef, "be finite and > 0", "Use 1.0.")
 
     @torch.no_grad()
-    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedKLCov":
+    def prepare(
+        self, scores: Scores, sum_over_batch: SumOverBatch, number_alike: NumberAlike
+    ) -> "PreparedKLCov":
         """The same method with the least covariance that is held back. Sums over the batch twice."""
         means, cov_MT, mask_MT = _prepared(scores, sum_over_batch)
         least = least_of_top(cov_MT, mask_MT, self.share, sum_over_batch)

@@ -1,7 +1,8 @@
 """Objectives with a trust region around the sampling policy: divergence masks, adaptive bounds, second
 moments.
 
-Shapes: T tokens; r = p / q at the sampled token, p the live policy, q the server's probability.
+Shapes: T tokens, K candidates per token; r = p / q at the sampled token, p the live policy, q the server's
+probability.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.diagnostics import running_sum
+from megatron_jackpot.algorithm.divergence import sampled_kl, sampled_tv
 from megatron_jackpot.algorithm.objectives_base import (
     Anchor,
     Objective,
@@ -25,7 +27,7 @@ from megatron_jackpot.algorithm.objectives_base import (
     unprepared,
 )
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, check_cap
-from megatron_jackpot.algorithm.tokens import SumOverBatch
+from megatron_jackpot.algorithm.tokens import NumberAlike, SumOverBatch
 from megatron_jackpot.records import Metrics, ObjectiveInputs, Scores
 
 KL_FLOOR = 1e-8
@@ -37,10 +39,17 @@ class DPPO(Objective):
     """M sg(min(r, cap)) A log p with M = 0 where the update would leave the region further (arXiv
     2602.04879)."""
 
+    delta_low: float
+    """Largest distance of a token whose probability fell."""
+    delta_high: float
+    """Largest distance of a token whose probability rose."""
     cap: float = 20.0
     """Upper bound of r."""
     anchor: Anchor = "server"
     """Region and ratio are around q (only with correction "none") or around p_old (with any correction)."""
+    approximation: Literal["binary", "topk"] = "binary"
+    """The distance is over two events, the sampled token and all others, or over the sampled token, each of
+    the candidates beside it and all others."""
     kl_coef: float = 0.0
     """Weight of log^2 r, which holds every token near the anchor (prime-rl: 1e-3)."""
 
@@ -56,6 +65,10 @@ class DPPO(Objective):
     def corrects(self) -> bool:
         return self.anchor == "server"
 
+    @property
+    def needs_candidates(self) -> bool:
+        return self.approximation == "topk"
+
     def surrogate(self, t: ObjectiveInputs) -> Tensor:
         log_ratio_T = ratio_to(t, self.anchor)
         weight_T = log_ratio_T.detach().exp().clamp(max=self.cap)
@@ -64,43 +77,56 @@ class DPPO(Objective):
             return surrogate_T
         return surrogate_T - torch.where(t.valid_T, self.kl_coef * log_ratio_T.square(), 0.0)
 
+    def removed(self, t: ObjectiveInputs) -> Tensor:
+        logp_T, anchor_T = self._pair(t)
+        distance_T = self._distance(t)
+        rose_T = (distance_T > self.delta_high) & (logp_T > anchor_T)
+        fell_T = (distance_T > self.delta_low) & (logp_T < anchor_T)
+        return torch.where(t.advantage_T > 0, rose_T, fell_T)
+
+    def _distance(self, t: ObjectiveInputs) -> Tensor:
+        """Between p and the anchor at each token's position, float64 [T]."""
+        raise NotImplementedError
+
     def _pair(self, t: ObjectiveInputs) -> tuple[Tensor, Tensor]:
         """(log p, log of the anchor's probability), float64, detached."""
         anchor_T = t.old_logp_T if self.anchor == "old" else t.server_logp_T
         return t.logp_T.detach().double(), anchor_T.double()
 
+    def _candidates(self, t: ObjectiveInputs) -> tuple[Tensor, Tensor]:
+        """The same at the candidates beside the sampled token, [T, K]."""
+        old = self.anchor == "old"
+        return t.candidate_logp_TK, t.candidate_old_logp_TK if old else t.candidate_server_logp_TK
+
 
 @dataclass(frozen=True, kw_only=True)
-class DPPOBinaryTV(DPPO):
-    """Drops A > 0 where p - q > delta_high and A < 0 where q - p > delta_low."""
+class DPPOTV(DPPO):
+    """Drops A > 0 where p > q and the total variation is above delta_high, A <= 0 where p < q and it is above
+    delta_low."""
 
     delta_low: float = 0.15
-    """Largest fall of the sampled token's probability."""
     delta_high: float = 0.15
-    """Largest rise of the sampled token's probability."""
 
-    def removed(self, t: ObjectiveInputs) -> Tensor:
+    def _distance(self, t: ObjectiveInputs) -> Tensor:
+        if self.approximation == "topk":
+            return sampled_tv(*self._pair(t), *self._candidates(t))
         logp_T, anchor_T = self._pair(t)
-        rise_T = logp_T.exp() - anchor_T.exp()
-        return torch.where(t.advantage_T > 0, rise_T > self.delta_high, -rise_T > self.delta_low)
+        return (logp_T.exp() - anchor_T.exp()).abs()
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPPOBinaryKL(DPPO):
-    """The same with q log(q/p) + (1-q) log((1-q)/(1-p)) as the distance, and p on the far side of q."""
+class DPPOKL(DPPO):
+    """The same with KL(q || p) as the distance."""
 
     delta_low: float = 0.05
-    """Largest KL of a token whose probability fell."""
     delta_high: float = 0.05
-    """Largest KL of a token whose probability rose."""
 
-    def removed(self, t: ObjectiveInputs) -> Tensor:
+    def _distance(self, t: ObjectiveInputs) -> Tensor:
+        if self.approximation == "topk":
+            return sampled_kl(*self._pair(t), *self._candidates(t))
         logp_T, anchor_T = self._pair(t)
         rest_p_T, rest_q_T = (KL_FLOOR - torch.expm1(x_T) for x_T in (logp_T, anchor_T))
-        kl_T = anchor_T.exp() * (anchor_T - logp_T) - torch.expm1(anchor_T) * (rest_q_T / rest_p_T).log()
-        rose_T = (kl_T > self.delta_high) & (logp_T > anchor_T)
-        fell_T = (kl_T > self.delta_low) & (logp_T < anchor_T)
-        return torch.where(t.advantage_T > 0, rose_T, fell_T)
+        return anchor_T.exp() * (anchor_T - logp_T) - torch.expm1(anchor_T) * (rest_q_T / rest_p_T).log()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +177,9 @@ class BAPO(Objective):
         return True
 
     @torch.no_grad()
-    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedBAPO":
+    def prepare(
+        self, scores: Scores, sum_over_batch: SumOverBatch, number_alike: NumberAlike
+    ) -> "PreparedBAPO":
         """The same method with its bounds. Sums over the batch once: P and N for every bound."""
         lows = _steps(self.low_start, self.low_end, self.low_step)
         highs = _steps(self.high_start, self.high_end, self.high_step)
@@ -235,7 +263,9 @@ class M2PO(Objective):
         return True
 
     @torch.no_grad()
-    def prepare(self, scores: Scores, sum_over_batch: SumOverBatch) -> "PreparedM2PO":
+    def prepare(
+        self, scores: Scores, sum_over_batch: SumOverBatch, number_alike: NumberAlike
+    ) -> "PreparedM2PO":
         """The same method with the largest |log r| it keeps. Sums over the batch once: a histogram."""
         log_ratio_MT, mask_MT = masked_log_ratio(scores)
         counted_MT = mask_MT & self.in_scope(log_ratio_MT, scores.batch.advantage_MT)

@@ -17,6 +17,9 @@ from megatron_jackpot.records import Scores
 SumOverBatch = Callable[[Tensor], Tensor]
 """Sums a tensor over every DP x CP rank of the mini-batch; the identity on one rank. Every rank must call it
 equally often."""
+NumberAlike = Callable[[Tensor], tuple[Tensor, int]]
+"""From ids [..., k] to (the number of each [...], how many numbers there are), the same on every DP x CP rank
+of the mini-batch, whatever ids it holds itself. Every rank must call it equally often."""
 
 
 def trainable(mask: Tensor, *logp: Tensor) -> Tensor:

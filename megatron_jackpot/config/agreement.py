@@ -180,12 +180,6 @@ def _reference(c: "Config") -> Iterator[str]:
             "policy.reference is null. Set policy.reference={} for the policy at the start, or "
             "policy.reference.hf=FOLDER."
         )
-    if kl is None and c.policy.reference is not None:
-        yield (
-            f"policy.reference = {c.policy.reference.model_dump(mode='json')} is scored in every step, but "
-            "algorithm.reference_kl is null: nothing would use it. Set algorithm.reference_kl.weight=1e-3 "
-            "or policy.reference=null."
-        )
     if kl is not None and kl.place == "reward" and kl.estimator == "unbiased":
         yield (
             "algorithm.reference_kl.estimator = 'unbiased' is a form of the loss, but place = 'reward'. Set "
@@ -335,8 +329,8 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check(
         "policy.reference, algorithm.reference_kl",
-        "go together; the form 'unbiased' is one of the loss",
-        "set both or neither; estimator=k1 in the reward",
+        "a KL has a reference; the form 'unbiased' is one of the loss",
+        "set both; estimator=k1 in the reward",
         _reference,
     ),
     Check(

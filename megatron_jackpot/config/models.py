@@ -43,7 +43,8 @@ class Policy(Section):
     (docs/models.md)."""
     optimizer: Optimizer = Optimizer()
     reference: Reference | None = None
-    """A frozen model that algorithm.reference_kl holds the policy near: {} is the policy at the start."""
+    """A frozen model that algorithm.reference_kl holds the policy near, and that some objectives ask for: {}
+    is the policy at the start."""
 
 
 class Actor(Section):

@@ -24,6 +24,7 @@ from megatron_jackpot.config.model_shape import ModelShape, model_shapes
 from megatron_jackpot.data.problems import files_behind
 from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_same_tokenizer
+from megatron_jackpot.data.value_table import ValueTable, table_path
 from megatron_jackpot.launch.cached import cached, content
 from megatron_jackpot.launch.folder import used_for
 from megatron_jackpot.launch.labels import label_mistakes, load_mistakes, whole_rows
@@ -161,8 +162,8 @@ def _methods(s: Subject) -> Iterator[str]:
     actor = config.actor and config.actor.model_dump(exclude={"hf", "optimizer"})
     given = config.rollout
     rollout = (given.max_new_tokens, given.ahead, given.samples_per_prompt, given.allocator)
-    asked = (config.algorithm, actor, config.run.seed, rollout)
-    key = content(*asked, sources=("algorithm/*.py", "train/methods.py"))
+    asked = (config.algorithm, actor, config.run.seed, rollout, config.policy.reference)
+    key = content(*asked, sources=("algorithm/*.py", "train/method*.py"))
     yield from cached("methods", key, lambda: _ask_methods(config))
 
 
@@ -200,10 +201,12 @@ def _prompts(s: Subject) -> Iterator[str]:
         with suppress(ValueError, OSError):  # The reader says so.
             files += files_behind(path)
     files += [config.policy.hf / name for name in TOKENIZER_FILES]
+    table = table_path(config)
+    files += [] if table is None else [table]
     key = content(
         data.model_dump(exclude={"reward_workers", "changed_rows"}),
         config.evaluation.model_dump(mode="json"),
-         limits.rows, versions()["reasoning-gym"], judges(),
+         limits.rows, versions()["reasoning-gym"], judges(), str(table),
         importlib.util.find_spec("pyarrow") is None,
         files=files, sources=("data/*.py",),
     )  # fmt: skip
@@ -224,6 +227,8 @@ def _read_rows(
     try:
         training = training_prompts(data, vocabulary, limits=limits)
         usable, texts, chosen[data.path] = len(training.prompts), training.texts, training.prompts
+        if (table := table_path(config)) is not None:
+            ValueTable.read(table).check(training.prompts, table)
     except (ValueError, OSError) as error:
         mistakes.append(str(error))
     if data.source == "jsonl" or not mistakes:
@@ -351,10 +356,11 @@ CHECKS: tuple[Check[Subject], ...] = (
         _methods,
     ),
     Check(
-        "data.path, data.heldout_path, data.tasks, data.template",
+        "data.path, data.heldout_path, data.tasks, data.template, algorithm.objective.values",
         "give enough rows that are whole, with a label that data.reward can score, that the template takes, "
-        "whose ids lie inside both embeddings, that do not end with an end-of-text id or the answer",
-        "mend the row that is named, by file and line",
+        "whose ids lie inside both embeddings, that do not end with an end-of-text id or the answer; a table "
+        "has each of them",
+        "mend the row that is named, by file and line; `megatron-jackpot values` fills the table",
         _prompts,
     ),
     Check(

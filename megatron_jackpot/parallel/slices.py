@@ -140,12 +140,12 @@ def read_slice(
     for rows in token_chunks(logits_TV, chunk):
         scaled = scaled_rows(logits_TV[rows], columns, temperature)
         lse_T[rows] = scaled.logsumexp(-1)
-        if ids_TN is not None and columns.width:
+        if ids_TN is not None and picked_TN is not None and columns.width:
             column, owned = columns.locate(ids_TN[rows])
             picked_TN[rows] = torch.where(owned, scaled.gather(-1, column), 0.0)
-        if k:
+        if top_TK is not None and top_ids_TK is not None:
             top_TK[rows], top_ids_TK[rows] = local_top(scaled, k, columns.first)
-        if entropy and columns.width:
+        if entropy_T is not None and columns.width:
             entropy_T[rows] = torch.special.entr((scaled - lse_T[rows, None]).exp_()).sum(-1)
     return Local(lse_T, picked_TN, top_TK, top_ids_TK, entropy_T)
 
@@ -162,7 +162,7 @@ def normalise(
     peak_T = all_reduce(local.lse_T.clone(), dist.ReduceOp.MAX, vocab.group)
     share_T = (local.lse_T - peak_T).exp()
     parts = [share_T[None]]
-    if ids_TN is not None:
+    if local.picked_TN is not None:
         parts.append(local.picked_TN.T)
     if local.entropy_T is not None:
         # A slice of padding alone has lse -inf and share 0.

@@ -15,7 +15,7 @@ import triton.language as tl
 
 NEG_INF = tl.constexpr(-float("inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
-EIGHT, YES, NO = tl.constexpr(8), tl.constexpr(True), tl.constexpr(False)
+EIGHT = tl.constexpr(8)
 NONE = tl.constexpr(2**31 - 1)
 """In place of an id: beyond every one."""
 
@@ -46,9 +46,9 @@ def tile_offsets(ROWS: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, columns, width, per_rank, WHOLE: tl.constexpr):
-    """A tile of logits in fp32, as `load_block` loads them where it is not WHOLE."""
-    if WHOLE:
+def load_tile(pointer, columns, width, per_rank, TAIL: tl.constexpr):
+    """A tile of logits in fp32, as `load_block` loads them where it is a row's TAIL."""
+    if not TAIL:
         logits = tl.load(pointer + columns).to(tl.float32)
     else:
         logits = tl.load(pointer + columns, mask=columns < per_rank, other=NEG_INF).to(tl.float32)
@@ -84,7 +84,7 @@ def _read_block(
     mass,
     moment,
     inverse_temperature,
-    WHOLE: tl.constexpr,
+    TAIL: tl.constexpr,
     ENTROPY: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -94,7 +94,7 @@ def _read_block(
 ):
     """(peak, mass, moment) [LANES] after one more block. mass = sum of exp((x - peak) / temperature), moment
     the sum of that times (x - peak)."""
-    logits = load_tile(pointer, start + tile_offsets(ROWS, LANES, EACH), width, per_rank, WHOLE)
+    logits = load_tile(pointer, start + tile_offsets(ROWS, LANES, EACH), width, per_rank, TAIL)
     piece_peak = tl.max(logits, axis=2)
     if GROUPS:
         PIECES: tl.constexpr = GROUP // EACH
@@ -149,46 +149,28 @@ def read_kernel(
     mass, moment = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     BLOCK: tl.constexpr = ROWS * LANES * EACH
     whole = width // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        peak, mass, moment = _read_block(
-            pointer,
-            start,
-            group_ptr,
-            width,
-            per_rank,
-            num_groups,
-            peak,
-            mass,
-            moment,
-            inverse_temperature,
-            YES,
-            ENTROPY,
-            GROUPS,
-            GROUP,
-            ROWS,
-            LANES,
-            EACH,
-        )
-    if whole < width:
-        peak, mass, moment = _read_block(
-            pointer,
-            whole,
-            group_ptr,
-            width,
-            per_rank,
-            num_groups,
-            peak,
-            mass,
-            moment,
-            inverse_temperature,
-            NO,
-            ENTROPY,
-            GROUPS,
-            GROUP,
-            ROWS,
-            LANES,
-            EACH,
-        )
+    # Unrolled: whole blocks, which need no mask, then what is left of the row.
+    for tail in tl.static_range(2):
+        for start in range(whole if tail else 0, width if tail else whole, BLOCK):
+            peak, mass, moment = _read_block(
+                pointer,
+                start,
+                group_ptr,
+                width,
+                per_rank,
+                num_groups,
+                peak,
+                mass,
+                moment,
+                inverse_temperature,
+                tail,
+                ENTROPY,
+                GROUPS,
+                GROUP,
+                ROWS,
+                LANES,
+                EACH,
+            )
     base = finite_or_zero(tl.max(peak, axis=0))
     factor = tl.exp2((peak - base) * inverse_temperature * LOG2_E)
     total = tl.sum(mass * factor, axis=0)

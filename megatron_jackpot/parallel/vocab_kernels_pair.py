@@ -9,8 +9,6 @@ import triton.language as tl
 from megatron_jackpot.parallel.vocab_kernels import (
     LOG2_E,
     NEG_INF,
-    NO,
-    YES,
     finite_or_zero,
     lane_max,
     lane_sum,
@@ -33,7 +31,7 @@ def _pair_block(
     second_mass,
     excess,
     inverse_temperature,
-    WHOLE: tl.constexpr,
+    TAIL: tl.constexpr,
     KL: tl.constexpr,
 ):
     """Peaks, masses and excess [LANES] after one more block.
@@ -43,8 +41,8 @@ def _pair_block(
     Each logit meets its own peak first: two models' offsets may be large and differ (x - y would keep few
     digits), and where the mass lies both differences are small, so that a small KL is a sum of small terms.
     """
-    first = load_tile(first_row, columns, width, per_rank, WHOLE)
-    second = load_tile(second_row, columns, width, per_rank, WHOLE)
+    first = load_tile(first_row, columns, width, per_rank, TAIL)
+    second = load_tile(second_row, columns, width, per_rank, TAIL)
     new_first = tl.maximum(first_peak, lane_max(first))
     new_second = tl.maximum(second_peak, lane_max(second))
     first_base, second_base = finite_or_zero(new_first), finite_or_zero(new_second)
@@ -103,38 +101,24 @@ def pair_kernel(
     tile = tile_offsets(ROWS, LANES, EACH)
     BLOCK: tl.constexpr = ROWS * LANES * EACH
     whole = width // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        first_peak, second_peak, first_mass, second_mass, excess = _pair_block(
-            first_row,
-            second_row,
-            start + tile,
-            width,
-            per_rank,
-            first_peak,
-            second_peak,
-            first_mass,
-            second_mass,
-            excess,
-            inverse_temperature,
-            YES,
-            KL,
-        )
-    if whole < width:
-        first_peak, second_peak, first_mass, second_mass, excess = _pair_block(
-            first_row,
-            second_row,
-            whole + tile,
-            width,
-            per_rank,
-            first_peak,
-            second_peak,
-            first_mass,
-            second_mass,
-            excess,
-            inverse_temperature,
-            NO,
-            KL,
-        )
+    # Unrolled: whole blocks, which need no mask, then what is left of the row.
+    for tail in tl.static_range(2):
+        for start in range(whole if tail else 0, width if tail else whole, BLOCK):
+            first_peak, second_peak, first_mass, second_mass, excess = _pair_block(
+                first_row,
+                second_row,
+                start + tile,
+                width,
+                per_rank,
+                first_peak,
+                second_peak,
+                first_mass,
+                second_mass,
+                excess,
+                inverse_temperature,
+                tail,
+                KL,
+            )
     scale = inverse_temperature * LOG2_E
     first_base, second_base = (
         finite_or_zero(tl.max(first_peak, axis=0)),

@@ -124,6 +124,19 @@ class ServerSource:
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
     ) -> tuple[list[bool], float]:
         """Which answers are correct, and the number of rewards that failed. Raises RewardsFailing."""
+        judged, failed = self._judged(answers, prompts)
+        return [correct for _, correct, *_ in judged], failed
+
+    def rewards(
+        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
+    ) -> tuple[list[float], float]:
+        """The reward of each answer, and as `verdicts`."""
+        judged, failed = self._judged(answers, prompts)
+        return [reward for reward, *_ in judged], failed
+
+    def _judged(
+        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
+    ) -> tuple[list[Verdict], float]:
         counts = self.pool.failures.begin()
 
         async def score() -> list[Verdict]:
@@ -132,7 +145,7 @@ class ServerSource:
 
         verdicts = self.thread.wait(score(), self.limit_s, f"verdicts on {len(prompts)} answers")
         failed = sum(total for total, _ in failure_sums(counts).values())
-        return [verdict[1] for verdict in verdicts], failed
+        return verdicts, failed
 
     def server_gib(self) -> float | None:
         """Memory of the fullest server; None where one does not say."""

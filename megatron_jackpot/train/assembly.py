@@ -9,15 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
+from megatron_jackpot.algorithm.objectives import AStarPO
 from megatron_jackpot.config import Config, Data
 from megatron_jackpot.config.model_folder import check_stop_ids, read_hf_config, stop_token_ids
 from megatron_jackpot.config.model_shape import misfits, padded_vocab_size
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import check_same_tokenizer, load_tokenizer, text_of
+from megatron_jackpot.data.value_table import ValueTable
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.models.families import Family, family_of
 from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.run.clock import started_at, write_start
@@ -94,6 +97,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
             training.prompts, per_step, mesh.dp_rank, mesh.dp, seed, config.data.changed_rows
         ),
     )
+    know_values(config, state, training.prompts)
     sync = make_sync(config, stop) if mesh.is_main else None
     trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
     probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
@@ -106,6 +110,20 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         packing_tokens=trainer.packer.tokens,
     )
     return Assembly(trainer, probe, evaluate)
+
+
+def know_values(config: Config, state: TrainState, prompts: Sequence[Prompt]) -> None:
+    """The table of an objective that asks for one. Raises ValueError where it is not of these prompts, this
+    reference and these rewards."""
+    objective = state.methods.objective
+    if not isinstance(objective, AStarPO):
+        return
+    path, reference = Path(objective.values).expanduser(), state.reference
+    assert reference is not None, "the objective was refused without one"
+    table = ValueTable.read(path)
+    table.check(prompts, path)
+    table.check_source(config, reference.digest, path)
+    state.methods.objective = objective.with_values(table.values, state.mesh.device)
 
 
 def load_families(config: Config) -> dict[str, Family]:

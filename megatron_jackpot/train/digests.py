@@ -21,7 +21,10 @@ def digest(path: Path) -> list:
 
 
 def digests(folder: Path, files: Sequence[Path]) -> Digests:
-    """Those of a folder's files on shared disk, the work spread over the ranks; every rank calls it."""
+    """Those of a folder's files on shared disk, the work spread over the ranks, where there are any; every
+    rank calls it."""
+    if not dist.is_initialized():
+        return {str(path.relative_to(folder)): digest(path) for path in files}
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = {str(path.relative_to(folder)): digest(path) for path in files[rank::world]}
     parts: list[Any] = [None] * world

@@ -5,7 +5,12 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.distill import distill_inputs
-from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
+from megatron_jackpot.algorithm.objectives_base import (
+    AtCandidates,
+    Objective,
+    at_candidates,
+    objective_inputs,
+)
 from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.reference import reference_kl
 from megatron_jackpot.models.engine import Loss
@@ -42,9 +47,20 @@ def policy_loss(
     """
     batch, old_MT = scores.batch, scores.policy_logp_MT
 
+    def live_logp(logits_TV: Logits, m: int) -> tuple[Tensor, AtCandidates | None]:
+        if not objective.needs_candidates:
+            return vocab_parallel_logp(logits_TV, batch.labels_MT[m], vocab), None
+        # Asked together: one read of the logits.
+        ids_TK = torch.cat([batch.labels_MT[m][:, None], scores.candidate_ids_MTK[m]], dim=-1)
+        logp_TK = vocab_parallel_logp_at(logits_TV, ids_TK, vocab)
+        return logp_TK[:, 0], at_candidates(scores, m, logp_TK[:, 1:])
+
     def loss(logits_TV: Logits, m: int) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_T = vocab_parallel_logp(logits_TV, batch.labels_MT[m], vocab)
-        inputs = objective_inputs(logp_T, old_MT[m], batch, m)
+        logp_T, candidates = live_logp(logits_TV, m)
+        reference = None if scores.reference_logp_MT is None else scores.reference_logp_MT[m]
+        inputs = objective_inputs(
+            logp_T, old_MT[m], batch, m, candidates=candidates, reference_logp_T=reference
+        )
         weighted_T = aggregated.weight_MT[m] * objective.surrogate(inputs)
         value = -torch.where(aggregated.keep_MT[m], weighted_T, 0.0).sum() / denominator
         # Both -inf is no gap; one of them alone is an infinite one.

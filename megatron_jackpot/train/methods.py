@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
-from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation, PromptMean
+from megatron_jackpot.algorithm.aggregation import AGGREGATIONS, Aggregation
 from megatron_jackpot.algorithm.allocators import ALLOCATORS
-from megatron_jackpot.algorithm.allocators_base import Allocator
 from megatron_jackpot.algorithm.controllers import SteeredWeight, TargetAcceptance
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.corrections import make_correction
@@ -25,14 +24,13 @@ from megatron_jackpot.algorithm.obrs import log_ratio
 from megatron_jackpot.algorithm.registry import Registry, build
 from megatron_jackpot.algorithm.reward_parts import RewardParts
 from megatron_jackpot.algorithm.selectors import SELECTORS
-from megatron_jackpot.algorithm.selectors_base import Selector
 from megatron_jackpot.algorithm.tokens import SumOverBatch
 from megatron_jackpot.config import Actor, Config, Method
-from megatron_jackpot.config.agreement import refuse_other_numbers
 from megatron_jackpot.config.load import examine
 from megatron_jackpot.records import Aggregated, Correction, Metrics, Pair, Scores
 from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.train.curator import Curator
+from megatron_jackpot.train.method_rules import disagreements
 from megatron_jackpot.train.own_methods import try_out
 from megatron_jackpot.train.terms import Terms, move, number
 
@@ -95,7 +93,7 @@ class Methods:
                 tis_cap=config.actor.tis_cap,
                 distill=made["distill"],
                 distill_weight=config.actor.distill_weight,
-                adaptive=_steered_distillation(config.actor),
+                adaptive=made["adaptive"],
             )
         wanted = correction.target_acceptance
         return cls(
@@ -221,13 +219,12 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
         "terms": lambda: Terms.from_config(config),
         "aggregation": lambda: _build(algorithm.aggregation, AGGREGATIONS, "algorithm.aggregation"),
     }
-    together: list[Callable[[], object]] = []
     if actor is not None:
         makers |= {
             "actor_objective": lambda: _build(actor.objective, OBJECTIVES, "actor.objective"),
             "distill": lambda: _build(actor.distill, DISTILL, "actor.distill"),
+            "adaptive": lambda: _steered_distillation(actor),
         }
-        together.append(lambda: _steered_distillation(actor))
     made: dict[str, Any] = {}
     mistakes: list[str] = []
     for name, make in makers.items():
@@ -235,26 +232,7 @@ def _make_methods(config: Config) -> tuple[dict[str, Any], list[str]]:
             made[name] = make()
         except ValueError as error:
             mistakes.append(str(error))
-    if "correction" in made and made["correction"].needs_exact_overlap:
-        together.append(lambda: _check_exact(made["correction"], config))
-    if {"correction", "objective"} <= made.keys():
-        together.append(lambda: _check_corrected_once(made["correction"], made["objective"], config))
-    if {"correction", "aggregation"} <= made.keys():
-        together.append(lambda: _check_counted(made["correction"], made["aggregation"], config))
-    if {"correction", "selector"} <= made.keys():
-        together.append(lambda: _check_pruned(made["correction"], made["selector"], config))
-    if "allocator" in made:
-        together.append(lambda: _check_bounds(made["allocator"], config))
-    if "aggregation" in made:
-        together.append(lambda: _check_prompt_weight(made["aggregation"], config))
-    if actor is not None and "actor_objective" in made:
-        together.append(lambda: _check_actor_objective(made["actor_objective"], actor))
-    for check in together:
-        try:
-            check()
-        except ValueError as error:
-            mistakes.append(str(error))
-    return made, mistakes
+    return made, mistakes + disagreements(made, config)
 
 
 def _steered_distillation(actor: Actor) -> SteeredWeight | None:
@@ -264,79 +242,6 @@ def _steered_distillation(actor: Actor) -> SteeredWeight | None:
         return SteeredWeight(wanted=actor.distill_target_kl, weight=actor.distill_weight)
     except ValueError as error:
         raise ValueError(f"actor.distill_target_kl with actor.distill_weight: {error}") from error
-
-
-def _check_exact(correction: CorrectionMethod, config: Config) -> None:
-    moving = config.algorithm.target == "current" or correction.target_acceptance is not None
-    if moving and config.algorithm.num_minibatches > 1:
-        raise ValueError(
-            f"algorithm.correction.z = 'exact' is scored once per step, algorithm.num_minibatches = "
-            f"{config.algorithm.num_minibatches} with a moving target or lam needs it per mini-batch. "
-            "Use z='topk' or num_minibatches=1."
-        )
-    for mistake in refuse_other_numbers(config, "algorithm.correction.z = 'exact'", "z='topk'"):
-        raise ValueError(mistake)
-
-
-def _check_corrected_once(correction: CorrectionMethod, objective: Objective, config: Config) -> None:
-    algorithm = config.algorithm
-    if objective.corrects and correction.corrects:
-        raise ValueError(
-            f"algorithm.objective.name = '{algorithm.objective.name}' carries its own ratio to the server, "
-            f"algorithm.correction.name = '{algorithm.correction.name}' would correct twice. Use correction "
-            "none" + (", or objective anchor old." if hasattr(objective, "anchor") else ".")
-        )
-
-
-def _check_counted(correction: CorrectionMethod, aggregation: Aggregation, config: Config) -> None:
-    if aggregation.counts_all and correction.denominator != "all":
-        raise ValueError(
-            f"algorithm.aggregation.name = '{config.algorithm.aggregation.name}' knows no removed tokens, "
-            f"algorithm.correction.denominator = '{correction.denominator}' leaves them out of N. Set "
-            "algorithm.correction.denominator to 'all'."
-        )
-
-
-def _check_pruned(correction: CorrectionMethod, selector: Selector, config: Config) -> None:
-    if selector.selects and selector.denominator == "full" and correction.denominator != "all":
-        raise ValueError(
-            f"algorithm.selector.denominator = 'full' of '{config.algorithm.selector.name}' counts rollouts "
-            "that are not scored, of which nobody knows what algorithm.correction.denominator = "
-            f"'{correction.denominator}' would leave out. Set algorithm.correction.denominator to 'all'."
-        )
-
-
-def _check_bounds(allocator: Allocator, config: Config) -> None:
-    samples = config.rollout.samples_per_prompt
-    least, most = allocator.bounds(samples)
-    if not least <= samples <= most:
-        raise ValueError(
-            f"rollout.samples_per_prompt = {samples}: must lie in [{least}, {most}], what "
-            f"rollout.allocator.name = '{config.rollout.allocator.name}' gives a prompt, as its budget is "
-            "samples_per_prompt x prompts_per_step. Change it, or least and most."
-        )
-
-
-def _check_prompt_weight(aggregation: Aggregation, config: Config) -> None:
-    if config.algorithm.prompt_weight == "equal" and isinstance(aggregation, PromptMean):
-        raise ValueError(
-            "algorithm.prompt_weight = 'equal' weighs prompts by their number of rollouts, which "
-            "algorithm.aggregation.name = 'prompt' has done already. Set algorithm.prompt_weight to 'sample'."
-        )
-
-
-def _check_actor_objective(objective: Objective, actor: Actor) -> None:
-    if objective.corrects:
-        raise ValueError(
-            f"actor.objective.name = '{actor.objective.name}' carries its own ratio to the server, and the "
-            "actor's "
-            "loss is weighted by actor.tis_cap's already. Use ppo, gspo, cispo, opsm or reinforce."
-        )
-    if type(objective).prepare is not Objective.prepare:
-        raise ValueError(
-            f"actor.objective.name = '{actor.objective.name}' asks for numbers of the whole mini-batch, "
-            "which are taken for the policy alone. Use ppo, gspo, cispo, opsm or reinforce."
-        )
 
 
 if __name__ == "__main__":  # The launcher's checks, in a child: the launcher itself loads no torch.

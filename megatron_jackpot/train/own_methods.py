@@ -6,7 +6,7 @@ gradient here, so that a weight or a teacher through which gradient would flow i
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from megatron_jackpot.algorithm.candidates import make_scores, union_of_candidat
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.distill import Distillation, distill_inputs
 from megatron_jackpot.algorithm.importance import MaskedIS
-from megatron_jackpot.algorithm.objectives_base import Objective, objective_inputs
+from megatron_jackpot.algorithm.objectives_base import Objective, at_candidates, objective_inputs
 from megatron_jackpot.algorithm.registry import check_choice, shown
 from megatron_jackpot.algorithm.selectors_base import Group, Selection, Selector
 from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
@@ -100,13 +100,22 @@ def try_aggregation(method: Aggregation) -> None:
 def try_objective(method: Objective) -> None:
     """Surrogate, removed tokens and metrics of every micro-batch, and gradient into the live log-probs."""
     scores = random_scores()
-    prepared = method.prepare(scores, sum_over_batch)
+    scores = replace(scores, reference_logp_MT=0.8 * scores.policy_logp_MT.detach())
+    prepared = method.prepare(scores, sum_over_batch, number_alike)
     if not isinstance(prepared, Objective):
         raise Broken(f"prepare must return an Objective, got {type(prepared).__name__}. Return self.")
     old_MT = scores.policy_logp_MT.detach()
     for m in range(len(old_MT)):
         live_T = (old_MT[m] + 0.3 * _randn(T, seed=10 + m)).clamp(max=-1e-3).requires_grad_()
-        inputs = objective_inputs(live_T, old_MT[m], scores.batch, m)
+        candidates = at_candidates(scores, m, 0.9 * scores.candidate_target_logp_MTK[m] - 0.1)
+        inputs = objective_inputs(
+            live_T,
+            old_MT[m],
+            scores.batch,
+            m,
+            candidates=candidates if prepared.needs_candidates else None,
+            reference_logp_T=0.8 * old_MT[m] if prepared.needs_reference else None,
+        )
         surrogate_T = prepared.surrogate(inputs)
         _check("surrogate", surrogate_T, (T,), WIDE)
         if (surrogate_T.detach()[~inputs.valid_T] != 0).any():

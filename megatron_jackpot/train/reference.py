@@ -43,7 +43,7 @@ class Reference:
     ) -> "Reference | None":
         """That of the configuration; every rank calls it."""
         section, kl = config.policy.reference, config.algorithm.reference_kl
-        if section is None or kl is None:
+        if section is None:
             return None
         folder = section.hf or config.policy.hf
         model = MegatronModel.load(
@@ -58,7 +58,8 @@ class Reference:
             frozen=True,
         )
         temperature = config.rollout.temperature
-        return cls(model, folder, temperature=temperature, exact=kl.exact, offload=section.offload)
+        exact = kl is not None and kl.exact
+        return cls(model, folder, temperature=temperature, exact=exact, offload=section.offload)
 
     def score(self, batch: Batch, policy_head: FrozenHead | None) -> dict[str, Tensor]:
         """The fields of Scores about the reference, [M, T]; none off the last pipeline stage.

@@ -66,6 +66,8 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         watchdog.dump(f"{type(error).__name__}: {error}")
         raise
     finally:
+        # What is frozen is not freed at the interpreter's end, and Triton's bindings then print all of it.
+        gc.unfreeze()
         assembly.close()
     if mesh.is_main and finished:
         print_report(config.run.folder)

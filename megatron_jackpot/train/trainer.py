@@ -307,7 +307,7 @@ class Trainer:
         """`first`: the policy has not moved since it was scored."""
         loss: Loss | None = None
         if mini.scores is not None and aggregated is not None:
-            objective = self.methods.objective.prepare(mini.scores, self.sum_over_batch)
+            objective = self.methods.objective.prepare(mini.scores, self.sum_over_batch, self.number_alike)
             vocab = self.scorer.vocab(self.policy)
             terms = self.methods.terms.weights(agreed.num_valid, agreed.num_positive)
             loss = policy_loss(mini.scores, aggregated, agreed.num_policy, objective, vocab, terms)

@@ -4,6 +4,8 @@ them by default, the others with --full."""
 import math
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,20 @@ from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.filters import FILTERS
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.selectors import SELECTORS
-from megatron_jackpot.config import Parallel, load_config
+from megatron_jackpot.config import Config, Parallel, load_config
+from megatron_jackpot.data.value_table import ValueTable
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.train import evaluate
 from megatron_jackpot.train.run import run
+from megatron_jackpot.train.values import make_values
 from tests.parallel.spawn import run_ranks
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ABLATIONS = Path(__file__).parents[2] / "examples" / "ablations"
 FILES = sorted(ABLATIONS.glob("*.yaml"))
-CHECKED = ("on_policy", "candidates_of_the_trainer")
+CHECKED = ("on_policy", "candidates_of_the_trainer", "objective_a_star_po")
 """Of which more is asked than that they train."""
 FIRST = [path for i, path in enumerate(FILES) if i % 3 == 0 or path.stem in CHECKED]
 BASE = "base: ../quickstart/run.yaml"
@@ -61,6 +66,9 @@ def _run_all(rank: int, world: int, folder: str, server: str, names: list[str]) 
             # Rewards that differ: nothing would train a run of random models else.
             overrides += ["data.reward=tests.e2e.digits:score"]
         started = time.perf_counter()
+        if path.stem == "objective_a_star_po":
+            overrides.append(f"algorithm.objective={{name: a_star_po, values: {folder}/values.json}}")
+            _make_table(load_config(file, overrides), server)
         try:
             run(load_config(file, overrides), mesh)
         except Exception as error:
@@ -68,6 +76,24 @@ def _run_all(rank: int, world: int, folder: str, server: str, names: list[str]) 
         print(f"{path.stem}: {time.perf_counter() - started:.1f} s", flush=True)
         rows[path.stem] = read_metrics(out)
     return rows
+
+
+def _make_table(config: Config, server: str) -> None:
+    """By the command's own way, from answers of the server that is there, whatever model it holds."""
+
+    @contextmanager
+    def served(alone: Config, hf: Path, work: Path) -> Iterator[Config]:
+        assert hf == config.policy.hf.resolve() and alone.served_hf == hf
+        yield alone.model_copy(update={"servers": alone.servers.model_copy(update={"urls": (server,)})})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "served", served)
+        for _ in range(2):
+            # The second time there is nothing left to ask for.
+            path = make_values(config, samples=2, beta=0.5)
+            patch.setattr(evaluate, "served", None)
+    values = ValueTable.read(path).values
+    assert len(values) == config.data.size and all(0 <= value <= 1 for value in values.values())
 
 
 @pytest.mark.parametrize("files", [FIRST, pytest.param(None, marks=pytest.mark.full)], ids=["third", "rest"])

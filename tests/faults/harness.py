@@ -25,7 +25,7 @@ PHASES = (
 """Of a step and of its checkpoint, as RUN/doing names them."""
 
 
-def make_models(folder: Path) -> Path:
+def make_models(folder: Path, *, ahead: int = 0) -> Path:
     """Tiny policy and actor, and the YAML of a run that saves every step."""
     write_models(folder)
     for name in ("policy", "actor"):
@@ -46,6 +46,8 @@ def make_models(folder: Path) -> Path:
             temperature=1.0,
             request_timeout_s=30,
             retries=2,
+            ahead=ahead,
+            max_staleness=max(1, ahead),
         ),
         packing=dict(tokens=256),
         precision=dict(dtype="float32"),

@@ -1,6 +1,6 @@
 """Random faults on one run for a while, then a table of what was tried and survived.
 
-    python tests/faults/soak.py --minutes 30 [--seed 0] [--ranks 2] [--only TEXT ...] [--once]
+    python tests/faults/soak.py --minutes 30 [--seed 0] [--ranks 2] [--ahead 2] [--only TEXT ...] [--once]
 
 --only takes the faults whose name holds one of the texts, --once ends when each has been tried.
 
@@ -178,7 +178,7 @@ FAULTS: dict[str, Fault] = {
 
 def soak(folder: Path, args: argparse.Namespace, console: Console) -> bool:
     """True when everything was survived."""
-    yaml_file = make_models(folder)
+    yaml_file = make_models(folder, ahead=args.ahead)
     draw = random.Random(args.seed)
     chosen = [name for name in FAULTS if any(text in name for text in args.only)]
     counts = {name: [0, 0, 0.0] for name in chosen}
@@ -228,6 +228,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ahead", type=int, default=0, help="steps whose rollouts are asked for early")
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT")
     parser.add_argument("--once", action="store_true")
     args = parser.parse_args()

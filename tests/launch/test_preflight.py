@@ -14,6 +14,10 @@ import yaml
 from megatron_jackpot import cli
 from megatron_jackpot.config import load_config
 from megatron_jackpot.config.model_folder import stop_token_ids
+from megatron_jackpot.data.loader import prompt_digest
+from megatron_jackpot.data.prompts import training_prompts
+from megatron_jackpot.data.tokenizer import Vocabulary
+from megatron_jackpot.data.value_table import ValueTable, source_of
 from megatron_jackpot.home import home
 from megatron_jackpot.launch import local
 from megatron_jackpot.launch import preflight as module
@@ -135,6 +139,32 @@ def test_more_candidates_than_ids_and_more_prompts_than_rows_are_refused(run_fil
     assert "rollout.top_k_logp = 62 exceeds the actor's vocabulary of 61" in found
     (found,) = mistakes(run_file, "rollout.prompts_per_step=41")
     assert "rollout.prompts_per_step = 41 is larger than the 40 usable prompts" in found
+
+
+def test_a_table_of_values_that_does_not_cover_the_prompts_is_refused_by_their_ids(run_file: Path) -> None:
+    path = run_file.parent / "values.json"
+
+    def told() -> list[str]:
+        return list(module._prompts(Subject(load_config(run_file, chosen))))
+
+    chosen = (
+        f"algorithm.objective={{name: a_star_po, values: {path}}}",
+        *("algorithm.correction=none", "algorithm.advantage=reward", "policy.reference={}"),
+    )
+    (line,) = told()
+    assert line.startswith(f"algorithm.objective.values = {path} is not there. Make it with")
+    config = load_config(run_file, chosen)
+    prompts = training_prompts(config.data, Vocabulary.read(config.policy.hf)).prompts
+    table = ValueTable(source=source_of(config, "9f86", samples=8, beta=0.5))
+    for prompt in prompts:
+        table.values[prompt.id], table.digests[prompt.id] = 0.5, prompt_digest(prompt)
+    table.write(path)
+    assert told() == []
+    for number in (3, 17):
+        del table.values[number], table.digests[number]
+    table.write(path)
+    (line,) = told()
+    assert "has no value for 2 of 40 prompts as they are: ids 3, 17. Add them with" in line
 
 
 def test_stop_ids_are_those_of_both_folders_and_of_generation_config_and_lie_inside(run_file: Path) -> None:

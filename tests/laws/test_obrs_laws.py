@@ -95,3 +95,18 @@ def test_a_lam_for_an_acceptance_is_found_or_is_the_bound_that_stops_it(a, b, ac
     assert 0.2 <= lam <= 5.0
     assert mean > acceptance - 1e-3 or lam == 0.2
     assert mean < acceptance + 1e-3 or lam == 5.0
+
+
+def test_a_baseline_adds_nothing_to_the_expected_gradient_until_the_cap_binds() -> None:
+    """E of keep x weight x grad log p in the logits: 0 without a cap, so that a group's mean may be taken off
+    any reward; with one it grows as the cap falls."""
+    generator = torch.Generator().manual_seed(0)
+    p_NV, gap_NV = (torch.randn(200, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    p_NV, q_NV = p_NV.log_softmax(-1), (p_NV + 0.7 * gap_NV).log_softmax(-1)
+    z_N1 = torch.minimum(p_NV, q_NV).exp().sum(-1, keepdim=True)
+    size = []
+    for cap in (math.inf, 3.0, 1.0):
+        kept_NV = q_NV.exp() * accept_prob(p_NV, q_NV, 1.0) * jackpot_weight(p_NV, q_NV, z_N1, 1.0, cap)
+        drift_NV = kept_NV - p_NV.exp() * kept_NV.sum(-1, keepdim=True)
+        size.append(float(drift_NV.norm(dim=-1).mean()))
+    assert size[0] < 1e-15 and 10 * size[1] < size[2]

@@ -158,7 +158,7 @@ class Steep(Objective):
 
 @frozen
 class Lost(Reinforce):
-    def prepare(self, scores, sum_over_batch):
+    def prepare(self, scores, sum_over_batch, number_alike):
         pass
 
 

@@ -11,7 +11,7 @@ from megatron_jackpot.algorithm.aggregation import SequenceMean, TokenMean
 from megatron_jackpot.algorithm.controllers import SteeredWeight
 from megatron_jackpot.algorithm.corrections import Jackpot
 from megatron_jackpot.algorithm.importance import MaskedIS, NoCorrection, TokenIS
-from megatron_jackpot.algorithm.objectives import PPO
+from megatron_jackpot.algorithm.objectives import DPPOTV, PPO
 from megatron_jackpot.config.algorithm import ReferenceKL
 from megatron_jackpot.parallel.linear import LinearLogits
 from megatron_jackpot.parallel.reduce import make_number_alike
@@ -52,6 +52,44 @@ def test_the_nll_of_correct_rollouts_is_added_unweighted_over_their_own_tokens()
     assert float(with_it - without) == pytest.approx(mu * float(dense), rel=1e-5)
     assert told == pytest.approx(mu * float(dense), rel=1e-5)
     torch.testing.assert_close(added, want, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("anchor", ["server", "old"])
+def test_a_divergence_over_candidates_is_that_of_the_live_logits(anchor: str) -> None:
+    """Loss and gradient are those of tokens kept by the dense formula over the ids that the scores list."""
+    scores = random_scores()
+    batch, correction = scores.batch, NoCorrection()(scores, sum_over_batch)
+    aggregated = TokenMean()(batch, correction, sum_over_batch, make_number_alike(None))
+    generator = torch.Generator().manual_seed(7)
+    logits_MTV = torch.randn(*batch.labels_MT.shape, V, generator=generator).requires_grad_()
+    objective = DPPOTV(anchor=anchor, approximation="topk", delta_low=0.4, delta_high=0.4)
+    loss = policy_loss(scores, aggregated, float(aggregated.count), objective, VocabSpec(V, None))
+    value = sum(loss(logits_TV, m)[0] for m, logits_TV in enumerate(logits_MTV))
+
+    old = anchor == "old"
+    known = scores.candidate_target_logp_MTK if old else scores.candidate_server_logp_MTK
+    anchor_MT = scores.policy_logp_MT if old else batch.server_logp_MT
+    live_MTV = logits_MTV.log_softmax(-1)
+    kept = []
+    for at in batch.mask_MT.nonzero().tolist():
+        live_V, label = live_MTV[*at].detach().exp(), int(batch.labels_MT[*at])
+        q = {label: math.exp(anchor_MT[*at].item())}
+        for number, logp in zip(scores.candidate_ids_MTK[*at].tolist(), known[*at].tolist(), strict=True):
+            if number >= 0 and number != label and logp > -math.inf:
+                q[number] = math.exp(logp)
+        p = {number: float(live_V[number]) for number in q}
+        far = sum(abs(p[number] - q[number]) for number in q) + abs(sum(q.values()) - sum(p.values()))
+        rises = p[label] > q[label]
+        outward = rises if batch.advantage_MT[*at] > 0 else p[label] < q[label]
+        kept.append(not (outward and far / 2 > 0.4))
+    assert any(kept) and not all(kept)
+    logp_N = live_MTV.gather(-1, batch.labels_MT[..., None])[..., 0][batch.mask_MT]
+    ratio_N = (logp_N - anchor_MT[batch.mask_MT]).detach().exp().clamp(max=20)
+    terms_N = torch.tensor(kept) * ratio_N * batch.advantage_MT[batch.mask_MT] * logp_N
+    dense = -terms_N.sum() / len(kept)
+    torch.testing.assert_close(value, dense, rtol=1e-5, atol=1e-6)
+    got, want = (torch.autograd.grad(one, logits_MTV, retain_graph=True)[0] for one in (value, dense))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
 def test_both_losses_are_linear_in_a_selection_s_weights() -> None:

@@ -31,14 +31,29 @@ def config(**changes: dict) -> Config:
     [
         (
             {"algorithm_objective": {"name": "bapo"}},
-            "'bapo' carries its own ratio.*'jackpot' would correct twice",
+            "'bapo' accounts for the server's law.*'jackpot' would correct twice",
         ),
         ({"algorithm_objective": {"name": "topr"}}, "Use correction none, or objective anchor old"),
         (
             {"actor_objective": {"name": "kl_cov"}},
             "actor.objective.name = 'kl_cov' asks for numbers",
         ),
-        ({"actor_objective": {"name": "m2po"}}, "actor.objective.name = 'm2po' carries its own ratio"),
+        (
+            {"actor_objective": {"name": "dppo_kl", "anchor": "old", "approximation": "topk"}},
+            "'dppo_kl' looks at the candidates, .* Use approximation binary",
+        ),
+        (
+            {
+                "algorithm_objective": {"name": "dppo_tv", "anchor": "old", "approximation": "topk"},
+                "algorithm_target": "current",
+                "algorithm_num_minibatches": 2,
+            },
+            "compares with the policy at the start of the step.* Set algorithm.target to 'old'",
+        ),
+        (
+            {"actor_objective": {"name": "m2po"}},
+            "actor.objective.name = 'm2po' accounts for the server's law",
+        ),
         ({"algorithm_correction": {"name": "jackpt"}}, "Did you mean 'jackpot'"),
         (
             {"algorithm_aggregation": {"name": "constant", "length": 64}},
@@ -63,6 +78,36 @@ def config(**changes: dict) -> Config:
         (
             {"rollout_allocator": {"name": "vip", "least": 9}},
             r"rollout.samples_per_prompt = 8: must lie in \[9, 32\], what rollout.allocator.name = .vip.",
+        ),
+        (
+            {"policy_reference": {}},
+            "is scored in every step, .* nothing would use it. Set algorithm.reference_kl.weight=1e-3",
+        ),
+        ({"algorithm_objective": "dmpo"}, "'dmpo' compares with a frozen model, .* Set policy.reference={}"),
+        (
+            {"algorithm_objective": "dmpo", "policy_reference": {}},
+            "advantage.name = 'grpo' is in other units .* 'dmpo' fits. Use advantage reward, or dr_grpo",
+        ),
+        (
+            {
+                "algorithm_objective": "dmpo",
+                "policy_reference": {},
+                "algorithm_advantage": "reward",
+                "algorithm_selector": "pods",
+            },
+            "selector.name = 'pods' takes rollouts out of their groups",
+        ),
+        (
+            {"algorithm_objective": {"name": "a_star_po", "values": "v"}, "algorithm_advantage": "dr_grpo"},
+            "advantage.name = 'dr_grpo' is in other units .* 'a_star_po' fits. Use advantage reward",
+        ),
+        (
+            {
+                "algorithm_objective": {"name": "a_star_po", "values": "v"},
+                "algorithm_advantage": "reward",
+                "algorithm_overlong": {"buffer": 8},
+            },
+            "algorithm.overlong changes the rewards, which algorithm.objective.values is made of",
         ),
         ({"actor_distill": {"name": "k3"}}, "actor.distill.name = 'k3' is unknown"),
         (

@@ -118,7 +118,6 @@ KL = dict(algorithm=dict(reference_kl={}))
     ("sections", "line"),
     [
         (KL, "needs a model to stay near, but policy.reference is null"),
-        (dict(policy=dict(reference={})), "nothing would use it. Set algorithm.reference_kl.weight=1e-3"),
         (
             dict(
                 policy=dict(reference={}),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.diagnostics import diagnostics, mean_over
-from megatron_jackpot.algorithm.objectives_base import objective_inputs
+from megatron_jackpot.algorithm.objectives_base import AtCandidates, objective_inputs
 from megatron_jackpot.records import Batch, Correction, ObjectiveInputs, Scores
 
 
@@ -40,11 +40,18 @@ class Flat:
     candidate_server_logp_TK: Tensor
     exact_overlap_T: Tensor | None = None
     entropy_T: Tensor | None = None
+    reference_logp_T: Tensor | None = None
     step: int = 3
 
 
 def identity(tensor):
     return tensor
+
+
+def number_alone(ids):
+    """As ranks number ids alike, of one rank."""
+    known, index = torch.unique(ids.flatten(0, -2), dim=0, return_inverse=True)
+    return index.view(ids.shape[:-1]), len(known)
 
 
 def places(s: Flat) -> tuple[Tensor, Tensor, int, int]:
@@ -98,6 +105,7 @@ def scores_of(s: Flat) -> Scores:
         candidate_target_logp_MTK=laid(s.candidate_target_logp_TK, -math.inf),
         candidate_server_logp_MTK=laid(s.candidate_server_logp_TK, -math.inf),
         exact_overlap_MT=None if s.exact_overlap_T is None else laid(s.exact_overlap_T, 0.0),
+        reference_logp_MT=None if s.reference_logp_T is None else laid(s.reference_logp_T, 0.0),
         entropy_MT=None if s.entropy_T is None else laid(s.entropy_T, 0.0),
         step=s.step,
     )
@@ -133,11 +141,20 @@ class Tokens:
     advantage_T: Tensor
     mask_T: Tensor
     segment_T: Tensor
+    candidates_TK3: Tensor | None = None
+    """log-probs at the candidates under the live policy, the old one and the server; -inf is padding. None of
+    them is the sampled token."""
 
 
 def inputs_of(logp_T: Tensor, tokens: Tokens) -> ObjectiveInputs:
     """What an objective sees of one micro-batch."""
-    return objective_inputs(logp_T, tokens.old_logp_T, batch_of(tokens), 0)
+    batch, at_TK3 = batch_of(tokens), tokens.candidates_TK3
+    if at_TK3 is None:
+        return objective_inputs(logp_T, tokens.old_logp_T, batch, 0)
+    # The sampled token's id is 0.
+    ids_TK = torch.where(at_TK3[..., 0] > -math.inf, 1, -1)
+    at = AtCandidates(ids_TK, *at_TK3.unbind(-1))
+    return objective_inputs(logp_T, tokens.old_logp_T, batch, 0, candidates=at)
 
 
 def batch_of(tokens: Tokens) -> Batch:

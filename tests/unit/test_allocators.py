@@ -143,6 +143,38 @@ def test_coba_s_plans_are_the_specification_s_numbers():
     assert coba.share(RATES, 80, 5.5) == [2, 18, 41, 17, 2]
 
 
+def test_coba_s_reference_shares_its_surplus_by_bands():
+    """p < .05, up to .99, above: .6 + .4 f of the surplus by value to a share f of prompts in the middle, .8
+    above a half; the rest to the first band that has room."""
+    coba = CoBA(variant="reference", most=32)
+    # 70 over 5 x 2. Three of five: 56 by value, at tau = 3 + 9 x .06 / .1667; 14 to the one that fails.
+    failing, *middle, solved = coba.share_by_bands([0.0, 0.2, 0.5, 0.8, 1.0], 80, 9.0)
+    assert (failing, solved) == (16, 2) and sum(middle) == 62
+    tau = 3 + 9 * 0.06 / 0.1667
+
+    def total(numbers):
+        return sum(
+            (1 - math.exp(-n * p * (1 - p) / tau)) * beta_density(p, 9.0, 2.0)
+            for p, n in zip((0.2, 0.5, 0.8), numbers, strict=True)
+        )
+
+    assert total(middle) == pytest.approx(max(map(total, parts(62, 3, 2, 32))), rel=1e-12)
+    # None in the middle: 23 = 70 / 3, 15 = 47 / 3, 10 = 32 / 3 in turn; of the 22 left 7 each, and 1 goes on.
+    assert coba.share_by_bands([0.0, 0.0, 0.0, 1.0, 1.0], 80, 9.0) == [32, 24, 19, 3, 2]
+    # One of five in the middle: .68 of 30 is 20.
+    assert coba.share_by_bands([0.0, 0.0, 0.5, 1.0, 1.0], 40, 9.0)[2] == 22
+    assert sum(coba.share_by_bands([0.0, 0.02, 0.5, 0.995, 1.0], 40, 9.0)) == 40
+
+
+def test_coba_s_reference_meets_its_budget_within_its_bounds():
+    draw, coba = random.Random(6), CoBA(variant="reference", least=2, most=9)
+    for _ in range(200):
+        rates = [draw.choice([0.0, 0.04, draw.random(), 1.0]) for _ in range(draw.randint(1, 6))]
+        budget = draw.randint(2 * len(rates), 9 * len(rates))
+        plan = coba.share_by_bands(rates, budget, draw.uniform(1, 10))
+        assert sum(plan) == budget and 2 <= min(plan) and max(plan) <= 9
+
+
 def test_the_density_is_that_of_the_beta_distribution():
     for alpha, beta, p in ((9.0, 2.0, 0.8), (1.0, 10.0, 0.03), (5.5, 5.5, 0.5)):
         want = torch.distributions.Beta(alpha, beta).log_prob(torch.tensor(p)).exp().item()
@@ -161,7 +193,7 @@ def test_coba_looks_at_easy_prompts_where_most_fails_and_at_hard_ones_later():
     assert early[1] > early[0] and late[0] > late[1]
 
 
-@pytest.mark.parametrize("kind", [VIP(), VIP(predictor="beta"), CoBA()], ids=str)
+@pytest.mark.parametrize("kind", [VIP(), VIP(predictor="beta"), CoBA(), CoBA(variant="reference")], ids=str)
 def test_prompts_of_which_nothing_is_known_get_the_same(kind):
     assert kind.plan(range(5), 8, Memory()) == [8] * 5
     lower, upper = kind.bounds(8)
@@ -237,6 +269,7 @@ def test_an_endless_supply_costs_one_over_the_share_of_live_groups():
         (lambda: VIP(variance="dr_grpo", least=2), "least = 2: must be >= 3 with variance"),
         (lambda: VIP(least=1), "least = 1: must be >= 2"),
         (lambda: CoBA(most=1), "most = 1: must be >= least"),
+        (lambda: CoBA(tau_most=2.0), "tau_most = 2.0: must be >= tau = 3.0"),
         (lambda: CoBA(alpha_most=11.0), "alpha_most = 11.0: must be 0 < least"),
         (lambda: Rescue(extra=0), "extra = 0: must be >= 1"),
         (lambda: DynamicSampling(over_sample=0.5), "over_sample = 0.5: must be >= 1"),

@@ -3,13 +3,19 @@
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 
 from megatron_jackpot.algorithm.corrections import Jackpot, NoCorrection, TokenIS
 from megatron_jackpot.algorithm.diagnostics import global_quantiles
-from megatron_jackpot.algorithm.divergence import candidate_kl, candidate_kl_after
+from megatron_jackpot.algorithm.divergence import (
+    candidate_kl,
+    candidate_kl_after,
+    sampled_kl,
+    sampled_tv,
+)
 from megatron_jackpot.algorithm.objectives import PPO
 from megatron_jackpot.algorithm.objectives_base import objective_inputs
 from megatron_jackpot.algorithm.obrs import counter_uniform
@@ -240,14 +246,19 @@ def test_tis_truncates_old_policy_over_server_and_none_weighs_nothing():
         assert torch.equal(result.keep_T, s.mask_T) and result.count == s.mask_T.sum()
 
 
+def logps_of(s):
+    """(name, log-probs) of what there is of them."""
+    named = [(name, value) for name, value in vars(s).items() if name.endswith(("logp_T", "logp_TK"))]
+    return [(name, value) for name, value in named if value is not None]
+
+
 @pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
 def test_nothing_outside_the_mask_matters_not_even_nan(correction):
     s = make_scores()
     broken = {}
-    for name, value in vars(s).items():
-        if name.endswith(("logp_T", "logp_TK")):
-            broken[name] = value.clone()
-            broken[name][~s.mask_T] = math.nan
+    for name, value in logps_of(s):
+        broken[name] = value.clone()
+        broken[name][~s.mask_T] = math.nan
     spoiled = replace(s, **broken)
     want, got = run(correction, s), run(correction, spoiled)
     assert torch.equal(got.weight_T, want.weight_T) and torch.equal(got.keep_T, want.keep_T)
@@ -280,7 +291,7 @@ def test_a_server_logp_inside_the_mask_that_is_not_finite_is_an_error(correction
 @pytest.mark.parametrize("correction", [NoCorrection(), TokenIS(), Jackpot(), Jackpot(mask="expected")])
 def test_corrections_carry_no_gradient(correction):
     s = make_scores()
-    live = {name: v.requires_grad_() for name, v in vars(s).items() if name.endswith(("logp_T", "logp_TK"))}
+    live = {name: v.requires_grad_() for name, v in logps_of(s)}
     result = run(correction, replace(s, **live))
     tensors = [result.weight_T, result.count, *(x for pair in result.metrics.values() for x in pair)]
     assert not any(tensor.requires_grad for tensor in tensors)
@@ -322,6 +333,32 @@ def test_diagnostics_are_their_formulas():
     assert weight[keep].min() * 0.99 <= got["weight/min"] <= weight[keep].min()
     for name, value in want.items():
         assert got[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+
+
+def test_a_divergence_over_candidates_grows_from_the_binary_to_the_exact_one():
+    """400 pairs of laws, candidates in the order of q: no violation of binary <= top-k <= exact."""
+    generator, vocabulary = torch.Generator().manual_seed(0), 12
+    q, p = (torch.randn(400, vocabulary, generator=generator).double().log_softmax(-1) for _ in range(2))
+    sampled_T1 = q.exp().multinomial(1, generator=generator)
+    logp_T, anchor_T = p.gather(-1, sampled_T1)[:, 0], q.gather(-1, sampled_T1)[:, 0]
+    beside_TK = q.argsort(-1, descending=True)
+    own_TK = beside_TK == sampled_T1
+    at = [x.gather(-1, beside_TK).masked_fill(own_TK, -math.inf) for x in (p, q)]
+    rest_p, rest_q = -logp_T.expm1(), -anchor_T.expm1()
+    binary = {
+        sampled_tv: (logp_T.exp() - anchor_T.exp()).abs(),
+        sampled_kl: anchor_T.exp() * (anchor_T - logp_T) + rest_q * (rest_q / rest_p).log(),
+    }
+    exact = {
+        sampled_tv: (p.exp() - q.exp()).abs().sum(-1) / 2,
+        sampled_kl: (q.exp() * (q - p)).sum(-1),
+    }
+    for distance, full_T in exact.items():
+        known = [distance(logp_T, anchor_T, at[0][:, :k], at[1][:, :k]) for k in range(vocabulary + 1)]
+        torch.testing.assert_close(known[0], binary[distance])
+        torch.testing.assert_close(known[-1], full_T)
+        assert all((less <= more + 1e-9).all() for less, more in pairwise(known))
+        assert (known[4] > known[0] + 1e-3).any() and (known[4] < full_T - 1e-3).any()
 
 
 def test_candidate_kl_is_exact_over_all_ids_and_a_lower_bound_on_some():

@@ -316,6 +316,11 @@ def test_equal_rewards_and_lone_samples_have_no_advantage(advantage, rewards):
     assert advantage(rewards).tolist() == [0.0] * len(rewards)
 
 
+def test_the_reward_itself_is_an_advantage_without_a_group():
+    assert build("reward", {}, ADVANTAGES, "here")([0.25]).tolist() == [0.25]
+    assert build("reward", {}, ADVANTAGES, "here")([1.0, 1.0, -3.0]).tolist() == [1.0, 1.0, -3.0]
+
+
 @pytest.mark.parametrize("advantage", [GRPO(), RLOO(), DrGRPO(), ReinforcePP()])
 def test_a_reward_that_is_not_finite_is_an_error(advantage):
     with pytest.raises(ValueError, match=r"rewards = \[1.0, nan\]: must be finite"):

@@ -45,7 +45,7 @@ OURS: dict[str, set[str]] = {
     },
     "launch": {
         *{"records", "home", "config", "run", "servers", "plan"},
-        *{"data.prompts", "data.problems", "data.tokenizer"},
+        *{"data.prompts", "data.problems", "data.tokenizer", "data.value_table"},
         *{"rewards.pool", "rewards.label_cache", "rewards.parts", "rewards.remote"},
     },
     "cli": {"config", "run", "launch", "plan", "monitor", "train"},

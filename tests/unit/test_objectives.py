@@ -8,11 +8,12 @@ import torch
 
 from megatron_jackpot.algorithm.objectives import OBJECTIVES, OPSM, PPO, SAPO, DecoupledPPO
 from megatron_jackpot.algorithm.objectives_covariance import KLCov
-from megatron_jackpot.algorithm.objectives_masked import BAPO, M2PO
+from megatron_jackpot.algorithm.objectives_masked import BAPO, DPPOKL, DPPOTV, M2PO
+from megatron_jackpot.algorithm.objectives_regression import Regression
 from megatron_jackpot.algorithm.objectives_sequence import GMPO, GSPO, TOPR, MinPRO
 from megatron_jackpot.algorithm.registry import build
 from megatron_jackpot.records import Scores
-from tests.unit.flat import Tokens, batch_of, identity, inputs_of
+from tests.unit.flat import Tokens, batch_of, identity, inputs_of, number_alone
 
 VARIANTS = [PPO(), PPO(clip_low=0.4, clip_high=0.7), PPO(dual_clip=3.0), PPO(clip_low=0.0, clip_high=0.0)]
 LENGTHS = [7, 12, 1, 20, 9, 5, 16, 3, 30, 11]
@@ -34,14 +35,24 @@ def make_tokens(seed=0, gap=0.4, padding=6):
     old_T = (server_T + gap * noise(num)).clamp(max=-1e-4)
     logp_T = (old_T + gap * noise(num)).clamp(max=-1e-4)
     mask_T = (segment_T >= 0) & (torch.rand(num, generator=generator) > 0.15)
+    at_candidates = [shared_out(one_T, noise(num * 3).view(num, 3)) for one_T in (logp_T, old_T, server_T)]
     tokens = Tokens(
         old_logp_T=old_T,
         server_logp_T=server_T,
         advantage_T=torch.where(segment_T >= 0, advantage[segment_T], 0.0),
         mask_T=mask_T,
         segment_T=segment_T,
+        candidates_TK3=torch.stack(at_candidates, -1),
     )
     return logp_T, tokens
+
+
+def shared_out(logp_T, score_TC):
+    """log-probs at two candidates of what the sampled token leaves; a third of the second ones is padding."""
+    left_T = (-torch.expm1(logp_T)).log()
+    at_TK = (left_T[:, None] + score_TC.log_softmax(-1))[:, :2]
+    at_TK[::3, 1] = -math.inf
+    return at_TK
 
 
 def scores_of(logp_T, tokens):
@@ -58,7 +69,7 @@ def part(record, index):
 
 
 def prepared(objective, logp_T, tokens):
-    return objective.prepare(scores_of(logp_T, tokens), identity)
+    return objective.prepare(scores_of(logp_T, tokens), identity, number_alone)
 
 
 def surrogate_and_grad(objective, logp_T, tokens):
@@ -68,7 +79,9 @@ def surrogate_and_grad(objective, logp_T, tokens):
     return value_T.detach(), live_T.grad
 
 
-EVERY = [build(name, {}, OBJECTIVES, "objective") for name in OBJECTIVES]
+CLIMBERS = [name for name, kind in OBJECTIVES.items() if not issubclass(kind, Regression)]
+"""What ends at a policy gradient; the others have laws of their own: test_objectives_regression.py."""
+EVERY = [build(name, {}, OBJECTIVES, "objective") for name in CLIMBERS]
 EVERY += [
     *VARIANTS[1:3],
     DecoupledPPO(cap=1.1),
@@ -82,6 +95,8 @@ EVERY += [
     KLCov(share=0.1),
     BAPO(positive_share=0.9),
     M2PO(scope="all"),
+    DPPOTV(approximation="topk"),
+    DPPOKL(approximation="topk", anchor="old", delta_low=0.01, delta_high=0.01),
 ]
 every_objective = pytest.mark.parametrize("objective", EVERY, ids=repr)
 
@@ -147,6 +162,7 @@ def test_nothing_outside_the_mask_is_seen(objective, garbage):
         old_logp_T=spoiled(tokens.old_logp_T),
         server_logp_T=spoiled(tokens.server_logp_T),
         advantage_T=spoiled(tokens.advantage_T),
+        candidates_TK3=torch.where(outside_T[:, None, None], garbage, tokens.candidates_TK3),
     )
     value_T, grad_T = surrogate_and_grad(objective, spoiled(logp_T), dirty)
     assert torch.equal(value_T, want_T) and torch.equal(grad_T, want_grad_T)
@@ -299,6 +315,7 @@ def test_an_objective_that_was_not_prepared_says_so(name):
         ("dppo_kl", {"delta_high": "nan"}, "delta_high = nan: must be >= 0. Use 0.05."),
         ("dppo_tv", {"kl_coef": -1}, "kl_coef = -1.0: must be finite and >= 0. Use 1e-3, or 0 for none."),
         ("dppo_kl", {"cap": 0.1}, "cap = 0.1: must be >= 1."),
+        ("dppo_kl", {"approximation": "top_k"}, "approximation = 'top_k': must be one of 'binary', 'topk'."),
         ("sapo", {"tau_negative": 0}, "tau_negative = 0.0: must be a finite number > 0. Use 1.0 and 1.05."),
         ("gmpo", {"clip_low": -1}, "clip_low = -1.0: must be finite and >= 0. Use 0.4."),
         ("clip_cov", {"share": 1}, "share = 1.0: must lie in (0, 1)."),

@@ -11,7 +11,7 @@ from megatron_jackpot.algorithm.objectives import OBJECTIVES, PPO
 from megatron_jackpot.algorithm.objectives_base import objective_inputs
 from megatron_jackpot.algorithm.objectives_sequence import MinPRO
 from megatron_jackpot.algorithm.registry import build
-from tests.unit.flat import Tokens, identity, inputs_of, on_ranks, places
+from tests.unit.flat import Tokens, identity, inputs_of, number_alone, on_ranks, places
 from tests.unit.flat import scores_of as flat_scores
 from tests.unit.test_corrections import make_scores
 from tests.unit.test_corrections import part as flat_part
@@ -75,6 +75,31 @@ def test_bapo_leaves_its_bounds_where_no_advantage_is_above_0():
     assert (made.low, made.high) == (0.6, 1.2)
 
 
+def test_bapo_s_lower_bound_raises_the_share_of_the_gradient_and_never_that_of_the_values():
+    """Why the lower bound first, to its end, is the longer way: each of its steps makes the wanted share
+    rarer, and each of the upper bound's makes it more."""
+    logp_T, tokens = make_tokens(seed=1, gap=0.8)
+    mask_T, advantage_T = tokens.mask_T, tokens.advantage_T[tokens.mask_T]
+    weight_T = tokens.server_logp_T[mask_T].exp()
+
+    def shares(low, high):
+        r_T = (logp_T - tokens.server_logp_T)[mask_T].exp().requires_grad_()
+        value_T = weight_T * torch.minimum(r_T * advantage_T, r_T.clamp(low, high) * advantage_T)
+        slope_T = r_T * torch.autograd.grad(value_T.sum(), r_T)[0]
+        both = (value_T.detach().abs(), slope_T.abs())
+        return [(one_T[advantage_T > 0].sum() / one_T.sum()).item() for one_T in both]
+
+    start, low, high = shares(0.6, 1.2), shares(0.9, 1.2), shares(0.6, 1.8)
+    assert low[0] < start[0] < high[0] and low[1] > start[1] and high[1] > start[1]
+    wanted = {"positive_share": (start[0] + high[0]) / 2, "high_end": 1.8}
+    ends = {}
+    for order in ("high_first", "alternate", "low_first"):
+        made = prepared(build("bapo", {**wanted, "order": order}, OBJECTIVES, "here"), logp_T, tokens)
+        ends[order] = (made.low, made.high)
+    assert ends["high_first"][0] == 0.6 < ends["alternate"][0] <= ends["low_first"][0] == 0.9
+    assert ends["high_first"][1] < ends["alternate"][1] <= ends["low_first"][1]
+
+
 def test_clip_cov_draws_its_share_of_the_tokens_inside_whatever_the_split():
     """Every token has its own draw. Over many steps the share that is drawn is what is asked."""
     s = make_scores(seed=1)
@@ -86,7 +111,7 @@ def test_clip_cov_draws_its_share_of_the_tokens_inside_whatever_the_split():
 
     def drawn(flat, sum_over_batch=identity):
         scores = flat_scores(flat)
-        made = objective.prepare(scores, sum_over_batch)
+        made = objective.prepare(scores, sum_over_batch, number_alone)
         row_T, column_T, _, _ = places(flat)
         inputs = [
             objective_inputs(scores.target_logp_MT[m], scores.policy_logp_MT[m], scores.batch, m)
