@@ -42,8 +42,8 @@ class State:
     lengths: Tensor
     """int64 [B], tokens of each sequence."""
 
-    def repeated(self, times: int) -> "State":
-        """The same with every sequence `times` times, side by side."""
+    def repeated(self, times: Tensor) -> "State":
+        """The same with sequence i `times[i]` times, side by side."""
         padding = None if self.padding is None else self.padding.repeat_interleave(times, 0)
         cache = self.cache.repeat_interleave(times, 2)
         return State(cache, self.length, padding, self.lengths.repeat_interleave(times))

@@ -39,6 +39,8 @@ FIELDS = {
     ),
     *("reference", "contrasts", "assumed_sd", "decision", "budget_h"),
 }
+MAY = {"samples", "problems"}
+"""Fields that a plan need not have."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,10 @@ class Plan:
     assumed_sd: float
     decision: str
     budget_h: float
+    samples: int | None = None
+    """Rollouts at which a run ends, where it has not done `steps` before."""
+    problems: int | None = None
+    """To train on, the first ones; None for all."""
 
     @property
     def runs(self) -> list[Run]:
@@ -113,7 +119,7 @@ class Plan:
             f"policy.optimizer.lr={lr!r}",
             f"actor.hf={place / run.mismatch}",
             f"actor.optimizer.lr={lr * self.actor_lr_factor!r}",
-            f"data.path={folder / 'data' / task.TRAINING}",
+            f"data.path={task.training_file(folder / 'data', self.problems)}",
             f"data.heldout_path={folder / 'data' / task.HELDOUT}",
             *(f"{key}={json.dumps(value)}" for key, value in self.arms[run.arm].items()),
         ]
@@ -125,8 +131,7 @@ class Plan:
 def read_plan(path: Path) -> Plan:
     """Raises ValueError naming the field for a plan that is not whole."""
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if set(tree) != FIELDS:
-        wrong = ", ".join(sorted(set(tree) ^ FIELDS))
+    if wrong := ", ".join(sorted((set(tree) - MAY) ^ FIELDS)):
         raise ValueError(f"{path}: the keys {wrong} are missing or unknown. A plan has {sorted(FIELDS)}.")
     lists = {key: tuple(tree[key]) for key in ("mismatches", "seeds", "lrs")}
     plan = Plan(**{**tree, **lists, "contrasts": tuple(tuple(pair) for pair in tree["contrasts"])})

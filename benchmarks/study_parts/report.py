@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.study_parts import stats
 from benchmarks.study_parts.plan import Plan, Run, run_folder
 from benchmarks.study_parts.runner import DONE, LINES, ORIGIN, difference, origin
+from benchmarks.study_parts.spending import spending
 
 WORTH, CLOSE = 0.02, 0.05
 """A smaller mean difference makes no arm better; an interval above -CLOSE is close to the reference."""
@@ -120,6 +121,10 @@ def write_report(plan: Plan, folder: Path) -> str:
     lines += [f"Commits: {dict(commits)}. Decision rule: {plan.decision.strip()}", ""]
     for block in found:
         lines += _tables(plan, block)
+        if plan.samples is not None:
+            of_arm = {arm: [*rates[block.rates[0]].values()] for arm, rates in block.curves.items()}
+            rows = {arm: [curve.rows for curve in curves] for arm, curves in of_arm.items()}
+            lines += spending(rows, block.warmups, _against(plan))
     text = "\n".join(lines)
     (folder / f"stage_{plan.stage}" / "report.md").write_text(text + "\n", encoding="utf-8")
     return text
@@ -169,8 +174,7 @@ def _tables(plan: Plan, block: Block) -> list[str]:
     ]
     head = ("arm", "against", "mean [95%]", "wins", "resolvable, 80% power", "verdict")
     lines += [_row(head), _row(["---"] * len(head))]
-    against = [(arm, plan.reference) for arm in plan.arms if arm != plan.reference]
-    for one, other in dict.fromkeys([*plan.contrasts, *against]):
+    for one, other in _against(plan):
         gaps = block.judged(one, "last")[0] - block.judged(other, "last")[0]
         sd = float(gaps.std(ddof=1)) if len(gaps) > 1 else plan.assumed_sd
         smallest = stats.resolvable(sd, len(gaps))
@@ -178,6 +182,12 @@ def _tables(plan: Plan, block: Block) -> list[str]:
         found = verdict(gaps, block.warmups, smallest, close=other == plan.reference)
         lines.append(_row((one, other, _interval(gaps, block.warmups), wins, f"{smallest:.3f}", found)))
     return [*lines, ""]
+
+
+def _against(plan: Plan) -> list[tuple[str, str]]:
+    """Every contrast of the plan, and every arm with the reference."""
+    against = [(arm, plan.reference) for arm in plan.arms if arm != plan.reference]
+    return [*dict.fromkeys([*plan.contrasts, *against])]
 
 
 def verdict(gaps: np.ndarray, groups: Sequence[int], smallest: float, *, close: bool) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.study_parts.plan import ROOT, Plan, Run, fingerprint, run_folder
 from benchmarks.study_parts.testbed import Testbed, build, model_files
-from megatron_jackpot.monitor.metrics import JsonLines
+from megatron_jackpot.monitor.metrics import JsonLines, read_metrics
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.run.provenance import checkpoints, git_commit, record
 from megatron_jackpot.train import checkpoint
@@ -36,6 +36,9 @@ KEPT = (
     *("loss/distill", "objective/clip_fraction", "kl/server_policy_k3", "time/step"),
 )
 """Metrics of steps whose means stand in the next evaluation's line."""
+SPENT = ("spent/samples", "spent/tokens", "time/spent", "time/sampling")
+"""Since step 0: rollouts that were sampled, tokens that were trained on, processor seconds of steps and, of
+these, of sampling."""
 PROVING = ("reward", "jackpot", "weight", "kl", "gap", "objective", "loss", "grad_norm")
 """Groups of metrics that follow from code, settings and models alone."""
 
@@ -90,7 +93,7 @@ def perform(plan: Plan, run: Run, folder: Path, mesh: Mesh, deadline: float) -> 
         lines, first = (JsonLines(place / name, resume_step=resume_step) for name in (LINES, FIRST))
         line = {**run.key, "commit": now["commit"], "code": now["code"]}
         try:
-            return _perform(bed, lines, first, line, place, plan.every, deadline)
+            return _perform(bed, lines, first, line, place, plan, deadline)
         finally:
             lines.close()
             first.close()
@@ -109,30 +112,44 @@ def _perform(
     first: JsonLines,
     line: dict[str, Any],
     place: Path,
-    every: int,
+    plan: Plan,
     deadline: float,
 ) -> bool:
     trainer, state = bed.trainer, bed.trainer.state
     trainer.push()
     if state.num_steps == 0:
-        lines.write({**line, "step": 0, **bed.evaluate()})
-    while state.num_steps < trainer.config.run.steps:
+        lines.write({**line, "step": 0, **bed.evaluate(), **dict.fromkeys(SPENT, 0.0)})
+    spent = Counter({name: read_metrics(place / LINES)[-1][name] for name in SPENT})
+
+    def over() -> bool:
+        enough = plan.samples is not None and spent["spent/samples"] >= plan.samples
+        return enough or state.num_steps >= trainer.config.run.steps
+
+    while not over():
         means: dict[str, list[float]] = defaultdict(list)
         try:
-            for _ in range(every):
+            for _ in range(plan.every):
+                began, server = time.process_time(), bed.server
+                sampled, seconds = server.num_samples, server.seconds
                 metrics = trainer.step().metrics
+                spent["spent/samples"] += server.num_samples - sampled
+                spent["time/sampling"] += server.seconds - seconds
+                spent["spent/tokens"] += metrics["train/tokens"]
+                spent["time/spent"] += time.process_time() - began
                 if state.num_steps <= FIRST_STEPS:
                     first.write({"step": state.num_steps, **proof_of(metrics)})
                 for name in (name for name in KEPT if name in metrics):
                     means[name].append(metrics[name])
+                if over():
+                    break
         except RollBack as error:
             # Numbers that are not finite, again and again: that is a result of the arm.
             lines.write({**line, "step": state.num_steps, "failed": str(error)})
             break
         # Of times the median: others are on the machine.
         kept = {k: (statistics.median if k == "time/step" else statistics.fmean)(v) for k, v in means.items()}
-        lines.write({**line, "step": state.num_steps, **bed.evaluate(), **kept})
-        if time.monotonic() > deadline and state.num_steps < trainer.config.run.steps:
+        lines.write({**line, "step": state.num_steps, **bed.evaluate(), **kept, **spent})
+        if time.monotonic() > deadline and not over():
             Saver(state, trainer.config.run, trainer.watchdog).save(background=False)
             return False
     (place / DONE).touch()

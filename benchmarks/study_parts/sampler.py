@@ -5,6 +5,7 @@ Shapes: B sequences, R response tokens of one, K the proposal's top-k.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -31,13 +32,20 @@ class Draws:
 
 
 def sample_groups(
-    decoder: Decoder, prompts: Sequence[Prompt], samples: int, epoch: int, version: int, draws: Draws
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    samples: Sequence[range],
+    epoch: int,
+    version: int,
+    draws: Draws,
 ) -> list[list[Completion]]:
-    """`samples` completions of each prompt. What is drawn is a function of (seed, epoch, prompt id, sample,
-    position) and of the weights."""
+    """A completion of each prompt for every number of a sample in its range. What is drawn is a function of
+    (seed, epoch, prompt id, sample, position) and of the weights."""
     logits, state = decoder.prefill([prompt.tokens for prompt in prompts], draws.max_new_tokens)
-    logits, state = logits.repeat_interleave(samples, 0), state.repeated(samples)
-    key = torch.tensor([(epoch, prompt.id, sample) for prompt in prompts for sample in range(samples)])
+    times = torch.tensor([len(numbers) for numbers in samples])
+    logits, state = logits.repeat_interleave(times, 0), state.repeated(times)
+    own = zip(prompts, samples, strict=True)
+    key = torch.tensor([(epoch, prompt.id, sample) for prompt, numbers in own for sample in numbers])
     stop, running = torch.tensor(draws.stop_ids), torch.ones(len(key), dtype=torch.bool)
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     length = torch.full((len(key),), draws.max_new_tokens)
@@ -58,7 +66,8 @@ def sample_groups(
         _completion(ids[row, :n], logp[row, :n], topk_ids[row, :n], topk_logp[row, :n], version, bool(late))
         for row, (n, late) in enumerate(zip(length.tolist(), running, strict=True))
     ]
-    return [made[begin : begin + samples] for begin in range(0, len(made), samples)]
+    rows = iter(made)
+    return [list(islice(rows, len(numbers))) for numbers in samples]
 
 
 def draw(logp: Tensor, uniform: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The study's problems: three sums or differences of two digits each; the reward is the share that is right.
+"""The study's problems: three sums or differences of two digits each; the reward is the share that is right,
+or whether all are.
 
     47+38,92-19,64+29=   ->   00085,00073,00093
 
@@ -9,6 +10,7 @@ as the items, so that what a digit depends on lies equally far away in each: sma
 """
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +77,20 @@ def write_problems(folder: Path) -> None:
         (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
+def training_file(folder: Path, size: int | None) -> Path:
+    """The training problems in `folder`, or a file of the first `size`, made where it is not there."""
+    whole = folder / TRAINING
+    if size is None:
+        return whole
+    part = whole.with_name(f"train-{size}.jsonl")
+    if not part.is_file():
+        rows = whole.read_text(encoding="utf-8").splitlines(keepends=True)[:size]
+        partial = part.with_name(f".{part.name}.{os.getpid()}")
+        partial.write_text("".join(rows), encoding="utf-8")
+        partial.replace(part)
+    return part
+
+
 def read_questions(folder: Path, *names: str) -> frozenset[str]:
     """The texts of some of the files."""
     lines = [line for name in names for line in (folder / name).read_text(encoding="utf-8").splitlines()]
@@ -87,6 +103,15 @@ def score(response_text: str, label: Any) -> float:
     if len(given) != len(wanted):
         return 0.0
     return sum(one == other for one, other in zip(given, wanted, strict=True)) / len(wanted)
+
+
+def exact(response_text: str, label: Any) -> float:
+    """1 where every item is right, else 0."""
+    return float(score(response_text, label) == 1.0)
+
+
+REWARDS = {"score": score, "exact": exact}
+"""By the name behind the colon of `data.reward`."""
 
 
 def check(label: Any) -> None:

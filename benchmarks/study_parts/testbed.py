@@ -6,14 +6,14 @@ Records, packing, scoring, corrections, losses, distillation and optimizers are 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from benchmarks.study_parts import task
 from benchmarks.study_parts.decoder import Decoder, greedy
 from benchmarks.study_parts.sampler import Draws, sample_groups
-from benchmarks.study_parts.task import score
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.data.loader import PromptLoader
@@ -21,7 +21,7 @@ from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import load_tokenizer
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Prompt, Rollout
-from megatron_jackpot.rollout.collect import Keep, Sums, rollouts_of
+from megatron_jackpot.rollout.collect import NOTHING_BEGUN, Keep, More, Sums, rollouts_of
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.protocol import Completion
 from megatron_jackpot.sync.proof import SyncReport
@@ -31,6 +31,11 @@ from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.trainer import Trainer
+
+DRAWN = 256
+"""Held-out problems of which answers are drawn."""
+NO_EPOCH = 1 << 40
+"""Of these draws: none of training has it."""
 
 Decode = Callable[[list[list[int]]], list[str]]
 
@@ -44,7 +49,11 @@ class LocalServer:
     def __init__(self, config: Config, draws: Draws, decode: Decode) -> None:
         self.decoder = Decoder(read_hf_config(config.served_hf))
         self.samples, self.draws, self.decode = config.rollout.samples_per_prompt, draws, decode
+        self.reward = task.REWARDS[str(config.data.reward).rpartition(":")[2]]
         self.version = -1
+        self.num_samples = 0
+        """Rollouts that were sampled so far, and processor seconds of that."""
+        self.seconds = 0.0
         self.thread = LoopThread()
 
     def push(self, named_tensors: WeightStream, version: int) -> SyncReport:
@@ -64,19 +73,31 @@ class LocalServer:
         samples: int | None = None,
         stop: Callable[[], str | None] = lambda: None,
         keep: Keep = lambda group: None,
+        more: More | None = None,
+        begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
     ) -> tuple[list[list[Rollout]], Sums]:
-        """Whole groups, in the order of `prompts`; it is over too soon to be stopped."""
-        samples = samples or self.samples
-        completions = sample_groups(self.decoder, prompts, samples, epoch, self.version, self.draws)
-        groups = [self._judged(p, epoch, group) for p, group in zip(prompts, completions, strict=True)]
-        for group in groups:
-            keep(group)
+        """Whole groups, in the order of `prompts`, all that are in a round at once; it is over too soon to be
+        stopped."""
+        usual = samples or self.samples
+        wanted = more or (lambda prompt, group: usual - len(group))
+        groups = [begun.get(prompt.id, []) for prompt in prompts]
+        while asked := {i: n for i, p in enumerate(prompts) if (n := wanted(p, groups[i])) > 0}:
+            some = [prompts[i] for i in asked]
+            numbers = [range(len(groups[i]), len(groups[i]) + n) for i, n in asked.items()]
+            began = time.thread_time()
+            made = sample_groups(self.decoder, some, numbers, epoch, self.version, self.draws)
+            self.seconds += time.thread_time() - began
+            self.num_samples += sum(asked.values())
+            for i, prompt, completions in zip(asked, some, made, strict=True):
+                groups[i] = [*groups[i], *self._judged(prompt, epoch, completions, len(groups[i]))]
+                keep(groups[i])
         return groups, {}
 
-    def _judged(self, prompt: Prompt, epoch: int, group: list[Completion]) -> list[Rollout]:
+    def _judged(self, prompt: Prompt, epoch: int, group: list[Completion], first: int) -> list[Rollout]:
         texts = self.decode([completion.tokens.tolist() for completion in group])
-        rewards = [score(text, prompt.label) for text in texts]
-        return rollouts_of(prompt, epoch, group, [(reward, reward == 1.0) for reward in rewards])
+        rewards = [self.reward(text, prompt.label) for text in texts]
+        verdicts = [(reward, reward == 1.0) for reward in rewards]
+        return rollouts_of(prompt, epoch, group, verdicts, first=first)
 
     async def hold(self, *, until_quiet: bool) -> None:
         """The thread that hears this samples nothing any more."""
@@ -103,26 +124,39 @@ class Testbed:
     trainer: Trainer
     heldout: list[Prompt]
     stop_ids: tuple[int, ...]
-    decode: Decode
+    draws: Draws
+    server: LocalServer
 
     def close(self) -> None:
         """End the sampler's thread."""
-        assert self.trainer.source is not None
-        self.trainer.source.close()
+        self.server.close()
 
     def evaluate(self) -> dict[str, float]:
         """Of every model, greedily: the share of the held-out items it gets right, and of problems without a
-        wrong one."""
+        wrong one; with `evaluation.samples` k above 1 also avg@k and pass@k of whole problems, of the first
+        DRAWN, with the same draws each time."""
         limit = self.trainer.config.evaluation.max_new_tokens
         prompts, found = [prompt.tokens for prompt in self.heldout], {}
         for name, model in self.trainer.state.models.items():
             decoder = Decoder(model.family.hf_config)
             decoder.load(export(model))
-            texts = self.decode(greedy(decoder, prompts, max_new_tokens=limit, stop_ids=self.stop_ids))
-            shares = [score(text, p.label) for text, p in zip(texts, self.heldout, strict=True)]
+            texts = self.server.decode(greedy(decoder, prompts, max_new_tokens=limit, stop_ids=self.stop_ids))
+            shares = [task.score(text, p.label) for text, p in zip(texts, self.heldout, strict=True)]
             found[f"eval/{name}_accuracy"] = sum(shares) / len(shares)
             found[f"eval/{name}_exact"] = sum(share == 1.0 for share in shares) / len(shares)
+            if (k := self.trainer.config.evaluation.samples) > 1:
+                right = self._drawn(decoder, self.heldout[:DRAWN], k)
+                found[f"eval/{name}_avg@{k}"] = sum(right) / (k * len(right))
+                found[f"eval/{name}_pass@{k}"] = sum(number > 0 for number in right) / len(right)
         return found
+
+    def _drawn(self, decoder: Decoder, prompts: Sequence[Prompt], samples: int) -> list[int]:
+        """Of how many of each problem's drawn answers every item is right."""
+        wanted = [range(samples)] * len(prompts)
+        made = sample_groups(decoder, prompts, wanted, NO_EPOCH, 0, self.draws)
+        groups = [self.server.decode([one.tokens.tolist() for one in group]) for group in made]
+        of = zip(groups, prompts, strict=True)
+        return [sum(task.exact(text, prompt.label) == 1.0 for text in group) for group, prompt in of]
 
 
 def build(config: Config, mesh: Mesh) -> Testbed:
@@ -156,7 +190,8 @@ def build(config: Config, mesh: Mesh) -> Testbed:
 
     server = LocalServer(config, draws, decode)
     trainer = Trainer(config, state, source=server, sync=server)
-    return Testbed(trainer, heldout.prompts, stop_ids, decode)
+    drawn = replace(draws, seed=0, temperature=config.evaluation.temperature, top_k=1)
+    return Testbed(trainer, heldout.prompts, stop_ids, drawn, server)
 
 
 def model_files(config: Config) -> list[Path]:

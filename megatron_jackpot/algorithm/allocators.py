@@ -42,8 +42,6 @@ class DynamicSampling(Allocator):
     """Other prompts in the place of those whose group is equal, until a step has as many live ones as
     `rollout.prompts_per_step` (DAPO, arXiv 2503.14476)."""
 
-    replaces: ClassVar[bool] = True
-
     over_sample: float = 3.0
     """Prompts that a further round asks for, per group that is missing; at most prompts_per_step."""
     max_rounds: int = 10

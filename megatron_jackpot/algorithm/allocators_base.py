@@ -47,8 +47,13 @@ class Allocator:
     """Whether prompts may get other than the same number of rollouts: what it did is measured then."""
     num_visits: ClassVar[int] = 0
     """Of each prompt, how many are remembered; 0 of one that plans without."""
-    replaces: ClassVar[bool] = False
-    """Whether it asks for further prompts in the place of some (`fetch`)."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it decides over all of a step's groups, which leaders then tell each other: it asks for
+        further prompts in the place of some (`fetch`), or leaves groups out (`commit`)."""
+        own = type(self)
+        return own.fetch is not Allocator.fetch or own.commit is not Allocator.commit
 
     def bounds(self, samples: int) -> tuple[int, int]:
         """The least and most rollouts that a prompt may get in the plan, where each gets `samples` on
@@ -69,7 +74,8 @@ class Allocator:
         return True
 
     def fetch(self, wanted: int, live: int, rounds: int) -> int:
-        """Further prompts after so many rounds with so many live groups; 0 ends the step."""
+        """Further prompts, of all leaders, after so many rounds with so many live groups of the `wanted`; 0
+        ends the step."""
         return 0
 
     def commit(self, live: Sequence[bool], wanted: int) -> list[int]:

@@ -4,6 +4,7 @@ import datetime
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -135,6 +136,12 @@ class Mesh:
                     f"Rank {dist.get_rank()} waited {timeout_s:.0f} s for DP leader {rank} to finish "
                     f"'{what}'."
                 ) from error
+
+    def own_store(self) -> dist.Store:
+        """A client of its own of the ranks' store, for another thread than the main one: a wait holds its
+        client's lock."""
+        # torch's stubs do not know `clone`.
+        return methodcaller("clone")(dist.distributed_c10d._get_default_store())
 
     def store_set(self, key: str, word: str) -> None:
         """The main rank's word to all others, without a collective: see `store_wait`."""

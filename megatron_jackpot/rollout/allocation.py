@@ -45,6 +45,14 @@ class Allocation:
             return planned - len(group)
         return self.allocator.more([rollout.correct for rollout in group])
 
+    def rounds(self, planned: int, group: Sequence[Rollout]) -> int:
+        """In how many rounds a group became what it is."""
+        begun, number = 0, 0
+        while begun < len(group):
+            begun += max(1, self.more(planned, group[:begun]))
+            number += 1
+        return number
+
     def live(self, group: Sequence[Rollout]) -> bool:
         return self.allocator.live([r.reward for r in group], [r.correct for r in group])
 

@@ -2,21 +2,26 @@
 
 Nothing is remembered of a round: what comes next is a function of the groups that are finished, so that a
 step that is asked again, after a fault or from a checkpoint, goes on where it was.
+
+Where an allocator decides over all of a step's groups, leaders tell each other after every round which of
+theirs are live, and each comes to the same decision from the same words.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
+from megatron_jackpot.parallel.exchange import Batch, Exchange, LeaderEnded
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rollout.allocation import Allocation
-from megatron_jackpot.rollout.collect import Sums, Unfinished
+from megatron_jackpot.rollout.collect import Interrupted, Sums, Unfinished
+from megatron_jackpot.rollout.collected import Allocated
 from megatron_jackpot.rollout.finished_groups import Groups
 
 Further = Callable[[int, int, int, Collection[int]], list[Prompt]]
-"""(step, round, number, ids without) -> so many prompts beside a step's, or fewer."""
+"""(step, round, number, ids without) -> so many prompts beside a step's or fewer, alike on all leaders."""
 
 
 @dataclass
@@ -30,11 +35,26 @@ class Asked:
     """Prompt id -> rollouts of its first round, of all leaders' prompts."""
     allocation: Allocation
     further: Further
+    exchange: Exchange | None = None
+    """Where there are other leaders to decide with."""
+    attempt: int = 0
+    """Of asking together: words of an earlier one do not count."""
     fetched: list[Prompt] = field(default_factory=list)
-    """Prompts beside the loader's, in the order in which they were asked for."""
+    """This leader's prompts beside the loader's, in the order in which they were asked for."""
+    beside: dict[int, int] = field(default_factory=dict)
+    """Prompt id -> round, of those of all leaders, in that order."""
+    live: dict[int, bool] = field(default_factory=dict)
+    """Prompt id -> whether its group is live, of all leaders' finished groups, after the last round."""
+    waits_for: str = ""
+    """What of another leader is not there yet."""
     work: "futures.Future[Unfinished | None] | None" = None
     sums: Sums = field(default_factory=dict)
     seconds: float = 0.0
+
+    @property
+    def batch(self) -> Batch:
+        """By what leaders know it."""
+        return self.attempt, self.step
 
     @property
     def further_epoch(self) -> int:
@@ -73,20 +93,78 @@ class Asked:
         begun = {prompt.id: finished.get(self.key(prompt), []) for prompt in prompts}
         return {"more": self.more, "begun": begun}
 
-    def rounds(self, finished: Groups) -> Iterator[tuple[int, list[Prompt]]]:
-        """(epoch, prompts) to ask for; each round is decided when the one before is in `finished`."""
-        self.fetched = []
-        yield self.epoch, self.prompts
-        for number in count(1):
-            groups = (finished.get(self.key(prompt)) for prompt in (*self.prompts, *self.fetched))
-            live = sum(group is not None and self.allocation.live(group) for group in groups)
-            wanted = self.allocation.allocator.fetch(len(self.prompts), live, number)
-            without = {prompt.id for prompt in self.fetched} | self.plan.keys()
-            new = self.further(self.step, number, wanted, without) if wanted else []
-            if not new:
-                return
-            self.fetched = [*self.fetched, *new]
-            yield self.further_epoch, new
+    async def ask_for(
+        self, number: int, finished: Groups, stop: Callable[[], str | None]
+    ) -> tuple[int, list[Prompt]] | None:
+        """(epoch, this leader's prompts) of a round, of which another leader may have all; None where the one
+        before was the last. That one must be in `finished`.
+
+        Raises Interrupted where `stop` says so while other leaders are waited for, Unfinished when one of
+        them has ended, and what an allocator's `fetch` raises.
+        """
+        if number == 0:
+            self.fetched, self.beside, self.waits_for = [], {}, ""
+            return self.epoch, self.prompts
+        allocator = self.allocation.allocator
+        if not allocator.replaces:
+            return None
+        self.live = await self._all_live(number - 1, finished, stop)
+        wanted = allocator.fetch(len(self.plan), sum(self.live.values()), number)
+        without = {*self.plan, *self.beside}
+        new = self.further(self.step, number, wanted, without) if wanted else []
+        if not new:
+            return None
+        leader, dp = (0, 1) if self.exchange is None else (self.exchange.dp_rank, self.exchange.dp)
+        self.beside = self.beside | dict.fromkeys((prompt.id for prompt in new), number)
+        self.fetched = [*self.fetched, *new[leader::dp]]
+        return self.further_epoch, new[leader::dp]
+
+    async def _all_live(
+        self, number: int, finished: Groups, stop: Callable[[], str | None]
+    ) -> dict[int, bool]:
+        """`live` after a round, from every leader's word on its own groups."""
+        own = [(prompt.id, finished.get(self.key(prompt))) for prompt in (*self.prompts, *self.fetched)]
+        mine = [(name, self.allocation.live(group)) for name, group in own if group is not None]
+        if self.exchange is None:
+            return dict(mine)
+
+        def waits(leader: int) -> None:
+            self.waits_for = f"what DP leader {leader} says of round {number}"
+            if (reason := stop()) is not None:
+                raise Interrupted(reason, [], {})
+
+        try:
+            words = await self.exchange.words(self.batch, number, json.dumps(mine), waits)
+        except LeaderEnded as error:
+            raise Unfinished(str(error), [], {}) from error
+        self.waits_for = ""
+        return {name: live for word in words for name, live in json.loads(word)}
+
+    def committed(self) -> Collection[int]:
+        """Ids of the groups of all leaders that are trained on, of an allocator that decides over them."""
+        order = [number for number in (*self.plan, *self.beside) if number in self.live]
+        kept = self.allocation.allocator.commit([self.live[number] for number in order], len(self.plan))
+        return {order[i] for i in kept}
+
+    def allocated(self, found: Mapping[int, Sequence[Rollout]], trained: Collection[int]) -> list[Allocated]:
+        """Of each of this leader's prompts with its group; nothing where every prompt gets the same."""
+        if not self.allocation.allocator.allocates:
+            return []
+        rows = []
+        for number, group in found.items():
+            planned = self.plan.get(number, self.allocation.samples)
+            row = Allocated(
+                round=self.beside.get(number, 0),
+                prompt=number,
+                planned=planned,
+                rollouts=len(group),
+                rounds=self.allocation.rounds(planned, group),
+                correct=sum(rollout.correct for rollout in group),
+                live=len({rollout.reward for rollout in group}) > 1,
+                trained=number in trained,
+            )
+            rows.append(row)
+        return rows
 
     def measured(self, sampled: Sequence[Sequence[Rollout]], trained: Sequence[Sequence[Rollout]]) -> Sums:
         """What the allocator did; nothing where every prompt gets the same."""

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent import futures
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal, Protocol
 
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from megatron_jackpot.algorithm.allocators_base import Fixed
 from megatron_jackpot.config import Rollouts
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.parallel.exchange import Exchange
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.failures import RewardsFailing
@@ -107,6 +109,12 @@ class Pipeline:
         self.allocation = allocation or Allocation(Fixed(), config.samples_per_prompt)
         self.batches: deque[Asked] = deque()
         """Started and not taken, the oldest first."""
+        together = self.allocation.allocator.replaces
+        self._exchange: Exchange | None = None
+        if source is not None and together and mesh.dp > 1:
+            self._exchange = Exchange(mesh.own_store(), mesh.dp, mesh.dp_rank)
+        self._attempt = 0
+        """Counts, alike on every rank, what makes words of leaders to each other void."""
         self._interrupted: str | None = None
         self._asking = Stopwatch()
         self._since = _Mark(time.perf_counter(), 0.0)
@@ -118,7 +126,8 @@ class Pipeline:
         begun = loader.num_begun > 0
         epoch, prompts = loader.next()
         plan = self.allocation.plan(step, loader.given)
-        batch = Asked(step, epoch, prompts, plan, self.allocation, loader.further)
+        shared = (self.allocation, loader.further, self._exchange, self._attempt)
+        batch = Asked(step, epoch, prompts, plan, *shared)
         self.batches.append(batch)
         if begun:
             missing = sum(batch.key(prompt) not in self.finished for prompt in batch.prompts)
@@ -140,6 +149,8 @@ class Pipeline:
         started, error = time.perf_counter(), None
         for attempt in range(MAX_RECOVERIES + 1):
             outcome, error = (COMPLETE, None) if batch is None else self._wait(batch)
+            if batch is not None and self._exchange is not None and outcome != COMPLETE:
+                self._exchange.end(batch.batch, str(error))
             self.mesh.wait_for_leaders(f"rollout-{step - 1}-{attempt}", limit_s)
             worst = self.mesh.largest(outcome)
             if worst == COMPLETE:
@@ -150,6 +161,10 @@ class Pipeline:
                 _raise_everywhere(worst, error if outcome == worst else None)
             if error is not None:
                 log.warning(f"step {step}: {error} Sending the weights again.")
+            self._attempt += 1
+            if batch is not None and self.allocation.allocator.replaces:
+                # What one leader lost changes every leader's decisions.
+                batch.attempt, batch.work = self._attempt, None
             recover()
             if self.mesh.largest(int(self.stop() is not None)):
                 raise StopRun
@@ -178,7 +193,7 @@ class Pipeline:
             return
         self.source.thread.wait(self.source.use(version), END_LIMIT_S, "requests to begin after a push")
         for batch in self.batches:
-            if batch.work is not None and batch.work.done() and ending(batch)[0] == LOST:
+            if batch.work is None or (batch.work.done() and ending(batch)[0] == LOST):
                 self._ask(batch)
 
     def interrupt(self, reason: str) -> None:
@@ -196,6 +211,7 @@ class Pipeline:
             self.source.thread.wait(self.source.abort(), END_LIMIT_S, "servers to abort their requests")
         self.batches.clear()
         self.finished.clear()
+        self._attempt += 1
         self._interrupted = None
 
     def _ask(self, batch: Asked) -> None:
@@ -211,7 +227,11 @@ class Pipeline:
 
         with self._asking:
             try:
-                for epoch, prompts in batch.rounds(self.finished):
+                for number in count():
+                    asked = await batch.ask_for(number, self.finished, lambda: self._interrupted)
+                    if asked is None:
+                        break
+                    epoch, prompts = asked
                     missing = batch.missing(prompts, self.finished)
                     options = batch.options(missing, self.finished)
                     _, sums = await source.collect(
@@ -235,7 +255,7 @@ class Pipeline:
                 if time.monotonic() > deadline:
                     return FAILED, TimeoutError(
                         f"Waited {self.limit_s:g} s for the rollouts of step {batch.step} "
-                        "(run.phase_timeout_s)."
+                        f"(run.phase_timeout_s){batch.waits_for and ', last for ' + batch.waits_for}."
                     )
             outcome, error = max(
                 (ending(other) for other in self.batches if other.work and other.work.done()),
@@ -245,6 +265,8 @@ class Pipeline:
                 outcome, error = ending(batch)
             if outcome != COMPLETE or not self._drop_stale(batch):
                 return outcome, error
+            if self.allocation.allocator.replaces:
+                break
             self._ask(batch)
         return LOST, Unfinished(
             f"tokens older than rollout.max_staleness = {self.config.max_staleness}.", [], {}
@@ -283,8 +305,13 @@ class Pipeline:
             if not any(other.owns(key) for other in self.batches):
                 del self.finished[key]
         sampled = [group for group in found.values() if group]
-        live = [self.allocation.live(group) for group in sampled]
-        trained = [sampled[i] for i in self.allocation.allocator.commit(live, len(batch.prompts))]
+        if self._exchange is not None:
+            # Every leader has heard what there was to hear of it.
+            self._exchange.forget({other.batch for other in self.batches})
+        trained = sampled
+        if self.allocation.allocator.replaces:
+            committed = batch.committed()
+            trained = [group for group in sampled if group[0].prompt.id in committed]
         self._observe(batch, [(number, _num_correct(group), len(group)) for number, group in found.items()])
         now = _Mark(time.perf_counter(), self._asking.seconds())
         period, waited = now.time - self._since.time, now.time - started
@@ -302,6 +329,7 @@ class Pipeline:
             trained=[prompt.id for prompt in batch.prompts if found[prompt.id]],
             lost=[prompt.id for prompt in batch.prompts if not found[prompt.id]],
             fetched=[prompt.id for prompt in batch.fetched],
+            allocated=batch.allocated(found, {group[0].prompt.id for group in trained}),
         )
 
     def _observe(self, batch: Asked, mine: list[tuple[int, int, int]]) -> None:

@@ -59,7 +59,6 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming
     the field for anything that cannot work."""
     methods = Methods.from_config(config)
-    check_leaders(config, methods, mesh.dp)
     check_same_tokenizer(config.folders)
     tokenizer = load_tokenizer(config.policy.hf)
     families = load_families(config)
@@ -111,16 +110,6 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         packing_tokens=trainer.packer.tokens,
     )
     return Assembly(trainer, probe, evaluate)
-
-
-def check_leaders(config: Config, methods: Methods, dp: int) -> None:
-    """Raises ValueError for an allocator that would have to ask other leaders in the midst of a rollout."""
-    if methods.allocation.allocator.replaces and dp > 1:
-        raise ValueError(
-            f"rollout.allocator.name = '{config.rollout.allocator.name}' decides over all groups of a step, "
-            f"which {dp} data-parallel leaders do not tell each other yet. Use one data-parallel rank, or "
-            "algorithm.selector 'nonzero_std'."
-        )
 
 
 def know_values(config: Config, state: TrainState, prompts: Sequence[Prompt]) -> None:

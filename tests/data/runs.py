@@ -15,6 +15,16 @@ EVIL = (
     "<img src=x onerror=\"document.title='broken'\">\u2028\u202e"
 )
 LONG = "x" * 5000
+ALLOCATED = {
+    "round": [0, 0, 2],
+    "prompt": [4, 7, 31],
+    "planned": [8, 8, 8],
+    "rollouts": [8, 12, 0],
+    "rounds": [1, 3, 0],
+    "correct": [8, 1, 0],
+    "live": [False, True, False],
+    "trained": [True, True, False],
+}
 
 
 def make_run(
@@ -41,6 +51,10 @@ def make_run(
                 values |= {"loss/policy": math.nan if step == 5 else 0.1 * step, "weight/ess": 0.8}
                 values |= {"train/tokens": 500.0, "grad_norm/policy": 1e300 if step == 6 else 1.0}
             out.write(step, values)
+    prompts = JsonLines(folder / "prompts.jsonl")
+    for step in range(1, steps + 1):
+        prompts.write({"step": step, "epoch": 0, "trained": [4, 7], "lost": [], "allocated": ALLOCATED})
+    prompts.close()
     samples = JsonLines(folder / "samples.jsonl")
     for step, right in ((0, False), (30, True)):
         for model in ("policy", "actor"):

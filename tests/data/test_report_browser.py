@@ -72,6 +72,17 @@ def test_text_of_a_model_stays_text(browser: Browser, page: str) -> None:
     assert any(EVIL in text for text in texts(browser, "#tasks td"))
 
 
+def test_what_an_allocator_did_is_shown_by_prompt_of_the_step_that_is_chosen(
+    browser: Browser, page: str
+) -> None:
+    browser.open(page)
+    assert texts(browser, "#allocated-step option")[0] == "1"
+    choose(browser, "allocated-step", "1")
+    cells = texts(browser, "#allocated-prompts td")
+    assert cells[8:16] == ["7", "0", "8", "12", "3", "1", "differ", "yes"]
+    assert cells[16:] == ["31", "2", "8", "0", "0", "0", "lost", "no"]
+
+
 def test_dragging_zooms_all_curves_and_the_button_shows_all_again(browser: Browser, page: str) -> None:
     browser.size(1280)
     browser.open(page)

@@ -71,6 +71,23 @@ def test_what_was_evaluated_afterwards_is_a_table_of_one_run_and_of_several(tmp_
     assert sum(row["text"] == EVIL for row in shown) == 2
 
 
+def test_what_an_allocator_did_stands_by_step_and_by_prompt_of_one_run(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    told = tree_of(write_report(runs[:1]).read_text())["allocated"]
+    newest = [1, *range(19, 31)]
+    assert told["steps"] == [[step, 3, 1, 24, 20, 9, 1, 2] for step in newest]
+    assert [*told["prompts"]] == [str(step) for step in newest]
+    assert told["prompts"]["30"] == [
+        [4, 0, 8, 8, 1, 8, False, True],
+        [7, 0, 8, 12, 3, 1, True, True],
+        [31, 2, 8, 0, 0, 0, False, False],
+    ]
+    assert tree_of(write_report(runs, tmp_path / "both.html").read_text())["allocated"] is None
+    row = '{"format": 1, "step": 1, "epoch": 0, "trained": [4], "lost": []}\n'
+    (runs[0] / "prompts.jsonl").write_text(row)
+    assert tree_of(write_report(runs[:1]).read_text())["allocated"] is None
+
+
 def test_what_is_not_finite_or_not_drawable_is_missing(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:

@@ -8,7 +8,6 @@ import torch
 
 from megatron_jackpot.algorithm.reward_parts import RewardParts
 from megatron_jackpot.config import Config, parse_config
-from megatron_jackpot.train.assembly import check_leaders
 from megatron_jackpot.train.methods import Methods
 from tests.tiny import groups
 
@@ -136,16 +135,6 @@ def config(**changes: dict) -> Config:
 def test_methods_that_do_not_go_together_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Methods.from_config(config(**changes))
-
-
-def test_an_allocator_that_would_have_to_ask_other_leaders_is_refused_with_more_than_one() -> None:
-    chosen = config(rollout_allocator="dynamic_sampling")
-    check_leaders(chosen, Methods.from_config(chosen), 1)
-    with pytest.raises(ValueError, match="'dynamic_sampling' decides over all .*2 data-parallel leaders"):
-        check_leaders(chosen, Methods.from_config(chosen), 2)
-    for other in ("aero", "vip", "coba"):
-        chosen = config(rollout_allocator=other)
-        check_leaders(chosen, Methods.from_config(chosen), 4)
 
 
 def test_methods_that_go_together_are_built() -> None:

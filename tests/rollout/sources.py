@@ -88,13 +88,17 @@ class JudgedSource(ScriptedSource):
         """(prompt id, rollouts) of every request."""
         self.delay_s = 0.0
         """Before each request is answered."""
+        self.after: dict[int, int] = {}
+        """Epoch -> another one, of which a request must have been answered before any of its own."""
+        self.errors: dict[int, Exception] = {}
+        """By epoch: what its next request ends with, once."""
         self.limit: int | None = None
         """Requests that are answered; the others do not end by themselves."""
 
     async def collect(self, epoch: int, prompts: Sequence[Prompt], **options: Any) -> tuple[list, Sums]:
         begun = options.get("begun", {})
         sampler = GroupSampler(
-            client=Requests(self, {prompt.id: len(begun.get(prompt.id, [])) for prompt in prompts}),
+            client=Requests(self, epoch, {prompt.id: len(begun.get(prompt.id, [])) for prompt in prompts}),
             sampling=Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=1),
             samples_per_prompt=self.samples,
             reward=self.reward,
@@ -111,17 +115,22 @@ class JudgedSource(ScriptedSource):
 class Requests:
     """The servers of one `collect`: prompts end with their id, of which so many rollouts were had before."""
 
-    def __init__(self, source: JudgedSource, sampled: dict[int, int]) -> None:
-        self.source, self.sampled = source, sampled
+    def __init__(self, source: JudgedSource, epoch: int, sampled: dict[int, int]) -> None:
+        self.source, self.epoch, self.sampled = source, epoch, sampled
 
     async def generate_group(
         self, prompt_tokens: Sequence[int], n: int, sampling: Sampling, **_: object
     ) -> list[Completion]:
         number, source = prompt_tokens[-1], self.source
         await asyncio.sleep(source.delay_s)
+        while source.after.get(self.epoch) not in {None, *(epoch for epoch, _ in source.asked)}:
+            await asyncio.sleep(0.005)
+        if self.epoch in source.errors:
+            raise source.errors.pop(self.epoch)
         while source.limit is not None and len(source.rounds) >= source.limit:
             await asyncio.sleep(0.005)
         source.rounds.append((number, n))
+        source.asked.append((self.epoch, number))
         first = self.sampled[number]
         self.sampled[number] += n
         return [_numbered(sample) for sample in range(first, first + n)]

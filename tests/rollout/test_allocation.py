@@ -1,10 +1,6 @@
 """Rounds of rollouts, prompts in the place of others, and plans from what was seen: in one process, on
 scripted verdicts, through faults and resumes."""
 
-import json
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,104 +10,19 @@ import pytest
 
 from megatron_jackpot.algorithm.allocators import VIP, CoBA, DynamicSampling, Rescue
 from megatron_jackpot.algorithm.allocators_base import Allocator, Fixed
-from megatron_jackpot.config import Rollouts
-from megatron_jackpot.data.loader import PromptLoader
-from megatron_jackpot.records import Prompt
-from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.rollout.collected import Collected, account
-from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
-from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
-from tests.rollout.sources import JudgedSource
-
-PROMPTS = [Prompt(id=i, tokens=(1, 10, i), label=None) for i in range(40)]
-PER_STEP, SAMPLES = 4, 4
-
-
-class Leader:
-    """A mesh of leaders that are threads of one process, as one of them sees it."""
-
-    def __init__(self, dp: int, dp_rank: int, barrier: threading.Barrier, values: list) -> None:
-        self.dp, self.dp_rank, self.dp_group = dp, dp_rank, self
-        self.barrier, self.values = barrier, values
-
-    def gather(self, value: Any) -> list:
-        self.values[self.dp_rank] = value
-        self.barrier.wait(60)
-        seen = [*self.values]
-        self.barrier.wait(60)
-        return seen
-
-    def wait_for_leaders(self, what: str, timeout_s: float) -> None:
-        self.gather(None)
-
-    def largest(self, value: int) -> int:
-        return max(self.gather(value))
-
-
-def leaders(dp: int) -> list[Leader]:
-    barrier, values = threading.Barrier(dp), [None] * dp
-    return [Leader(dp, rank, barrier, values) for rank in range(dp)]
-
-
-def together(calls: list[Callable[[], Any]]) -> list:
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [work.result() for work in [pool.submit(call) for call in calls]]
-
-
-class Run:
-    """A leader's pipeline on scripted verdicts, as the trainer moves it."""
-
-    def __init__(
-        self,
-        allocator: Allocator,
-        verdicts: Callable[[int], str],
-        ahead: int = 0,
-        mesh: Leader | None = None,
-    ) -> None:
-        mesh = mesh or leaders(1)[0]
-        self.allocation = Allocation(allocator, SAMPLES)
-        self.source, self.finished, self.why = JudgedSource(verdicts, SAMPLES), Groups(), ""
-        self.loader = PromptLoader(PROMPTS, PER_STEP, mesh.dp_rank, mesh.dp, 5)
-        self.ahead, self.steps = ahead, 0
-        self.pipeline = Pipeline(
-            mesh,
-            Rollouts(samples_per_prompt=SAMPLES, max_staleness=99),
-            self.source,
-            lambda: self.why or None,
-            self.finished,
-            limit_s=20,
-            allocation=self.allocation,
-        )
-
-    def step(self) -> Collected:
-        number = self.steps + 1
-        for later in range(number, number + self.ahead + 1):
-            self.pipeline.start(later, self.loader)
-        taken = self.pipeline.take(number, self.loader, recover=lambda: None)
-        assert taken is not None
-        self.steps = number
-        return taken
-
-    def stopped_after(self, requests: int) -> None:
-        """The next step is interrupted when so many requests have been answered."""
-        self.source.limit = requests
-        self.why = "test"
-        with pytest.raises(StopRun):
-            self.step()
-        self.pipeline.interrupt("test")
-
-    def resumed(self, folder: Path, mesh: Leader | None = None) -> "Run":
-        """A leader of another process, from what the leaders' checkpoint holds."""
-        again = Run(self.allocation.allocator, self.source.verdicts, self.ahead, mesh)
-        again.steps = self.steps
-        again.loader.load_state_dict(self.loader.state_dict())
-        again.allocation.load_state_dict(json.loads(json.dumps(self.allocation.state_dict())))
-        for path in folder.glob("*.npz"):
-            again.finished |= load_groups(path, {prompt.id: prompt for prompt in PROMPTS})
-        return again
-
-    def save(self, folder: Path) -> None:
-        save_groups(folder / f"rollouts-{self.pipeline.mesh.dp_rank}.npz", self.finished)
+from tests.rollout.leaders import (
+    PER_STEP,
+    PROMPTS,
+    SAMPLES,
+    Leader,
+    Run,
+    every_third,
+    first_right,
+    leaders,
+    summary,
+    together,
+)
 
 
 @pytest.fixture
@@ -131,15 +42,6 @@ def runs(monkeypatch: pytest.MonkeyPatch):
         run.source.close()
 
 
-def first_right(number: int) -> str:
-    """Prompt i is right for the first time at its (i mod 13)-th rollout."""
-    return "".join("1" if sample == number % 13 else "0" for sample in range(99))
-
-
-def summary(taken: Collected) -> list[list[tuple[tuple[int, int, int], int, bool]]]:
-    return [[(r.key, int(r.tokens[0]), r.correct) for r in group] for group in taken.groups]
-
-
 def test_a_rescued_prompt_gets_pairs_until_the_first_success_and_its_samples_are_numbered_on(runs) -> None:
     run = runs(Rescue(extra=2, most=10), first_right)
     taken = run.step()
@@ -155,6 +57,13 @@ def test_a_rescued_prompt_gets_pairs_until_the_first_success_and_its_samples_are
     rescued = sum(any(r.correct for r in group) for group in failed)
     assert taken.sums["allocate/rescued"] == (rescued, len(failed)) and rescued
     assert taken.sums["allocate/further"] == (len(failed), PER_STEP)
+    told = account(run.pipeline.mesh, taken)["allocated"]
+    wanted = {group[0].prompt.id: group for group in taken.groups}
+    for row in zip(*told.values(), strict=True):
+        group = wanted.pop(dict(zip(told, row, strict=True))["prompt"])
+        rounds, correct = 1 + (len(group) - SAMPLES) // 2, sum(r.correct for r in group)
+        assert row == (0, group[0].prompt.id, SAMPLES, len(group), rounds, correct, correct > 0, True)
+    assert not wanted
 
 
 @pytest.mark.parametrize("requests", range(1, 9))
@@ -176,11 +85,6 @@ def test_a_rescue_that_was_stopped_anywhere_goes_on_with_the_same_decisions(
         again.source.close()
 
 
-def every_third(number: int) -> str:
-    """Two prompts of three are all wrong."""
-    return "0100" if number % 3 == 0 else "0000"
-
-
 def test_dynamic_sampling_replaces_equal_groups_and_the_loader_s_place_does_not_move(runs) -> None:
     run, plain = runs(DynamicSampling(over_sample=2), every_third), runs(Fixed(), every_third)
     for _ in range(4):
@@ -196,9 +100,13 @@ def test_dynamic_sampling_replaces_equal_groups_and_the_loader_s_place_does_not_
         assert taken.sums["allocate/surplus"] == (surplus, PER_STEP)
         assert taken.sums["allocate/fetched"] == (len(taken.fetched), PER_STEP)
         told = account(run.pipeline.mesh, taken)
-        assert told["fetched"] == sorted(taken.fetched) and "fetched" not in account(
-            run.pipeline.mesh, without
-        )
+        assert told["fetched"] == sorted(taken.fetched)
+        assert not {"fetched", "allocated"} & account(run.pipeline.mesh, without).keys()
+        by_prompt = zip(*(told["allocated"][name] for name in ("prompt", "round", "trained")), strict=True)
+        trained = {group[0].prompt.id for group in taken.groups}
+        assert {number: (round > 0, used) for number, round, used in by_prompt} == {
+            number: (number in taken.fetched, number in trained) for number in asked
+        }
     assert run.loader.state_dict() == plain.loader.state_dict() and not run.finished
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,8 @@ from benchmarks.study_parts.report import blocks, finished, put_into, write_repo
 from benchmarks.study_parts.revalidate import revalidate
 from benchmarks.study_parts.runner import LINES, ORIGIN, Stale, perform
 
-PLANS = sorted((ROOT / "benchmarks" / "plans").glob("stage_*.yaml"))
+SAMPLING = sorted((ROOT / "benchmarks" / "plans").glob("aero*.yaml"))
+PLANS = [*sorted((ROOT / "benchmarks" / "plans").glob("stage_*.yaml")), *SAMPLING]
 LATER = math.inf
 
 
@@ -79,6 +81,24 @@ def test_finished_runs_form_a_block_once_every_arm_is_there_and_changed_models_m
     assert len(blocks(plan, finished(plan, folder))) == 1 and "STALE" not in text and "NOT WHOLE" not in text
 
 
+def test_arms_end_at_the_same_number_of_rollouts_whatever_a_step_takes(plan, folder, mesh) -> None:
+    """Models of random weights are always wrong: aero rescues each of 2 prompts with 8 more rollouts."""
+    base = {**plan.arms["on_policy"], "data.reward": "benchmarks.study_parts.task:exact"}
+    base |= {"evaluation.samples": 8, "evaluation.temperature": 1.0}
+    arms = {"grpo": base, "aero": {**base, "rollout.allocator": {"name": "aero"}}}
+    asked = {"samples": 64, "problems": 3, "reference": "grpo", "contrasts": (("aero", "grpo"),)}
+    plan = replace(plan, arms=arms, **asked)
+    for run in plan.runs:
+        assert perform(plan, run, folder, mesh, LATER)
+    whole, rescued = (lines(folder, run) for run in plan.runs)
+    assert [(row["step"], row["spent/samples"]) for row in whole] == [(0, 0), (2, 32), (4, 64)]
+    assert [(row["step"], row["spent/samples"]) for row in rescued] == [(0, 0), (2, 64)]
+    assert whole[-1]["eval/policy_pass@8"] == 0 and whole[-1]["spent/tokens"] > 0
+    assert len((folder / "data" / "train-3.jsonl").read_text().splitlines()) == 3
+    row = next(line for line in write_report(plan, folder).splitlines() if line.startswith("| aero | 2 |"))
+    assert row.split(" | ")[1:4] == ["2", "64", "1.000"]
+
+
 def test_code_counts_by_what_it_does_not_by_what_it_says(tmp_path) -> None:
     for watched in WATCHED:
         source, to = ROOT / watched, tmp_path / watched
@@ -105,7 +125,8 @@ def test_every_arm_of_a_committed_plan_is_a_configuration(path, folder) -> None:
     first = [run for run in plan.runs if (run.lr, run.seed) == (plan.lrs[0], plan.seeds[0])]
     for run in first:
         config = plan.config(run, folder)
-        assert (config.actor is None) == (config.rollout.model == "policy") == (run.arm == "on_policy")
+        alone = path in SAMPLING or run.arm == "on_policy"
+        assert (config.actor is None) == (config.rollout.model == "policy") == alone
         assert config.evaluation.size >= 1000 and config.run.steps == plan.steps
 
 

@@ -60,7 +60,9 @@ def test_reported_log_probs_are_the_scorers_at_sampled_tokens_and_in_the_top_k(m
             )
             for sample, made in enumerate(group)
         ]
-        for prompt, group in zip(PROMPTS, sample_groups(decoder, PROMPTS, 8, 0, 1, DRAWS), strict=True)
+        for prompt, group in zip(
+            PROMPTS, sample_groups(decoder, PROMPTS, [range(8)] * 4, 0, 1, DRAWS), strict=True
+        )
     ]
     batch = Packer(mesh, tokens=256, enabled=True, num_minibatches=1, vpp=None).pack(groups, DRAWS.top_k)
     scorer = Scorer(model, None, temperature=DRAWS.temperature, top_k=DRAWS.top_k)
@@ -79,7 +81,7 @@ def test_pairs_of_tokens_are_drawn_as_often_as_the_model_says(decoder) -> None:
     """Chi-square over first tokens, and over second tokens behind each of the three likeliest first ones."""
     prompt, many = PROMPTS[1], 30_000
     short = Draws(seed=5, temperature=0.8, max_new_tokens=2, top_k=1, stop_ids=(60,))
-    (group,) = sample_groups(decoder, [prompt], many, 0, 0, short)
+    (group,) = sample_groups(decoder, [prompt], [range(many)], 0, 0, short)
     first = torch.tensor([int(made.tokens[0]) for made in group])
     check_law(first, law_after(decoder, prompt.tokens))
     for token in first.bincount().topk(3).indices.tolist():
@@ -103,10 +105,14 @@ def check_law(drawn: torch.Tensor, law: torch.Tensor) -> None:
 
 
 def test_a_completion_depends_on_its_prompt_and_sample_alone_and_ends_with_the_first_stop(decoder) -> None:
-    together = sample_groups(decoder, PROMPTS, 6, 2, 0, DRAWS)
+    together = sample_groups(decoder, PROMPTS, [range(6)] * 4, 2, 0, DRAWS)
     for prompt, group in zip(PROMPTS, together, strict=True):
-        (alone,) = sample_groups(decoder, [prompt], 6, 2, 0, DRAWS)
+        (alone,) = sample_groups(decoder, [prompt], [range(6)], 2, 0, DRAWS)
         assert [made.tokens.tolist() for made in group] == [made.tokens.tolist() for made in alone]
+    # In rounds of different sizes they are the same.
+    later = sample_groups(decoder, PROMPTS[:2], [range(4, 6), range(1, 6)], 2, 0, DRAWS)
+    for group, made in zip(together, later, strict=False):
+        assert [one.tokens.tolist() for one in group[-len(made) :]] == [one.tokens.tolist() for one in made]
     for made in (made for group in together for made in group):
         stops = [position for position, token in enumerate(made.tokens.tolist()) if token == 2]
         assert stops == ([len(made.tokens) - 1] if made.finish == "stop" else [])

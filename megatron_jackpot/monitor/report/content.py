@@ -12,7 +12,8 @@ from megatron_jackpot.monitor.console import final_rows
 from megatron_jackpot.monitor.differences import groups, labels, names
 from megatron_jackpot.monitor.evaluations import EVALUATIONS_FILE, evaluation_table, read_evaluations
 from megatron_jackpot.monitor.metrics import Row, read_metrics
-from megatron_jackpot.monitor.report import curves, health, samples
+from megatron_jackpot.monitor.outputs import PROMPTS_FILE
+from megatron_jackpot.monitor.report import allocated, curves, health, samples
 from megatron_jackpot.monitor.report.tokens import Decode, token_view
 from megatron_jackpot.monitor.report.utilisation import flops_per_token, peak_flops
 from megatron_jackpot.monitor.token_log import FOLDER as TOKENS
@@ -46,6 +47,7 @@ def content(folders: Sequence[Path]) -> Tree:
         "meanings": curves.meanings(measured),
         "evaluations": _evaluations(folders, runs),
         "samples": [] if one is None else samples.kept(one),
+        "allocated": None if one is None else allocated.kept(one),
         "tokens": None if one is None else _tokens(one),
     }
 
@@ -55,7 +57,7 @@ def version(folders: Sequence[Path]) -> str:
     silent has news, too."""
     parts = [str(int(time.time() // 60))]
     for folder in map(Path, folders):
-        shown = [folder / name for name in ("metrics.jsonl", EVALUATIONS_FILE, *samples.FILES)]
+        shown = [folder / name for name in ("metrics.jsonl", EVALUATIONS_FILE, PROMPTS_FILE, *samples.FILES)]
         shown += sorted((folder / TOKENS).glob("*.npz"))
         held = (path.stat() for path in shown if path.is_file())
         parts += [f"{one.st_mtime_ns}.{one.st_size}" for one in held]

@@ -2,6 +2,7 @@
 // The page from its tree; served live, it asks for a newer one and draws itself anew.
 
 const answers = { step: "", which: "wrong" };
+const allocated = { step: "" };
 const MARK = { true: "\u2713", false: "\u2717" };
 
 function headOf(tree) {
@@ -84,6 +85,26 @@ function evaluationsOf(tree) {
     table(tree.evaluations.heads, tree.evaluations.rows));
 }
 
+function allocatedOf(tree) {
+  if (!tree.allocated) return null;
+  const { steps, prompts } = tree.allocated;
+  const names = steps.map(([step]) => String(step));
+  if (!names.includes(allocated.step)) allocated.step = "";
+  // The newest, as long as none was chosen.
+  const step = () => (allocated.step === "" ? names[names.length - 1] : allocated.step);
+  const place = make("div", { id: "allocated-prompts" });
+  function show() {
+    place.replaceChildren(table(["prompt", "asked for in round", "planned", "rollouts", "rounds", "correct", "rewards", "trained on"],
+      prompts[step()].map(([prompt, round, planned, rollouts, rounds, correct, live, trained]) =>
+        [prompt, round, planned, rollouts, rounds, correct, live ? "differ" : rollouts ? "equal" : "lost", trained ? "yes" : "no"])));
+  }
+  show();
+  return section("allocated", "What the allocator did",
+    table(["step", "prompts", "of these fetched", "rollouts planned", "rollouts", "correct", "groups that differ", "groups trained on"], steps),
+    make("p", { class: "controls" }, choice("prompts of step", "allocated-step", names.map((one) => [one, one]), step(),
+      (value) => { allocated.step = value; show(); })), place);
+}
+
 function answersOf(tree) {
   if (!tree.samples.length) return null;
   const steps = [...new Set(tree.samples.map((one) => one.step))];
@@ -140,7 +161,7 @@ function drawPage(tree) {
   plots = [];
   headOf(tree);
   curvesNow = chartsOf(tree);
-  const parts = [curvesNow.element, numbersOf(tree), phasesOf(tree), tasksOf(tree), evaluationsOf(tree), answersOf(tree), tokensOf(tree), factsOf(tree)];
+  const parts = [curvesNow.element, numbersOf(tree), phasesOf(tree), tasksOf(tree), evaluationsOf(tree), allocatedOf(tree), answersOf(tree), tokensOf(tree), factsOf(tree)];
   document.getElementById("body").replaceChildren(...parts.filter(Boolean));
   curvesNow.redraw();
 }
