@@ -27,13 +27,15 @@ class RewardParts:
 
     def advantage(self, method: Advantage, group: Sequence[Rollout], rewards: Sequence[float]) -> Tensor:
         """Advantages [N] of one group; `rewards` are the rollouts' with what was added to them, which singly
-        belongs to the row's first reward."""
+        belongs to the row's first reward of any weight."""
         if not self.singly:
             return method(rewards)
         advantage_N = torch.zeros(len(group))
-        for index, name in enumerate(name for name in group[0].parts if name in self.weights):
+        names = [name for name in group[0].parts if name in self.weights]
+        first = next((name for name in names if self.weights[name]), None)
+        for name in names:
             own, weight = [rollout.parts[name] for rollout in group], self.weights[name]
-            if index == 0 and weight:
+            if name == first:
                 added = [whole - rollout.reward for whole, rollout in zip(rewards, group, strict=True)]
                 own = [value + more / weight for value, more in zip(own, added, strict=True)]
             advantage_N = advantage_N + weight * method(own)

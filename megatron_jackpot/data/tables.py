@@ -39,12 +39,18 @@ def files_behind(path: Path) -> list[Path]:
             raise ValueError(f"{path} is a selection of other rows. Save it after flatten_indices().")
         return [path / one["filename"] for one in state["_data_files"]]
     found = sorted(path.rglob(f"*{ENDING}"))
-    splits = sorted({file.name.split("-")[0] for file in found})
+    # train-00000-of-00002.parquet in one folder, or a folder of 0000.parquet to each split and configuration.
+    splits = sorted({_split_of(file.relative_to(path)) for file in found})
     if not found:
         raise ValueError(f"{path} is no saved data set ({STATE}) and has no {ENDING} files. Name a file.")
     if len(splits) > 1:
         raise ValueError(f"{path} has files of {', '.join(splits)}. Name a file, or a folder with one split.")
     return found
+
+
+def _split_of(file: Path) -> str:
+    prefix = file.stem.split("-")[0]
+    return file.parent.as_posix() if prefix.isdigit() else (file.parent / prefix).as_posix()
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, Row]]:

@@ -4,13 +4,14 @@ A process of its own runs it for each test, sealed by the kernel (sandbox/): no 
 the network, a file or another process. Linux on x86_64 or aarch64.
 """
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from megatron_jackpot.rewards.final_answer import without_thinking
 from megatron_jackpot.rewards.sandbox import run
 from megatron_jackpot.rewards.sandbox.values import LARGEST, to_frame
 
-FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"[ \t]*```[ \t]*(\w*)")
 TAGS = ("", "py", "python", "python3")
 MOST_TESTS = 100
 LONGEST = 2**19
@@ -122,7 +123,9 @@ def _run(sent: bytes, timeout_s: float) -> bytes:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    except BlockingIOError as error:
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.ENOMEM):
+            raise
         raise MemoryError("no process could be started") from error
     try:
         told, _ = process.communicate(sent, timeout_s)
@@ -148,9 +151,22 @@ def program_of(response_text: str) -> str | None:
     visible = without_thinking(response_text)
     if visible is None:
         return None
-    blocks = [text for tag, text in FENCE.findall(visible) if tag.lower() in TAGS]
+    blocks = [text for tag, text in _blocks(visible) if tag.lower() in TAGS]
     found = blocks[-1] if blocks else None if "```" in visible else visible
     return found if found is not None and len(found) <= LONGEST else None
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(tag, lines) of each whole block; each line is looked at once, whatever a response repeats."""
+    tag, lines = "", None
+    for line in text.splitlines(keepends=True):
+        if lines is not None and line.strip() == "```":
+            yield tag, "".join(lines)
+            lines = None
+        elif lines is not None:
+            lines.append(line)
+        elif opened := FENCE.match(line):
+            tag, lines = opened[1], []
 
 
 def tests_of(label: object) -> list[Test]:

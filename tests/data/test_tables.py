@@ -88,10 +88,14 @@ def test_a_folder_that_holds_no_one_list_of_rows_is_refused(tmp_path: Path) -> N
     (tmp_path / "repo").mkdir()
     for split in ("train", "test"):
         (tmp_path / "repo" / f"{split}-00000-of-00001.parquet").touch()
+    for split in ("train", "test"):
+        (tmp_path / "converted/default" / split).mkdir(parents=True)
+        (tmp_path / "converted/default" / split / "0000.parquet").touch()
     (tmp_path / "nothing").mkdir()
     for name, message in (
         ("dict", "holds the splits train, test. Name the folder of one"),
         ("repo", "has files of test, train. Name a file"),
+        ("converted", "has files of default/test, default/train. Name a file"),
         ("nothing", "is no saved data set"),
     ):
         with pytest.raises(ValueError, match=message):

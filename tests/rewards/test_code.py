@@ -6,6 +6,7 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def test_a_script_is_judged_by_its_output_and_its_exit(judge):
         ("```python\nx = 1", None),
         ("```c\nint x;\n```", None),
         ("#" * 2**20, None),
+        ("```x\n" * 20_000, None),
     ],
 )
 def test_the_program_is_the_last_whole_block(response, program, judge):
@@ -198,6 +200,59 @@ def test_a_hostile_program_fails_its_own_test_and_no_other(judge):
     with ThreadPoolExecutor(4) as threads:
         found = dict(zip(cases, threads.map(lambda case: judge.verdicts(*case), cases.values()), strict=True))
     assert found == {name: [name == "honest"] for name in cases}
+
+
+FORGED = {
+    "def set(x): return 0\ndef f(): return ()": "assert set(f()) == {4, 5}",
+    "def abs(x): return 0.0\ndef f(): return 9.0": "assert abs(f() - 1.4142) < 1e-6",
+    "def all(x): return True\ndef f(): return 0": "assert all([f() == 1])",
+    "def it():\n    raise StopIteration\ndef f(): return it()": "for x in map(lambda _: f(), [0]):\n    pass",
+    "import sys, json\nscope = sys._getframe(1).f_globals\nmake = scope['to_frame']\n"
+    "def more(told):\n    scope['to_frame'] = make\n"
+    "    return make({**told, '__builtins__': {}, '__name__': 'x'})\n"
+    "scope['to_frame'] = more\ndef f(): return 0": "import math\nassert math.isclose(f(), 1.4142)",
+}
+"""Programs that put something of their own in the place of what a test takes from the language."""
+
+
+def test_a_program_changes_nothing_that_a_test_takes_from_the_language(judge):
+    assert [judge.verdicts(program, [test]) for program, test in FORGED.items()] == [[False]] * len(FORGED)
+
+
+def test_of_a_program_whose_test_is_over_nothing_is_left():
+    """Five programs of 100 MB, one after another: at no time is there more than one."""
+    program = (
+        "import threading, time\nclass Holds: x = bytearray(100 * 2**20)\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\ndef f(): return 1"
+    )
+    judge = reward(cpu_s=2)
+    seen, done = [], threading.Event()
+
+    def watch():
+        while not done.wait(0.02):
+            seen.append(held_by_programs())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert judge.verdicts(program, ["assert f() == 1"] * 5) == [True] * 5
+    finally:
+        done.set()
+        watcher.join()
+    assert 90 < max(seen) < 250 and held_by_programs() == 0, max(seen)
+
+
+def held_by_programs() -> int:
+    """MiB of anonymous memory in processes of the sandbox."""
+    found = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            if b"sandbox/run.py" in (status.parent / "cmdline").read_bytes():
+                lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+                found += int(lines.get("RssAnon", "0 kB").split()[0])
+        except OSError:
+            continue
+    return found // 1024
 
 
 FORBIDDEN = {

@@ -40,13 +40,14 @@ def main() -> None:
         preload(test if isinstance(test, str) else "")
     if asked["sealed"]:
         try:
-            seal()
+            seal(may_kill=[program.pid for program in programs])
         except CannotSeal as error:
             os.write(verdicts, b"E" + str(error).encode())
             return
         no_more_imports()
     for test, program in zip(tests, programs, strict=True):
         passed = passes(test, program, asked["wall_s"])
+        program.end()
         os.write(verdicts, b"1" if passed else b"0")
         if asked["all"] and not passed:
             return
