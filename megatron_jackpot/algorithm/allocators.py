@@ -1,4 +1,4 @@
-"""Allocators by their name in the configuration: docs/sampling.md has formulas, sources and what each biases.
+"""Allocators by their name in the configuration: docs/allocation.md has formulas, sources, what each biases.
 
 p is a prompt's pass rate, the actor's; n its rollouts.
 """
@@ -251,7 +251,7 @@ class CoBA(Bounded):
     def alpha(self, rates: Sequence[float]) -> float:
         """Of the mean pass rates of the last steps; large where most fails."""
         if not rates:
-            return min(self.kappa - 2, self.alpha_most)
+            return max(min(self.kappa - 2, self.alpha_most), self.alpha_least)
         failure = 1 - sum(rates) / len(rates)
         felt = failure if failure > 0.5 else 1 / (1 + math.exp(-10 * (failure - 0.5)))
         return min(max(self.alpha_least + self.steepness * felt, self.alpha_least), self.alpha_most)

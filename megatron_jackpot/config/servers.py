@@ -54,7 +54,7 @@ class Rollouts(Section):
     """Completions per prompt: the group behind the advantage."""
     allocator: Method = Method(name="fixed")
     """How many rollouts each prompt gets, in rounds, with samples_per_prompt on average or at first:
-    docs/sampling.md."""
+    docs/allocation.md."""
     max_new_tokens: int = Field(default=8192, ge=1)
     """Longest response."""
     temperature: float = Field(default=1.0, gt=0)

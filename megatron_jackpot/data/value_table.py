@@ -58,8 +58,8 @@ class ValueTable:
             ) from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"algorithm.objective.values = {path} cannot be read: {type(error).__name__}: {error}. Make "
-                f"it anew with `{COMMAND}`."
+                f"algorithm.objective.values = {path} cannot be read: {type(error).__name__}: {error}. "
+                f"Delete it and make it anew with `{COMMAND}`."
             ) from error
         return cls(
             source=source,
@@ -99,8 +99,8 @@ class ValueTable:
             was, is_ = asdict(self.source), asdict(now)
             named = ", ".join(f"{key} = {is_[key]}, was {was[key]}" for key in was if was[key] != is_[key])
             raise ValueError(
-                f"algorithm.objective.values = {path} is of other samples: {named}. Make it anew with "
-                f"`{COMMAND}`, or set what it was."
+                f"algorithm.objective.values = {path} is of other samples: {named}. Set what it was; or "
+                f"delete it, or name another file, and use `{COMMAND}`."
             )
 
 

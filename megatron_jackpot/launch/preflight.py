@@ -212,6 +212,14 @@ def _prompts(s: Subject) -> Iterator[str]:
     )  # fmt: skip
     verdict = cached("rows", key, lambda: _read_rows(config, s.vocabulary, limits, s.progress))
     yield from verdict["mistakes"]
+    if table is not None and table.exists():
+        try:
+            values = ValueTable.read(table)
+            # Whose answers they are takes a hash of all its weights: the ranks compare that.
+            values.check_source(config, values.source.reference, table)
+        except ValueError as error:
+            if str(error) not in verdict["mistakes"]:
+                yield str(error)
     if not verdict["mistakes"] and config.rollout.prompts_per_step > verdict["usable"]:
         yield (
             f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is larger than the "

@@ -54,7 +54,7 @@ class Allocation:
         return number
 
     def live(self, group: Sequence[Rollout]) -> bool:
-        return self.allocator.live([r.reward for r in group], [r.correct for r in group])
+        return bool(self.allocator.live([r.reward for r in group], [r.correct for r in group]))
 
     def observe(self, step: int, observed: Observed) -> None:
         """A step was taken, with these groups; its plan is done with."""

@@ -145,7 +145,8 @@ class Pipeline:
         """
         batch = self.batches[0] if self.batches else None
         assert batch is None or batch.step == step, f"step {batch.step} comes before {step}"
-        limit_s = self.config.request_timeout_s * (self.config.retries + 2)
+        # A leader gives up at its own limit; ranks that have nothing to ask for wait for it from here on.
+        limit_s = max(self.config.request_timeout_s * (self.config.retries + 2), self.limit_s + END_LIMIT_S)
         started, error = time.perf_counter(), None
         for attempt in range(MAX_RECOVERIES + 1):
             outcome, error = (COMPLETE, None) if batch is None else self._wait(batch)

@@ -330,9 +330,12 @@ def _load(state: TrainState, folder: Path) -> list[str]:
     state.measured = saved.get(MEASURED, {})
     if state.mesh.is_leader and state.loader is not None:
         prompts = {prompt.id: prompt for prompt in state.loader.prompts}
-        # Every leader takes all: with another dp size, a prompt is another leader's.
+        # Every leader takes all: with another dp size, a prompt is another leader's. Of copies, one may lack
+        # a later round.
         for path in sorted(folder.glob("rollouts-*.npz")):
-            state.finished_groups |= load_groups(path, prompts, changed)
+            for key, group in load_groups(path, prompts, changed).items():
+                if len(group) > len(state.finished_groups.get(key, ())):
+                    state.finished_groups[key] = group
     # One without them has nothing to compare.
     before = saved.get("optimizer", {})
     return [line for n, model in state.models.items() for line in changed_settings(model, before.get(n, {}))]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from megatron_jackpot.algorithm.advantages import GRPO, Advantage, DrGRPO, Reward
 from megatron_jackpot.algorithm.aggregation import Aggregation, PromptMean
+from megatron_jackpot.algorithm.allocators import Rescue
 from megatron_jackpot.algorithm.allocators_base import Allocator
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod
 from megatron_jackpot.algorithm.objectives_base import Objective
@@ -88,6 +89,16 @@ def _bounds(allocator: Allocator, config: Config) -> None:
             f"rollout.samples_per_prompt = {samples}: must lie in [{least}, {most}], what "
             f"rollout.allocator.name = '{config.rollout.allocator.name}' gives a prompt, as its budget is "
             "samples_per_prompt x prompts_per_step. Change it, or least and most."
+        )
+    if allocator.replaces and samples < 2:
+        raise ValueError(
+            f"rollout.samples_per_prompt = {samples}: must be >= 2 with rollout.allocator.name = "
+            f"'{config.rollout.allocator.name}', as a group of one is never live. Use 8."
+        )
+    if isinstance(allocator, Rescue) and allocator.most <= samples:
+        raise ValueError(
+            f"rollout.allocator.most = {allocator.most}: must be > samples_per_prompt = {samples}, or "
+            "no prompt ever gets more. Raise it, or use rollout.allocator 'fixed'."
         )
 
 

@@ -117,7 +117,7 @@ def _attempt(assembly: Assembly, saver: Saver, resumed: bool) -> bool | None:
 def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: bool) -> bool:
     """The loop over steps. False when it ended early because it was asked to stop. Raises RollBack."""
     trainer, config, state = assembly.trainer, assembly.trainer.config, assembly.trainer.state
-    began = state.num_steps, set(state.finished_groups)
+    began = state.num_steps, _sizes(state)
     try:
         _begin(assembly, outputs, resumed)
         while trainer.state.num_steps < config.run.steps:
@@ -126,7 +126,7 @@ def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: b
     except StopRun:
         trainer.pipeline.interrupt("the run is to save and end")
         # Of another leader there may be groups that this one has none of.
-        if not trainer.mesh.largest(int(began != (state.num_steps, set(state.finished_groups)))):
+        if not trainer.mesh.largest(int(began != (state.num_steps, _sizes(state)))):
             if trainer.mesh.is_main:
                 log.info("nothing was trained since the start: there is nothing to save")
             return False
@@ -139,6 +139,11 @@ def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: b
     if config.run.save_hf_at_end:
         _export(trainer)
     return True
+
+
+def _sizes(state: TrainState) -> dict[tuple[int, int], int]:
+    """Rollouts of each finished group: one may have grown by a round."""
+    return {key: len(group) for key, group in state.finished_groups.items()}
 
 
 def _begin(assembly: Assembly, outputs: Outputs | None, resumed: bool) -> None:

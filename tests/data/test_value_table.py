@@ -88,7 +88,7 @@ def test_a_file_that_is_none_is_named_with_its_remedy(tmp_path: Path) -> None:
         ValueTable.read(path)
     for text in ("[]", "{", '{"source": {"x": 1}, "values": []}', '{"values": [[1, 2]]}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match="cannot be read: .* Make it anew"):
+        with pytest.raises(ValueError, match="cannot be read: .* Delete it and make it anew"):
             ValueTable.read(path)
 
 

@@ -160,6 +160,10 @@ def test_a_table_of_values_that_does_not_cover_the_prompts_is_refused_by_their_i
         table.values[prompt.id], table.digests[prompt.id] = 0.5, prompt_digest(prompt)
     table.write(path)
     assert told() == []
+    chosen += ("rollout.temperature=0.5",)
+    (line,) = told()
+    assert "is of other samples: temperature = 0.5, was 1.0. Set what it was; or delete it" in line
+    chosen = chosen[:-1]
     for number in (3, 17):
         del table.values[number], table.digests[number]
     table.write(path)

@@ -80,6 +80,14 @@ def config(**changes: dict) -> Config:
             r"rollout.samples_per_prompt = 8: must lie in \[9, 32\], what rollout.allocator.name = .vip.",
         ),
         (
+            {"rollout_allocator": "dynamic_sampling", "rollout_samples_per_prompt": 1},
+            "samples_per_prompt = 1: must be >= 2 .* a group of one is never live. Use 8",
+        ),
+        (
+            {"rollout_allocator": {"name": "aero", "most": 8}},
+            "allocator.most = 8: must be > samples_per_prompt = 8, or no prompt ever gets more. Raise it",
+        ),
+        (
             {"policy_reference": {}},
             "is scored in every step, .* nothing would use it. Set algorithm.reference_kl.weight=1e-3",
         ),

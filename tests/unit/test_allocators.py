@@ -183,7 +183,7 @@ def test_the_density_is_that_of_the_beta_distribution():
 
 def test_coba_looks_at_easy_prompts_where_most_fails_and_at_hard_ones_later():
     coba = CoBA()
-    assert coba.alpha([]) == 9.0
+    assert coba.alpha([]) == 9.0 and CoBA(kappa=2, alpha_least=0.5, alpha_most=1.5).alpha([]) == 0.5
     assert coba.alpha([0.1, 0.1, 0.1]) == pytest.approx(1 + 9 * 0.9)
     assert coba.alpha([0.9]) == pytest.approx(1 + 9 / (1 + math.exp(4)))
     assert coba.alpha([0.0, 0.0, 0.0]) == 10.0
