@@ -50,6 +50,9 @@ OURS = {
 APART = {"bnpo, accumulated", "dapo, first of two steps"}
 """Where TRL's weights depend on how the responses are split."""
 
+ROUNDING = 2e-7
+"""Of a loss in fp32, whose terms are near 1 and cancel."""
+
 
 def ours(name, responses):
     """(loss, its gradient in the live log-probs), fp32 as in training."""
@@ -77,7 +80,7 @@ def tokens_in(responses):
 @pytest.mark.parametrize("name", OURS)
 def test_trl_s_loss_and_gradient_come_out(name):
     loss, gradient = ours(name, RESPONSES)
-    assert loss == pytest.approx(RESULTS[name]["loss"], rel=1e-6)
+    assert loss == pytest.approx(RESULTS[name]["loss"], rel=1e-6, abs=ROUNDING)
     assert gradient == pytest.approx(RESULTS[name]["gradient"], rel=1e-6, abs=1e-12)
 
 
@@ -97,7 +100,7 @@ def test_dapo_in_two_steps_on_a_generation_is_ours_but_for_the_size_of_each():
     factor = tokens_in(first) / (tokens_in(RESPONSES) / 2)
     assert factor < 0.8
     loss, gradient = ours("dapo", first)
-    assert factor * loss == pytest.approx(RESULTS["dapo, first of two steps"]["loss"], rel=1e-6)
+    assert factor * loss == pytest.approx(RESULTS["dapo, first of two steps"]["loss"], abs=ROUNDING)
     theirs = [factor * value for value in gradient]
     assert theirs == pytest.approx(RESULTS["dapo, first of two steps"]["gradient"], rel=1e-6, abs=1e-12)
 
