@@ -68,7 +68,7 @@ def table_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _batches(file: Path) -> Iterator[list[Row]]:
     try:
-        # Not an import: the package is nobody's requirement.
+        # Not an import: an environment of one's own may do without the package.
         pyarrow, parquet = map(importlib.import_module, ("pyarrow", "pyarrow.parquet"))
     except ImportError as error:
         raise ValueError(

@@ -1,7 +1,6 @@
 """Rows from parquet and from data sets on disk: the same problems as from jsonl, and what is refused."""
 
 import importlib
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import pytest
 from megatron_jackpot.data import tables
 from megatron_jackpot.data.problems import Problem, file_problems
 
-HERE = importlib.util.find_spec("pyarrow") is not None
-needs_pyarrow = pytest.mark.skipif(not HERE, reason="pyarrow is nobody's requirement")
 TALK = [{"role": "user", "content": "6 * 7"}]
 ROWS = [
     {"prompt": "6 * 7", "answer": "42", "level": {"name": "easy", "depth": 2}},
@@ -46,7 +43,6 @@ def saved(folder: Path, rows: list[dict]) -> Path:
     return folder
 
 
-@needs_pyarrow
 def test_a_table_gives_the_problems_that_jsonl_gives(tmp_path: Path) -> None:
     every = [{"prompt": None, "messages": None, "level": None} | row for row in ROWS]
     lines = tmp_path / "rows.jsonl"
@@ -59,7 +55,6 @@ def test_a_table_gives_the_problems_that_jsonl_gives(tmp_path: Path) -> None:
         assert file_problems(path) == WANTED, path
 
 
-@needs_pyarrow
 def test_a_bad_row_is_named_by_its_place(tmp_path: Path) -> None:
     import datetime
 
