@@ -193,6 +193,8 @@ REFUSED = [
     (ADVANTAGE, "bad:Shortened", {}, r"a result of per_token is torch.float32 \[\d+\], must be"),
     (ADVANTAGE, "bad:Sparse", {}, "per_token returns 0 tensors, must be 9. One for each rollout"),
     ("algorithm.aggregation", "bad:Indebted", {}, "count = -.*: must be >= 0, this rank's part of N"),
+    ("rollout.allocator", "bad:Undecided", {}, r"live = None of rewards \[.*: must be a bool. Return one"),
+    ("rollout.allocator", "bad:Fractional", {}, "fetch = 18.0 where 0 of 6 groups are live: must be an int"),
     (TEACHER, "bad:Teaching", {}, "sends gradient into the policy's log-probs.*Detach them"),
     (TEACHER, "bad:Frozen", {}, "has no gradient into the actor's log-probs"),
     (TEACHER, "bad:Silent", {}, "calls t.kl, needs = 'sampled'. Declare needs = 'logits'"),
