@@ -13,7 +13,7 @@ import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.aggregation import AGGREGATIONS
-from megatron_jackpot.algorithm.allocators import ALLOCATORS
+from megatron_jackpot.algorithm.allocators import ALLOCATORS, DynamicSampling
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES, AStarPO
@@ -135,6 +135,8 @@ def test_every_method_of_the_package_does_what_is_asked_of_one_s_own() -> None:
             if isinstance(made, AStarPO):
                 made = made.with_values({0: 0.5, 1: 0.2, 2: 0.9}, torch.device("cpu"))
             try_out(made, name, where)
+    # That it ends the run where live groups are missing is its decision, and no mistake.
+    try_out(DynamicSampling(max_rounds=1, on_exhausted="fail"), "dynamic_sampling", "rollout.allocator")
 
 
 CORRECTION, OBJECTIVE, ADVANTAGE, ACTOR, TEACHER = (
