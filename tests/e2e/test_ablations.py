@@ -155,8 +155,7 @@ def check_candidates(rows: list[dict]) -> None:
 
 
 def check_rewards_by_row(rows: list[dict]) -> None:
-    """Each of them was measured, the number beside the first one's score is what that is made of, and their sum
-    trains the policy."""
+    """Each was measured, the number beside the first one's score is what that is made of, the sum trains."""
     for row in rows[1:]:
         number, form = row["reward/part/answer"], row["reward/part/answer/format"]
         assert form > 0 and number == pytest.approx(0.1 * form + 0.9 * row["reward/correct"])
