@@ -5,7 +5,7 @@ Shapes: M micro-batches of T tokens; sg() stops the gradient.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,20 +23,15 @@ ZERO_LOGP = -1e4
 product with an advantage of 0 is 0."""
 
 
-class AtCandidates(NamedTuple):
-    """Constants at the candidates of a micro-batch, [T, K]; the id -1 is padding."""
-
-    ids_TK: Tensor
-    logp_TK: Tensor
-    """Under the live policy."""
-    target_logp_TK: Tensor
-    server_logp_TK: Tensor
+AtCandidates = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Constants at the candidates of a micro-batch, [T, K] each: ids, -1 being padding, and log-probs under the
+live policy, the target and the server."""
 
 
 def at_candidates(scores: Scores, m: int, logp_TK: Tensor) -> AtCandidates:
     """Those of micro-batch m, where the live policy has log-probs `logp_TK`."""
     known = (scores.candidate_target_logp_MTK[m], scores.candidate_server_logp_MTK[m])
-    return AtCandidates(scores.candidate_ids_MTK[m], *(one.detach() for one in (logp_TK, *known)))
+    return scores.candidate_ids_MTK[m], logp_TK.detach(), known[0].detach(), known[1].detach()
 
 
 def objective_inputs(
@@ -63,7 +58,7 @@ def objective_inputs(
         return torch.where(value_T == -math.inf, ZERO_LOGP, only(value_T))
 
     none_TK = logp_T.detach().new_empty(len(logp_T), 0)
-    ids_TK, *at_ids = candidates or AtCandidates(none_TK.long(), none_TK, none_TK, none_TK)
+    ids_TK, *at_ids = candidates or (none_TK.long(), none_TK, none_TK, none_TK)
     other_TK = counted_T[:, None] & (ids_TK >= 0) & (ids_TK != batch.labels_MT[m][:, None])
     at_others = [torch.where(other_TK, precise(known_TK), -math.inf) for known_TK in at_ids]
     return ObjectiveInputs(

@@ -37,6 +37,8 @@ CHECKED = ("on_policy", "candidates_of_the_trainer", "objective_a_star_po", "rew
 FIRST = [path for i, path in enumerate(FILES) if i % 3 == 0 or path.stem in CHECKED]
 OWN_REWARDS = ("code", "rewards", "rewards_by_row")
 """Files that are about rewards, of which random models may get none."""
+REJECTING = ("correction_geo_rs",)
+"""Files that may reject whole responses, which may be all of random models'."""
 BASE = "base: ../quickstart/run.yaml"
 
 
@@ -115,8 +117,10 @@ def test_every_file_trains(folder: Path, server: str, files: list[Path] | None) 
         models = ("policy",) if load_config(ABLATIONS / f"{name}.yaml").actor is None else ("policy", "actor")
         for row in steps[1:]:
             assert all(math.isfinite(row[f"loss/{model}"]) for model in models), name
-            learning = models[-1:] if name in OWN_REWARDS else models
-            assert all(row[f"grad_norm/{model}"] > 0 for model in learning), (name, row)
+            assert row[f"grad_norm/{models[-1]}"] > 0, name
+    still = {name for name, steps in rows.items() if min(row["grad_norm/policy"] for row in steps[1:]) == 0}
+    print("policies that did not move:", sorted(still), flush=True)
+    assert still <= {*OWN_REWARDS, *REJECTING}, still - {*OWN_REWARDS, *REJECTING}
     documented = re.findall(r"`([^`]+)`", (FILES[0].parents[2] / "docs" / "metrics.md").read_text())
     written = {key for steps in rows.values() for row in steps for key in row} - {"step"}
     assert written <= set(documented), written - set(documented)

@@ -50,6 +50,10 @@ def bounded_memory():
     assert grown < MOST_BYTES, f"peak memory grew by {grown / 2**20:.0f} MiB"
 
 
+NEEDED = {"evaluation": {"path": "set.jsonl"}, "data": {"reward": "exact"}}
+"""What a named set of problems, and one of several rewards, must have."""
+
+
 def smallest() -> dict:
     return {
         "run": {"folder": "runs/a"},
@@ -69,7 +73,7 @@ def test_any_value_of_any_knob_is_taken_or_refused_by_name(key: str, value: obje
     for parent in parents:
         section = section.setdefault(parent, {})
     if parents[-1] == "NAME":
-        section["path"] = "set.jsonl"  # What a set must have.
+        section |= NEEDED[parents[0]]
     section[last] = value
     try:
         parse_config(tree)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.diagnostics import diagnostics, mean_over
-from megatron_jackpot.algorithm.objectives_base import AtCandidates, objective_inputs
+from megatron_jackpot.algorithm.objectives_base import objective_inputs
 from megatron_jackpot.records import Batch, Correction, ObjectiveInputs, Scores
 
 
@@ -153,7 +153,7 @@ def inputs_of(logp_T: Tensor, tokens: Tokens) -> ObjectiveInputs:
         return objective_inputs(logp_T, tokens.old_logp_T, batch, 0)
     # The sampled token's id is 0.
     ids_TK = torch.where(at_TK3[..., 0] > -math.inf, 1, -1)
-    at = AtCandidates(ids_TK, *at_TK3.unbind(-1))
+    at = (ids_TK, *at_TK3.unbind(-1))
     return objective_inputs(logp_T, tokens.old_logp_T, batch, 0, candidates=at)
 
 
