@@ -171,20 +171,25 @@ def ours(objective, method, advantage, rows):
         segment_T=segment_T,
     )
     prompt_T = torch.tensor([row[0] for row in rows])[segment_T]
-    ids_MT3 = torch.stack([prompt_T * 0, prompt_T, segment_T], -1)[None]
+    return minimised(objective, method, tokens, live_T, prompt_T)
+
+
+def minimised(objective, method, tokens, live_T, prompt_T):
+    """(loss, its gradient in the live log-probs) without a correction."""
+    ids_MT3 = torch.stack([prompt_T * 0, prompt_T, tokens.segment_T], -1)[None]
     batch = replace(batch_of(tokens), rollout_id_MT3=ids_MT3)
-    none_MTK = torch.zeros(1, len(old_T), 0)
+    none_MTK = torch.zeros(1, len(live_T), 0)
     scores = replace(
         scores_of(make_scores()),
         batch=batch,
-        policy_logp_MT=old_T[None],
-        target_logp_MT=old_T[None],
+        policy_logp_MT=tokens.old_logp_T[None],
+        target_logp_MT=tokens.old_logp_T[None],
         candidate_target_logp_MTK=none_MTK,
         candidate_server_logp_MTK=none_MTK,
     )
     made = method(batch, NoCorrection()(scores, identity), identity, lambda ids: (ids[..., 1], 3))
     live_T.requires_grad_()
-    surrogate_T = objective.surrogate(objective_inputs(live_T, old_T, batch, 0))
+    surrogate_T = objective.surrogate(objective_inputs(live_T, tokens.old_logp_T, batch, 0))
     loss = -(made.weight_MT[0].double() * surrogate_T).sum() / made.count
     (gradient_T,) = torch.autograd.grad(loss, live_T)
     return loss.item(), gradient_T.tolist()

@@ -175,6 +175,28 @@ def test_a_correction_is_its_formula(name, knobs):
         assert np.abs(weight - plain).max() > 0.05
 
 
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [
+        *(("tis", None), ("icepop", None), ("tis_current", None)),
+        *(("seq_tis", np.sum), ("seq_mis", np.sum), ("geo_tis", np.mean)),
+    ],
+)
+def test_the_share_below_the_lower_bound_is_counted_as_the_formula_says(name, level):
+    """Of all tokens, by the ratio of the token or of its response; the bound lies between two of them."""
+    s = scores()
+    a, mask = arrays(s), s.mask_T.numpy()
+    model = a["target_logp_T" if name == "tis_current" else "policy_logp_T"]
+    log_ratio = model - a["server_logp_T"]
+    ratio = np.exp(log_ratio if level is None else per_sequence(log_ratio, a, level))[mask]
+    known = np.unique(ratio)
+    low = known[len(known) // 3 : len(known) // 3 + 2].mean().item()
+    total, count = run(make_correction(name, {"low": low}, 0), s).metrics["is/low_fraction"]
+    assert (total, count) == ((ratio < low).sum(), mask.sum()) and 0.2 < total / count < 0.6
+    if name != "icepop":  # whose bound is never off
+        assert "is/low_fraction" not in run(make_correction(name, {}, 0), s).metrics
+
+
 def with_policy(s, tokens, value):
     """The policy and the target give some sampled tokens this log-prob."""
     names = ("policy_logp_T", "target_logp_T")
