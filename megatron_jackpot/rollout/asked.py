@@ -174,9 +174,11 @@ class Asked:
         both = list(zip(sampled, planned, strict=True))
         failed = [group for group, n in both if not any(r.correct for r in group[:n])]
         prompts = len(self.prompts)
+        rounds = [self.beside.get(g[0].prompt.id, 0) + self.allocation.rounds(n, g) for g, n in both]
         surplus = sum(map(self.allocation.live, sampled)) - sum(map(self.allocation.live, trained))
         return {
             "allocate/rollouts": (sum(map(len, sampled)), len(sampled)),
+            "allocate/rounds": (sum(rounds), len(sampled)),
             "allocate/further": (sum(len(group) > n for group, n in both), len(sampled)),
             "allocate/rescued": (sum(any(r.correct for r in group) for group in failed), len(failed)),
             "allocate/fetched": (len(self.fetched), prompts),

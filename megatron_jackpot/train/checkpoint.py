@@ -321,6 +321,14 @@ def _load(state: TrainState, folder: Path) -> list[str]:
     for name, model in state.models.items():
         load_model(model, folder / name)
         load_schedule(model, saved["schedule"][name])
+    told = []
+    if state.reference is not None and state.reference.refresh_every and saved.get("reference") is None:
+        # As loaded it is the policy at the start, which may be many more steps ago than that.
+        state.reference.become(state.policy)
+        told.append(
+            f"policy.reference.refresh_every = {state.reference.refresh_every}: the checkpoint knew of no "
+            f"reference, from here on it is the policy after step {saved['num_steps']}."
+        )
     state.methods.load_controllers(saved["controllers"])
     # One without it is of a run in which every prompt got the same.
     if "allocation" in saved:
@@ -338,7 +346,9 @@ def _load(state: TrainState, folder: Path) -> list[str]:
                     state.finished_groups[key] = group
     # One without them has nothing to compare.
     before = saved.get("optimizer", {})
-    return [line for n, model in state.models.items() for line in changed_settings(model, before.get(n, {}))]
+    for name, model in state.models.items():
+        told += changed_settings(model, before.get(name, {}))
+    return told
 
 
 def _files(folder: Path) -> list[Path]:

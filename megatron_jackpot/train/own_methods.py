@@ -183,7 +183,8 @@ def _random_group(rewards: Sequence[float]) -> Group:
 
 
 def try_allocator(method: Allocator) -> None:
-    """A plan of six prompts that holds the budget, rounds that end, and groups that are there."""
+    """A plan of six prompts that holds the budget, rounds that end, verdicts, numbers of further prompts, and
+    groups that are there."""
     ids, samples, memory = list(range(6)), 8, Memory()
     method.observe([(number, number, 8) for number in ids[:4]], memory)
     plan = method.plan(ids, samples, memory)
@@ -199,6 +200,21 @@ def try_allocator(method: Allocator) -> None:
             verdicts += [verdict] * more
             if len(verdicts) > MOST_ROLLOUTS:
                 raise Broken(f"more never returns 0 where all are {verdict}. Set it a limit.")
+    for rewards in REWARDS:
+        verdict = method.live(rewards, [reward >= 1 for reward in rewards])
+        if not isinstance(verdict, bool | np.bool_):
+            raise Broken(f"live = {verdict!r} of rewards {rewards}: must be a bool. Return one.")
+    for num_live in range(len(ids) + 1):
+        try:
+            further = method.fetch(len(ids), num_live, 1)
+        except RuntimeError:
+            # As dynamic_sampling's `fail`: that the run ends is its decision.
+            continue
+        if not isinstance(further, int) or further < 0:
+            raise Broken(
+                f"fetch = {further!r} where {num_live} of {len(ids)} groups are live: must be an int >= 0. "
+                "Return 0 to end the step."
+            )
     kept = method.commit([True, False, True, True], 3)
     if not set(kept) <= {0, 1, 2, 3} or kept != sorted(set(kept)):
         raise Broken(f"commit = {kept}: must ascend within the groups. Sort it.")

@@ -95,8 +95,11 @@ class Reference:
 
     def after(self, num_steps: int, policy: MegatronModel) -> None:
         """Become the policy, where it is time; every rank calls it after every step."""
-        if self.refresh_every is None or num_steps % self.refresh_every:
-            return
+        if self.refresh_every is not None and num_steps % self.refresh_every == 0:
+            self.become(policy)
+
+    def become(self, policy: MegatronModel) -> None:
+        """Hold the policy's weights of now; every rank calls it."""
         with torch.no_grad(), policy.fresh_parameters():
             weights = [parameter.data for chunk in policy.chunks for parameter in chunk.parameters()]
             if self._host is not None:
@@ -111,7 +114,7 @@ class Reference:
 
     def load_state_dict(self, saved: Mapping[str, str | int | None] | None, weights: Path) -> None:
         """Go on as a checkpoint was made; `weights` is its folder with those of a refreshed reference. None
-        knew of no reference.
+        knew of no reference: one that is refreshed is then to `become` the policy that was loaded.
 
         Raises ValueError where it was made with weights that are not here.
         """

@@ -3,6 +3,7 @@ them by default, the others with --full."""
 
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,12 +32,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ABLATIONS = Path(__file__).parents[2] / "examples" / "ablations"
 FILES = sorted(ABLATIONS.glob("*.yaml"))
-CHECKED = ("on_policy", "candidates_of_the_trainer", "objective_a_star_po")
+CHECKED = ("on_policy", "candidates_of_the_trainer", "objective_a_star_po", "rewards_by_row")
 """Of which more is asked than that they train."""
 FIRST = [path for i, path in enumerate(FILES) if i % 3 == 0 or path.stem in CHECKED]
-OWN_REWARDS = ("code", "rewards")
+OWN_REWARDS = ("code", "rewards", "rewards_by_row")
 """Files that are about rewards, of which random models may get none."""
-REJECTING = ("correction_geo_rs",)
+REJECTING = ("correction_geo_rs", "correction_seq_mis_low")
 """Files that may reject whole responses, which may be all of random models'."""
 BASE = "base: ../quickstart/run.yaml"
 
@@ -45,9 +46,10 @@ def _run_all(rank: int, world: int, folder: str, server: str, names: list[str]) 
     """name -> metrics of a run with the file's changes to the tests' own tiny run."""
     rows = {}
     mesh = init_mesh(Parallel(), 0)
+    sys.path.insert(0, str(ABLATIONS))
     for path in (ABLATIONS / name for name in names):
         file = Path(folder) / path.name
-        one_model = load_config(path).actor is None
+        chosen = load_config(path)
         file.write_text(path.read_text().replace(BASE, f"base: {folder}/run.yaml"))
         out = Path(folder) / "ablations" / path.stem
         # What test_run.py holds of every run is left out here: probes, exports, evaluation through Megatron.
@@ -61,11 +63,16 @@ def _run_all(rank: int, world: int, folder: str, server: str, names: list[str]) 
             "rollout.prompts_per_step=4",
             "packing.tokens=512",
         ]
-        if one_model:
+        if chosen.actor is None:
             # The server was started for models of the actor's shape.
             overrides += [f"policy.hf={folder}/actor", "sync.method=broadcast"]
         else:
             overrides += ["evaluation.size=0"]
+        if chosen.policy.reference is not None and chosen.policy.reference.hf is not None:
+            overrides += [f"policy.reference.hf={folder}/actor"]
+        if chosen.algorithm.mask_truncated:
+            # Random models seldom end within what is enough for the others.
+            overrides += ["rollout.max_new_tokens=96"]
         if path.stem not in OWN_REWARDS:
             # Rewards that differ: nothing would train the policy of a run of random models else.
             overrides += ["data.reward=tests.e2e.digits:score"]
@@ -120,6 +127,7 @@ def test_every_file_trains(folder: Path, server: str, files: list[Path] | None) 
     if files is FIRST:
         check_one_model(rows["on_policy"])
         check_candidates(rows["candidates_of_the_trainer"])
+        check_rewards_by_row(rows["rewards_by_row"])
 
 
 def test_every_method_has_a_file() -> None:
@@ -148,6 +156,15 @@ def check_candidates(rows: list[dict]) -> None:
         # What they cover is what is accepted, to the noise of about a hundred tokens.
         assert abs(row["jackpot/z_topk"] - row["jackpot/acceptance_expected"]) < 0.15
         assert row["jackpot/z_zero_fraction"] == 0 and "rollout/dropped_topk" not in row
+
+
+def check_rewards_by_row(rows: list[dict]) -> None:
+    """Each was measured, the number beside the first one's score is what that is made of, the sum trains."""
+    for row in rows[1:]:
+        number, form = row["reward/part/answer"], row["reward/part/answer/format"]
+        assert form > 0 and number == pytest.approx(0.1 * form + 0.9 * row["reward/correct"])
+        assert row["grad_norm/policy"] > 0
+    assert any("reward/part/text" in row for row in rows)
 
 
 def check_one_model(rows: list[dict]) -> None:

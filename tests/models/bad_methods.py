@@ -6,6 +6,7 @@ import torch
 
 from megatron_jackpot.algorithm.advantages import GRPO, Advantage
 from megatron_jackpot.algorithm.aggregation import TokenMean
+from megatron_jackpot.algorithm.allocators import DynamicSampling
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod, corrected
 from megatron_jackpot.algorithm.distill import Distillation
 from megatron_jackpot.algorithm.importance import TokenIS
@@ -206,6 +207,19 @@ class Shortened(GRPO):
 class Sparse(GRPO):
     def per_token(self, advantage_N, rollouts):
         return []
+
+
+@frozen
+class Undecided(DynamicSampling):
+    def live(self, rewards, correct):
+        if max(rewards) > min(rewards):
+            return True
+
+
+@frozen
+class Fractional(DynamicSampling):
+    def fetch(self, wanted, live, rounds):
+        return self.over_sample * max(0, wanted - live)
 
 
 @frozen

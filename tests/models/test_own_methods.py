@@ -13,7 +13,7 @@ import torch
 
 from megatron_jackpot.algorithm.advantages import ADVANTAGES
 from megatron_jackpot.algorithm.aggregation import AGGREGATIONS
-from megatron_jackpot.algorithm.allocators import ALLOCATORS
+from megatron_jackpot.algorithm.allocators import ALLOCATORS, DynamicSampling
 from megatron_jackpot.algorithm.corrections import CORRECTIONS
 from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES, AStarPO
@@ -135,6 +135,8 @@ def test_every_method_of_the_package_does_what_is_asked_of_one_s_own() -> None:
             if isinstance(made, AStarPO):
                 made = made.with_values({0: 0.5, 1: 0.2, 2: 0.9}, torch.device("cpu"))
             try_out(made, name, where)
+    # That it ends the run where live groups are missing is its decision, and no mistake.
+    try_out(DynamicSampling(max_rounds=1, on_exhausted="fail"), "dynamic_sampling", "rollout.allocator")
 
 
 CORRECTION, OBJECTIVE, ADVANTAGE, ACTOR, TEACHER = (
@@ -193,6 +195,8 @@ REFUSED = [
     (ADVANTAGE, "bad:Shortened", {}, r"a result of per_token is torch.float32 \[\d+\], must be"),
     (ADVANTAGE, "bad:Sparse", {}, "per_token returns 0 tensors, must be 9. One for each rollout"),
     ("algorithm.aggregation", "bad:Indebted", {}, "count = -.*: must be >= 0, this rank's part of N"),
+    ("rollout.allocator", "bad:Undecided", {}, r"live = None of rewards \[.*: must be a bool. Return one"),
+    ("rollout.allocator", "bad:Fractional", {}, "fetch = 18.0 where 0 of 6 groups are live: must be an int"),
     (TEACHER, "bad:Teaching", {}, "sends gradient into the policy's log-probs.*Detach them"),
     (TEACHER, "bad:Frozen", {}, "has no gradient into the actor's log-probs"),
     (TEACHER, "bad:Silent", {}, "calls t.kl, needs = 'sampled'. Declare needs = 'logits'"),

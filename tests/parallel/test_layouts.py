@@ -148,6 +148,7 @@ def test_methods_over_the_whole_vocabulary_do_not_depend_on_the_layout(folder: P
         Layout(dp=2, **CANDIDATES),
         Layout(tp=2, sp=True, **OWN),
         Layout(pp=2, vpp=2, **OWN),
+        Layout(dp=2, **OWN),
     )
     for layout, result in zip(layouts, run(layouts, folder), strict=True):
         check_equal(result, serial(methods_of(layout)), layout)

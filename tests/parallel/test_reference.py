@@ -6,14 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.parallel.linear import LinearLogits
+from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.reference import content_digest
+from megatron_jackpot.train.trainer import Trainer
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
 from tests.parallel.test_checkpoint import STEERED, same, train
 from tests.tiny import groups
 
-KL = (("weight", 0.1), ("exact", True))
+HELD = (("weight", 0.1),)
+KL = (*HELD, ("exact", True))
 
 
 def _two_steps(rank: int, world: int, folder: str) -> dict:
@@ -114,14 +118,14 @@ def test_a_refreshed_reference_is_the_policy_of_that_step_also_after_a_resume(
     folder: Path, tmp_path: Path, layout: Layout, offload: bool
 ) -> None:
     """Saved after step 3, where it is the policy after step 2; at the start and after 4 it is that of now."""
-    refreshed, kl = {"refresh": {"refresh_every": 2}}, (("weight", 0.1),)
-    held = Layout(reference_kl=kl, correction=STEERED.correction)
+    refreshed = {"refresh": {"refresh_every": 2}}
+    held = Layout(reference_kl=HELD, correction=STEERED.correction)
     whole = train(folder, tmp_path, held, 5, save="background", save_at=[3], **refreshed)
     apart = [row["kl/policy_reference_unweighted"] for row in whole[0]]
     assert [value == 0.0 for value in apart] == [True, False, True, False, True]
     assert (tmp_path / "checkpoints" / "step-000003" / "reference").is_dir()
     refreshed["refresh"]["offload"] = offload
-    again = Layout(**{**vars(layout), "reference_kl": kl, "correction": STEERED.correction})
+    again = Layout(**{**vars(layout), "reference_kl": HELD, "correction": STEERED.correction})
     got = train(folder, tmp_path, again, 5, resume=True, **refreshed)
     name = "kl/policy_reference_unweighted"
     if layout.world == 1:
@@ -130,3 +134,83 @@ def test_a_refreshed_reference_is_the_policy_of_that_step_also_after_a_resume(
         assert got[0][0][name] == pytest.approx(apart[3], rel=1e-3)
         # Refreshed from the policy after step 4, which is another by rounding.
         assert got[0][1][name] == pytest.approx(0.0, abs=1e-9)
+
+
+def _refreshing(layout: Layout, folder: str, **settings: object) -> Trainer:
+    config = make_config(layout, Path(folder))
+    held = config.policy.reference.model_copy(update=settings)
+    return load_trainer(
+        config.model_copy(update={"policy": config.policy.model_copy(update={"reference": held})})
+    )
+
+
+def _step(trainer: Trainer) -> None:
+    mesh = trainer.mesh
+    mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
+    trainer.learn(trainer.packer.pack(mine, TOP_K), trainer.measurements())
+    trainer.state.finish_step()
+
+
+def _scored_after_each(rank: int, world: int, folder: str, layout: Layout, offload: bool) -> list | None:
+    """(the policy's log-probs, the reference's) before the first of three steps and after each; on the last
+    stage."""
+    trainer = _refreshing(layout, folder, refresh_every=2, offload=offload)
+    mesh = trainer.mesh
+    mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp)) if mesh.is_leader else None
+    batch = trainer.packer.pack(mine, TOP_K)
+    found = []
+    for step in range(4):
+        if step:
+            _step(trainer)
+        if (scores := trainer.scorer(batch, step=0, served_version=0)) is not None:
+            found.append((scores.policy_logp_MT[batch.mask_MT], scores.reference_logp_MT[batch.mask_MT]))
+    return found or None
+
+
+@pytest.mark.parametrize(
+    ("layout", "offload"),
+    [
+        (Layout(dp=2, overlap=True, one_model=True, reference_kl=HELD), False),
+        (Layout(pp=2, one_model=True, reference_kl=HELD), True),
+    ],
+    ids=["dp 2, shards of the optimizer not gathered yet", "pp 2, offloaded"],
+)
+def test_on_two_ranks_a_refreshed_reference_is_the_policy_bit_for_bit(
+    folder: Path, layout: Layout, offload: bool
+) -> None:
+    ranks = [found for found in run_ranks(_scored_after_each, 2, 120, str(folder), layout, offload) if found]
+    assert len(ranks) == layout.dp
+    for found in ranks:
+        policies, references = zip(*found, strict=True)
+        assert not any(torch.equal(one, other) for one, other in zip(policies, policies[1:], strict=False))
+        for reference, step in zip(references, (0, 0, 2, 2), strict=True):
+            assert torch.equal(reference, policies[step])
+
+
+def _resumed_with_one(rank: int, world: int, folder: str, run: str) -> dict:
+    """A step without a reference, saved, and resumed with one that is refreshed every 100 steps."""
+    trainer = load_trainer(make_config(Layout(one_model=True), Path(folder)))
+    _step(trainer)
+    saving = trainer.config.run.model_copy(update={"folder": Path(run)})
+    checkpoint.Saver(trainer.state, saving, trainer.watchdog).save(background=False)
+    destroy_mesh()
+    layout = Layout(one_model=True, reference_kl=HELD)
+    trainer = _refreshing(layout, folder, refresh_every=100, offload=False)
+    start = [p.clone() for chunk in trainer.state.reference.model.chunks for p in chunk.parameters()]
+    told = checkpoint.resume(trainer.state, Path(run))
+    models = (trainer.policy, trainer.state.reference.model)
+    policy, reference = ([p.detach() for c in model.chunks for p in c.parameters()] for model in models)
+    return {"told": told, "start": start, "policy": policy, "reference": reference}
+
+
+def test_a_refreshed_reference_that_the_checkpoint_knew_nothing_of_is_the_policy_it_holds(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Not the one at the start, which may be any number of steps ago."""
+    (found,) = run_ranks(_resumed_with_one, 1, 120, str(folder), str(tmp_path))
+    (line,) = found["told"]
+    assert line.startswith("policy.reference.refresh_every = 100: the checkpoint knew of no reference")
+    assert line.endswith("it is the policy after step 1.")
+    equal = [torch.equal(*pair) for pair in zip(found["reference"], found["policy"], strict=True)]
+    assert all(equal)
+    assert not all(torch.equal(*pair) for pair in zip(found["reference"], found["start"], strict=True))

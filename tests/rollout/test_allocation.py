@@ -58,6 +58,8 @@ def test_a_rescued_prompt_gets_pairs_until_the_first_success_and_its_samples_are
     assert taken.sums["allocate/rescued"] == (rescued, len(failed)) and rescued
     assert taken.sums["allocate/further"] == (len(failed), PER_STEP)
     told = account(run.pipeline.mesh, taken)["allocated"]
+    # Each further round asks for two.
+    assert taken.sums["allocate/rounds"] == (sum(1 + (n - SAMPLES) // 2 for n in sizes), PER_STEP)
     wanted = {group[0].prompt.id: group for group in taken.groups}
     for row in zip(*told.values(), strict=True):
         group = wanted.pop(dict(zip(told, row, strict=True))["prompt"])
@@ -99,6 +101,7 @@ def test_dynamic_sampling_replaces_equal_groups_and_the_loader_s_place_does_not_
         surplus = sum(i % 3 == 0 for i in asked) - PER_STEP
         assert taken.sums["allocate/surplus"] == (surplus, PER_STEP)
         assert taken.sums["allocate/fetched"] == (len(taken.fetched), PER_STEP)
+        assert taken.sums["allocate/rounds"] == (sum(rounds_of(asked)), len(asked))
         told = account(run.pipeline.mesh, taken)
         assert told["fetched"] == sorted(taken.fetched)
         assert not {"fetched", "allocated"} & account(run.pipeline.mesh, without).keys()
@@ -108,6 +111,14 @@ def test_dynamic_sampling_replaces_equal_groups_and_the_loader_s_place_does_not_
             number: (number in taken.fetched, number in trained) for number in asked
         }
     assert run.loader.state_dict() == plain.loader.state_dict() and not run.finished
+
+
+def rounds_of(asked: list[int]) -> list[int]:
+    """Of each prompt the step's round in which it was asked for, from 1, with over_sample 2."""
+    rounds = [1] * PER_STEP
+    while (live := sum(i % 3 == 0 for i in asked[: len(rounds)])) < PER_STEP:
+        rounds += [rounds[-1] + 1] * min(PER_STEP, 2 * (PER_STEP - live))
+    return rounds
 
 
 def test_fetched_prompts_of_a_step_do_not_meet_the_loader_s_of_a_step_in_flight(runs) -> None:
