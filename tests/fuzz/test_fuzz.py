@@ -50,8 +50,12 @@ def bounded_memory():
     assert grown < MOST_BYTES, f"peak memory grew by {grown / 2**20:.0f} MiB"
 
 
-NEEDED = {"evaluation": {"path": "set.jsonl"}, "data": {"reward": "exact"}}
-"""What a named set of problems, and one of several rewards, must have."""
+NEEDED = {
+    "evaluation.sets.NAME": {"path": "set.jsonl"},
+    "data.rewards.NAME": {"reward": "exact"},
+    "algorithm.overlong": {"buffer": 8},
+}
+"""What a section that may be left out must have where it is not."""
 
 
 def smallest() -> dict:
@@ -72,8 +76,7 @@ def test_any_value_of_any_knob_is_taken_or_refused_by_name(key: str, value: obje
     *parents, last = key.split(".")
     for parent in parents:
         section = section.setdefault(parent, {})
-    if parents[-1] == "NAME":
-        section |= NEEDED[parents[0]]
+    section |= NEEDED.get(".".join(parents), {})
     section[last] = value
     try:
         parse_config(tree)
