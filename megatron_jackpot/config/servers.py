@@ -41,6 +41,9 @@ class Servers(Section):
     `urls`."""
     max_total_tokens: int | None = Field(default=None, ge=1)
     """KV-cache size in tokens; null lets SGLang decide."""
+    prefix_cache: bool = True
+    """Servers keep the keys and values of a prompt for all its samples. false, for short prompts: `launch`
+    starts them without, and of `urls` it says that they were started so."""
     extra_args: tuple[str, ...] = ()
     """More sglang.launch_server arguments, passed on as they are."""
 

@@ -259,6 +259,8 @@ def server_command(
         command += CPU_FLAGS
     if servers.max_total_tokens is not None:
         command += ["--max-total-tokens", str(servers.max_total_tokens)]
+    if not servers.prefix_cache:
+        command.append("--disable-radix-cache")
     return [*command, *api_key.arguments(), *flags, *servers.extra_args]
 
 

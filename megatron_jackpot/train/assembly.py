@@ -195,6 +195,7 @@ def make_source(
         concurrency=rollout.concurrency,
         request_timeout_s=rollout.request_timeout_s,
         retries=rollout.retries,
+        prefix_cache=config.servers.prefix_cache,
     )
     sampling = Sampling(
         temperature=rollout.temperature,
