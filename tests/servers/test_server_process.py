@@ -140,6 +140,8 @@ def test_cpu_flags_appear_on_cpu_only_and_extra_arguments_come_last():
     cpu, cuda = (server_command(settings, Path("m"), device=d, **shared) for d in ("cpu", "cuda"))
     assert "torch_native" in cpu and "torch_native" not in cuda
     assert cpu[-2:] == cuda[-2:] == ["--y", "--x"]
+    without = server_command(Servers(prefix_cache=False), Path("m"), device="cuda", **shared)
+    assert "--disable-radix-cache" in without and "--disable-radix-cache" not in cuda
 
 
 def test_servers_of_ipc_see_every_gpu_and_those_that_lend_memory_answer_health_without_sampling(

@@ -86,6 +86,7 @@ EXCEPTIONS = {
     # Entered by the servers' own interpreter, before anything of SGLang; their folder is on its path.
     "servers/cpu_server/sitecustomize.py": {"torchvision_operators"},
     "servers/cpu_server/torchvision_operators.py": {"torch"},
+    "servers/cpu_server/batched_attention.py": {"torch", "sglang"},
 }
 """File -> what it may import all the same."""
 

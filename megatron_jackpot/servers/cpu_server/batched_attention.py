@@ -1,8 +1,8 @@
 """Attention of SGLang's CPU engine over many sequences at once, in place of its loop over them.
 
-A plugin of SGLang's, named by jackpot_cpu_server-0.dist-info: its backend `torch_native` becomes this one, and
-keeps the name, by which the engine decides other things as well. Sequences of about one length are padded to
-the longest and attend together. What is rare goes the engine's own way: sliding windows, cross-attention,
+A plugin of SGLang's, named by jackpot_cpu_server-0.dist-info: its backend `torch_native` becomes this one and
+keeps the name, by which the engine decides other things too. Sequences of about one length are padded to the
+longest and attend together. What is rare goes the engine's own way: sliding windows, cross-attention,
 encoders, keys in another dtype than queries.
 
 Shapes: N tokens, those of all sequences one after another; B sequences, Q queries and L keys of each; H heads
