@@ -25,10 +25,11 @@ class ServerAdmin:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout_s = timeout_s
 
-    async def alive(self, timeout_s: float = 10) -> None:
-        """Their schedulers answer, also while they are paused or have lent their memory; nothing is
-        sampled."""
-        await self._all("GET", "/server_info", timeout_s=timeout_s)
+    async def alive(self, timeout_s: float = 10) -> list[object]:
+        """Their schedulers answer, also while they are paused or have lent their memory; nothing is sampled.
+        How long each took to start, phase by phase: other times than before are another process's."""
+        answers = await self._all("GET", "/server_info", timeout_s=timeout_s)
+        return [info.get("startup_time") for info in answers]
 
     async def samples(self, timeout_s: float = 10) -> None:
         """They sample a token; a second at least, and no answer while they are paused or have lent memory."""

@@ -46,7 +46,7 @@ def test_a_proxy_in_the_environment_is_not_asked_for_servers_of_ours(tmp_path, m
     try:
         server.wait_healthy(60)
         asyncio.run(ServerAdmin([server.url]).alive())
-        assert wait_for_healthy([server.url], 0) == [server.url]
+        assert list(wait_for_healthy([server.url], 0)) == [server.url]
         assert address_towards(server.url) == host
         assert not port_is_free(host, port)
     finally:
@@ -116,7 +116,7 @@ def test_a_busy_scheduler_is_waited_for_and_a_server_that_hangs_is_not(monkeypat
     monkeypatch.setattr(retry, "ALIVE_LIMIT_S", 0.5)
     slow, never = ok({}, after_s=1.0), ok({}, after_s=3.0)
     with FakeServer(server_info=[slow]) as busy, FakeServer(server_info=[never], model_info=[never]) as hung:
-        assert wait_for_healthy([busy.url, hung.url], 0) == [busy.url]
+        assert list(wait_for_healthy([busy.url, hung.url], 0)) == [busy.url]
         assert len(busy.asked("server_info")) == 2 and len(hung.asked("server_info")) == 1
 
 
