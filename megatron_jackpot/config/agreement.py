@@ -357,9 +357,9 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check(
         "packing.tokens",
-        "holds the longest prompt with the longest response, of rollouts and of evaluation; auto goes with "
-        "GPUs that no server lends",
-        "raise it, or lower data.max_prompt_tokens or max_new_tokens; a number where memory is lent",
+        "holds the longest prompt with the longest response, of rollouts and of evaluation; auto goes "
+        "without servers.release_memory",
+        "raise it, or lower data.max_prompt_tokens or max_new_tokens; set a number",
         _packing,
     ),
     Check(

@@ -59,7 +59,7 @@ def test_it_fits_by_the_plans_bytes_fills_the_pipeline_and_more_memory_never_tak
 
 def test_predicted_seconds_of_a_joint_step_are_within_a_fifth_of_what_an_h200_took(tmp_path):
     """benchmarks/results/2026-11-27-h200-later.md, third machine: 8 sequences of 2048 in one micro-batch. In
-    8 of them, 2026-11-27-h200.md: 3.9 - 4.5 s, before kernels were fused and garbage collection was frozen."""
+    8 of them, 2026-11-27-h200.md: 3.9 - 4.5 s, before kernels were fused and collected garbage frozen."""
     work = {**MIDDLE, "rollout": {**MIDDLE["rollout"], "prompts_per_step": 1}}
     read = {"one": (QWEN3_0_6B, HALF, 16384, 0.524), "large": (QWEN3_1_7B, QWEN3_0_6B, 16384, 0.799)}
     for name, (policy, actor, tokens, seconds) in read.items():
