@@ -144,6 +144,8 @@ def with_tokens(config: Config, tokens: int) -> Config:
 
 def advice(config: Config, gpus: int) -> str | None:
     """A line for `plan` where `auto` would take more tokens and three quarters of the time at most."""
+    if config.servers.release_memory:
+        return None
     tokens, choice = config.packing.size, planned(config, gpus)
     if not choice.sizes or choice.trouble or choice.tokens <= tokens:
         return None
