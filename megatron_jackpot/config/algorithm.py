@@ -1,6 +1,6 @@
 """How rollouts become optimizer steps: the methods, and how sequences are packed."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -99,7 +99,7 @@ class Packing(Section):
 
     @field_validator("tokens", mode="before")
     @classmethod
-    def _auto_or_enough(cls, value: Any) -> Any:
+    def _auto_or_enough(cls, value: object) -> object:
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 16):
             raise ValueError(f"packing.tokens = {value!r}: must be a number >= 16, or auto. Set it to auto.")
         return value

@@ -50,7 +50,8 @@ def _saved(run: Run) -> int | None:
     """That of the newest checkpoint which can be read, where the run goes on from one."""
     for folder in reversed(checkpoints(run.folder) if run.resume else []):
         try:
-            return json.loads((folder / STATE).read_text(encoding="utf-8")).get(SAVED)
+            found = json.loads((folder / STATE).read_text(encoding="utf-8")).get(SAVED)
+            return found if isinstance(found, int) else None
         except (OSError, ValueError, AttributeError):
             continue  # It is damaged, and the resume passes it over too.
     return None
