@@ -30,8 +30,8 @@ from megatron_jackpot.sync.prefetcher import FlatBucket
 
 T = TypeVar("T")
 Checksums = dict[str, dict[str, str]]
-Present = dict[str, object]
-"""URL of a server that answers -> what tells this start of it from another: `ServerAdmin.alive`."""
+Present = dict[str, str]
+"""URL of a server that answers -> the weight version that it says it has."""
 
 CLEANUP_S = 10
 """Time limit of a call that cleans up after an error."""
@@ -113,16 +113,17 @@ class Proof:
         self._checksums: Checksums | None = None
         self._unseen: str | None = None
         """Digest of the push before, where nobody asked what the servers had of it."""
-        self._present: Present = {}
-        self._under_way = self._fault = False
+        self._left_behind: Present | None = None
+        """The servers of the push before, where it came to its end."""
+        self._fault = False
         self._left = 0
         """Pushes that may go without checksums."""
 
     def begin(self, present: Present) -> None:
         """A push is to reach these servers. There was a fault where they are others than the last time, one
-        was started again, or the last push broke off. Raises SyncError where they have come apart since."""
-        self._fault = present != self._present or self._under_way
-        self._present, self._under_way = dict(present), True
+        was started again and has lost its version, or the last push broke off. Raises SyncError where they
+        have come apart since."""
+        self._fault, self._left_behind = present != self._left_behind, None
         if self._fault:
             self._left = 0
         elif self._left == 0 and self._unseen is not None:
@@ -140,7 +141,7 @@ class Proof:
                 )
         self._unseen = sent.digest
         if self._left:
-            self._left, self._under_way = self._left - 1, False
+            self._end(version, self._left - 1)
             return None
         checksums = self.equal_checksums()
         if self._digest not in (None, sent.digest) and checksums == self._checksums:
@@ -155,8 +156,11 @@ class Proof:
             )
         self._digest, self._checksums, self._unseen = sent.digest, checksums, None
         # After a fault the next one too: what a server had before is unknown, so only that shows it move.
-        self._left, self._under_way = 0 if self._fault else self.checksums_every - 1, False
+        self._end(version, 0 if self._fault else self.checksums_every - 1)
         return _overall(checksums)
+
+    def _end(self, version: int, left: int) -> None:
+        self._left, self._left_behind = left, dict.fromkeys(self.admin.urls, str(version))
 
     def equal_checksums(self) -> Checksums:
         """The checksums of the servers, which must be equal."""

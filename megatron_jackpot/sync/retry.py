@@ -65,19 +65,14 @@ def retry(push: Callable[[], T]) -> T:
 
 
 async def answering(urls: Sequence[str]) -> Present:
-    """Those whose scheduler answers at once, or later where their front does at once: one that was left out
-    of a push would be of no use until the next."""
+    """Those whose front answers at once, and their scheduler then or later: one that was left out of a push
+    would be of no use until the next."""
 
-    async def ask(url: str) -> list[object]:
-        admin = ServerAdmin([url], timeout_s=ALIVE_LIMIT_S)
+    async def ask(url: str) -> list[str]:
         try:
-            return await admin.alive(timeout_s=ALIVE_LIMIT_S)
+            return await ServerAdmin([url]).alive(timeout_s=ALIVE_LIMIT_S, scheduler_s=BUSY_LIMIT_S)
         except ServerError:
-            try:
-                await admin.model_info()
-                return await admin.alive(timeout_s=BUSY_LIMIT_S)
-            except ServerError:
-                return []
+            return []
 
     answers = await asyncio.gather(*(ask(url) for url in urls))
-    return {url: start for url, answer in zip(urls, answers, strict=True) for start in answer}
+    return {url: version for url, answer in zip(urls, answers, strict=True) for version in answer}
