@@ -22,8 +22,8 @@ FINENESS = 8
 PER_STAGE = 4
 """Micro-batches per pipeline stage that keep the idle share near a fifth, (pp - 1) / (M + pp - 1)."""
 CPU_TOKENS = 1024
-"""Of a rank on a CPU, where a launch costs little and memory passes much: benchmarks/results says of which
-sizes it is the fastest."""
+"""Of a rank on a CPU, where a launch costs little: the fastest of five sizes
+(benchmarks/results/2026-11-27-micro-batches.md)."""
 SCORE_LAYER_S, UPDATE_LAYER_S = 2.1e-3, 5.4e-3
 """What the host takes to launch a layer of a micro-batch, forward alone and both ways: one H200, 28 layers of
 0.6B and of half of it (benchmarks/results/2026-11-27-h200-later.md, the third machine: score .117 s for both,

@@ -133,17 +133,17 @@ class Proof:
     def check(self, sent: SentTensors, version: int) -> str | None:
         """Checksum of the servers, where it is this push's turn. Raises SyncError."""
         check_names(sent.shapes, self.expected, self.may_differ)
-        versions = wait(self.admin.versions())
+        versions, answers = wait(self._read_back())
         for url, found in zip(self.admin.urls, versions, strict=True):
             if found != version:
                 raise SyncError(
                     f"Server {url} reports weight version {found} after a push of version {version}."
                 )
         self._unseen = sent.digest
-        if self._left:
+        if answers is None:
             self._end(version, self._left - 1)
             return None
-        checksums = self.equal_checksums()
+        checksums = self._equal(answers)
         if self._digest not in (None, sent.digest) and checksums == self._checksums:
             raise SyncError(
                 f"The weights sent as version {version} differ from the push before, but the servers' "
@@ -159,12 +159,22 @@ class Proof:
         self._end(version, 0 if self._fault else self.checksums_every - 1)
         return _overall(checksums)
 
+    async def _read_back(self) -> tuple[list[int], list[Checksums] | None]:
+        """Versions, and checksums where it is this push's turn: a server's front answers the one, its
+        scheduler the other."""
+        if self._left:
+            return await self.admin.versions(), None
+        return await asyncio.gather(self.admin.versions(), self.admin.checksums())
+
     def _end(self, version: int, left: int) -> None:
         self._left, self._left_behind = left, dict.fromkeys(self.admin.urls, str(version))
 
     def equal_checksums(self) -> Checksums:
         """The checksums of the servers, which must be equal."""
-        first, *others = wait(self.admin.checksums())
+        return self._equal(wait(self.admin.checksums()))
+
+    def _equal(self, answers: list[Checksums]) -> Checksums:
+        first, *others = answers
         scales = any(name.endswith(SCALE) for names in first.values() for name in names)
         if scales != self.quantised:
             serves, sent = ("fp8", "bf16") if scales else ("no fp8", "fp8")
