@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from benchmarks.gpu_common import HALF, QWEN3_0_6B, QWEN3_1_7B
 from megatron_jackpot.config import Config
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.plan.formulas import GIB, TRAINER_RESERVE_GIB, make_plan
 from megatron_jackpot.plan.microbatch import NEAR, UNIT, advice, choose, predict, step_seconds, with_tokens
+from megatron_jackpot.plan.seconds import Assumptions
+from megatron_jackpot.plan.tables import show_plan
 from megatron_jackpot.train import auto_packing
 from tests.parallel.spawn import run_ranks
 from tests.plan.test_plan import QWEN3_8B, QWEN3_17B, config_for
@@ -93,6 +96,20 @@ def test_on_cpus_it_is_a_constant_the_longest_sequence_or_what_fills_the_pipelin
     taken = choose(stages, 4, None).tokens
     assert 124 <= taken < 1024 and min(predict(stages, 4, taken).microbatches) >= 16
     assert min(predict(stages, 4, 2 * taken).microbatches) < 16
+
+
+def test_plan_shows_what_auto_takes_of_which_sizes_and_why(tmp_path):
+    config = made(tmp_path / "m", QWEN3_0_6B, HALF, cluster=dict(gpu_memory_gib=40), **LONG)
+    choice = choose(config, 1, 40 * GIB)
+    with open(tmp_path / "shown", "w+") as file:
+        plan = show_plan(config, 1, Assumptions(), Console(file=file, width=200))
+        file.seek(0)
+        lines = file.read().splitlines()
+    assert plan.config.packing.tokens == choice.tokens
+    assert f"packing.tokens = auto: {choice.tokens}, {choice.why}" in lines
+    (taken,) = [line for line in lines if "taken" in line]
+    assert f" {choice.tokens} " in taken
+    assert all(any(f" {size.tokens} " in line for line in lines) for size in choice.sizes)
 
 
 def test_plan_advises_auto_only_where_it_saves_a_quarter_of_the_predicted_time(tmp_path):
