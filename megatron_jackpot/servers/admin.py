@@ -33,7 +33,7 @@ class ServerAdmin:
         infos = await self._all("GET", "/model_info", timeout_s=timeout_s)
         said = [str(info.get("weight_version")) for info in infos]
         # Of the requests that the scheduler itself answers this is the cheapest: it is told what it says.
-        # /server_info, which writes out all settings, was a quarter of a push on a CPU.
+        # /server_info, which writes out all settings, was a fifth of a push on a CPU.
         bodies: list[JsonObject] = [{"new_version": version, "abort_all_requests": False} for version in said]
         await self._all("POST", "/update_weight_version", bodies, timeout_s=scheduler_s or timeout_s)
         return said
