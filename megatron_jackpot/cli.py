@@ -373,8 +373,9 @@ def _hush() -> None:
 def _plan(config: Config, args: argparse.Namespace) -> int:
     _hush()
     from megatron_jackpot.config.placement import expected_processes
+    from megatron_jackpot.plan.seconds import Assumptions
     from megatron_jackpot.plan.splits import Measured, show_timeline
-    from megatron_jackpot.plan.tables import Assumptions, memory_troubles, show_plan
+    from megatron_jackpot.plan.tables import memory_troubles, show_plan
 
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
     try:

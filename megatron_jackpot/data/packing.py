@@ -8,7 +8,7 @@ import heapq
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_jackpot.data.bins import fill, padded
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Batch, Rollout
 
@@ -38,10 +39,9 @@ class Packer:
         vpp: int | None,
         window: int | None = None,
     ) -> None:
-        """`window` asks for `fill_from_window` in the place of `fill_bins`."""
+        """`window` is that of `data.bins.fill`."""
         self.mesh, self.window = mesh, window
-        multiple = math.lcm(16, mesh.tp)
-        self.tokens = math.ceil(tokens / multiple) * multiple
+        self.tokens = padded(tokens, mesh.tp)
         self.enabled = enabled
         self.num_minibatches = num_minibatches
         self.microbatch_multiple = mesh.pp if vpp is not None else 1
@@ -76,7 +76,7 @@ class Packer:
         self, minis: list[list[Rollout]], pruned: list[list[Rollout]], top_k: int
     ) -> dict[str, Tensor]:
         capacity = self.tokens if self.enabled else 0
-        bins = [self._bins([r.num_tokens for r in mini], capacity) for mini in minis]
+        bins = [fill([r.num_tokens for r in mini], capacity, self.window) for mini in minis]
         count = torch.tensor(max(1, *(len(b) for b in bins)) if len(bins) > 1 else max(1, len(bins[0])))
         count = count.to(self.mesh.device)
         if self.mesh.dp > 1:
@@ -90,11 +90,6 @@ class Packer:
                 segment += len(content)
             rows[first] |= pruned_columns(left_out)
         return stack_rows(rows)
-
-    def _bins(self, lengths: list[int], capacity: int) -> list[list[int]]:
-        if self.window is None:
-            return fill_bins(lengths, capacity)
-        return fill_from_window(lengths, capacity, self.window)
 
 
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -177,39 +172,6 @@ def _all_to_all(parcels: list[bytes], group: ProcessGroup) -> list[bytes]:
     received = torch.empty(int(incoming.sum()), dtype=torch.uint8, device=device)
     dist.all_to_all_single(received, outgoing, incoming.tolist(), sizes.tolist(), group=group)
     return [part.cpu().numpy().tobytes() for part in received.split(incoming.tolist())]
-
-
-def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: indices per bin. Capacity 0 gives every sequence its own bin."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        slot = next((b for b, left in enumerate(room) if lengths[index] <= left), None)
-        if slot is None:
-            bins.append([index])
-            room.append(capacity - lengths[index])
-        else:
-            bins[slot].append(index)
-            room[slot] -= lengths[index]
-    return bins
-
-
-def fill_from_window(lengths: Sequence[int], capacity: int, window: int) -> list[list[int]]:
-    """Dense Prompt Packing (arXiv 2603.04135): indices per bin, each filled from the `window` first sequences
-    that are left, by the longest that fits. Capacity 0 gives every sequence its own bin."""
-    bins: list[list[int]] = []
-    waiting, rest = list(range(min(window, len(lengths)))), iter(range(window, len(lengths)))
-    while waiting:
-        content, room = [], capacity
-        # One that is too long for any bin has its own, and is refused where its row is made.
-        while fitting := [i for i in waiting if lengths[i] <= room or not content]:
-            index = max(fitting, key=lambda i: (lengths[i], -i))
-            content.append(index)
-            room -= lengths[index]
-            waiting.remove(index)
-            waiting.extend(islice(rest, 1))
-        bins.append(content)
-    return bins
 
 
 def pack_row(

@@ -110,6 +110,7 @@ class BroadcastSync:
         timeout_s: float = 120,
         patience_s: float = 300,
         pause: PauseMode = "retract",
+        checksums_every: int = 1,
         address: str | None = None,
         release_memory: bool = False,
         stop: Stop = never,
@@ -125,7 +126,7 @@ class BroadcastSync:
         self.timeout_s = timeout_s
         self.pause: PauseMode = pause
         self.address = address or address_towards(self.admin.urls[0])
-        self.proof = Proof(self.admin, self.hf_folder)
+        self.proof = Proof(self.admin, self.hf_folder, checksums_every=checksums_every)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
         self.group: WeightGroup | None = None
         self.proved = proof_folder is None
@@ -151,7 +152,7 @@ class BroadcastSync:
         try:
             with paused(self.admin, self.pause):
                 self.memory_saver.resume_weights()
-                self._send_all(watched)
+                self._send_all(watched, sent)
                 self.memory_saver.resume_cache()
                 if not self.proved:
                     self._prove(watched)
@@ -173,9 +174,10 @@ class BroadcastSync:
 
     def _leave_out_absent(self) -> None:
         present = wait_for_healthy(self.urls, self.patience_s, self.stop)
-        if present != self.admin.urls:
+        self.proof.begin(present)
+        if list(present) != self.admin.urls:
             self.close()
-            self.admin.urls = present
+            self.admin.urls = list(present)
 
     def release(self) -> None:
         """The servers give back their memory until the next push; nothing where that was not asked for."""
@@ -200,7 +202,7 @@ class BroadcastSync:
             group.abort()
             attempt(error, self.admin.destroy_group(group.name))
 
-    def _send_all(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def _send_all(self, named_tensors: Iterable[tuple[str, Tensor]], sent: SentTensors) -> None:
         wait(self.admin.begin_update())
         try:
             with BucketPrefetcher(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
@@ -209,6 +211,7 @@ class BroadcastSync:
                 flush = self.pause != "in_place"
                 for bucket in made:
                     self._send(bucket, flush=flush)
+                    sent.confirm(bucket)
                     flush = False
         except BaseException as error:
             attempt(error, self.admin.end_update())

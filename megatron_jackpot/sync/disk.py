@@ -32,6 +32,7 @@ class DiskSync:
         timeout_s: float = 120,
         patience_s: float = 300,
         pause: PauseMode = "retract",
+        checksums_every: int = 1,
         release_memory: bool = False,
         stop: Stop = never,
     ) -> None:
@@ -42,7 +43,7 @@ class DiskSync:
         self.hf_folder = Path(hf_folder)
         self.bucket_bytes = bucket_bytes
         self.pause: PauseMode = pause
-        self.proof = Proof(self.admin, self.hf_folder)
+        self.proof = Proof(self.admin, self.hf_folder, checksums_every=checksums_every)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
@@ -51,7 +52,9 @@ class DiskSync:
         return retry(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        self.admin.urls = wait_for_healthy(self.urls, self.patience_s, self.stop)
+        present = wait_for_healthy(self.urls, self.patience_s, self.stop)
+        self.proof.begin(present)
+        self.admin.urls = list(present)
         started, sent = time.monotonic(), SentTensors()
         path = self.folder / f"weights-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)

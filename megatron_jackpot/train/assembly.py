@@ -30,6 +30,7 @@ from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
 from megatron_jackpot.sync.ipc import IPCSync
+from megatron_jackpot.train.auto_packing import with_number
 from megatron_jackpot.train.evaluation import Evaluator
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
@@ -58,6 +59,7 @@ class Assembly:
 def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda: None) -> Assembly:
     """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming
     the field for anything that cannot work."""
+    config = with_number(config, mesh)
     methods = Methods.from_config(config)
     check_same_tokenizer(config.folders)
     tokenizer = load_tokenizer(config.policy.hf)
@@ -96,6 +98,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         loader=PromptLoader(
             training.prompts, per_step, mesh.dp_rank, mesh.dp, seed, config.data.changed_rows
         ),
+        packing_tokens=config.packing.size,
     )
     know_values(config, state, training.prompts)
     sync = make_sync(config, stop) if mesh.is_main else None
@@ -238,6 +241,7 @@ class SyncSettings(TypedDict):
     timeout_s: float
     patience_s: float
     release_memory: bool
+    checksums_every: int
     stop: Callable[[], str | None]
 
 
@@ -250,6 +254,8 @@ def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> 
         timeout_s=sync.timeout_s,
         patience_s=servers.start_timeout_s,
         release_memory=servers.release_memory,
+        # Lent memory comes back without its weights: each push is then one after a fault.
+        checksums_every=1 if servers.release_memory else sync.checksums_every,
         stop=stop,
     )
     if sync.method == "disk":

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from megatron_jackpot.data.packing import fill_bins, fill_from_window
+from megatron_jackpot.data.bins import fill_bins, fill_from_window
 
 
 def next_fit(lengths, capacity) -> int:

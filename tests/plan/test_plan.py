@@ -15,7 +15,8 @@ from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.plan.formulas import GIB, activation_elements, forward_flops, make_plan, num_params
-from megatron_jackpot.plan.tables import Assumptions, memory_troubles, shared_seconds
+from megatron_jackpot.plan.seconds import Assumptions, shared_seconds
+from megatron_jackpot.plan.tables import memory_troubles
 from megatron_jackpot.sync.stream import export
 from tests.loading import load_models
 from tests.parallel.spawn import run_ranks
