@@ -225,8 +225,10 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def refuse(mistakes: Iterable[str]) -> int:
+    from megatron_jackpot.launch.folder import REFUSED
+
     for line in mistakes:
-        print(f"megatron-jackpot: {line}", file=sys.stderr)
+        print(f"{REFUSED}{line}", file=sys.stderr)
     return EXIT_REFUSED
 
 

@@ -21,7 +21,7 @@ import psutil
 
 from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.folder import TRAIN_LOG, own_folder, take_back
+from megatron_jackpot.launch.folder import TRAIN_LOG, own_folder, refusals, take_back
 from megatron_jackpot.launch.preflight import Subject, preflight
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
@@ -98,7 +98,9 @@ def launch(
                 config, nproc, start=start, trainer_command=trainer_command, began=began, go_on=go_on
             )
             if code == EXIT_REFUSED:
-                take_back(made)
+                why = refusals(folder / TRAIN_LOG)
+                if take_back(made):
+                    say("\n".join([f"refused; {folder} was made for this start and is gone again:", *why]))
     except ConfigError as error:
         say(str(error))
         code = EXIT_REFUSED
@@ -298,7 +300,9 @@ class _Job:
         if reason := was_stopped(self.folder):
             say(f"saved and ended ({reason}): {self._left()}")
             return EXIT_REQUEUE
-        if code:
+        if code == EXIT_REFUSED:
+            say("training was refused, for what is said above")
+        elif code:
             say(f"training ended with exit code {code}; its output is in {self.trainer.log}")
         else:
             say(f"done: {self.folder}")

@@ -26,14 +26,14 @@ from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts
 from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_same_tokenizer
 from megatron_jackpot.data.value_table import ValueTable, table_path
 from megatron_jackpot.launch.cached import cached, content
-from megatron_jackpot.launch.folder import used_for
+from megatron_jackpot.launch.folder import folder_mistakes
 from megatron_jackpot.launch.labels import label_mistakes, load_mistakes, whole_rows
 from megatron_jackpot.launch.ports import prometheus_mistakes, server_mistakes
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import judges
 from megatron_jackpot.rewards.remote import address_mistake, is_remote
 from megatron_jackpot.run.clock import started_at
-from megatron_jackpot.run.provenance import check_models, check_run_folder, checkpoints, versions
+from megatron_jackpot.run.provenance import versions
 
 Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
@@ -288,36 +288,8 @@ def _prometheus(s: Subject) -> Iterator[str]:
 
 
 def _run_folder(s: Subject) -> Iterator[str]:
-    run = s.config.run
-    if s.command not in ("launch", "submit"):
-        return
-    try:
-        parent = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
-    except OSError as error:  # A name that is too long.
-        yield f"run.folder = {run.folder}: {error.strerror}. Set another one."
-        return
-    if not parent.is_dir():
-        yield f"run.folder = {run.folder}: {parent} is a file. Set run.folder to a new folder."
-        return
-    if not os.access(parent, os.W_OK):
-        yield f"run.folder = {run.folder}: user {os.geteuid()} may not write to {parent}. Set another one."
-    try:
-        if run.resume:
-            check_run_folder(run.folder)
-            for checkpoint in checkpoints(run.folder)[-1:]:
-                check_models(checkpoint, s.config.models)
-        elif s.command == "launch" and (found := used_for(run.folder)):
-            yield (
-                f"run.folder = {run.folder} already holds a run ({', '.join(found[:4])}). Continue it with "
-                "run.resume=auto, which starts afresh where nothing was saved, or set another run.folder."
-            )
-    except ValueError as error:
-        yield str(error)
-    if run.resume is True and not checkpoints(run.folder):
-        yield (
-            f"run.resume = true, but run.folder = {run.folder} holds no checkpoint. Set run.resume=auto, "
-            "which starts afresh there."
-        )
+    if s.command in ("launch", "submit"):
+        yield from folder_mistakes(s.config, new=s.command == "launch")
 
 
 def _rows(s: Subject) -> dict[str, int]:
@@ -386,7 +358,8 @@ CHECKS: tuple[Check[Subject], ...] = (
     Check("logging.prometheus_host, logging.prometheus_port", "are free", "set another", _prometheus),
     Check(
         "run.folder, run.resume",
-        "can be written, hold no other run, or a checkpoint of a format that is read, of the same models",
+        "can be written, hold no other run and no config.yaml that no launch wrote, or a checkpoint of a "
+        "format that is read, of the same models",
         "set run.folder or run.resume",
         _run_folder,
     ),

@@ -44,6 +44,7 @@ time.sleep(300)
 OWN_SESSION = "note('trainer'); child('worker', start_new_session=True); wait_for('worker');"
 TRAINERS = {
     "exits": "note('trainer'); print('step 1'); sys.exit(int(sys.argv[2]))",
+    "refuses": "print('megatron-jackpot: actor.hf = x: no. Set it.', flush=True); sys.exit(2)",
     "saves": """
 note("trainer"); run = pids.parent / "run"; child("worker"); wait_for("worker")
 while not (run / "stop").exists(): time.sleep(0.02)

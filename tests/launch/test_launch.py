@@ -191,6 +191,13 @@ def test_a_refused_input_is_not_tried_again(start):
     assert (launch.folder / "train.log").read_text() == "arguments: ['2']\n"
 
 
+def test_a_refused_start_says_last_why_and_that_its_folder_is_gone(start):
+    launch = start("steady", "refuses")
+    assert launch.code(START_LIMIT_S) == 2 and not launch.folder.exists()
+    told, why = launch.text().splitlines()[-2:]
+    assert str(launch.folder) in told and "gone again" in told and why == "actor.hf = x: no. Set it."
+
+
 def test_a_server_that_ended_is_started_again_while_training_goes_on(start):
     launch = start("mortal", "works")
     launch.wait_for("server", count=2)

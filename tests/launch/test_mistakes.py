@@ -69,6 +69,11 @@ def write(name: str, text: str) -> Spoil:
     return lambda folder: (folder / name).write_text(text)
 
 
+def own_file_in_the_run(folder: Path) -> None:
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "config.yaml").write_text("# what I changed, and why\n")
+
+
 def same(folder: Path) -> None:
     """Nothing is spoiled: the mistake is on the command line."""
 
@@ -132,6 +137,8 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
     ("a run folder that is a file", write("runs", ""), [], ["run.folder = runs/first", "Set", "[run.yaml]"]),
     ("a resume without a checkpoint", same, ["run.resume=true"],
      ["run.resume = true", "holds no checkpoint", "run.resume=auto", LINE]),
+    ("a file of one's own where the run writes its own", own_file_in_the_run, [],
+     ["run.folder = runs/first", "config.yaml", "mv runs/first/config.yaml runs/first.yaml", "[run.yaml]"]),
     ("processes that do not make a mesh", same, ["parallel.pp=2", "--nproc", "3"],
      ["--nproc 3", "multiple", "Use --nproc 2"]),
 ]  # fmt: skip
