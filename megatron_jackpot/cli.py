@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config, ConfigError, examine_config, placed
+from megatron_jackpot.launch.folder import REFUSED
+from megatron_jackpot.monitor.messages import let_go_of_output
 from megatron_jackpot.run.interrupt import ending_when_asked, forget_stop
 
 EXIT_FAILED = 1
@@ -50,8 +52,6 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--beta": dict(type=float, default=0.5, help="of V* = beta log mean exp(r / beta); default 0.5"),
     },
 }
-
-
 HELP = "everything, or what one key or section takes: --help rollout, --help algorithm.correction"
 
 
@@ -80,12 +80,16 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     began = time.monotonic()
-    args = parse(sys.argv[1:] if argv is None else argv)
     try:
+        args = parse(sys.argv[1:] if argv is None else argv)
         return _run(args, began)
     except KeyboardInterrupt:
         print("megatron-jackpot: interrupted; nothing was started", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    finally:
+        let_go_of_output()
 
 
 def _run(args: argparse.Namespace, began: float) -> int:
@@ -225,8 +229,6 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def refuse(mistakes: Iterable[str]) -> int:
-    from megatron_jackpot.launch.folder import REFUSED
-
     for line in mistakes:
         print(f"{REFUSED}{line}", file=sys.stderr)
     return EXIT_REFUSED
@@ -238,7 +240,7 @@ def _doctor(config: Config | None, mistakes: list[str], args: argparse.Namespace
 
     code = refuse(mistakes) if mistakes else 0
     server_python = args.server_python or (config and config.servers.python)
-    return doctor(server_python) or code
+    return doctor(server_python, args.config if config is not None and not mistakes else None) or code
 
 
 def _train(config: Config | None, mistakes: list[str], args: argparse.Namespace) -> int:

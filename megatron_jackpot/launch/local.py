@@ -298,7 +298,8 @@ class _Job:
             time.sleep(0.2)
         self.trainer.drain(limit_s=1)
         if reason := was_stopped(self.folder):
-            say(f"saved and ended ({reason}): {self._left()}")
+            how = "saved and ended" if checkpoints(self.folder) else "ended"
+            say(f"{how} ({reason}): {self._left()}")
             return EXIT_REQUEUE
         if code == EXIT_REFUSED:
             say("training was refused, for what is said above")

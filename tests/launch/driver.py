@@ -48,6 +48,7 @@ TRAINERS = {
     "saves": """
 note("trainer"); run = pids.parent / "run"; child("worker"); wait_for("worker")
 while not (run / "stop").exists(): time.sleep(0.02)
+(run / "checkpoints" / "step-000007").mkdir(parents=True)
 (run / "stop").rename(run / "stopped")
 """,
     "waits": """

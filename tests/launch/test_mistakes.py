@@ -3,6 +3,7 @@ stands and what to do, and leaves nothing behind."""
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -299,6 +300,15 @@ def test_ctrl_c_before_anything_started_is_a_line_and_no_traceback(folder: Path,
     monkeypatch.setattr("megatron_jackpot.launch.preflight.preflight", interrupted)
     assert cli.main(["launch", str(folder / "run.yaml")]) == 130
     assert capsys.readouterr().err == "megatron-jackpot: interrupted; nothing was started\n"
+
+
+def test_a_reader_that_goes_away_ends_help_without_a_complaint(monkeypatch, capsys) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as output:  # Ends without a BrokenPipeError: nothing is left in it.
+        monkeypatch.setattr("sys.stdout", output)
+        assert cli.main(["launch", "--help"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
 
 
 def test_plan_says_what_it_assumes_and_takes_as_many_processes_as_launch(

@@ -93,12 +93,18 @@ def run_content(folder: Path) -> Tree:
 
 
 def _evaluations(folders: Sequence[Path], runs: Sequence[Tree]) -> Tree | None:
-    """The table of what `megatron-jackpot evaluate` found, of several runs with their names in front."""
-    found = [read_evaluations(Path(folder)) for folder in folders]
-    heads, cells = evaluation_table([row for rows in found for row in rows])
+    """The table of what `megatron-jackpot evaluate` found, set by set; of several runs with their names in
+    front, beside each other."""
+    found = [
+        (run["label"] or run["name"], row)
+        for run, folder in zip(runs, folders, strict=True)
+        for row in read_evaluations(Path(folder))
+    ]
+    sets = list(dict.fromkeys(row["set"] for _, row in found))
+    found.sort(key=lambda one: (sets.index(one[1]["set"]), one[1]["model"] != "policy", one[1]["step"]))
+    heads, cells = evaluation_table([row for _, row in found])
     if len(folders) > 1:
-        whose = [run["label"] or run["name"] for run, rows in zip(runs, found, strict=True) for _ in rows]
-        heads, cells = ["run", *heads], [[name, *row] for name, row in zip(whose, cells, strict=True)]
+        heads, cells = ["run", *heads], [[name, *row] for (name, _), row in zip(found, cells, strict=True)]
     return {"heads": heads, "rows": cells} if cells else None
 
 
