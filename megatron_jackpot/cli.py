@@ -35,9 +35,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "plan": {
         "--gpus": dict(type=int, help="training GPUs; default those of the cluster section"),
-        "--gpu-memory": dict(
-            type=float, metavar="GIB", help="memory of a GPU; default cluster.gpu_memory_gib"
-        ),
+        "--gpu-memory": dict(type=float, metavar="GIB", help="of a GPU; default cluster.gpu_memory_gib"),
         "--mean-tokens": dict(type=float, help="prompt and response on average; default the longest"),
         "--acceptance": dict(type=float, default=0.75, help="share of tokens kept; default 0.75"),
         "--tflops": dict(type=float, default=400.0, help="achieved per GPU; default 400"),
@@ -321,10 +319,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     _hush()
     from megatron_jackpot.monitor.console import print_evaluations
     from megatron_jackpot.train.evaluand import evaluand, settings
-    from megatron_jackpot.train.evaluate import evaluate
 
     def ask() -> None:
         it = evaluand(args.what, args.model, args.run)
+        from megatron_jackpot.train.evaluate import evaluate  # It takes a while: not before a wrong name.
+
         print_evaluations(evaluate(it, settings(it, args.data, args.overrides)))
 
     return _with_servers(ask, "nothing was written")

@@ -37,6 +37,9 @@ from megatron_jackpot.run.provenance import versions
 
 Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""A model as Hugging Face's hub calls it: OWNER/NAME."""
+FILE_NAME = re.compile(r"/|\.py:")
 REWARDS = ("exact", "reasoning_gym", "math_verify", "code")
 
 NOT_CHECKED = (
@@ -110,7 +113,9 @@ def _processes(s: Subject) -> Iterator[str]:
 def _folders(s: Subject) -> Iterator[str]:
     for name, folder in s.folders.items():
         if not (folder / "config.json").is_file():
-            yield f"{name}.hf = {folder} holds no config.json. Set it to a Hugging Face model folder."
+            hub = HUB_NAME.fullmatch(str(folder)) and not folder.exists()
+            fetch = f"; `hf download {folder} --local-dir {folder}` makes one" if hub else ""
+            yield f"{name}.hf = {folder} holds no config.json. Set it to a Hugging Face model folder{fetch}."
             continue
         # safetensors' own writer makes files that only their owner may read: not a container's user, for one.
         closed = [path.name for path in sorted(folder.iterdir()) if not os.access(path, os.R_OK)]
@@ -270,6 +275,12 @@ def _reward(s: Subject) -> Iterator[str]:
         if not inside:
             known = f"must be one of {', '.join(REWARDS)}, or package.module:name. Set one."
             mistakes.append(f"{key} = '{name}': {known}")
+        elif FILE_NAME.search(name):
+            module, _, function = name.rpartition(":")
+            mistakes.append(
+                f"{key} = '{name}': is a file's name. Write {Path(module).stem}:{function}, and put the "
+                "file's folder on PYTHONPATH."
+            )
         elif not package.isidentifier() or importlib.util.find_spec(package) is None:
             mistakes.append(f"{key} = '{name}': there is no package {package}. Put its folder on PYTHONPATH.")
     if not mistakes and not all(map(is_remote, own.values())) and s.command == "launch":
