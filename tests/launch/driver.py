@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_jackpot.config import parse_config
-from megatron_jackpot.launch.local import launch, torchrun
+from megatron_jackpot.launch.local import Begin, launch, torchrun
 from megatron_jackpot.servers.address import free_port
 from megatron_jackpot.servers.process import ServerProcess
 
@@ -27,6 +27,7 @@ def wait_for(name):
     while not list(pids.glob(name + "-*")): time.sleep(0.02)
 """
 SERVERS = {
+    "beside": "note('server'); child('scheduler'); wait_for('trainer'); time.sleep(300)",
     "steady": "note('server'); child('scheduler'); wait_for('scheduler'); time.sleep(300)",
     "dying": """
 note("server"); child("scheduler"); wait_for("worker")
@@ -95,10 +96,14 @@ def main() -> int:
     pids = Path(folder).parent / "pids"
     pids.mkdir()
 
-    def start(config: object, stopped: Callable[[], bool]) -> list[ServerProcess]:
+    def start(config: object, stopped: Callable[[], bool], begin: Begin) -> list[ServerProcess]:
         command = [sys.executable, "-c", COMMON + SERVERS[server], str(pids)]
         process = ServerProcess(command, port=free_port(), log_path=Path(folder) / "server-0.log")
         process.start()
+        if server == "beside":
+            begin([process.url])
+            while not list(pids.glob("trainer-*")):
+                time.sleep(0.02)
         if server in ("stillborn", "slow"):
             process.wait_healthy(60, stopped)
         while not list(pids.glob("scheduler-*")):

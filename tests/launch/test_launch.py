@@ -232,6 +232,14 @@ def test_a_dead_server_is_reported_with_its_last_lines_and_ends_the_run(start):
     assert launch.alive() == []
 
 
+def test_training_is_started_once_and_beside_servers_that_do_not_answer_yet(start, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch = start("beside", "exits", "0")
+    assert launch.code(START_LIMIT_S) == 0, launch.text()
+    assert (launch.folder / "train.log").read_text() == "step 1\n"
+    assert len(list(launch.pids_folder.glob("trainer-*"))) == 1 and launch.alive() == []
+
+
 def test_a_server_that_does_not_start_is_reported_and_no_training_begins(start):
     launch = start("stillborn", "works")
     assert launch.code(START_LIMIT_S) == 1
