@@ -139,7 +139,7 @@ def shown() -> str:
     """Of the exception that is being handled what it says, and where in the user's own files: the way there
     through Python's imports and this package is left out."""
     error = traceback.TracebackException(*sys.exc_info())
-    passed = ("<frozen importlib", importlib.__file__, str(Path(__file__).parents[1]))
+    passed = ("<frozen importlib", importlib.__file__, f"{Path(__file__).parents[1]}/")
     own = [one for one in error.stack if not one.filename.startswith(passed)]
     lines = [*traceback.StackSummary.from_list(own).format(), *error.format_exception_only()]
     return "".join(lines)[-SHOWN:]

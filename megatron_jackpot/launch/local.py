@@ -1,7 +1,7 @@
 """A whole run on one machine: SGLang servers and torchrun as children, watched, and ended whatever happens.
 
-Order: check -> record the run -> servers -> torchrun -> watch both, start again what failed -> end torchrun,
-then the servers.
+Order: check -> record the run -> servers -> torchrun (on a CPU beside servers that still start) -> watch both,
+start again what failed -> end torchrun, then the servers.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -146,7 +147,7 @@ def run_job(
             api_key.provide(config.servers.host)
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
             try:
-                begin: Begin = lambda urls: job.begin(command(urls), urls)  # noqa: E731
+                begin = partial(job.begin, command)
                 job.look_after((start or start_model_servers)(config, job.stopping, begin))
             except InterruptedError:
                 job.code = job.nothing_to_save()
@@ -246,13 +247,13 @@ class _Job:
     def look_after(self, servers: Sequence[ServerProcess]) -> None:
         self.servers, self.supervisor = servers, Supervisor(servers, self.config.servers, say)
 
-    def begin(self, argv: Sequence[str], urls: Sequence[str]) -> None:
+    def begin(self, command: Callable[[Sequence[str]], list[str]], urls: Sequence[str]) -> None:
         """Start training while servers start: ranks load their libraries and wait for servers to answer.
 
         Not on a GPU, where servers measure the memory that is free.
         """
         if not visible_gpus():
-            self._start_trainer(argv, urls, {AWAIT_VARIABLE: "1"})
+            self._start_trainer(command(urls), urls, {AWAIT_VARIABLE: "1"})
 
     def train(self, argv: Sequence[str], urls: Sequence[str]) -> None:
         """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
