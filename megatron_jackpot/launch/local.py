@@ -1,7 +1,7 @@
 """A whole run on one machine: SGLang servers and torchrun as children, watched, and ended whatever happens.
 
-Order: check -> record the run -> servers -> torchrun (on a CPU beside servers that still start) -> watch both,
-start again what failed -> end torchrun, then the servers.
+Order: check -> record the run -> servers -> torchrun (on a CPU beside servers that still start) -> watch
+both, start again what failed -> end torchrun, then the servers.
 """
 
 import json
