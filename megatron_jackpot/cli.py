@@ -159,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = {
         "train": "Run one rank of a training job; started by torchrun.",
-        "launch": "Run a whole job on this machine: SGLang servers, then torchrun; or submit it to Slurm.",
+        "launch": "Run a whole job on this machine: SGLang servers and torchrun; or submit it to Slurm.",
         "plan": "Memory, traffic and FLOPs of a run, by arithmetic: docs/planning.md.",
         "values": "V* of every training prompt, from SGLang servers of the reference: docs/objectives.md.",
         "serve": "This node's SGLang servers in a Slurm job; started by launch/jobs/common.sh.",
