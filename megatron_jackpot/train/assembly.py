@@ -3,7 +3,8 @@
 Everything that can be wrong with the input is refused here, before the first step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,46 +74,60 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     )
     sets = named_prompts(config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits)
     models = {name: load_model(name, config, mesh, families) for name in config.models}
-    source = None
-    if mesh.is_leader:
-        source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
-        if config.data.source == "jsonl":
-            # Generated problems are right by construction; a file may hold answers no response could ever
-            # match.
-            for path, prompts in (
-                (config.data.path, training.prompts),
-                (config.data.heldout_path, heldout.prompts),
-            ):
-                if path is not None:
-                    source.check_labels(prompts[mesh.dp_rank :: mesh.dp], path)
-        for name, named in sets.items():
-            source.check_labels(named[mesh.dp_rank :: mesh.dp], config.evaluation.sets[name].path)
-    per_step, seed = config.rollout.prompts_per_step, config.run.seed
-    state = TrainState(
-        mesh=mesh,
-        policy=models["policy"],
-        actor=models.get("actor"),
-        reference=Reference.load(config, mesh, families, padded_vocab(families, mesh)),
-        methods=methods,
-        guard=Guard(config.guard),
-        loader=PromptLoader(
-            training.prompts, per_step, mesh.dp_rank, mesh.dp, seed, config.data.changed_rows
-        ),
-        packing_tokens=config.packing.size,
-    )
-    know_values(config, state, training.prompts)
-    sync = make_sync(config, stop) if mesh.is_main else None
-    trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
-    probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
-    evaluate = Evaluator(
-        config,
-        state,
-        source,
-        {"": heldout.prompts, **sets},
-        stop_ids=stop_ids,
-        packing_tokens=trainer.packer.tokens,
-    )
+    with ExitStack() as opened:
+        source = None
+        if mesh.is_leader:
+            source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
+            opened.callback(source.close)
+            _check_labels(config, mesh, source, training.prompts, heldout.prompts, sets)
+        per_step, seed = config.rollout.prompts_per_step, config.run.seed
+        state = TrainState(
+            mesh=mesh,
+            policy=models["policy"],
+            actor=models.get("actor"),
+            reference=Reference.load(config, mesh, families, padded_vocab(families, mesh)),
+            methods=methods,
+            guard=Guard(config.guard),
+            loader=PromptLoader(
+                training.prompts, per_step, mesh.dp_rank, mesh.dp, seed, config.data.changed_rows
+            ),
+            packing_tokens=config.packing.size,
+        )
+        know_values(config, state, training.prompts)
+        sync = make_sync(config, stop) if mesh.is_main else None
+        if sync is not None:
+            opened.callback(sync.close)
+        trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
+        probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
+        evaluate = Evaluator(
+            config,
+            state,
+            source,
+            {"": heldout.prompts, **sets},
+            stop_ids=stop_ids,
+            packing_tokens=trainer.packer.tokens,
+        )
+        opened.pop_all()  # Whole: from here on it is `close` that ends them.
     return Assembly(trainer, probe, evaluate)
+
+
+def _check_labels(
+    config: Config,
+    mesh: Mesh,
+    source: ServerSource,
+    training: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+    sets: Mapping[str, Sequence[Prompt]],
+) -> None:
+    """Raises ValueError where a file holds answers that no response could ever match; this rank's share of
+    them. Generated problems are right by construction."""
+    files: list[tuple[Path | None, Sequence[Prompt]]] = []
+    if config.data.source == "jsonl":
+        files += [(config.data.path, training), (config.data.heldout_path, heldout)]
+    files += [(config.evaluation.sets[name].path, named) for name, named in sets.items()]
+    for path, prompts in files:
+        if path is not None:
+            source.check_labels(prompts[mesh.dp_rank :: mesh.dp], path)
 
 
 def know_values(config: Config, state: TrainState, prompts: Sequence[Prompt]) -> None:

@@ -165,3 +165,22 @@ def test_servers_of_ipc_see_every_gpu_and_those_that_lend_memory_answer_health_w
     assert not {"--base-gpu-id", "--enable-memory-saver", "--load-format"} & set(made[0].command)
     # One /health a push: it must not sample a token, which takes a second.
     assert made[0].environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
+
+
+def test_a_rank_beside_its_servers_waits_once_until_all_answer_and_any_other_not_at_all(monkeypatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(server_module, "answers", lambda url, limit_s: asked.append(url) or len(asked) > 2)
+    monkeypatch.setattr(server_module.time, "sleep", lambda seconds: None)
+    servers = Servers(urls=("http://a:1", "http://b:2"))
+    server_module.await_servers(servers, lambda: None)
+    assert asked == []
+    monkeypatch.setenv(server_module.AWAIT_VARIABLE, "1")
+    for _ in range(2):
+        server_module.await_servers(servers, lambda: None)
+    assert asked == ["http://a:1"] * 3 + ["http://b:2"]
+    monkeypatch.setenv(server_module.AWAIT_VARIABLE, "1")
+    monkeypatch.setattr(server_module, "answers", lambda url, limit_s: False)
+    with pytest.raises(TimeoutError, match=r"servers.start_timeout_s\) for server http://a:1"):
+        server_module.await_servers(servers.model_copy(update={"start_timeout_s": 0.01}), lambda: None)
+    monkeypatch.setenv(server_module.AWAIT_VARIABLE, "1")
+    server_module.await_servers(servers, lambda: "stop")
