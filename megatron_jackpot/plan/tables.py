@@ -70,15 +70,10 @@ def memory_troubles(plan: Plan) -> list[str]:
             f"{m.optimizer / GIB:.1f} optimizer"
             for m in plan.models
         )
-        most = max(plan.models, key=lambda m: m.transient)
         troubles.append(
-            f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + "
-            + (f"{most.visiting / GIB:.1f} visiting weights + " if most.visiting else "")
-            + f"{most.activations / GIB:.1f} "
-            f"activations + {most.logits / GIB:.1f} logits ({most.name}), but cluster.gpu_memory_gib = "
-            f"{cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = {room:g}. Raise parallel.tp, "
-            "parallel.pp "
-            "or nodes, or lower packing.tokens."
+            f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + {_most_in_turns(plan)}, "
+            f"but cluster.gpu_memory_gib = {cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = "
+            f"{room:g}. Raise parallel.tp, parallel.pp or nodes, or lower packing.tokens."
         )
     room = cluster.gpu_memory_gib * SERVER_SHARE
     if not plan.config.servers.urls and plan.server_bytes > room * GIB:
@@ -91,6 +86,18 @@ def memory_troubles(plan: Plan) -> list[str]:
             "rollout.max_new_tokens."
         )
     return troubles
+
+
+def _most_in_turns(plan: Plan) -> str:
+    """Terms of the fullest moment, beside what stays."""
+    most = max(plan.models, key=lambda m: m.transient)
+    if plan.scoring_bytes > most.transient:
+        logits = plan.scoring_bytes - plan.kept_bytes
+        return f"{plan.kept_bytes / GIB:.1f} hidden states kept for scores + {logits / GIB:.1f} logits"
+    visiting = f"{most.visiting / GIB:.1f} visiting weights + " if most.visiting else ""
+    return (
+        f"{visiting}{most.activations / GIB:.1f} activations + {most.logits / GIB:.1f} logits ({most.name})"
+    )
 
 
 def memory_table(plan: Plan) -> Table:
@@ -106,6 +113,9 @@ def memory_table(plan: Plan) -> Table:
     for kind in (*(["visiting"] if any(m.visiting for m in plan.models) else []), "activations", "logits"):
         values = [getattr(m, kind) for m in plan.models]
         table.add_row(kind, *(f"{v / GIB:.3f}" for v in values), "in turns")
+    if plan.kept_bytes:
+        kept = f"{plan.kept_bytes / GIB:.3f}, in turns"
+        table.add_row("hidden states kept for scores", *("" for _ in plan.models), kept)
     table.add_row("all", *("" for _ in plan.models), f"{plan.trainer_bytes / GIB:.3f}")
     served = {
         "server GPU: weights": plan.server_weights,

@@ -245,6 +245,15 @@ def test_a_model_that_does_not_fit_is_said_with_the_arithmetic(tmp_path) -> None
     (trouble,) = memory_troubles(plan)
     assert f"needs {plan.trainer_bytes / GIB:.1f} GiB" in trouble and "80 - 4 reserve = 76" in trouble
     assert memory_troubles(make_plan(config, 16)) == []
+    # Two versions' hidden states of all tokens, and the policy's, for Z over the whole vocabulary.
+    ahead = dict(ahead=1, max_new_tokens=8000, top_k_logp=0)
+    exact = dict(correction=dict(name="jackpot", z="exact"))
+    sections = dict(precision=dict(dtype="bfloat16"), cluster=cluster, rollout=ahead, algorithm=exact)
+    plan = make_plan(config_for(tmp_path, QWEN3_8B, QWEN3_17B, packing=dict(tokens=9216), **sections), 1)
+    rows = plan.microbatches * 9216 + 151936
+    assert plan.kept_bytes == rows * (2 * 2048 + 4096) * 2
+    (trouble,) = memory_troubles(plan)
+    assert f"{plan.kept_bytes / GIB:.1f} hidden states kept for scores + " in trouble
 
 
 @pytest.mark.parametrize(
