@@ -34,8 +34,9 @@ def show_plan(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in (memory_table(plan), step_table(plan, assumed), sharing_table(plan, assumed)):
         console.print(table)
-    if advice := microbatch_advice(config, gpus, assumed.mean_tokens):
-        console.print(f"advice: {advice}", markup=False, highlight=False, soft_wrap=True)
+    for advice in (microbatch_advice(config, gpus, assumed.mean_tokens), turns_advice(config)):
+        if advice is not None:
+            console.print(f"advice: {advice}", markup=False, highlight=False, soft_wrap=True)
     for trouble in memory_troubles(plan):
         console.print(f"DOES NOT FIT: {trouble}", markup=False, highlight=False, soft_wrap=True)
     return plan
@@ -55,6 +56,16 @@ def assumptions(plan: Plan, assumed: Assumptions, why: str) -> list[str]:
         f"{assumed.acceptance:g} (--acceptance); {assumed.tflops:g} TFLOP/s (--tflops), "
         f"{assumed.tp_gbs:g} GB/s between tp peers (--tp-gbs)",
     ]
+
+
+def turns_advice(config: Config) -> str | None:
+    """A line where the GPUs of one side wait for the other's."""
+    if config.rollout.ahead or config.servers.release_memory or config.cluster.gpus_per_node == 0:
+        return None
+    return (
+        "rollout.ahead = 0: while servers sample, the training GPUs wait, and the other way round. "
+        "rollout.ahead=1 has the next step sampled while one is learned (docs/pipeline.md)."
+    )
 
 
 def memory_troubles(plan: Plan) -> list[str]:

@@ -15,7 +15,7 @@ from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.plan.formulas import GIB, activation_elements, forward_flops, make_plan, num_params
-from megatron_jackpot.plan.tables import Assumptions, memory_troubles, shared_seconds
+from megatron_jackpot.plan.tables import Assumptions, memory_troubles, shared_seconds, turns_advice
 from megatron_jackpot.sync.stream import export
 from tests.loading import load_models
 from tests.parallel.spawn import run_ranks
@@ -185,6 +185,14 @@ def test_bytes_of_a_weight_update_are_those_of_the_export(tmp_path, mesh) -> Non
     config = config_for(tmp_path, POLICY, ACTOR)
     model = build(config, "actor", mesh)
     assert sum(t.nbytes for t in export(model).values()) == make_plan(config, 1).synced
+
+
+def test_taking_turns_is_advised_against_where_gpus_would_wait(tmp_path) -> None:
+    def advised(**sections: dict) -> bool:
+        return turns_advice(config_for(tmp_path, POLICY, ACTOR, **sections)) is not None
+
+    assert advised() and not advised(rollout=dict(ahead=1))
+    assert not advised(cluster=dict(gpus_per_node=0)) and not advised(servers=dict(release_memory=True))
 
 
 def test_q_from_scores_takes_a_pass_for_each_step_ahead_and_memory_for_each_push(tmp_path) -> None:
