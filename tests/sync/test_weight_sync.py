@@ -89,7 +89,7 @@ def test_proof_wants_equal_servers_moved_checksums_and_the_version(tmp_path):
 def test_an_error_while_paused_aborts_and_resumes_the_servers():
     with FakeServer() as server:
         with pytest.raises(ZeroDivisionError):
-            with paused(ServerAdmin([server.url]), "retract"):
+            with paused(ServerAdmin([server.url])):
                 raise ZeroDivisionError
         paths = [path for path, _ in server.requests]
     assert paths == ["/pause_generation", "/abort_request", "/continue_generation"]
