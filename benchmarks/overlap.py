@@ -1,6 +1,6 @@
 """What sampling ahead saves, and that it changes no step's responses: step time at rollout.ahead 0, 1 and 2.
 
-    python benchmarks/overlap.py [--steps 12] [--rounds 60]
+    python benchmarks/overlap.py [--steps 12] [--rounds 100]
 
 Tiny models on one rank, scripted rollouts without a server: a batch takes as long as an update, which is
 measured first. "even": one batch after the other, as on servers that are full. "heavy tail": a batch's groups
@@ -10,7 +10,7 @@ response length, which must not depend on `ahead`.
 
 "replies": how much slower learning is while the rollouts' thread asks a server in another process as often
 as one of a 0.6B model answers, and reads and parses what comes, with and without top-k. The forms take turns
-every half second in an order that is drawn, and each round gives a ratio: other work on the machine moves
+every quarter of a second in an order that is drawn, and each round gives a ratio: other work on the machine moves
 single ones by tens of per cent. Trimmed means of them, with 95% intervals by resampling.
 """
 
@@ -53,7 +53,7 @@ REPLIES = {20: 11_900, 0: 28_300}
 """top-k -> tokens a second of one server, a 0.6B model on an H200 (results/2026-11-27-h200.md)."""
 SAMPLES, LENGTH = 8, 256
 """Of a reply."""
-WINDOW_S = 0.5
+WINDOW_S = 0.25
 """Of learning beside one form of replies, in each round."""
 Form = int | None
 """top-k of the replies, or none at all."""
@@ -148,7 +148,7 @@ def _steps(shape: str, batch_s: float, ahead: int, steps: int, folder: Path) -> 
 def _learning(folder: Path, urls: dict[int, str], rounds: int) -> dict[Form, list[tuple[float, float]]]:
     """(seconds of learning a batch, share of a core that the replies' thread takes) of each round."""
     trainer = load_trainer(make_config(Layout(), folder))
-    batch = trainer.packer.pack(groups(range(NUM_PROMPTS // 2)), TOP_K)
+    batch = trainer.packer.pack(groups(range(1)), TOP_K)
     replies = Replies(urls)
     for _ in range(WARM):
         trainer.learn(batch, trainer.measurements())
@@ -192,7 +192,7 @@ def timeline_s(update_s: float, ahead: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12, help="of each shape and ahead; 0 for replies alone")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=100)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         write_models(Path(folder))
