@@ -10,8 +10,8 @@ response length, which must not depend on `ahead`.
 
 "replies": how much slower learning is while the rollouts' thread asks a server in another process as often
 as one of a 0.6B model answers, and reads and parses what comes, with and without top-k. The forms take turns
-every quarter of a second in an order that is drawn, and each round gives a ratio: other work on the machine moves
-single ones by tens of per cent. Trimmed means of them, with 95% intervals by resampling.
+every quarter of a second in an order that is drawn, and each round gives a ratio: other work on the machine
+moves single ones by tens of per cent. Trimmed means of them, with 95% intervals by resampling.
 """
 
 import argparse
