@@ -19,7 +19,7 @@ if [[ ${BASH_SOURCE[0]} != "$0" ]]; then
   return 0
 fi
 set -euo pipefail
-TORCHVISION_FIX="$JACKPOT_REPO/megatron_jackpot/servers/cpu_server/sitecustomize.py"
+TORCHVISION_FIX="$JACKPOT_REPO/megatron_jackpot/servers/cpu_server/torchvision_operators.py"
 UV_VERSION=0.13.9
 
 say() { printf '[env] %s\n' "$*" >&2; }

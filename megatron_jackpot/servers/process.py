@@ -1,6 +1,6 @@
 """SGLang servers as child processes: start, wait for health, stop exactly what was started.
 
-On a machine without CUDA the flags and two import stand-ins (cpu_server/) run the stock wheel on CPU.
+On a machine without CUDA the flags and the shims in cpu_server/ run the stock wheel on CPU.
 """
 
 import os

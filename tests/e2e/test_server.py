@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -43,7 +44,7 @@ class Model:
 
     def __init__(self, folder: Path, seed: int) -> None:
         # transformers imports torchvision as well, and meets the same missing operators as the server.
-        runpy.run_path(str(CPU_SHIMS / "sitecustomize.py"))
+        runpy.run_path(str(CPU_SHIMS / "torchvision_operators.py"))
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -80,7 +81,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
         timeout_s=20,
     )
     try:
-        yield SimpleNamespace(a=a, b=b, url=servers[0].url, folder=folder, sync=sync, version=0)
+        yield SimpleNamespace(a=a, b=b, url=servers[0].url, group=group, folder=folder, sync=sync, version=0)
     finally:
         sync.close()
         stop_servers(servers, grace_s=2)
@@ -125,6 +126,13 @@ def assert_logp(completion: Completion, truth_RV: np.ndarray, rows: slice = slic
 def next_version(rig: SimpleNamespace) -> int:
     rig.version += 1
     return rig.version
+
+
+def test_on_a_cpu_the_detokenizer_is_forked_from_the_front_and_imports_nothing(rig):
+    front = psutil.Process(rig.group)
+    (detokenizer,) = [child for child in front.children() if "detokenizer" in " ".join(child.cmdline())]
+    # Spawned, it takes as long as the front: both import all of SGLang.
+    assert detokenizer.cpu_times().user < front.cpu_times().user / 4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -83,8 +83,9 @@ FORBIDDEN: dict[str, set[str]] = {
 EXCEPTIONS = {
     # torchrun itself: a child's entry, which nobody imports.
     "launch/agent.py": {"torch"},
-    # Entered by the servers' own interpreter, before anything of SGLang.
-    "servers/cpu_server/sitecustomize.py": {"torch"},
+    # Entered by the servers' own interpreter, before anything of SGLang; their folder is on its path.
+    "servers/cpu_server/sitecustomize.py": {"torchvision_operators"},
+    "servers/cpu_server/torchvision_operators.py": {"torch"},
 }
 """File -> what it may import all the same."""
 

@@ -1,28 +1,25 @@
-"""Lets PyPI's torchvision, a CUDA build, be imported beside a CPU build of torch.
+"""Stock SGLang on a machine without CUDA: torchvision can be imported, and processes are forked.
 
-Its C++ operators do not load there, and its import dies on registering a fake for torchvision::nms. The two
-schemas are declared just before that; serving text never calls them. Python imports this module at start-up
-because its folder is on the server's PYTHONPATH.
+Python imports this module at start-up because its folder is on the server's PYTHONPATH, as it is for CPU
+servers alone.
 """
 
-import importlib.abc
-import sys
+import multiprocessing
+from typing import Any
+
+import torchvision_operators  # noqa: F401
 
 
-class TorchvisionOperators(importlib.abc.MetaPathFinder):
-    """Declares the missing operators when torchvision is about to look for them; finds no module itself."""
+def fork_in_place_of_spawn() -> None:
+    """SGLang asks for spawned processes, because CUDA does not outlive a fork. Without it the scheduler and
+    the detokenizer can be forked from the front, which has imported everything by then and has one thread:
+    the same imports twice more were two thirds of the processor time of a start."""
+    choose = multiprocessing.set_start_method
 
-    library: object = None
+    def set_start_method(method: str, **options: Any) -> None:
+        choose("fork" if method == "spawn" else method, **options)
 
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        if fullname == "torchvision._meta_registrations" and self.library is None:
-            import torch
-
-            if not hasattr(torch.ops.torchvision, "nms"):
-                library = torch.library.Library("torchvision", "DEF")
-                for operator in ("nms", "qnms"):
-                    library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                self.library = library  # its operators go with it
+    multiprocessing.set_start_method = set_start_method
 
 
-sys.meta_path.insert(0, TorchvisionOperators())
+fork_in_place_of_spawn()
