@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -92,36 +93,39 @@ class Replies:
 
     def __init__(self, urls: dict[int, str]) -> None:
         self.thread = LoopThread()
-        self.form: Form = None
+        self.turn = self.number = 0
         self.clients = {
             k: SGLangClient([url], vocab_size=VOCAB, context_length=4096) for k, url in urls.items()
         }
-        self.turn = asyncio.Lock()
+        self.one = asyncio.Lock()
         for client in self.clients.values():
             self.thread.wait(client.__aenter__(), 10, "an HTTP session")
-        self.thread.submit(self._ask())
 
-    def use(self, form: Form) -> float:
-        """From now on these, when the last one of others is there; the thread's processor seconds so far."""
+    def use(self, form: Form) -> tuple[float, int]:
+        """From now on these, when the last one of others is there; the thread's processor seconds and the
+        replies so far."""
 
-        async def change() -> float:
-            async with self.turn:
-                self.form = form
-            return time.thread_time()
+        async def change() -> tuple[float, int]:
+            async with self.one:
+                self.turn += 1
+            if form is not None:
+                self.thread.submit(self._ask(form, self.turn))
+            return time.thread_time(), self.number
 
         return self.thread.wait(change(), 10, "a reply")
 
-    async def _ask(self) -> None:
-        due = time.perf_counter()
+    async def _ask(self, k: int, turn: int) -> None:
+        sampling = Sampling(temperature=1, max_new_tokens=LENGTH, top_k_logp=k)
+        every = SAMPLES * LENGTH / REPLIES[k]
+        due = time.perf_counter() + random.random() * every
         while True:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            async with self.turn:
-                k = self.form
-                if k is not None:
-                    sampling = Sampling(temperature=1, max_new_tokens=LENGTH, top_k_logp=k)
-                    await self.clients[k].generate_group([1], SAMPLES, sampling)
-            # What a busy machine could not keep up with is not made up for.
-            due = max(due + SAMPLES * LENGTH / REPLIES[k or 0], time.perf_counter() - WINDOW_S)
+            async with self.one:
+                if self.turn != turn:
+                    return
+                await self.clients[k].generate_group([1], SAMPLES, sampling)
+                self.number += 1
+            due += every
 
     def close(self) -> None:
         self.use(None)
@@ -145,8 +149,18 @@ def _steps(shape: str, batch_s: float, ahead: int, steps: int, folder: Path) -> 
     return rows
 
 
-def _learning(folder: Path, urls: dict[int, str], rounds: int) -> dict[Form, list[tuple[float, float]]]:
-    """(seconds of learning a batch, share of a core that the replies' thread takes) of each round."""
+class Round(NamedTuple):
+    """A window of learning beside one form of replies."""
+
+    learn_s: float
+    """Of a batch."""
+    core: float
+    """Share of one that the replies' thread took."""
+    tps: float
+    """Tokens a second that came."""
+
+
+def _learning(folder: Path, urls: dict[int, str], rounds: int) -> dict[Form, list[Round]]:
     trainer = load_trainer(make_config(Layout(), folder))
     batch = trainer.packer.pack(groups(range(1)), TOP_K)
     replies = Replies(urls)
@@ -156,17 +170,19 @@ def _learning(folder: Path, urls: dict[int, str], rounds: int) -> dict[Form, lis
     gc.collect()
     gc.freeze()
     order: list[Form] = [None, *REPLIES]
-    found: dict[Form, list[tuple[float, float]]] = {form: [] for form in order}
+    found: dict[Form, list[Round]] = {form: [] for form in order}
     for _ in range(rounds):
         random.shuffle(order)
         for form in order:
-            busy = replies.use(form)
+            busy, number = replies.use(form)
             started, learned = time.perf_counter(), 0
             while time.perf_counter() < started + WINDOW_S:
                 trainer.learn(batch, trainer.measurements())
                 learned += 1
             taken = time.perf_counter() - started
-            found[form].append((taken / learned, (replies.use(None) - busy) / taken))
+            busy_then, number_then = replies.use(None)
+            tokens = (number_then - number) * SAMPLES * LENGTH
+            found[form].append(Round(taken / learned, (busy_then - busy) / taken, tokens / taken))
     replies.close()
     destroy_mesh()
     return found
@@ -234,18 +250,19 @@ def _of_shapes(found: dict[str, dict[int, list[dict[str, float]]]], steps: int) 
     return table
 
 
-def _of_learning(found: dict[Form, list[tuple[float, float]]]) -> Table:
+def _of_learning(found: dict[Form, list[Round]]) -> Table:
     table = Table(title=f"learning beside replies, {len(found[None])} rounds")
     for column in ("replies", "tokens/s", "of a core", "seconds", "ratio"):
         table.add_column(column, justify="left" if column == "replies" else "right")
     for form, rounds in found.items():
-        name, rate, ratio = "none", "", ""
+        name, ratio = "none", ""
         if form is not None:
-            name, rate = f"top-{form}" if form else "without top-k", f"{REPLIES[form]:,}"
-            pairs = [mine[0] / none[0] for mine, none in zip(rounds, found[None], strict=True)]
+            name = f"top-{form}" if form else "without top-k"
+            pairs = [mine.learn_s / none.learn_s for mine, none in zip(rounds, found[None], strict=True)]
             ratio = "{:.3f} [{:.3f}, {:.3f}]".format(trimmed(pairs), *interval(pairs))
-        share = f"{statistics.mean(share for _, share in rounds):.1%}"
-        table.add_row(name, rate, share, f"{trimmed([s for s, _ in rounds]):.4f}", ratio)
+        rate = f"{statistics.mean(one.tps for one in rounds):,.0f}"
+        share = f"{statistics.mean(one.core for one in rounds):.1%}"
+        table.add_row(name, rate, share, f"{trimmed([one.learn_s for one in rounds]):.4f}", ratio)
     return table
 
 
