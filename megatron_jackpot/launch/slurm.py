@@ -16,7 +16,7 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.plan.formulas import make_plan
 from megatron_jackpot.plan.microbatch import settled
-from megatron_jackpot.plan.tables import memory_troubles
+from megatron_jackpot.plan.tables import memory_troubles, turns_advice
 
 REPO = Path(__file__).resolve().parents[2]
 """What PYTHONPATH needs: a clone, or the site-packages that the package was installed into."""
@@ -40,6 +40,8 @@ def submit(config: Config, *, dry_run: bool, chain: int = 1) -> int:
     )
     job = folder / JOB_FILE
     job.write_text(script, encoding="utf-8")
+    if advice := turns_advice(config):
+        print(f"advice: {advice}")
     after: list[str] = []
     for _ in range(chain):
         done = _sbatch([*after, str(job)])

@@ -148,7 +148,33 @@ class Plan:
     @property
     def trainer_bytes(self) -> float:
         """On the fullest GPU: what stays of every model, and what comes in turns."""
-        return sum(m.resident for m in self.models) + max(m.transient for m in self.models)
+        in_turns = max(self.scoring_bytes, *(m.transient for m in self.models))
+        return sum(m.resident for m in self.models) + in_turns
+
+    @property
+    def scoring_bytes(self) -> float:
+        """What scoring holds beside weights."""
+        return self.kept_bytes + max(m.logits for m in self.models)
+
+    @property
+    def kept_bytes(self) -> float:
+        """Last hidden states of a step's micro-batches that scoring holds at once for q, and for each of
+        these passes a copy of the output weight; on the last pipeline stage."""
+        p, config = self.config.parallel, self.config
+        rows = self.microbatches * config.algorithm.num_minibatches * config.packing.tokens
+        weight = padded_vocab_size([m.shape.vocab_size for m in self.models], p.tp) // p.tp
+        wide = sum(count * m.shape.hidden_size for m, count in self._kept_passes())
+        return (rows + weight) * wide * BYTES[config.precision.dtype]
+
+    def _kept_passes(self) -> list[tuple[ModelPlan, int]]:
+        """One of the served model for each version, where several sampled or servers give no top-k; for Z
+        over the whole vocabulary one of the policy. The policy alone, of one version, keeps none."""
+        config = self.config
+        versions = 1 + config.rollout.ahead if scores_q(config) else 1
+        if self.actor is None:
+            return [(self.policy, versions)] if versions > 1 else []
+        older = versions if versions > 1 or config.rollout.top_k_logp == 0 else 0
+        return [(self.actor, older), (self.policy, int(exact_z(config)))]
 
     @property
     def longest(self) -> int:
@@ -219,7 +245,12 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
 def scores_q(config: Config) -> bool:
     """Whether q is taken from the trainer's scores, and older weights are kept for it; not where a correction
     of one's own asks for that."""
-    return config.rollout.top_k_logp == 0 or config.algorithm.correction.settings.get("z") == "exact"
+    return config.rollout.top_k_logp == 0 or exact_z(config)
+
+
+def exact_z(config: Config) -> bool:
+    """Whether Z is summed over the whole vocabulary."""
+    return config.algorithm.correction.settings.get("z") == "exact"
 
 
 @dataclass(frozen=True)

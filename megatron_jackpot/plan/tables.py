@@ -27,8 +27,9 @@ def show_plan(
             console.print(sizes_table(choice))
         line = f"packing.tokens = auto: {choice.tokens}, {choice.why}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    elif line := advice(config, gpus):
-        console.print(f"advice: {line}", markup=False, highlight=False, soft_wrap=True)
+    for line in (advice(config, gpus) if choice is None else None, turns_advice(config)):
+        if line is not None:
+            console.print(f"advice: {line}", markup=False, highlight=False, soft_wrap=True)
     for trouble in memory_troubles(plan):
         console.print(f"DOES NOT FIT: {trouble}", markup=False, highlight=False, soft_wrap=True)
     return plan
@@ -50,6 +51,16 @@ def assumptions(plan: Plan, assumed: Assumptions, why: str) -> list[str]:
     ]
 
 
+def turns_advice(config: Config) -> str | None:
+    """A line where the GPUs of one side wait for the other's."""
+    if config.rollout.ahead or config.servers.release_memory or config.cluster.gpus_per_node == 0:
+        return None
+    return (
+        "rollout.ahead = 0: while servers sample, the training GPUs wait, and the other way round. "
+        "rollout.ahead=1 has the next step sampled while one is learned (docs/pipeline.md)."
+    )
+
+
 def memory_troubles(plan: Plan) -> list[str]:
     """What exceeds a GPU's memory, with the arithmetic and the remedy; nothing on a cluster of CPUs."""
     cluster = plan.config.cluster
@@ -63,15 +74,10 @@ def memory_troubles(plan: Plan) -> list[str]:
             f"{m.optimizer / GIB:.1f} optimizer"
             for m in plan.models
         )
-        most = max(plan.models, key=lambda m: m.transient)
         troubles.append(
-            f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + "
-            + (f"{most.visiting / GIB:.1f} visiting weights + " if most.visiting else "")
-            + f"{most.activations / GIB:.1f} "
-            f"activations + {most.logits / GIB:.1f} logits ({most.name}), but cluster.gpu_memory_gib = "
-            f"{cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = {room:g}. Raise parallel.tp, "
-            "parallel.pp "
-            "or nodes, or lower packing.tokens."
+            f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + {_most_in_turns(plan)}, "
+            f"but cluster.gpu_memory_gib = {cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = "
+            f"{room:g}. Raise parallel.tp, parallel.pp or nodes, or lower packing.tokens."
         )
     room = cluster.gpu_memory_gib * SERVER_SHARE
     if not plan.config.servers.urls and plan.server_bytes > room * GIB:
@@ -84,6 +90,18 @@ def memory_troubles(plan: Plan) -> list[str]:
             "rollout.max_new_tokens."
         )
     return troubles
+
+
+def _most_in_turns(plan: Plan) -> str:
+    """Terms of the fullest moment, beside what stays."""
+    most = max(plan.models, key=lambda m: m.transient)
+    if plan.scoring_bytes > most.transient:
+        logits = plan.scoring_bytes - plan.kept_bytes
+        return f"{plan.kept_bytes / GIB:.1f} hidden states kept for scores + {logits / GIB:.1f} logits"
+    visiting = f"{most.visiting / GIB:.1f} visiting weights + " if most.visiting else ""
+    return (
+        f"{visiting}{most.activations / GIB:.1f} activations + {most.logits / GIB:.1f} logits ({most.name})"
+    )
 
 
 def memory_table(plan: Plan) -> Table:
@@ -99,6 +117,9 @@ def memory_table(plan: Plan) -> Table:
     for kind in (*(["visiting"] if any(m.visiting for m in plan.models) else []), "activations", "logits"):
         values = [getattr(m, kind) for m in plan.models]
         table.add_row(kind, *(f"{v / GIB:.3f}" for v in values), "in turns")
+    if plan.kept_bytes:
+        kept = f"{plan.kept_bytes / GIB:.3f}, in turns"
+        table.add_row("hidden states kept for scores", *("" for _ in plan.models), kept)
     table.add_row("all", *("" for _ in plan.models), f"{plan.trainer_bytes / GIB:.3f}")
     served = {
         "server GPU: weights": plan.server_weights,

@@ -15,7 +15,7 @@ from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.protocol import JsonObject, ServerError
 from megatron_jackpot.servers.reply import parse_version
 
-PauseMode = Literal["abort", "retract", "in_place"]
+PauseMode = Literal["abort", "retract"]
 
 
 class ServerAdmin:
@@ -64,7 +64,7 @@ class ServerAdmin:
         """Stop sampling.
 
         retract: running requests are prefilled again under the new weights, so the cache can be flushed.
-        in_place: they keep their old keys and values. abort: they end.
+        abort: they end.
         """
         await self._all("POST", "/pause_generation", {"mode": mode})
 
@@ -79,9 +79,9 @@ class ServerAdmin:
         """On every server that answers, whatever another one does."""
         await self._all("POST", "/abort_request", {"abort_all": True}, until_all=True)
 
-    async def update_from_disk(self, path: str, version: int | None = None, *, flush: bool = True) -> None:
+    async def update_from_disk(self, path: str, version: int | None = None) -> None:
         # Named, because a server may have been started with weights of the format "dummy".
-        body: JsonObject = {"model_path": path, "load_format": "auto", "flush_cache": flush}
+        body: JsonObject = {"model_path": path, "load_format": "auto", "flush_cache": True}
         if version is not None:
             body["weight_version"] = str(version)
         await self._all("POST", "/update_weights_from_disk", body)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jackpot.models.hf_folder import write_hf_folder
-from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
+from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.memory_saver import MemorySaver
 from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
@@ -109,7 +109,6 @@ class BroadcastSync:
         bucket_bytes: int = 512 * 2**20,
         timeout_s: float = 120,
         patience_s: float = 300,
-        pause: PauseMode = "retract",
         checksums_every: int = 1,
         address: str | None = None,
         release_memory: bool = False,
@@ -124,7 +123,6 @@ class BroadcastSync:
         self.device = torch.device("cuda" if self.backend == "nccl" else "cpu")
         self.bucket_bytes = bucket_bytes
         self.timeout_s = timeout_s
-        self.pause: PauseMode = pause
         self.address = address or address_towards(self.admin.urls[0])
         self.proof = Proof(self.admin, self.hf_folder, checksums_every=checksums_every)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
@@ -150,7 +148,7 @@ class BroadcastSync:
             watched = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in watched]
         self._join()
         try:
-            with paused(self.admin, self.pause):
+            with paused(self.admin):
                 self.memory_saver.resume_weights()
                 self._send_all(watched, sent)
                 self.memory_saver.resume_cache()
@@ -208,7 +206,7 @@ class BroadcastSync:
             with BucketPrefetcher(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
                 # Nothing is sampled until the end of the push, so the first bucket's flush is enough. It
                 # costs less than /flush_cache, which on a CPU collects the server's whole heap.
-                flush = self.pause != "in_place"
+                flush = True
                 for bucket in made:
                     self._send(bucket, flush=flush)
                     sent.confirm(bucket)
@@ -240,7 +238,7 @@ class BroadcastSync:
         by_broadcast = self.proof.equal_checksums()
         write_hf_folder(path, named_tensors, self.hf_folder, bucket_bytes=self.bucket_bytes)
         try:
-            wait(self.admin.update_from_disk(str(path), flush=self.pause != "in_place"))
+            wait(self.admin.update_from_disk(str(path)))
             from_disk = self.proof.equal_checksums()
         finally:
             shutil.rmtree(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_jackpot.models.hf_folder import write_hf_folder
-from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
+from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.sync.memory_saver import MemorySaver
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
 from megatron_jackpot.sync.retry import Stop, never, retry, wait_for_healthy
@@ -31,7 +31,6 @@ class DiskSync:
         bucket_bytes: int = 512 * 2**20,
         timeout_s: float = 120,
         patience_s: float = 300,
-        pause: PauseMode = "retract",
         checksums_every: int = 1,
         release_memory: bool = False,
         stop: Stop = never,
@@ -42,7 +41,6 @@ class DiskSync:
         self.folder = Path(folder).absolute()
         self.hf_folder = Path(hf_folder)
         self.bucket_bytes = bucket_bytes
-        self.pause: PauseMode = pause
         self.proof = Proof(self.admin, self.hf_folder, checksums_every=checksums_every)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
 
@@ -58,10 +56,10 @@ class DiskSync:
         started, sent = time.monotonic(), SentTensors()
         path = self.folder / f"weights-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)
-        with paused(self.admin, self.pause):
+        with paused(self.admin):
             self.memory_saver.resume_weights()
             self.memory_saver.resume_cache()
-            wait(self.admin.update_from_disk(str(path), version, flush=self.pause != "in_place"))
+            wait(self.admin.update_from_disk(str(path), version))
             checksum = self.proof.check(sent, version)
         self._drop_old()
         return SyncReport(version, time.monotonic() - started, sent.num_bytes, checksum, proved=False)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.models.families import family_of
-from megatron_jackpot.servers.admin import PauseMode, ServerAdmin
+from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.fp8 import SCALE, quantised_shapes
 from megatron_jackpot.sync.prefetcher import FlatBucket
@@ -234,12 +234,12 @@ def hf_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 @contextmanager
-def paused(admin: ServerAdmin, mode: PauseMode) -> Iterator[None]:
+def paused(admin: ServerAdmin) -> Iterator[None]:
     """Servers sample nothing inside.
 
     After an error, what they were sampling is aborted before they go on: their weights may be half updated.
     """
-    wait(admin.pause(mode))
+    wait(admin.pause())
     try:
         yield
     except BaseException as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.config import load_config
+from megatron_jackpot.plan.tables import turns_advice
 from megatron_jackpot.train.methods import Methods
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -33,6 +34,8 @@ def test_the_papers_pairs_have_its_hyper_parameters_and_fit_the_gpus(pair: str) 
         assert (methods.objective.clip_low, methods.objective.clip_high) == (0.2, 0.28)
         assert config.policy.optimizer.lr == config.actor.optimizer.lr == 1e-6
         assert config.precision.fp8 == "hybrid"
+        # No GPU lends its memory, and none waits for its turn.
+        assert config.rollout.ahead == 1 and turns_advice(config) is None
         assert training % config.parallel.tp == 0 and PAIRS[pair] % config.parallel.tp == 0
         assert training + config.servers.num * config.servers.tp == 2 * training
 

@@ -2,17 +2,24 @@
 the whole vocabulary; with the weights that sampled each token."""
 
 import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
+from megatron_jackpot.models.engine import MegatronModel
+from megatron_jackpot.models.head import FrozenHead, record_head
 from megatron_jackpot.models.mesh import destroy_mesh
+from megatron_jackpot.plan.formulas import make_plan
 from megatron_jackpot.records import Scores
 from megatron_jackpot.sync.stream import export
-from megatron_jackpot.train.trainer import Trainer
+from megatron_jackpot.train import scoring
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
 from tests.rollout.sources import ScriptedSource
@@ -45,16 +52,34 @@ def _logp(model, batch) -> torch.Tensor:
     return logits_MTV[..., : model.family.vocab_size].log_softmax(-1)
 
 
-def _aged_trainer(folder: str, layout: Layout, ahead: int = 0) -> Trainer:
-    config = make_config(layout, Path(folder))
-    older = dict(max_staleness=AGES - 1, ahead=ahead)
-    return load_trainer(config.model_copy(update={"rollout": config.rollout.model_copy(update=older)}))
+def _aged_config(folder: Path, layout: Layout) -> Config:
+    config = make_config(layout, folder)
+    older = dict(max_staleness=AGES - 1, ahead=AGES - 1)
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=older)})
+
+
+@contextmanager
+def _heads_held() -> Iterator[list[int]]:
+    """Bytes of all hidden states and output weights that are kept at the end of each pass within."""
+    sizes: list[int] = []
+    heads: weakref.WeakSet[FrozenHead] = weakref.WeakSet()
+
+    @contextmanager
+    def noted(model: MegatronModel) -> Iterator[FrozenHead]:
+        with record_head(model) as head:
+            heads.add(head)
+            yield head
+        sizes.append(sum(t.nbytes for one in heads for t in (*one.hidden_TH, one.weight_VH)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "record_head", noted)
+        yield sizes
 
 
 def _aged(folder: str, layout: Layout) -> dict[str, object]:
     """Scores of a batch whose tokens are of several versions in turn, and the log-probs of each version's
-    weights and of the policy; and whether the model is what it was."""
-    trainer = _aged_trainer(folder, layout)
+    weights and of the policy; whether the model is what it was, and what hidden states took."""
+    trainer = load_trainer(_aged_config(Path(folder), layout))
     served, mesh = trainer.state.served, trainer.mesh
     mine = groups(range(mesh.dp_rank, NUM_PROMPTS, mesh.dp))
     packed = trainer.packer.pack(mine, layout.top_k)
@@ -69,18 +94,19 @@ def _aged(folder: str, layout: Layout) -> dict[str, object]:
         trainer.ring.push(version)
         logp.append(_logp(served, batch))
     before = export(served)
-    scores = trainer.scorer(batch, step=AGES, served_version=AGES - 1, exact_lam=LAM)
+    with _heads_held() as held:
+        scores = trainer.scorer(batch, step=AGES, served_version=AGES - 1, exact_lam=LAM)
     after = export(served)
     policy_MTV = _logp(trainer.policy, batch)
     same = all(torch.equal(after[name], before[name]) for name in before)
     versions = trainer.ring.versions
     destroy_mesh()
-    return dict(scores=scores, logp=logp[1:], policy=policy_MTV, same=same, versions=versions)
+    return dict(scores=scores, logp=logp[1:], policy=policy_MTV, same=same, versions=versions, held=max(held))
 
 
 def _trained(folder: str) -> list[dict[str, float]]:
     """Steps ahead of which rollouts are sampled, with q from scores alone."""
-    trainer = _aged_trainer(folder, Layout(top_k=0, correction=EXACT), ahead=2)
+    trainer = load_trainer(_aged_config(Path(folder), Layout(top_k=0, correction=EXACT)))
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * 2)]
     trainer.state.loader = PromptLoader(prompts, NUM_PROMPTS, 0, 1, 5)
     trainer.source = trainer.pipeline.source = ScriptedSource()
@@ -97,6 +123,8 @@ AGED = {
     "servers' top-k": Layout(),
     "one model": Layout(top_k=0, one_model=True),
 }
+ON_TWO = "two ranks, gathers overlapped"
+CASES = AGED | {ON_TWO: Layout(top_k=0, dp=2, overlap=True)}
 
 
 def _all(rank: int, world: int, folder: str) -> dict[object, object]:
@@ -106,7 +134,7 @@ def _all(rank: int, world: int, folder: str) -> dict[object, object]:
 
 
 def _aged_on_two(rank: int, world: int, folder: str) -> dict[str, object]:
-    return _aged(folder, Layout(top_k=0, dp=2, overlap=True, correction=EXACT))
+    return _aged(folder, replace(CASES[ON_TWO], correction=EXACT))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +173,7 @@ def on_two(folder: Path) -> dict:
     return run_ranks(_aged_on_two, 2, 120, str(folder))[0]
 
 
-@pytest.mark.parametrize("case", [*AGED, "two ranks, gathers overlapped"])
+@pytest.mark.parametrize("case", CASES)
 def test_each_token_is_scored_with_the_weights_that_sampled_it(scored: dict, on_two: dict, case: str) -> None:
     """And the model has its own weights again, bit for bit."""
     found = scored[case] if case in AGED else on_two
@@ -168,6 +196,18 @@ def test_each_token_is_scored_with_the_weights_that_sampled_it(scored: dict, on_
     if case != "one model":
         now_MT = found["logp"][-1].gather(-1, scores.batch.labels_MT[..., None])[..., 0]
         torch.testing.assert_close(scores.actor_logp_MT[mask_MT], now_MT[mask_MT])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plan_counts_the_hidden_states_that_scoring_keeps(
+    scored: dict, on_two: dict, folder: Path, case: str
+) -> None:
+    found = scored[case] if case in AGED else on_two
+    layout = replace(CASES[case], correction=EXACT)
+    planned = make_plan(_aged_config(folder, layout), layout.dp)
+    # The packer's own number of micro-batches: `plan` cannot know how well sequences fill them.
+    planned = replace(planned, microbatches=len(found["scores"].batch.mask_MT))
+    assert found["held"] == planned.kept_bytes > 0
 
 
 def test_rollouts_run_ahead_with_q_from_scores_alone(scored: dict) -> None:

@@ -16,7 +16,7 @@ from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.plan.formulas import GIB, activation_elements, forward_flops, make_plan, num_params
 from megatron_jackpot.plan.seconds import Assumptions, shared_seconds
-from megatron_jackpot.plan.tables import memory_troubles
+from megatron_jackpot.plan.tables import memory_troubles, turns_advice
 from megatron_jackpot.sync.stream import export
 from tests.loading import load_models
 from tests.parallel.spawn import run_ranks
@@ -188,6 +188,14 @@ def test_bytes_of_a_weight_update_are_those_of_the_export(tmp_path, mesh) -> Non
     assert sum(t.nbytes for t in export(model).values()) == make_plan(config, 1).synced
 
 
+def test_taking_turns_is_advised_against_where_gpus_would_wait(tmp_path) -> None:
+    def advised(**sections: dict) -> bool:
+        return turns_advice(config_for(tmp_path, POLICY, ACTOR, **sections)) is not None
+
+    assert advised() and not advised(rollout=dict(ahead=1))
+    assert not advised(cluster=dict(gpus_per_node=0)) and not advised(servers=dict(release_memory=True))
+
+
 def test_q_from_scores_takes_a_pass_for_each_step_ahead_and_memory_for_each_push(tmp_path) -> None:
     asked, older = dict(ahead=2, max_staleness=2), dict(ahead=2, max_staleness=2, top_k_logp=0)
     plain, own = (make_plan(config_for(tmp_path, POLICY, ACTOR, rollout=each), 1) for each in (asked, older))
@@ -246,6 +254,15 @@ def test_a_model_that_does_not_fit_is_said_with_the_arithmetic(tmp_path) -> None
     (trouble,) = memory_troubles(plan)
     assert f"needs {plan.trainer_bytes / GIB:.1f} GiB" in trouble and "80 - 4 reserve = 76" in trouble
     assert memory_troubles(make_plan(config, 16)) == []
+    # Two versions' hidden states of all tokens, and the policy's, for Z over the whole vocabulary.
+    ahead = dict(ahead=1, max_new_tokens=8000, top_k_logp=0)
+    exact = dict(correction=dict(name="jackpot", z="exact"))
+    sections = dict(precision=dict(dtype="bfloat16"), cluster=cluster, rollout=ahead, algorithm=exact)
+    plan = make_plan(config_for(tmp_path, QWEN3_8B, QWEN3_17B, packing=dict(tokens=9216), **sections), 1)
+    rows = plan.microbatches * 9216 + 151936
+    assert plan.kept_bytes == rows * (2 * 2048 + 4096) * 2
+    (trouble,) = memory_troubles(plan)
+    assert f"{plan.kept_bytes / GIB:.1f} hidden states kept for scores + " in trouble
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_a_bucket_that_was_written_over_while_it_was_sent_is_found_without_check
 def test_an_error_while_paused_aborts_and_resumes_the_servers():
     with FakeServer() as server:
         with pytest.raises(ZeroDivisionError):
-            with paused(ServerAdmin([server.url]), "retract"):
+            with paused(ServerAdmin([server.url])):
                 raise ZeroDivisionError
         paths = [path for path, _ in server.requests]
     assert paths == ["/pause_generation", "/abort_request", "/continue_generation"]

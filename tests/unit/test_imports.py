@@ -61,7 +61,7 @@ FOREIGN: dict[str, set[str]] = {
     "config": {"pydantic", "yaml"},
     "parallel": {"torch", "triton"},
     "run": {"yaml"},
-    "servers": {"aiohttp", "numpy"},
+    "servers": {"aiohttp", "numpy", "pydantic_core"},
     "plan": {"rich"},
     "launch": {"psutil", "yaml"},
     "cli": set(),
