@@ -1,7 +1,8 @@
-"""Rollouts -> packed micro-batches of one fixed length, balanced by length over data-parallel ranks.
+"""Rollouts -> packed micro-batches of one length, balanced by length over data-parallel ranks.
 
-Every rank gets the same number of micro-batches; what a rank lacks is padding that trains nothing but still
-runs, because every rank must enter the same collectives.
+`packing.tokens` says how many micro-batches a step has; they are then filled evenly, and are as long as the
+fullest needs. Every rank gets the same number of them; what a rank lacks is padding that trains nothing but
+still runs, because every rank must enter the same collectives.
 """
 
 import heapq
@@ -21,7 +22,12 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Batch, Rollout
 
 SHORTEST_PADDING = 64
-"""Padding sequences are at least this long, so that an empty micro-batch does not hold thousands of them."""
+"""Of an empty micro-batch, so that it does not hold thousands of sequences."""
+FINEST = 64
+"""Lengths of micro-batches are multiples of this part of `packing.tokens`: few, since a GPU's attention plans
+anew for each."""
+EVEN_TRIES = 8
+"""Rooms that are tried on the way from the mean to `packing.tokens`."""
 NOBODY = np.array([[-1, -1, 0, 0]], np.int64)
 """A pruned rollout that is none."""
 
@@ -55,8 +61,8 @@ class Packer:
         """`groups` are the DP leader's prompts in order, each a list of rollouts; None on other ranks.
         `pruned` are those of the same prompts that only count in N.
 
-        The batch lies on the mesh's device. Collectives: exchange between leaders over dp, one max over dp,
-        broadcast over tp x pp.
+        The batch lies on the mesh's device. Collectives: exchange between leaders over dp, two maxima over
+        dp, broadcast over tp x pp.
         """
         columns = None
         if self.mesh.is_leader:
@@ -76,20 +82,45 @@ class Packer:
         self, minis: list[list[Rollout]], pruned: list[list[Rollout]], top_k: int
     ) -> dict[str, Tensor]:
         capacity = self.tokens if self.enabled else 0
-        bins = [fill([r.num_tokens for r in mini], capacity, self.window) for mini in minis]
-        count = torch.tensor(max(1, *(len(b) for b in bins)) if len(bins) > 1 else max(1, len(bins[0])))
-        count = count.to(self.mesh.device)
-        if self.mesh.dp > 1:
-            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
-        num_rows = math.ceil(int(count) / self.microbatch_multiple) * self.microbatch_multiple
+        lengths = [[r.num_tokens for r in mini] for mini in minis]
+        bins = [fill(each, capacity, self.window) for each in lengths]
+        num_rows = self._largest(max(1, *map(len, bins)) if len(bins) > 1 else max(1, len(bins[0])))
+        num_rows = math.ceil(num_rows / self.microbatch_multiple) * self.microbatch_multiple
+        if self.enabled:
+            bins = [self._even_bins(each, num_rows) for each in lengths]
+        width = self._width(lengths, bins)
         rows = []
         for mini, mini_bins, left_out in zip(minis, bins, pruned, strict=True):
             segment, first = 0, len(rows)
             for content in mini_bins + [[]] * (num_rows - len(mini_bins)):
-                rows.append(pack_row([mini[i] for i in content], self.tokens, top_k, first_segment=segment))
+                rows.append(pack_row([mini[i] for i in content], width, top_k, first_segment=segment))
                 segment += len(content)
             rows[first] |= pruned_columns(left_out)
         return stack_rows(rows)
+
+    def _largest(self, number: int) -> int:
+        """Over the leaders."""
+        if self.mesh.dp == 1:
+            return number
+        largest = torch.tensor(number, device=self.mesh.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
+        return int(largest)
+
+    def _width(self, lengths: list[list[int]], bins: list[list[list[int]]]) -> int:
+        """Tokens of every micro-batch of the step: `tokens`, or what the fullest one on any rank needs."""
+        pairs = zip(lengths, bins, strict=True)
+        filled = [sum(each[i] for i in content) for each, own in pairs for content in own]
+        unit = padded(math.ceil(self.tokens / FINEST), self.mesh.tp)
+        return min(self.tokens, max(1, math.ceil(self._largest(max(filled, default=0)) / unit)) * unit)
+
+    def _even_bins(self, lengths: list[int], rows: int) -> list[list[int]]:
+        """At most `rows` bins of about the same room, those of `tokens` where less does not do."""
+        least = max([math.ceil(sum(lengths) / rows), *lengths])
+        for part in range(EVEN_TRIES):
+            bins = fill(lengths, least + (self.tokens - least) * part // EVEN_TRIES, self.window)
+            if len(bins) <= rows:
+                return bins
+        return fill(lengths, self.tokens, self.window)
 
 
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -193,7 +224,7 @@ def pack_row(
         _write(row, rollout, starts[-1], first_segment + index)
         starts.append(starts[-1] + rollout.num_tokens)
     # Padding is cut like the real sequences: one long tail would dominate attention's cost.
-    piece = max([SHORTEST_PADDING, *(r.num_tokens for r in rollouts)])
+    piece = max((r.num_tokens for r in rollouts), default=SHORTEST_PADDING)
     while starts[-1] < tokens:
         stop = min(starts[-1] + piece, tokens)
         row["position_MT"][starts[-1] : stop] = np.arange(stop - starts[-1])
