@@ -138,7 +138,9 @@ def fields_of(method: type) -> tuple[Field[Any], ...]:
 def shown() -> str:
     """Of the exception that is being handled what it says, and where in the user's own files: the way there
     through Python's imports and this package is left out."""
-    error = traceback.TracebackException(*sys.exc_info())
+    handled = sys.exception()
+    assert handled is not None, "asked for where an exception is handled"
+    error = traceback.TracebackException.from_exception(handled)
     passed = ("<frozen importlib", importlib.__file__, f"{Path(__file__).parents[1]}/")
     own = [one for one in error.stack if not one.filename.startswith(passed)]
     lines = [*traceback.StackSummary.from_list(own).format(), *error.format_exception_only()]
