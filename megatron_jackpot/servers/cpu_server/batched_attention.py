@@ -9,8 +9,6 @@ Shapes: N tokens, those of all sequences one after another; B sequences, Q queri
 of D dimensions, of keys fewer heads. A slot is a row of the cache of keys or values.
 """
 
-from typing import Any
-
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -39,7 +37,7 @@ class BatchedAttention(TorchNativeAttnBackend):
         rows_B: Tensor,
         lengths_B: Tensor,
         encoder_lens: Tensor | None = None,
-        **how: Any,
+        **how: object,
     ) -> Tensor:
         held = (keys, values, slots, rows_B, lengths_B)
         if encoder_lens is not None or is_rare(query_NHD, keys, **how):
@@ -58,7 +56,7 @@ class BatchedAttention(TorchNativeAttnBackend):
         before_B: Tensor,
         queries_B: Tensor,
         encoder_lens: Tensor | None = None,
-        **how: Any,
+        **how: object,
     ) -> Tensor:
         held = (keys, values, slots, rows_B, lengths_B)
         if encoder_lens is not None or not how["causal"] or is_rare(query_NHD, keys, **how):
@@ -68,7 +66,7 @@ class BatchedAttention(TorchNativeAttnBackend):
 
 
 def is_rare(
-    query: Tensor, keys: Tensor, *, is_cross_attn: bool, sliding_window_size: int | None, **_: Any
+    query: Tensor, keys: Tensor, *, is_cross_attn: bool, sliding_window_size: int | None, **_: object
 ) -> bool:
     return is_cross_attn or sliding_window_size is not None or query.dtype != keys.dtype
 
@@ -85,7 +83,7 @@ def attend(
     *,
     scaling: float | None,
     enable_gqa: bool,
-    **_: Any,
+    **_: object,
 ) -> Tensor:
     """Each sequence's last `queries` tokens over all of its `lengths` tokens, as a decoder: into the output.
 

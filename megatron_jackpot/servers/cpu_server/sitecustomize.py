@@ -5,7 +5,6 @@ servers alone.
 """
 
 import multiprocessing
-from typing import Any
 
 import torchvision_operators  # noqa: F401
 
@@ -16,7 +15,7 @@ def fork_in_place_of_spawn() -> None:
     the same imports twice more were two thirds of the processor time of a start."""
     choose = multiprocessing.set_start_method
 
-    def set_start_method(method: str, **options: Any) -> None:
+    def set_start_method(method: str, **options: object) -> None:
         choose("fork" if method == "spawn" else method, **options)
 
     multiprocessing.set_start_method = set_start_method
