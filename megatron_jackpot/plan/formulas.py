@@ -161,7 +161,7 @@ class Plan:
         """Last hidden states of a step's micro-batches that scoring holds at once for q, and for each of
         these passes a copy of the output weight; on the last pipeline stage."""
         p, config = self.config.parallel, self.config
-        rows = self.microbatches * config.algorithm.num_minibatches * config.packing.tokens
+        rows = self.microbatches * config.algorithm.num_minibatches * config.packing.size
         weight = padded_vocab_size([m.shape.vocab_size for m in self.models], p.tp) // p.tp
         wide = sum(count * m.shape.hidden_size for m, count in self._kept_passes())
         return (rows + weight) * wide * BYTES[config.precision.dtype]
