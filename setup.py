@@ -28,6 +28,7 @@ setup(
     package_data={
         "megatron_jackpot.launch.jobs": ["*.sbatch", "*.sh"],
         "megatron_jackpot.monitor.report.assets": ["*"],
+        "megatron_jackpot.servers.cpu_server": ["*.dist-info/*"],
     },
     entry_points={"console_scripts": ["megatron-jackpot = megatron_jackpot.cli:main"]},
     install_requires=[

@@ -1,11 +1,15 @@
 """Where a step's time goes, and what Jackpot adds to a step without correction, on the same batches in one
-run; or what a run of one model, or one with a frozen reference, takes beside the joint one.
+run; or what a run of one model, or one with a frozen reference, takes beside the joint one; or what learning
+takes by tokens per micro-batch, a push by what is proved of it.
 
-    python benchmarks/step.py MODELS_FOLDER [key=value ...] [--steps 8] [--one-model | --reference]
+    python benchmarks/step.py MODELS_FOLDER [key=value ...] [--steps 8]
+        [--one-model | --reference | --tokens N N ... | --checksums N N ...]
 
 MODELS_FOLDER holds policy/ and actor/ (examples/quickstart/shipped.py prints one). Starts one SGLang server,
 collects each batch once and lets both corrections learn from it, in alternating order; prints medians over
-the batches. With --one-model it starts a server for each of two runs, with the actor and without one
+the batches. With --tokens each batch is packed and learned with each number of packing.tokens in turn. With
+--checksums weights are pushed with each number of sync.checksums_every in turn, and a push's requests are
+listed. With --one-model it starts a server for each of two runs, with the actor and without one
 (rollout.model=policy, actor=null), which take turns step by step; prints seconds, tokens and bytes held.
 With --reference the second run has the policy at the start as its reference.
 """
@@ -14,18 +18,23 @@ import argparse
 import contextlib
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from megatron_jackpot.algorithm.corrections import make_correction
 from megatron_jackpot.config import load_config
+from megatron_jackpot.data.bins import padded
 from megatron_jackpot.launch.local import start_model_servers
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.parallel.context import Mesh
+from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.process import stop_servers
+from megatron_jackpot.sync.proof import Proof
 from megatron_jackpot.train.assembly import assemble
 
 PHASES = ("rollout", "score", "correct", "update_policy", "update_actor", "sync")
@@ -93,6 +102,83 @@ def report(seconds: dict[str, dict[str, list[float]]], tokens: list[float]) -> N
     }
     ratio = statistics.median(a / b for a, b in zip(learn["jackpot"], learn["none"], strict=True))
     console.print(f"the same without rollout and sync: {ratio:.3f}")
+
+
+def by_tokens(trainer, steps: int, choices: list[int]) -> None:
+    """Medians of what each batch takes with micro-batches of so many tokens."""
+    seconds: dict[int, list[float]] = {tokens: [] for tokens in choices}
+    counts: dict[int, list[float]] = {tokens: [] for tokens in choices}
+    for step in range(steps + 1):
+        trained = trainer.curate(trainer.collect())
+        trainer.push()
+        for tokens in choices if step % 2 else choices[::-1]:
+            trainer.packer.tokens = padded(tokens, trainer.mesh.tp)
+            began = time.perf_counter()
+            batch = trainer.packed(trained)
+            trainer.learn(batch, trainer.measurements())
+            if step:
+                seconds[tokens].append(time.perf_counter() - began)
+                counts[tokens].append(batch.num_microbatches)
+    table = Table(title=f"pack, score, correct, update: median over {steps} batches")
+    for column in ("packing.tokens", "micro-batches", "seconds"):
+        table.add_column(column, justify="right")
+    for tokens in choices:
+        median = statistics.median(seconds[tokens])
+        table.add_row(f"{tokens}", f"{statistics.median(counts[tokens]):g}", f"{median:.3f}")
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def requests_timed() -> Iterator[dict[str, list[float]]]:
+    """Seconds of each request to the servers' control, by path."""
+    found: dict[str, list[float]] = {}
+    ask = ServerAdmin._all
+
+    async def timed(self, method: str, path: str, *given, **more):
+        began = time.perf_counter()
+        try:
+            return await ask(self, method, path, *given, **more)
+        finally:
+            found.setdefault(path, []).append(time.perf_counter() - began)
+
+    ServerAdmin._all = timed
+    try:
+        yield found
+    finally:
+        ServerAdmin._all = ask
+
+
+def by_checksums(trainer, pushes: int, choices: list[int]) -> None:
+    """Medians of a push with each number of pushes between checksums, and of its requests."""
+    moved = next(iter(trainer.state.served.chunks[0].parameters()))
+    admin, folder = trainer.sync.admin, trainer.sync.hf_folder
+    proofs = {every: Proof(admin, folder, checksums_every=every) for every in choices}
+    table = Table(title=f"{pushes} pushes each, ms")
+    for column in ("sync.checksums_every", "push", "mean", "requests"):
+        table.add_column(column, justify="left" if column == "requests" else "right")
+    seconds: dict[int, list[float]] = {every: [] for every in choices}
+    asked: dict[int, dict[str, list[float]]] = {every: {} for every in choices}
+    for number in range(pushes + 2):
+        for every, proof in proofs.items():
+            trainer.sync.proof = proof
+            trainer.state.num_steps += 1
+            with torch.no_grad():
+                moved.mul_(1.001)
+            with requests_timed() as found:
+                began = time.perf_counter()
+                trainer.push()
+                total = time.perf_counter() - began
+            # The first two of a start always ask for checksums.
+            if number >= 2:
+                seconds[every].append(total)
+                for path, times in found.items():
+                    asked[every].setdefault(path, []).extend(times)
+    for every in choices:
+        mine = asked[every].items()
+        parts = [f"{path[1:]} {statistics.median(t) * 1e3:.1f} x {len(t) / pushes:.2g}" for path, t in mine]
+        both = (statistics.median(seconds[every]), statistics.mean(seconds[every]))
+        table.add_row(f"{every}", *(f"{value * 1e3:.1f}" for value in both), "\n".join(parts))
+    Console().print(table)
 
 
 def held_bytes(models) -> dict[str, float]:
@@ -175,8 +261,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--one-model", dest="beside", action="store_const", const="one model")
+    kinds.add_argument("--tokens", type=int, nargs="+", help="numbers of packing.tokens to compare")
+    kinds.add_argument("--checksums", type=int, nargs="+", help="numbers of sync.checksums_every to compare")
     kinds.add_argument("--reference", dest="beside", action="store_const", const="reference")
-    parser.add_argument("--steps", type=int, default=8, help="batches measured")
+    parser.add_argument("--steps", type=int, default=8, help="batches, or pushes, measured")
     args = parser.parse_args()
     overrides = [f"policy.hf={args.models}/policy", f"actor.hf={args.models}/actor", *args.overrides]
     config = load_config(RUN, overrides)
@@ -190,6 +278,10 @@ def main() -> None:
             runs = {"joint": (), args.beside: RUNS[args.beside]}
             trainers = {name: made(name.replace(" ", "-"), changes) for name, changes in runs.items()}
             report_beside(trainers, beside(trainers, args.steps), args.steps)
+        elif args.tokens is not None:
+            by_tokens(made("run"), args.steps, args.tokens)
+        elif args.checksums is not None:
+            by_checksums(made("run"), args.steps, args.checksums)
         else:
             report(*measure(made("run"), args.steps))
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_jackpot import __version__
 from megatron_jackpot.config import Config, ConfigError, examine_config, placed
+from megatron_jackpot.launch.folder import REFUSED
+from megatron_jackpot.monitor.messages import let_go_of_output
 from megatron_jackpot.run.interrupt import ending_when_asked, forget_stop
 
 EXIT_FAILED = 1
@@ -33,9 +35,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "plan": {
         "--gpus": dict(type=int, help="training GPUs; default those of the cluster section"),
-        "--gpu-memory": dict(
-            type=float, metavar="GIB", help="memory of a GPU; default cluster.gpu_memory_gib"
-        ),
+        "--gpu-memory": dict(type=float, metavar="GIB", help="of a GPU; default cluster.gpu_memory_gib"),
         "--mean-tokens": dict(type=float, help="prompt and response on average; default the longest"),
         "--acceptance": dict(type=float, default=0.75, help="share of tokens kept; default 0.75"),
         "--tflops": dict(type=float, default=400.0, help="achieved per GPU; default 400"),
@@ -50,8 +50,6 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--beta": dict(type=float, default=0.5, help="of V* = beta log mean exp(r / beta); default 0.5"),
     },
 }
-
-
 HELP = "everything, or what one key or section takes: --help rollout, --help algorithm.correction"
 
 
@@ -80,12 +78,16 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     began = time.monotonic()
-    args = parse(sys.argv[1:] if argv is None else argv)
     try:
+        args = parse(sys.argv[1:] if argv is None else argv)
         return _run(args, began)
     except KeyboardInterrupt:
         print("megatron-jackpot: interrupted; nothing was started", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    finally:
+        let_go_of_output()
 
 
 def _run(args: argparse.Namespace, began: float) -> int:
@@ -157,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = {
         "train": "Run one rank of a training job; started by torchrun.",
-        "launch": "Run a whole job on this machine: SGLang servers, then torchrun; or submit it to Slurm.",
+        "launch": "Run a whole job on this machine: SGLang servers and torchrun; or submit it to Slurm.",
         "plan": "Memory, traffic and FLOPs of a run, by arithmetic: docs/planning.md.",
         "values": "V* of every training prompt, from SGLang servers of the reference: docs/objectives.md.",
         "serve": "This node's SGLang servers in a Slurm job; started by launch/jobs/common.sh.",
@@ -226,7 +228,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 def refuse(mistakes: Iterable[str]) -> int:
     for line in mistakes:
-        print(f"megatron-jackpot: {line}", file=sys.stderr)
+        print(f"{REFUSED}{line}", file=sys.stderr)
     return EXIT_REFUSED
 
 
@@ -236,7 +238,7 @@ def _doctor(config: Config | None, mistakes: list[str], args: argparse.Namespace
 
     code = refuse(mistakes) if mistakes else 0
     server_python = args.server_python or (config and config.servers.python)
-    return doctor(server_python) or code
+    return doctor(server_python, args.config if config is not None and not mistakes else None) or code
 
 
 def _train(config: Config | None, mistakes: list[str], args: argparse.Namespace) -> int:
@@ -317,10 +319,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     _hush()
     from megatron_jackpot.monitor.console import print_evaluations
     from megatron_jackpot.train.evaluand import evaluand, settings
-    from megatron_jackpot.train.evaluate import evaluate
 
     def ask() -> None:
         it = evaluand(args.what, args.model, args.run)
+        from megatron_jackpot.train.evaluate import evaluate  # It takes a while: not before a wrong name.
+
         print_evaluations(evaluate(it, settings(it, args.data, args.overrides)))
 
     return _with_servers(ask, "nothing was written")
@@ -373,8 +376,9 @@ def _hush() -> None:
 def _plan(config: Config, args: argparse.Namespace) -> int:
     _hush()
     from megatron_jackpot.config.placement import expected_processes
+    from megatron_jackpot.plan.seconds import Assumptions
     from megatron_jackpot.plan.splits import Measured, show_timeline
-    from megatron_jackpot.plan.tables import Assumptions, memory_troubles, show_plan
+    from megatron_jackpot.plan.tables import memory_troubles, show_plan
 
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
     try:

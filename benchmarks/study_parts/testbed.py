@@ -21,7 +21,7 @@ from megatron_jackpot.data.prompts import heldout_prompts, training_prompts
 from megatron_jackpot.data.tokenizer import load_tokenizer
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Prompt, Rollout
-from megatron_jackpot.rollout.collect import NOTHING_BEGUN, Keep, More, Sums, rollouts_of
+from megatron_jackpot.rollout.collect import NOTHING_BEGUN, Keep, Losses, More, Sums, rollouts_of
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.protocol import Completion
 from megatron_jackpot.sync.proof import SyncReport
@@ -75,6 +75,7 @@ class LocalServer:
         keep: Keep = lambda group: None,
         more: More | None = None,
         begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
+        losses: Losses | None = None,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Whole groups, in the order of `prompts`, all that are in a round at once; it is over too soon to be
         stopped."""

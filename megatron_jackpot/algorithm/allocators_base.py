@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, TypedDict
 
 Observed = Sequence[tuple[int, int, int]]
-"""(prompt id, correct, rollouts) of each of a step's prompts, in the loader's order over all leaders."""
+"""(prompt id, correct, rollouts) of the first round of each of a step's groups over all leaders: the loader's
+prompts in its order, then those that were fetched in the order in which they were."""
 
 
 class MemoryState(TypedDict):

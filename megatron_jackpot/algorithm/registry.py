@@ -5,10 +5,12 @@ A name stands in a registry, or is `package.module:Class`: a class of the user's
 
 import difflib
 import importlib
+import sys
 import traceback
 import types
 from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 M = TypeVar("M")
@@ -117,9 +119,9 @@ def load(path: str, where: str) -> object:
     except ModuleNotFoundError as error:
         if f"{module_name}.".startswith(f"{error.name}."):
             raise ValueError(f"{where} = '{path}': {error}. Put its folder on PYTHONPATH.") from error
-        raise ValueError(f"{where} = '{path}' cannot be imported.\n{shown()}") from error
+        raise ValueError(f"{where} = '{path}' cannot be imported. Mend it there:\n{shown()}") from error
     except Exception as error:
-        raise ValueError(f"{where} = '{path}' cannot be imported.\n{shown()}") from error
+        raise ValueError(f"{where} = '{path}' cannot be imported. Mend it there:\n{shown()}") from error
     if not hasattr(module, attribute):
         public = [name for name in vars(module) if not name.startswith("_")]
         raise ValueError(
@@ -134,8 +136,15 @@ def fields_of(method: type) -> tuple[Field[Any], ...]:
 
 
 def shown() -> str:
-    """The end of the traceback of the exception that is being handled."""
-    return traceback.format_exc()[-SHOWN:]
+    """Of the exception that is being handled what it says, and where in the user's own files: the way there
+    through Python's imports and this package is left out."""
+    handled = sys.exception()
+    assert handled is not None, "asked for where an exception is handled"
+    error = traceback.TracebackException.from_exception(handled)
+    passed = ("<frozen importlib", importlib.__file__, f"{Path(__file__).parents[1]}/")
+    own = [one for one in error.stack if not one.filename.startswith(passed)]
+    lines = [*traceback.StackSummary.from_list(own).format(), *error.format_exception_only()]
+    return "".join(lines)[-SHOWN:]
 
 
 def _checked(found: object, name: str, where: str, base: type[M]) -> type[M]:

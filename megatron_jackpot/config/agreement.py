@@ -99,6 +99,13 @@ def _urls(c: "Config") -> Iterator[str]:
 
 
 def _packing(c: "Config") -> Iterator[str]:
+    if c.packing.tokens == "auto":
+        if c.servers.release_memory:
+            yield (
+                "packing.tokens = auto counts a GPU's memory as the trainer's own, but "
+                "servers.release_memory = true. Set packing.tokens to a number."
+            )
+        return
     for section, limit in new_tokens(c).items():
         longest = c.data.max_prompt_tokens + limit
         if longest > c.packing.tokens:
@@ -350,8 +357,9 @@ AGREEMENT: tuple[Check["Config"], ...] = (
     ),
     Check(
         "packing.tokens",
-        "holds the longest prompt with the longest response, of rollouts and of evaluation",
-        "raise it, or lower data.max_prompt_tokens or max_new_tokens",
+        "holds the longest prompt with the longest response, of rollouts and of evaluation; auto goes "
+        "without servers.release_memory",
+        "raise it, or lower data.max_prompt_tokens or max_new_tokens; set a number",
         _packing,
     ),
     Check(

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_jackpot.config.base import Method, Section
 
@@ -87,5 +87,19 @@ class Packing(Section):
     window: int | None = Field(default=None, ge=1)
     """Dense Prompt Packing: a micro-batch is filled from so many waiting sequences, the longest that fits
     first; null looks at all of them, first fit decreasing. Without packing there is nothing to fill."""
-    tokens: int = Field(default=8192, ge=16)
-    """Tokens per micro-batch."""
+    tokens: int | Literal["auto"] = 8192
+    """Tokens per micro-batch, 16 or more; auto takes what fits the GPU and makes the predicted step shortest,
+    and on a resume what the checkpoint was made with: docs/planning.md."""
+
+    @property
+    def size(self) -> int:
+        """`tokens`, where it is a number by now."""
+        assert self.tokens != "auto", "whoever packs is given a number: plan/microbatch.py"
+        return self.tokens
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _auto_or_enough(cls, value: object) -> object:
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 16):
+            raise ValueError(f"packing.tokens = {value!r}: must be a number >= 16, or auto. Set it to auto.")
+        return value

@@ -100,6 +100,8 @@ def _explain(item: Any) -> list[str]:
     if known is None:
         return [f"{where} = {item['input']!r}: must be a section. Put its keys below it."]
     remedy = "Set one that is" if defaults[known] == "required" else f"Its default is {defaults[known]}"
+    if item["type"] == "string_type" and isinstance(item["input"], dict | list):
+        remedy = "Braces and brackets make no text in YAML: put it in quotes"
     return [f"{where} = {item['input']!r}: {item['msg']}. {remedy}; `launch --help {known}` says what it is."]
 
 

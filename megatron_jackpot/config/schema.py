@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ValidationInfo, model_validator
 
-from megatron_jackpot.config.agreement import AGREEMENT
+from megatron_jackpot.config.agreement import AGREEMENT, new_tokens
 from megatron_jackpot.config.algorithm import Algorithm, Packing
 from megatron_jackpot.config.base import Method, Section, section_of
 from megatron_jackpot.config.cluster import Cluster
@@ -70,6 +70,11 @@ class Config(Section):
     def server_dtype(self) -> Literal["float32", "bfloat16"]:
         """dtype of the servers' weights."""
         return self.servers.dtype or self.precision.dtype
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with the longest response, of rollouts and of evaluation."""
+        return self.data.max_prompt_tokens + max(new_tokens(self).values())
 
     @property
     def num_candidates(self) -> int:

@@ -41,6 +41,9 @@ class Servers(Section):
     `urls`."""
     max_total_tokens: int | None = Field(default=None, ge=1)
     """KV-cache size in tokens; null lets SGLang decide."""
+    prefix_cache: bool = True
+    """Servers keep the keys and values of a prompt for all its samples. false, for short prompts: `launch`
+    starts them without, and of `urls` it says that they were started so."""
     extra_args: tuple[str, ...] = ()
     """More sglang.launch_server arguments, passed on as they are."""
 
@@ -91,6 +94,9 @@ class Sync(Section):
     the new weights, or the push waits for them to end."""
     timeout_s: float = Field(default=120, gt=0)
     """Time limit of one update."""
+    checksums_every: int = Field(default=1, ge=1)
+    """Of every so many pushes one asks the servers for checksums of all their weights; the first two from the
+    start and from a fault on always do: docs/survival.md."""
     probe_every: int = Field(default=50, ge=1)
     """Steps between comparisons of server and trainer log-probs."""
     probe_prompts: int = Field(default=4, ge=1)

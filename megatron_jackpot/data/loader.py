@@ -1,9 +1,9 @@
 """The order of prompts: one seeded permutation per epoch, shared among the data-parallel leaders."""
 
 import hashlib
+import heapq
 from collections import deque
-from collections.abc import Collection
-from itertools import islice
+from collections.abc import Callable, Collection
 from typing import Any
 
 from megatron_jackpot.records import Prompt
@@ -78,11 +78,12 @@ class PromptLoader:
     def further(self, step: int, round: int, number: int, without: Collection[int]) -> list[Prompt]:
         """Prompts beside those of a step, in an order of their own, of (seed, step, round): no place moves.
 
-        `without` are ids that are asked for already. Fewer where there are no more.
+        `without` are ids that are asked for already. Fewer where there are no more. It reads what never
+        changes, so that another thread may call it.
         """
-        order = epoch_order(self.ids, self.seed, f"{step}/further/{round}")
-        free = (self.prompts[i] for i in order if self.ids[i] not in without)
-        return list(islice(free, number))
+        free = (i for i, name in enumerate(self.ids) if name not in without)
+        key = epoch_key(self.ids, self.seed, f"{step}/further/{round}")
+        return [self.prompts[i] for i in heapq.nsmallest(number, free, key=key)]
 
     def taken(self) -> None:
         """The oldest step that was given out is trained on now, and not to be given out again."""
@@ -145,13 +146,14 @@ class PromptLoader:
 
 
 def epoch_order(ids: list[int], seed: int, epoch: int | str) -> list[int]:
-    """Indices into `ids`, sorted by a hash of (seed, epoch, id): the same on every machine and version.
-    `epoch` is any name of an order."""
+    """Indices into `ids`, sorted by `epoch_key`."""
+    return sorted(range(len(ids)), key=epoch_key(ids, seed, epoch))
 
-    def key(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{epoch}/{ids[index]}".encode(), digest_size=16).digest()
 
-    return sorted(range(len(ids)), key=key)
+def epoch_key(ids: list[int], seed: int, epoch: int | str) -> Callable[[int], bytes]:
+    """Of an index into `ids`: a hash of (seed, epoch, id), the same on every machine and version. `epoch` is
+    any name of an order."""
+    return lambda i: hashlib.blake2b(f"{seed}/{epoch}/{ids[i]}".encode(), digest_size=16).digest()
 
 
 def prompt_digest(prompt: Prompt) -> str:

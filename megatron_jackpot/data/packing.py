@@ -1,14 +1,15 @@
-"""Rollouts -> packed micro-batches of one fixed length, balanced by length over data-parallel ranks.
+"""Rollouts -> packed micro-batches of one length, balanced by length over data-parallel ranks.
 
-Every rank gets the same number of micro-batches; what a rank lacks is padding that trains nothing but still
-runs, because every rank must enter the same collectives.
+`packing.tokens` says how many micro-batches a step has; they are then filled evenly, and are as long as the
+fullest needs. Every rank gets the same number of them; what a rank lacks is padding that trains nothing but
+still runs, because every rank must enter the same collectives.
 """
 
 import heapq
 import math
 import pickle
 from collections.abc import Mapping, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,11 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_jackpot.data.bins import fill, padded
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Batch, Rollout
 
 SHORTEST_PADDING = 64
-"""Padding sequences are at least this long, so that an empty micro-batch does not hold thousands of them."""
+"""Of an empty micro-batch, so that it does not hold thousands of sequences."""
+FINEST = 64
+"""Lengths of micro-batches are multiples of this part of `packing.tokens`: few, since a GPU's attention plans
+anew for each."""
+EVEN_TRIES = 8
+"""Rooms that are tried on the way from the mean to `packing.tokens`."""
 NOBODY = np.array([[-1, -1, 0, 0]], np.int64)
 """A pruned rollout that is none."""
 
@@ -38,10 +45,9 @@ class Packer:
         vpp: int | None,
         window: int | None = None,
     ) -> None:
-        """`window` asks for `fill_from_window` in the place of `fill_bins`."""
+        """`window` is that of `data.bins.fill`."""
         self.mesh, self.window = mesh, window
-        multiple = math.lcm(16, mesh.tp)
-        self.tokens = math.ceil(tokens / multiple) * multiple
+        self.tokens = padded(tokens, mesh.tp)
         self.enabled = enabled
         self.num_minibatches = num_minibatches
         self.microbatch_multiple = mesh.pp if vpp is not None else 1
@@ -55,8 +61,8 @@ class Packer:
         """`groups` are the DP leader's prompts in order, each a list of rollouts; None on other ranks.
         `pruned` are those of the same prompts that only count in N.
 
-        The batch lies on the mesh's device. Collectives: exchange between leaders over dp, one max over dp,
-        broadcast over tp x pp.
+        The batch lies on the mesh's device. Collectives: exchange between leaders over dp, two maxima over
+        dp, broadcast over tp x pp.
         """
         columns = None
         if self.mesh.is_leader:
@@ -76,25 +82,45 @@ class Packer:
         self, minis: list[list[Rollout]], pruned: list[list[Rollout]], top_k: int
     ) -> dict[str, Tensor]:
         capacity = self.tokens if self.enabled else 0
-        bins = [self._bins([r.num_tokens for r in mini], capacity) for mini in minis]
-        count = torch.tensor(max(1, *(len(b) for b in bins)) if len(bins) > 1 else max(1, len(bins[0])))
-        count = count.to(self.mesh.device)
-        if self.mesh.dp > 1:
-            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
-        num_rows = math.ceil(int(count) / self.microbatch_multiple) * self.microbatch_multiple
+        lengths = [[r.num_tokens for r in mini] for mini in minis]
+        bins = [fill(each, capacity, self.window) for each in lengths]
+        num_rows = self._largest(max(1, *map(len, bins)) if len(bins) > 1 else max(1, len(bins[0])))
+        num_rows = math.ceil(num_rows / self.microbatch_multiple) * self.microbatch_multiple
+        if self.enabled:
+            bins = [self._even_bins(each, num_rows) for each in lengths]
+        width = self._width(lengths, bins)
         rows = []
         for mini, mini_bins, left_out in zip(minis, bins, pruned, strict=True):
             segment, first = 0, len(rows)
             for content in mini_bins + [[]] * (num_rows - len(mini_bins)):
-                rows.append(pack_row([mini[i] for i in content], self.tokens, top_k, first_segment=segment))
+                rows.append(pack_row([mini[i] for i in content], width, top_k, first_segment=segment))
                 segment += len(content)
             rows[first] |= pruned_columns(left_out)
         return stack_rows(rows)
 
-    def _bins(self, lengths: list[int], capacity: int) -> list[list[int]]:
-        if self.window is None:
-            return fill_bins(lengths, capacity)
-        return fill_from_window(lengths, capacity, self.window)
+    def _largest(self, number: int) -> int:
+        """Over the leaders."""
+        if self.mesh.dp == 1:
+            return number
+        largest = torch.tensor(number, device=self.mesh.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
+        return int(largest)
+
+    def _width(self, lengths: list[list[int]], bins: list[list[list[int]]]) -> int:
+        """Tokens of every micro-batch of the step: `tokens`, or what the fullest one on any rank needs."""
+        pairs = zip(lengths, bins, strict=True)
+        filled = [sum(each[i] for i in content) for each, own in pairs for content in own]
+        unit = padded(math.ceil(self.tokens / FINEST), self.mesh.tp)
+        return min(self.tokens, max(1, math.ceil(self._largest(max(filled, default=0)) / unit)) * unit)
+
+    def _even_bins(self, lengths: list[int], rows: int) -> list[list[int]]:
+        """At most `rows` bins of about the same room, those of `tokens` where less does not do."""
+        least = max([math.ceil(sum(lengths) / rows), *lengths])
+        for part in range(EVEN_TRIES):
+            bins = fill(lengths, least + (self.tokens - least) * part // EVEN_TRIES, self.window)
+            if len(bins) <= rows:
+                return bins
+        return fill(lengths, self.tokens, self.window)
 
 
 def stack_rows(rows: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
@@ -179,39 +205,6 @@ def _all_to_all(parcels: list[bytes], group: ProcessGroup) -> list[bytes]:
     return [part.cpu().numpy().tobytes() for part in received.split(incoming.tolist())]
 
 
-def fill_bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: indices per bin. Capacity 0 gives every sequence its own bin."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        slot = next((b for b, left in enumerate(room) if lengths[index] <= left), None)
-        if slot is None:
-            bins.append([index])
-            room.append(capacity - lengths[index])
-        else:
-            bins[slot].append(index)
-            room[slot] -= lengths[index]
-    return bins
-
-
-def fill_from_window(lengths: Sequence[int], capacity: int, window: int) -> list[list[int]]:
-    """Dense Prompt Packing (arXiv 2603.04135): indices per bin, each filled from the `window` first sequences
-    that are left, by the longest that fits. Capacity 0 gives every sequence its own bin."""
-    bins: list[list[int]] = []
-    waiting, rest = list(range(min(window, len(lengths)))), iter(range(window, len(lengths)))
-    while waiting:
-        content, room = [], capacity
-        # One that is too long for any bin has its own, and is refused where its row is made.
-        while fitting := [i for i in waiting if lengths[i] <= room or not content]:
-            index = max(fitting, key=lambda i: (lengths[i], -i))
-            content.append(index)
-            room -= lengths[index]
-            waiting.remove(index)
-            waiting.extend(islice(rest, 1))
-        bins.append(content)
-    return bins
-
-
 def pack_row(
     rollouts: Sequence[Rollout], tokens: int, top_k: int, *, first_segment: int
 ) -> dict[str, np.ndarray]:
@@ -231,7 +224,7 @@ def pack_row(
         _write(row, rollout, starts[-1], first_segment + index)
         starts.append(starts[-1] + rollout.num_tokens)
     # Padding is cut like the real sequences: one long tail would dominate attention's cost.
-    piece = max([SHORTEST_PADDING, *(r.num_tokens for r in rollouts)])
+    piece = max((r.num_tokens for r in rollouts), default=SHORTEST_PADDING)
     while starts[-1] < tokens:
         stop = min(starts[-1] + piece, tokens)
         row["position_MT"][starts[-1] : stop] = np.arange(stop - starts[-1])

@@ -1,5 +1,6 @@
 """Problems before tokenization, from reasoning-gym or from files: jsonl, parquet, a data set on disk."""
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,8 +107,21 @@ def _read(path: Path) -> Iterator[tuple[int, Callable[[], Problem]]]:
     (path,) = files_behind(path)
     with open(path, "rb") as file:
         for index, line in enumerate(file):
+            if index == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
+                _check_form(path, line)
             if line.strip():
                 yield index, partial(_of_line, index, line)
+
+
+def _check_form(path: Path, start: bytes) -> None:
+    """Raises ValueError where a file is something else than an object a line, which each line would say."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16. Make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > NEW.jsonl")
+    if start.strip() == b"[" or start.lstrip().startswith(b"[{"):
+        raise ValueError(
+            f"{path} is one JSON list, not an object a line. Make it that: jq -c '.[]' {path} > NEW.jsonl"
+        )
 
 
 def _of_table(index: int, row: Row) -> Problem:

@@ -68,6 +68,10 @@ def training_prompts(
         problems = reasoning_gym_problems(data.tasks, data.seed, data.size)
         choice.read(problems, "data.tasks", keep_repeated=True)
     chosen = choice.done()
+    if not chosen.counts["read"] and data.source == "jsonl":
+        raise ValueError(
+            f"data.path = {data.path} holds no rows. Write a JSON object a line: docs/your-own.md."
+        )
     if not chosen.prompts:
         raise ValueError(
             f"No training prompt is left: {chosen.counts}. Check data.* and data.max_prompt_tokens."

@@ -42,8 +42,11 @@ class Check:
         return f"{line}  -> {self.remedy}" if self.remedy else line
 
 
-def doctor(server_python: Path | None = None) -> int:
-    """Print every check; 1 if something that a run needs is broken, else 0."""
+def doctor(server_python: Path | None = None, config: Path | None = None) -> int:
+    """Print every check; 1 if something that a run needs is broken, else 0. `config`: a file in which no
+    mistake was found."""
+    if config is not None:
+        print(Check("configuration", "ok", f"{config}: nothing a start would refuse"), flush=True)
     checks: list[Callable[[], Check]] = [
         python,
         torch,

@@ -1,18 +1,28 @@
-"""A run's folder around a start: what a launch writes before training, and taking that back."""
+"""A run's folder around a start: what must hold of it, what a launch writes before training, and taking that
+back."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_jackpot.config import ConfigError
+from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.launch.lock import LOCK_FILE, only_launch
 from megatron_jackpot.run.clock import STARTED_FILE
 from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
-from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE
+from megatron_jackpot.run.provenance import (
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    check_models,
+    check_run_folder,
+    checkpoints,
+)
 from megatron_jackpot.run.watchdog import DOING
 
 TRAIN_LOG = "train.log"
+REFUSED = "megatron-jackpot: "
+"""How a line begins that says why a command was refused."""
 OWN_FILES = (
     *(STOP_FILE, STOPPED_FILE, CONFIG_FILE, PROVENANCE_FILE, STARTED_FILE, TRAIN_LOG, DOING),
     *(LOCK_FILE, "server-*.log", "served-fp8", "cache"),
@@ -26,20 +36,68 @@ def used_for(folder: Path) -> list[str]:
     return [path.name for path in found if not any(path.match(pattern) for pattern in OWN_FILES)]
 
 
+def folder_mistakes(config: Config, *, new: bool) -> Iterator[str]:
+    """What keeps a run from its folder; `new`: one that is no continuation must find none there."""
+    run = config.run
+    try:
+        parent = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    except OSError as error:  # A name that is too long.
+        yield f"run.folder = {run.folder}: {error.strerror}. Set another one."
+        return
+    if not parent.is_dir():
+        yield f"run.folder = {run.folder}: {parent} is a file. Set run.folder to a new folder."
+        return
+    if not os.access(parent, os.W_OK):
+        yield f"run.folder = {run.folder}: user {os.geteuid()} may not write to {parent}. Set another one."
+    own = run.folder / CONFIG_FILE
+    if own.exists() and not (run.folder / PROVENANCE_FILE).exists():
+        yield (
+            f"run.folder = {run.folder} holds a {CONFIG_FILE} that no launch wrote; the run would put "
+            f"its own there. Move it, as with `mv {own} {run.folder}.yaml`, or set another run.folder."
+        )
+    try:
+        if run.resume:
+            check_run_folder(run.folder)
+            for checkpoint in checkpoints(run.folder)[-1:]:
+                check_models(checkpoint, config.models)
+        elif new and (found := used_for(run.folder)):
+            yield (
+                f"run.folder = {run.folder} already holds a run ({', '.join(found[:4])}). Continue it with "
+                "run.resume=auto, which starts afresh where nothing was saved, or set another run.folder."
+            )
+    except ValueError as error:
+        yield str(error)
+    if run.resume is True and not checkpoints(run.folder):
+        yield (
+            f"run.resume = true, but run.folder = {run.folder} holds no checkpoint. Set run.resume=auto, "
+            "which starts afresh there."
+        )
+
+
 def missing(folder: Path) -> list[Path]:
     """A folder and those above it that are not there, from the inside out."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def take_back(made: list[Path]) -> None:
+def take_back(made: list[Path]) -> bool:
     """Remove the folders that a start which was refused has made: the innermost, unless training wrote into
-    it, and those above it that are empty."""
+    it, and those above it that are empty. Whether any went."""
     if not made or used_for(made[0]):
-        return
+        return False
     shutil.rmtree(made[0], ignore_errors=True)
     with suppress(OSError):
         for folder in made[1:]:
             folder.rmdir()
+    return True
+
+
+def refusals(log: Path) -> list[str]:
+    """What ranks refused to start for, in the words of their log, each once."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return list(dict.fromkeys(line.removeprefix(REFUSED) for line in lines if line.startswith(REFUSED)))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A whole run on one machine: SGLang servers and torchrun as children, watched, and ended whatever happens.
 
-Order: check -> record the run -> servers -> torchrun -> watch both, start again what failed -> end torchrun,
-then the servers.
+Order: check -> record the run -> servers -> torchrun (on a CPU beside servers that still start) -> watch
+both, start again what failed -> end torchrun, then the servers.
 """
 
 import json
@@ -11,8 +11,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ import psutil
 
 from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.folder import TRAIN_LOG, own_folder, take_back
+from megatron_jackpot.launch.folder import TRAIN_LOG, own_folder, refusals, take_back
 from megatron_jackpot.launch.preflight import Subject, preflight
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
@@ -37,7 +38,7 @@ from megatron_jackpot.run.provenance import CONFIG_FILE, checkpoints, record
 from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.environment import child_environment
 from megatron_jackpot.servers.gpus import place_servers, visible_gpus
-from megatron_jackpot.servers.process import ServerProcess, start_servers, stop_servers
+from megatron_jackpot.servers.process import AWAIT_VARIABLE, ServerProcess, start_servers, stop_servers
 from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.servers.supervisor import Supervisor
 
@@ -52,7 +53,9 @@ EXIT_REFUSED = 2
 ALONE = ("--standalone", "--local-addr", "127.0.0.1")
 """torchrun's rendezvous on one machine; --local-addr keeps it off a host name that may not resolve."""
 
-StartServers = Callable[[Config, Callable[[], bool]], Sequence[ServerProcess]]
+Begin = Callable[[Sequence[str]], None]
+"""Told the servers' addresses as soon as they are known, before servers answer."""
+StartServers = Callable[[Config, Callable[[], bool], Begin], Sequence[ServerProcess]]
 """Called with what says that the run was told to stop; raises InterruptedError then."""
 TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
 
@@ -98,7 +101,9 @@ def launch(
                 config, nproc, start=start, trainer_command=trainer_command, began=began, go_on=go_on
             )
             if code == EXIT_REFUSED:
-                take_back(made)
+                why = refusals(folder / TRAIN_LOG)
+                if take_back(made):
+                    say("\n".join([f"refused; {folder} was made for this start and is gone again:", *why]))
     except ConfigError as error:
         say(str(error))
         code = EXIT_REFUSED
@@ -134,11 +139,16 @@ def run_job(
     children.become_subreaper()
     with _Job(config, folder / log, first, began, go_on) as job:
         urls: Sequence[str] = config.servers.urls
+
+        def command(urls: Sequence[str]) -> list[str]:
+            return (trainer_command or torchrun)(config_file, num_processes(config, nproc), urls)
+
         if not urls:
             api_key.provide(config.servers.host)
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
             try:
-                job.look_after((start or start_model_servers)(config, job.stopping))
+                begin = partial(job.begin, command)
+                job.look_after((start or start_model_servers)(config, job.stopping, begin))
             except InterruptedError:
                 job.code = job.nothing_to_save()
                 return job.code
@@ -147,15 +157,17 @@ def run_job(
                 return 1
             urls = [server.url for server in job.servers]
         say(f"servers: {', '.join(urls)}")
-        job.train((trainer_command or torchrun)(config_file, num_processes(config, nproc), urls), urls)
+        job.train(command(urls), urls)
     return job.code
 
 
-def start_model_servers(config: Config, stopped: Callable[[], bool] = lambda: False) -> list[ServerProcess]:
+def start_model_servers(
+    config: Config, stopped: Callable[[], bool] = lambda: False, begun: Begin = lambda urls: None
+) -> list[ServerProcess]:
     """Servers of the served model's initial weights. Raises InterruptedError once `stopped()`."""
     placement = place_servers(config.servers, see_all=config.sync.method == "ipc")
-    model, folder = served_folder(config), config.run.folder
-    return start_servers(config.servers, model, placement, folder, dtype=config.server_dtype, stopped=stopped)
+    model, folder, dtype = served_folder(config), config.run.folder, config.server_dtype
+    return start_servers(config.servers, model, placement, folder, dtype=dtype, stopped=stopped, begun=begun)
 
 
 def torchrun(
@@ -235,6 +247,14 @@ class _Job:
     def look_after(self, servers: Sequence[ServerProcess]) -> None:
         self.servers, self.supervisor = servers, Supervisor(servers, self.config.servers, say)
 
+    def begin(self, command: Callable[[Sequence[str]], list[str]], urls: Sequence[str]) -> None:
+        """Start training while servers start: ranks load their libraries and wait for servers to answer.
+
+        Not on a GPU, where servers measure the memory that is free.
+        """
+        if not visible_gpus():
+            self._start_trainer(command(urls), urls, {AWAIT_VARIABLE: "1"})
+
     def train(self, argv: Sequence[str], urls: Sequence[str]) -> None:
         """Training to its end, started again from the last checkpoint after a failure; sets `code`."""
         for attempt in range(self.config.run.max_restarts + 1):
@@ -242,9 +262,8 @@ class _Job:
             if (self.first or attempt) and self.stopping():
                 self.code = self._left_to_the_queue() if attempt else self.nothing_to_save()
                 return
-            again = ["run.resume=auto"] if attempt else []
-            env = trainer_env(self.folder, urls) | {STARTED_VARIABLE: str(self._stop.started)}
-            self.trainer = children.Streamed([*argv, *again], log=self.log, env=env)
+            if attempt or self.trainer is None:
+                self._start_trainer([*argv, *(["run.resume=auto"] if attempt else [])], urls, {})
             self.code = self._watch()
             saved = checkpoints(self.folder)
             if self.code in (0, EXIT_REFUSED, EXIT_REQUEUE) or not saved:
@@ -258,6 +277,10 @@ class _Job:
                     f"{self.config.run.max_restarts}"
                 )
                 children.end(self._below_trainer(), grace_s=STRAY_GRACE_S, hurry=self._hurry)
+
+    def _start_trainer(self, argv: Sequence[str], urls: Sequence[str], more: Mapping[str, str]) -> None:
+        env = trainer_env(self.folder, urls) | {STARTED_VARIABLE: str(self._stop.started), **more}
+        self.trainer = children.Streamed(argv, log=self.log, env=env)
 
     def stopping(self) -> bool:
         """Whether the run was asked, in whatever way, to save and end."""
@@ -296,9 +319,12 @@ class _Job:
             time.sleep(0.2)
         self.trainer.drain(limit_s=1)
         if reason := was_stopped(self.folder):
-            say(f"saved and ended ({reason}): {self._left()}")
+            how = "saved and ended" if checkpoints(self.folder) else "ended"
+            say(f"{how} ({reason}): {self._left()}")
             return EXIT_REQUEUE
-        if code:
+        if code == EXIT_REFUSED:
+            say("training was refused, for what is said above")
+        elif code:
             say(f"training ended with exit code {code}; its output is in {self.trainer.log}")
         else:
             say(f"done: {self.folder}")

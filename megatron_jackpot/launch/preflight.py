@@ -26,17 +26,20 @@ from megatron_jackpot.data.prompts import Limits, heldout_prompts, named_prompts
 from megatron_jackpot.data.tokenizer import TOKENIZER_FILES, Vocabulary, check_same_tokenizer
 from megatron_jackpot.data.value_table import ValueTable, table_path
 from megatron_jackpot.launch.cached import cached, content
-from megatron_jackpot.launch.folder import used_for
+from megatron_jackpot.launch.folder import folder_mistakes
 from megatron_jackpot.launch.labels import label_mistakes, load_mistakes, whole_rows
 from megatron_jackpot.launch.ports import prometheus_mistakes, server_mistakes
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.label_cache import judges
 from megatron_jackpot.rewards.remote import address_mistake, is_remote
 from megatron_jackpot.run.clock import started_at
-from megatron_jackpot.run.provenance import check_models, check_run_folder, checkpoints, versions
+from megatron_jackpot.run.provenance import versions
 
 Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""A model as Hugging Face's hub calls it: OWNER/NAME."""
+FILE_NAME = re.compile(r"/|\.py:")
 REWARDS = ("exact", "reasoning_gym", "math_verify", "code")
 
 NOT_CHECKED = (
@@ -110,7 +113,9 @@ def _processes(s: Subject) -> Iterator[str]:
 def _folders(s: Subject) -> Iterator[str]:
     for name, folder in s.folders.items():
         if not (folder / "config.json").is_file():
-            yield f"{name}.hf = {folder} holds no config.json. Set it to a Hugging Face model folder."
+            hub = HUB_NAME.fullmatch(str(folder)) and not folder.exists()
+            fetch = f"; `hf download {folder} --local-dir {folder}` makes one" if hub else ""
+            yield f"{name}.hf = {folder} holds no config.json. Set it to a Hugging Face model folder{fetch}."
             continue
         # safetensors' own writer makes files that only their owner may read: not a container's user, for one.
         closed = [path.name for path in sorted(folder.iterdir()) if not os.access(path, os.R_OK)]
@@ -270,6 +275,12 @@ def _reward(s: Subject) -> Iterator[str]:
         if not inside:
             known = f"must be one of {', '.join(REWARDS)}, or package.module:name. Set one."
             mistakes.append(f"{key} = '{name}': {known}")
+        elif FILE_NAME.search(name):
+            module, _, function = name.rpartition(":")
+            mistakes.append(
+                f"{key} = '{name}': is a file's name. Write {Path(module).stem}:{function}, and put the "
+                "file's folder on PYTHONPATH."
+            )
         elif not package.isidentifier() or importlib.util.find_spec(package) is None:
             mistakes.append(f"{key} = '{name}': there is no package {package}. Put its folder on PYTHONPATH.")
     if not mistakes and not all(map(is_remote, own.values())) and s.command == "launch":
@@ -288,36 +299,8 @@ def _prometheus(s: Subject) -> Iterator[str]:
 
 
 def _run_folder(s: Subject) -> Iterator[str]:
-    run = s.config.run
-    if s.command not in ("launch", "submit"):
-        return
-    try:
-        parent = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
-    except OSError as error:  # A name that is too long.
-        yield f"run.folder = {run.folder}: {error.strerror}. Set another one."
-        return
-    if not parent.is_dir():
-        yield f"run.folder = {run.folder}: {parent} is a file. Set run.folder to a new folder."
-        return
-    if not os.access(parent, os.W_OK):
-        yield f"run.folder = {run.folder}: user {os.geteuid()} may not write to {parent}. Set another one."
-    try:
-        if run.resume:
-            check_run_folder(run.folder)
-            for checkpoint in checkpoints(run.folder)[-1:]:
-                check_models(checkpoint, s.config.models)
-        elif s.command == "launch" and (found := used_for(run.folder)):
-            yield (
-                f"run.folder = {run.folder} already holds a run ({', '.join(found[:4])}). Continue it with "
-                "run.resume=auto, which starts afresh where nothing was saved, or set another run.folder."
-            )
-    except ValueError as error:
-        yield str(error)
-    if run.resume is True and not checkpoints(run.folder):
-        yield (
-            f"run.resume = true, but run.folder = {run.folder} holds no checkpoint. Set run.resume=auto, "
-            "which starts afresh there."
-        )
+    if s.command in ("launch", "submit"):
+        yield from folder_mistakes(s.config, new=s.command == "launch")
 
 
 def _rows(s: Subject) -> dict[str, int]:
@@ -386,7 +369,8 @@ CHECKS: tuple[Check[Subject], ...] = (
     Check("logging.prometheus_host, logging.prometheus_port", "are free", "set another", _prometheus),
     Check(
         "run.folder, run.resume",
-        "can be written, hold no other run, or a checkpoint of a format that is read, of the same models",
+        "can be written, hold no other run and no config.yaml that no launch wrote, or a checkpoint of a "
+        "format that is read, of the same models",
         "set run.folder or run.resume",
         _run_folder,
     ),

@@ -15,6 +15,7 @@ import yaml
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.plan.formulas import make_plan
+from megatron_jackpot.plan.microbatch import settled
 from megatron_jackpot.plan.tables import memory_troubles, turns_advice
 
 REPO = Path(__file__).resolve().parents[2]
@@ -71,7 +72,8 @@ def job_mistakes(config: Config, chain: int = 1) -> Iterator[str]:
     if config.servers.urls:
         yield f"servers.urls = {list(config.servers.urls)}: a Slurm job starts its own. Set servers.urls=[]."
     try:
-        troubles = memory_troubles(make_plan(config, training_processes(config)))
+        gpus = training_processes(config)
+        troubles = memory_troubles(make_plan(settled(config, gpus), gpus))
     except ValueError as error:
         yield from str(error).splitlines()
     except OSError:

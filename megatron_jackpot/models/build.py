@@ -1,5 +1,6 @@
 """HF config.json -> Megatron GPTModel chunks, for policy and actor alike."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megatron_jackpot.config import Parallel, Precision
 from megatron_jackpot.config.model_shape import Rope, check_layout
-from megatron_jackpot.models import cpu
+from megatron_jackpot.models import local_layers
 from megatron_jackpot.models.families import Family
 from megatron_jackpot.models.precision import fp8_fields, recompute_fields
 from megatron_jackpot.parallel.context import Mesh
@@ -54,8 +55,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         # The unfused one asks the device for every sequence's length, for q and k in every layer.
         apply_rope_fusion=te,
-        # silu(gate) * up as one kernel each way; Megatron's own form cuts, multiplies and joins.
-        use_te_activation_func=te,
+        # Of the spec, Transformer Engine's or ours: Megatron's own form cuts, multiplies and joins.
+        use_te_activation_func=True,
         # For Megatron's own linear layers, which need Apex for it; see `add_weight_gradients_in_place`.
         gradient_accumulation_fusion=False,
         perform_initialization=True,
@@ -74,20 +75,25 @@ def rope_fields(rope: Rope) -> dict[str, Any]:
 
 
 def layer_spec(config: TransformerConfig, *, te: bool, vp_stage: int | None) -> Any:
-    """Transformer Engine's layers where it is usable, else Megatron's local layers with our norm and
-    attention."""
+    """Transformer Engine's layers where it is usable, else Megatron's local layers with ours of
+    local_layers.py."""
     if te:
         return get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm, use_te_activation_func=config.use_te_activation_func
         )
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = cpu.RMSNorm
+    layer: Any = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = local_layers.RMSNorm
+    mlp = layer.submodules.mlp
+    # megatron-core 0.19 gives a partial.
+    parts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    parts.activation_func = local_layers.SwiGLU
+    layer.submodules.self_attention.module = local_layers.PackedSelfAttention
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = cpu.PackedAttention
+    attention.core_attention = local_layers.PackedAttention
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = cpu.RMSNorm
+        attention.q_layernorm = attention.k_layernorm = local_layers.RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=cpu.RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=local_layers.RMSNorm)
 
 
 def build_chunks(

@@ -1,21 +1,18 @@
 """The only place that adapts Megatron-core to a machine without CUDA; `install` does nothing where CUDA
 exists.
 
-Four kinds of adaptation to stock megatron-core 0.16: functions of torch.cuda that raise without a driver, the
-literals "cuda" inside Megatron's own functions, layers of the local spec that refuse packed sequences
-(attention) or sequence parallelism (norm), and what Megatron hands to torch.compile as it is imported.
+Three kinds of adaptation to stock megatron-core 0.16: functions of torch.cuda that raise without a driver,
+the literals "cuda" inside Megatron's own functions, and what Megatron hands to torch.compile as it is
+imported. Its layers of such a machine stand in local_layers.py.
 """
 
 import importlib
 import inspect
-import math
 import types
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 RETARGETED_MODULES = (
     "megatron.core.pipeline_parallel.schedules",
@@ -130,54 +127,3 @@ def _retarget_code(code: types.CodeType) -> types.CodeType:
         return _retarget_code(value) if isinstance(value, types.CodeType) else value
 
     return code.replace(co_consts=tuple(constant(value) for value in code.co_consts))
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight takes part in Megatron's sequence-parallel gradient all-reduce."""
-
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
-
-
-class PackedAttention(torch.nn.Module):
-    """Causal attention on packed sequences: [T, heads, head_dim] in, [T, heads * head_dim] out.
-
-    The sequences are gathered into a padded [sequences, longest, ...] block, so that cost grows with the sum
-    of squared lengths and not with the square of T.
-    """
-
-    def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        **_unused: Any,
-    ) -> None:
-        super().__init__()
-        self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> Tensor:
-        packed = kwargs.get("packed_seq_params")
-        if packed is None:
-            raise ValueError("PackedAttention needs packed_seq_params (thd); every batch here is packed.")
-        rows, columns, inside, order = _padded_layout(packed.cu_seqlens_q)
-        padded = [
-            x.new_zeros(rows, columns, *x.shape[1:]).index_put((order[0], order[1]), x).transpose(1, 2)
-            for x in (query, key, value)
-        ]
-        out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=self.scale, enable_gqa=True)
-        return out.transpose(1, 2)[inside].flatten(1)
-
-
-def _padded_layout(cu_seqlens: Tensor) -> tuple[int, int, Tensor, tuple[Tensor, Tensor]]:
-    """(sequences, longest, [sequences, longest] bool mask, (row, column) of every packed token)."""
-    lengths = cu_seqlens.diff().long()
-    inside = torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
-    return inside.shape[0], inside.shape[1], inside, inside.nonzero(as_tuple=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
@@ -147,7 +148,7 @@ def final_table(rows: list[Row]) -> Table:
 def print_evaluations(rows: list[Row], console: Console | None = None) -> None:
     """What `megatron-jackpot evaluate` found."""
     heads, cells = evaluation_table(rows)
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)  # Lines between the columns would take what 80 letters have left.
     for head in heads:
         table.add_column(head, justify="left" if head in ("model", "set") else "right")
     for row in cells:

@@ -1,6 +1,7 @@
 """What tells runs apart: the settings in which they differ, for legends."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class Group:
     """Runs that differ in their seed alone."""
 
     label: str
-    """Example: "algorithm.correction.name=tis"; "" where nothing else differs."""
+    """Example: "correction=tis"; "" where nothing else differs."""
     members: tuple[int, ...]
     """Places in the list of runs."""
 
@@ -26,7 +27,7 @@ class Group:
 def labels(folders: Sequence[Path]) -> list[str]:
     """A name for each run: the settings in which they differ, else their folders' names.
 
-    Example: ["run.seed=0", "run.seed=1"].
+    Example: ["run.seed=0", "run.seed=1"], or "seed=0" where no other section has one.
     """
     settings = [_settings(Path(folder)) for folder in folders]
     found = _differing(settings)
@@ -60,10 +61,25 @@ def _differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
         key for key in set().union(*settings) if len({repr(one.get(key, "")) for one in settings}) > 1
     )
     told = {key: _told_apart([one.get(key, "") for one in settings]) for key in keys}
+    called = _called(set().union(*settings))
     return [
-        ", ".join(f"{key}={told[key][place]}" for key in keys if key in one)
+        ", ".join(f"{called[key]}={told[key][place]}" for key in keys if key in one)
         for place, one in enumerate(settings)
     ]
+
+
+def _called(keys: Iterable[str]) -> dict[str, str]:
+    """The fewest last parts of each key that no other one ends with; a method's name stands for the method.
+
+    Example: {"algorithm.correction.name": "correction", "actor.hf": "actor.hf", "policy.hf": "policy.hf"}.
+    """
+    parts = {key: key.removesuffix(".name").split(".") for key in keys}
+    ends = Counter(tuple(own[-n:]) for own in parts.values() for n in range(1, len(own) + 1))
+    short = {
+        key: next((n for n in range(1, len(own)) if ends[tuple(own[-n:])] == 1), len(own))
+        for key, own in parts.items()
+    }
+    return {key: ".".join(own[-short[key] :]) for key, own in parts.items()}
 
 
 def _told_apart(values: Sequence[object]) -> list[str]:

@@ -29,16 +29,18 @@ def read_evaluations(folder: Path) -> list[Row]:
 
 
 def evaluation_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells, for terminal and report; pass@k has a column for each k that some row has."""
+    """Heads and cells, for terminal and report, results first, as a narrow window shows them; pass@k has a
+    column for each k that some row has."""
     passes = [{int(k): value for k, value in _passes(row)} for row in rows]
     sizes = sorted({k for found in passes for k in found})
     cells = []
     for row, found in zip(rows, passes, strict=True):
-        settings = [row["step"], row["model"], row["set"] or "held out", row["problems"], row["samples"]]
         numbers = [row["metrics"].get(f"{prefix(row)}_accuracy"), *map(found.get, sizes)]
         shown = ["-" if number is None else f"{number:.3f}" for number in numbers]
-        cells.append([*map(str, settings), f"{row['temperature']:g}", *shown, f"{row['truncated']:.1%}"])
-    heads = ["step", "model", "set", "problems", "answers", "T", "avg", *(f"pass@{k}" for k in sizes), "cut"]
+        settings = [str(row["problems"]), str(row["samples"]), f"{row['temperature']:g}"]
+        whose = [str(row["step"]), row["model"], row["set"] or "held out"]
+        cells.append([*whose, *shown, f"{row['truncated']:.1%}", *settings])
+    heads = ["step", "model", "set", "avg", *(f"pass@{k}" for k in sizes), "cut", "problems", "answers", "T"]
     return heads, cells
 
 

@@ -28,3 +28,12 @@ def configure() -> None:
     # What a library does to the root logger would print every line twice.
     logger.propagate = False
     logger.handlers = [Lines()]
+
+
+def let_go_of_output() -> None:
+    """At a command's end: where `| head` has closed the output, what is left to say is dropped, and Python's
+    own end does not complain."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

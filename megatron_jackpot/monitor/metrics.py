@@ -75,6 +75,7 @@ METRICS = {
 }
 """The names that tools and dashboards may rely on; a run may write others beside them."""
 
+METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb-id"
 Row = dict[str, Any]
 
@@ -127,7 +128,7 @@ class MetricsWriter:
             "wandb", wandb_project, f"logging.wandb_project = {wandb_project!r}", "logging.wandb_project=null"
         )
         folder = Path(folder)
-        self._rows = JsonLines(folder / "metrics.jsonl", resume_step)
+        self._rows = JsonLines(folder / METRICS_FILE, resume_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -191,7 +192,7 @@ def read_metrics(path: Path) -> list[Row]:
     another format, raise ValueError.
     """
     path = Path(path)
-    path = path / "metrics.jsonl" if path.is_dir() else path
+    path = path / METRICS_FILE if path.is_dir() else path
     *lines, _unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):

@@ -99,6 +99,7 @@ def record_of(step: int, scores: Scores, correction: Correction, num_rollouts: i
         return np.where(trained_N, moved(tensor_MT.float()), 0)
 
     starts = np.flatnonzero(first_N)
+    correct_T = batch.correct_MT.flatten().cpu().numpy()  # True where a token of the response is the label.
     return TokenRecord(
         step=step,
         length_S=np.array([len(p) for p in places], np.int64),
@@ -106,7 +107,7 @@ def record_of(step: int, scores: Scores, correction: Correction, num_rollouts: i
         advantage_S=np.array(
             [_of_response(batch.advantage_MT, batch.mask_MT, p) for p in places], np.float32
         ),
-        correct_S=taken(batch.correct_MT)[starts],
+        correct_S=np.array([bool(correct_T[p].any()) for p in places], bool),
         token_N=taken(batch.tokens_MT),
         response_N=~first_N & (np.roll(taken(batch.weight_version_MT), 1) >= 0),
         trained_N=trained_N,

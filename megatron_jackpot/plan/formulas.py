@@ -92,6 +92,9 @@ class ModelPlan:
     optimizer: float
     activations: float
     logits: float
+    passes: float
+    """Forward passes of a step, the update's own among them."""
+    updated: bool
     flops: float
     """Training FLOPs of a step over all GPUs: scoring and update."""
     tp_bytes: float
@@ -216,7 +219,7 @@ def make_plan(config: Config, gpus: int, mean_tokens: float | None = None) -> Pl
     rollout = config.rollout
     mean = mean_tokens or float(config.data.max_prompt_tokens + rollout.max_new_tokens)
     tokens = rollout.prompts_per_step * rollout.samples_per_prompt * mean
-    microbatches = math.ceil(tokens / dp / config.algorithm.num_minibatches / config.packing.tokens)
+    microbatches = math.ceil(tokens / dp / config.algorithm.num_minibatches / config.packing.size)
     if p.vpp:
         microbatches = math.ceil(microbatches / p.pp) * p.pp
     padded = padded_vocab_size([shape.vocab_size for shape in shapes.values()], p.tp)
@@ -266,7 +269,7 @@ class _Load:
         own = max(params_on(shape, stage, p, self.padded_vocab) for stage in range(p.pp))
         updated = name == "policy" or self.config.algorithm.train_actor
         passes = self._forward_passes(name)
-        rows = self.config.packing.tokens
+        rows = self.config.packing.size
         kept = rows * shape.num_layers * self._in_flight() * activation_elements(shape, p) * width
         # AdamW's two moments, and fp32 masters where the parameters themselves are not fp32.
         states = (8.0 if width == 4 else 12.0) * own
@@ -287,6 +290,8 @@ class _Load:
             optimizer=states / (self.dp if p.distributed_optimizer else 1),
             activations=kept if updated else 0.0,
             logits=self._logits(rows, updated) * width,
+            passes=passes,
+            updated=updated,
             flops=(passes + 2.0 * updated) * self.tokens * dense,
             tp_bytes=2.0 * (p.tp - 1) / p.tp * reduced * width,
             dp_bytes=updated
@@ -316,7 +321,9 @@ class _Load:
             gradients=0.0,
             optimizer=0.0,
             activations=0.0,
-            logits=self._logits(self.config.packing.tokens, False) * width,
+            logits=self._logits(self.config.packing.size, False) * width,
+            passes=1.0,
+            updated=False,
             flops=self.tokens * forward_flops(shape, self.mean_tokens),
             tp_bytes=2.0 * (p.tp - 1) / p.tp * reduced * width,
             dp_bytes=0.0,

@@ -8,7 +8,8 @@ from rich.table import Table
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.plan.formulas import Plan, make_plan
-from megatron_jackpot.plan.tables import Assumptions, memory_troubles, total_seconds
+from megatron_jackpot.plan.seconds import Assumptions, total_seconds
+from megatron_jackpot.plan.tables import memory_troubles
 from megatron_jackpot.plan.timeline import Rates, Timeline, Work, simulate
 
 AHEADS = (0, 1, 2, 4)

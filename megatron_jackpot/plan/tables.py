@@ -1,42 +1,35 @@
 """The tables of `megatron-jackpot plan`."""
 
-from dataclasses import dataclass
-
 from rich.console import Console
 from rich.table import Table
 
 from megatron_jackpot.config import Config
 from megatron_jackpot.plan.formulas import GIB, SERVER_SHARE, TRAINER_RESERVE_GIB, ModelPlan, Plan, make_plan
-from megatron_jackpot.plan.microbatch import microbatch_advice
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What no configuration tells."""
-
-    mean_tokens: float | None = None
-    """Prompt and response of a sequence on average; None is the longest allowed."""
-    acceptance: float = 0.75
-    """Share of tokens that rejection keeps."""
-    tflops: float = 400.0
-    """Achieved per GPU, 1e12/s."""
-    tp_gbs: float = 300.0
-    """Achieved by a GPU towards its tensor-parallel peers, 1e9 bytes/s."""
+from megatron_jackpot.plan.microbatch import MEANS, Choice, advice, planned, with_tokens
+from megatron_jackpot.plan.seconds import Assumptions, alone_seconds, shared_seconds, total_seconds
 
 
 def show_plan(
     config: Config, gpus: int, assumed: Assumptions, console: Console | None = None, *, why: str = "as given"
 ) -> Plan:
     """Print the plan on `gpus` training GPUs, `why` so many, and what it assumes. Raises ValueError."""
-    plan = make_plan(config, gpus, assumed.mean_tokens)
     console = console or Console()
+    choice = planned(config, gpus) if config.packing.tokens == "auto" else None
+    if choice is not None:
+        config = with_tokens(config, choice.tokens)
+    plan = make_plan(config, gpus, assumed.mean_tokens)
     for line in assumptions(plan, assumed, why):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for table in (memory_table(plan), step_table(plan, assumed), sharing_table(plan, assumed)):
         console.print(table)
-    for advice in (microbatch_advice(config, gpus, assumed.mean_tokens), turns_advice(config)):
-        if advice is not None:
-            console.print(f"advice: {advice}", markup=False, highlight=False, soft_wrap=True)
+    if choice is not None:
+        if choice.sizes:
+            console.print(sizes_table(choice))
+        line = f"packing.tokens = auto: {choice.tokens}, {choice.why}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in (advice(config, gpus) if choice is None else None, turns_advice(config)):
+        if line is not None:
+            console.print(f"advice: {line}", markup=False, highlight=False, soft_wrap=True)
     for trouble in memory_troubles(plan):
         console.print(f"DOES NOT FIT: {trouble}", markup=False, highlight=False, soft_wrap=True)
     return plan
@@ -170,6 +163,19 @@ def step_table(plan: Plan, assumed: Assumptions) -> Table:
     return table
 
 
+def sizes_table(choice: Choice) -> Table:
+    """What `packing.tokens: auto` looked at: docs/planning.md says what the seconds are."""
+    lengths = " / ".join(f"{mean:g}" for mean in MEANS)
+    table = Table(title=f"Micro-batches of a rank, sequences {lengths} of the longest on average")
+    for column in ("packing.tokens", "GiB", "micro-batches", "padding", "seconds", ""):
+        table.add_column(column, justify="right")
+    for size in choice.sizes:
+        counts = " / ".join(map(str, size.microbatches))
+        row = (f"{size.tokens}", f"{size.trainer_bytes / GIB:.1f}", counts, f"{size.padding:.1%}")
+        table.add_row(*row, f"{size.seconds:.2f}", "taken" if size.tokens == choice.tokens else "")
+    return table
+
+
 def sharing_table(plan: Plan, assumed: Assumptions) -> Table:
     """What the policy's mesh costs each model, against one of pure data parallelism on the same GPUs."""
     table, models = Table(title="What sharing one mesh costs"), plan.models
@@ -189,22 +195,6 @@ def sharing_table(plan: Plan, assumed: Assumptions) -> Table:
         *(f"{shared_seconds(plan, m, assumed) / alone_seconds(plan, m, assumed):.2f}" for m in models),
     )
     return table
-
-
-def alone_seconds(plan: Plan, model: ModelPlan, assumed: Assumptions) -> float:
-    """F / (P R): no pipeline, no tensor-parallel traffic."""
-    return model.flops / plan.gpus / (assumed.tflops * 1e12)
-
-
-def shared_seconds(plan: Plan, model: ModelPlan, assumed: Assumptions) -> float:
-    """(F / (P R) + tensor-parallel bytes / bandwidth) / (1 - bubble), nothing overlapped."""
-    work = alone_seconds(plan, model, assumed) + model.tp_bytes / (assumed.tp_gbs * 1e9)
-    return work / (1 - plan.bubble)
-
-
-def total_seconds(plan: Plan, assumed: Assumptions) -> float:
-    """Scoring and updates of a step."""
-    return sum(shared_seconds(plan, m, assumed) for m in plan.models)
 
 
 def _share(plan: Plan, model: ModelPlan) -> float:

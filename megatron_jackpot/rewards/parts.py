@@ -50,11 +50,14 @@ def read(text: str) -> Parts | None:
     return {name: Part(*values) for name, values in json.loads(text).items()}
 
 
-def of_row(parts: Parts, label: object) -> list[str]:
+def of_row(parts: Parts | None, label: object) -> list[str]:
     """Names of the rewards that a row gets, in the order of `parts`: those it names, else those of all rows.
+    Where there is one alone, that has none.
 
     Raises ValueError for a name that is none, and where none is left.
     """
+    if parts is None:
+        return [""]
     named = label.get(COLUMN) if isinstance(label, Mapping) else None
     if named is None:
         chosen = [name for name, part in parts.items() if part.rows == "all"]

@@ -113,14 +113,20 @@ class RewardPool:
     ) -> Verdict:
         """`counts` are those of the call it belongs to, from `failures.begin`; else those of the pool."""
         counts = self.failures.counters if counts is None else counts
-        names = [""] if self.parts is None else of_row(self.parts, label)
-        values: dict[str, float] = {}
-        measured: dict[str, float] = {}
-        asked = [*self._asked(names, response_text, label, seen or {})]
+        verdict = await self.judge(response_text, label, counts, seen or {})
+        return verdict or self._verdict(dict.fromkeys(of_row(self.parts, label), 0.0), {})
+
+    async def judge(
+        self, response_text: str, label: Any, counts: Counts, seen: Mapping[str, object]
+    ) -> Verdict | None:
+        """The same; None in place of reward 0 where it failed."""
+        names = of_row(self.parts, label)
+        values, measured = dict[str, float](), dict[str, float]()
+        asked = [*self._asked(names, response_text, label, seen)]
         for reply in [await asked[0]] if len(asked) == 1 else await asyncio.gather(*asked):
             if "failed" in reply:
                 self.failures.add(reply["failed"], reply["why"], response_text, label, counts)
-                return self._verdict(dict.fromkeys(names, 0.0), {})
+                return None
             if "error" in reply:
                 raise ValueError(f"{self.where} {reply['error']}")
             values |= reply["parts"]

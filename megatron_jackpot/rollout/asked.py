@@ -7,6 +7,7 @@ Where an allocator decides over all of a step's groups, leaders tell each other 
 theirs are live, and each comes to the same decision from the same words.
 """
 
+import asyncio
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent import futures
@@ -111,7 +112,10 @@ class Asked:
         self.live = await self._all_live(number - 1, finished, stop)
         wanted = allocator.fetch(len(self.plan), sum(self.live.values()), number)
         without = {*self.plan, *self.beside}
-        new = self.further(self.step, number, wanted, without) if wanted else []
+        if not wanted:
+            return None
+        # Beside the loop, which other steps' requests wait for: it looks at every prompt there is.
+        new = await asyncio.to_thread(self.further, self.step, number, wanted, without)
         if not new:
             return None
         leader, dp = (0, 1) if self.exchange is None else (self.exchange.dp_rank, self.exchange.dp)
@@ -145,6 +149,15 @@ class Asked:
         order = [number for number in (*self.plan, *self.beside) if number in self.live]
         kept = self.allocation.allocator.commit([self.live[number] for number in order], len(self.plan))
         return {order[i] for i in kept}
+
+    def observed(self, found: Mapping[int, Sequence[Rollout]]) -> list[tuple[int, int, int]]:
+        """(prompt id, correct, rollouts) of the first round of each of this leader's groups: with rounds that
+        end at a success, c / n of a whole group is above the pass rate."""
+        rows = []
+        for number, group in found.items():
+            first = group[: self.plan.get(number, self.allocation.samples)]
+            rows.append((number, sum(rollout.correct for rollout in first), len(first)))
+        return rows
 
     def allocated(self, found: Mapping[int, Sequence[Rollout]], trained: Collection[int]) -> list[Allocated]:
         """Of each of this leader's prompts with its group; nothing where every prompt gets the same."""

@@ -43,6 +43,15 @@ class ServersLost(Unfinished):
 
 
 @dataclass
+class Losses:
+    """A step's groups, and those of them that requests failed for: what may be lost is a share of them, in
+    however many calls they are asked for."""
+
+    groups: int
+    failed: int = 0
+
+
+@dataclass
 class Tally:
     """What happened to the groups of one call."""
 
@@ -56,7 +65,6 @@ class Tally:
     topk: int = 0
     tokens: int = 0
     unknown_tokens: int = 0
-    last_error: ServerError | None = None
 
     def note_retry(self) -> None:
         self.retries += 1
@@ -77,7 +85,7 @@ class GroupSampler:
     num_ids: int
     """Ids 0 .. num_ids - 1 have a row in the embedding of both models."""
     max_failed_groups: float
-    """Share of a call's groups that may be lost to failed requests."""
+    """Share of a step's groups that may be lost to failed requests."""
 
     async def collect(
         self,
@@ -87,6 +95,7 @@ class GroupSampler:
         keep: Keep = lambda group: None,
         more: More | None = None,
         begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
+        losses: Losses | None = None,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Whole groups in the order of `prompts`, and (sum, count) metrics of the requests.
 
@@ -96,11 +105,14 @@ class GroupSampler:
         Requests in flight then are aborted. Errors of the reward and wrong prompts end the call at once.
         `keep` is told of a group as soon as it is there, whatever becomes of the call.
 
+        `losses` are those of the step so far, and are added to: of three groups that are left to ask for one
+        may fail where the whole step may lose one. Without them the call is a step of its own.
+
         `more` asks for rounds of rollouts, `samples_per_prompt` in one round without it; `begun` has those of
         earlier calls, by prompt id. A group that a later round failed for keeps what it has.
         """
         more = more or self._usual
-        tally = Tally(num_prompts=len(prompts))
+        tally, lost = Tally(num_prompts=len(prompts)), losses or Losses(len(prompts))
 
         async def one_group(position: int, prompt: Prompt) -> None:
             group = begun.get(prompt.id, [])
@@ -108,8 +120,8 @@ class GroupSampler:
                 try:
                     made = await self._one_round(prompt, epoch, number, len(group), tally)
                 except ServerError as error:
-                    tally.failed, tally.last_error = tally.failed + 1, error
-                    _check_failures(tally, self.max_failed_groups)
+                    tally.failed, lost.failed = tally.failed + 1, lost.failed + 1
+                    _check_failures(lost, self.max_failed_groups, error)
                     return
                 group = tally.groups[position] = [*group, *made]
                 keep(group)
@@ -196,12 +208,12 @@ class _TooManyFailures(RuntimeError):
     pass
 
 
-def _check_failures(tally: Tally, max_failed_groups: float) -> None:
-    if tally.failed > max_failed_groups * tally.num_prompts:
+def _check_failures(lost: Losses, max_failed_groups: float, error: ServerError) -> None:
+    if lost.failed > max_failed_groups * lost.groups:
         raise _TooManyFailures(
-            f"{tally.failed} of {tally.num_prompts} groups were lost to failed requests, more than "
-            f"rollout.max_failed_groups = {max_failed_groups:g} allows. Last error: {tally.last_error}"
-        ) from tally.last_error
+            f"{lost.failed} of {lost.groups} groups were lost to failed requests, more than "
+            f"rollout.max_failed_groups = {max_failed_groups:g} allows. Last error: {error}"
+        ) from error
 
 
 def _metrics(tally: Tally) -> Sums:

@@ -28,7 +28,16 @@ from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.failures import RewardsFailing
 from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.rollout.asked import Asked
-from megatron_jackpot.rollout.collect import NOTHING_BEGUN, POLL_S, Interrupted, Keep, More, Sums, Unfinished
+from megatron_jackpot.rollout.collect import (
+    NOTHING_BEGUN,
+    POLL_S,
+    Interrupted,
+    Keep,
+    Losses,
+    More,
+    Sums,
+    Unfinished,
+)
 from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.rollout.finished_groups import Groups
 from megatron_jackpot.rollout.loop_thread import LoopThread
@@ -63,6 +72,7 @@ class Source(Protocol):
         keep: Keep = lambda group: None,
         more: More | None = None,
         begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
+        losses: Losses | None = None,
     ) -> Coroutine[object, None, tuple[list[list[Rollout]], Sums]]: ...
 
     def hold(self, *, until_quiet: bool) -> Coroutine[object, None, None]: ...
@@ -221,7 +231,7 @@ class Pipeline:
 
     async def _collect(self, source: Source, batch: Asked) -> Unfinished | None:
         """Fill `finished` with a batch's missing groups, in the source's thread; why some are not there."""
-        unfinished, started = None, time.perf_counter()
+        unfinished, started, losses = None, time.perf_counter(), Losses(0)
 
         def keep(group: list[Rollout]) -> None:
             self.finished[batch.key(group[0].prompt)] = group
@@ -235,8 +245,9 @@ class Pipeline:
                     epoch, prompts = asked
                     missing = batch.missing(prompts, self.finished)
                     options = batch.options(missing, self.finished)
+                    losses.groups = len(batch.prompts) + len(batch.fetched)
                     _, sums = await source.collect(
-                        epoch, missing, stop=lambda: self._interrupted, keep=keep, **options
+                        epoch, missing, stop=lambda: self._interrupted, keep=keep, losses=losses, **options
                     )
                     batch.add(sums)
             except Unfinished as error:
@@ -313,7 +324,7 @@ class Pipeline:
         if self.allocation.allocator.replaces:
             committed = batch.committed()
             trained = [group for group in sampled if group[0].prompt.id in committed]
-        self._observe(batch, [(number, _num_correct(group), len(group)) for number, group in found.items()])
+        self._observe(batch, batch.observed(found))
         now = _Mark(time.perf_counter(), self._asking.seconds())
         period, waited = now.time - self._since.time, now.time - started
         idle = period - (now.asked - self._since.asked)
@@ -334,14 +345,15 @@ class Pipeline:
         )
 
     def _observe(self, batch: Asked, mine: list[tuple[int, int, int]]) -> None:
-        """Tell the allocator of all leaders' groups, in the loader's order: every leader is here. Gathers of
-        objects over dp: 1 where it remembers anything."""
+        """Tell the allocator of all leaders' groups, the loader's in its order, then those that were fetched:
+        every leader is here. Gathers of objects over dp: 1 where it remembers anything."""
         parts = [mine]
         if self.allocation.allocator.num_visits and self.mesh.dp > 1:
             parts = [mine] * self.mesh.dp
             dist.all_gather_object(parts, mine, group=self.mesh.dp_group)
         seen = {row[0]: row for part in parts for row in part}
-        self.allocation.observe(batch.step, [seen[number] for number in batch.plan if number in seen])
+        order = (*batch.plan, *batch.beside)
+        self.allocation.observe(batch.step, [seen[number] for number in order if number in seen])
 
 
 def ending(batch: Asked) -> tuple[int, BaseException | None]:
@@ -362,10 +374,6 @@ class _Mark:
 
     time: float
     asked: float
-
-
-def _num_correct(group: Sequence[Rollout]) -> int:
-    return sum(rollout.correct for rollout in group)
 
 
 def _raise_everywhere(outcome: int, error: BaseException | None) -> None:

@@ -13,7 +13,15 @@ import numpy as np
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.failures import Counts, failure_sums
 from megatron_jackpot.rewards.pool import START_TIMEOUT_S, RewardPool, Verdict
-from megatron_jackpot.rollout.collect import NOTHING_BEGUN, GroupSampler, Keep, More, Sums, Unfinished
+from megatron_jackpot.rollout.collect import (
+    NOTHING_BEGUN,
+    GroupSampler,
+    Keep,
+    Losses,
+    More,
+    Sums,
+    Unfinished,
+)
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
@@ -72,9 +80,11 @@ class ServerSource:
         keep: Keep = lambda group: None,
         more: More | None = None,
         begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
+        losses: Losses | None = None,
     ) -> tuple[list[list[Rollout]], Sums]:
-        """Groups in the order of `prompts` (failed ones left out, up to the allowed share) and the metrics
-        of requests and rewards; `samples` of each in place of the usual number, or what `more` asks for.
+        """Groups in the order of `prompts` (failed ones left out, up to the allowed share, see
+        GroupSampler) and the metrics of requests and rewards; `samples` of each in place of the usual number,
+        or what `more` asks for.
 
         Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early,
         and RewardsFailing.
@@ -83,13 +93,17 @@ class ServerSource:
         samples = self.sampler.samples_per_prompt if samples is None else samples
         sampler = replace(self.sampler, samples_per_prompt=samples, reward=partial(self.reward, counts))
         try:
-            groups, sums = await sampler.collect(epoch, prompts, stop, keep, more, begun)
+            groups, sums = await sampler.collect(epoch, prompts, stop, keep, more, begun, losses)
         except Unfinished as unfinished:
             unfinished.metrics.update(failure_sums(counts))
             raise
         return groups, sums | failure_sums(counts)
 
     async def reward(self, counts: Counts, tokens: Sequence[int], prompt: Prompt) -> Verdict:
+        return await self.pool(self.decode(tokens), prompt.label, counts, self._seen(tokens, prompt))
+
+    def _seen(self, tokens: Sequence[int], prompt: Prompt) -> dict[str, object]:
+        """What the reward asks for beside text and label."""
         offered: dict[str, Callable[[], object]] = {
             "prompt": lambda: self.decode(prompt.tokens),
             "num_tokens": lambda: len(tokens),
@@ -97,8 +111,7 @@ class ServerSource:
                 "stop" if set(tokens[-1:]) & set(self.sampling.stop_token_ids) else "length"
             ),
         }
-        seen = {name: offered[name]() for name in self.pool.asks}
-        return await self.pool(self.decode(tokens), prompt.label, counts, seen)
+        return {name: offered[name]() for name in self.pool.asks}
 
     async def hold(self, *, until_quiet: bool) -> None:
         """Begin no request until `use`, and wait until servers have none where that is asked for."""
@@ -123,29 +136,26 @@ class ServerSource:
     def verdicts(
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
     ) -> tuple[list[bool], float]:
-        """Which answers are correct, and the number of rewards that failed. Raises RewardsFailing."""
-        judged, failed = self._judged(answers, prompts)
-        return [correct for _, correct, *_ in judged], failed
+        """Which answers are correct, and the number of rewards that failed, whose answers are not. Raises
+        RewardsFailing."""
+        judged = self._judged(answers, prompts)
+        return [one is not None and one[1] for one in judged], judged.count(None)
 
-    def rewards(
-        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
-    ) -> tuple[list[float], float]:
-        """The reward of each answer, and as `verdicts`."""
-        judged, failed = self._judged(answers, prompts)
-        return [reward for reward, *_ in judged], failed
+    def rewards(self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[float | None]:
+        """The reward of each answer, None where it failed. Raises RewardsFailing."""
+        return [None if one is None else one[0] for one in self._judged(answers, prompts)]
 
-    def _judged(
-        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
-    ) -> tuple[list[Verdict], float]:
+    def _judged(self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[Verdict | None]:
         counts = self.pool.failures.begin()
 
-        async def score() -> list[Verdict]:
-            judged = (self.reward(counts, a, p) for a, p in zip(answers, prompts, strict=True))
+        async def score() -> list[Verdict | None]:
+            judged = (
+                self.pool.judge(self.decode(a), p.label, counts, self._seen(a, p))
+                for a, p in zip(answers, prompts, strict=True)
+            )
             return await asyncio.gather(*judged)
 
-        verdicts = self.thread.wait(score(), self.limit_s, f"verdicts on {len(prompts)} answers")
-        failed = sum(total for total, _ in failure_sums(counts).values())
-        return verdicts, failed
+        return self.thread.wait(score(), self.limit_s, f"verdicts on {len(prompts)} answers")
 
     def server_gib(self) -> float | None:
         """Memory of the fullest server; None where one does not say."""

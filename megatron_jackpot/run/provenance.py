@@ -48,8 +48,9 @@ PROVENANCE_FILE = "provenance.json"
 def record(config: Config, folder: Path) -> Path:
     """Write config.yaml (readable by `train` again) and provenance.json; returns the path of the first."""
     path = folder / CONFIG_FILE
-    _replace(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    # In this order: a config.yaml without the other is the user's own (launch/folder.py).
     _replace(folder / PROVENANCE_FILE, json.dumps(provenance(config.parallel.threads), indent=2) + "\n")
+    _replace(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return path
 
 

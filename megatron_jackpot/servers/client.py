@@ -8,6 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
@@ -54,9 +55,9 @@ class SGLangClient:
     """Completions from SGLang servers. Use as `async with SGLangClient(urls, ...) as client`.
 
     A request that fails (network, HTTP 5xx, time limit, malformed reply) is tried again with back-off, on
-    another server where there is one. A request past its time limit is aborted by its id. The samples of a
-    group have ids that only the server knows: it ends them within seconds of the closed connection, which is
-    also what happens to a cancelled request.
+    another server where there is one. A request past its time limit is aborted by its ids. With a prefix
+    cache, the samples of a group have ids that only the server knows: it ends them within seconds of the
+    closed connection, which is also what happens to a cancelled request.
 
     A server starts a request with the weights that were pushed last, or has missed a push: `version` is
     theirs. A response may go on through pushes; how old its tokens may be is not judged here.
@@ -72,6 +73,7 @@ class SGLangClient:
         request_timeout_s: float = 1800,
         retries: int = 3,
         version: int = 0,
+        prefix_cache: bool = True,
         backoff_s: float = 0.5,
         admin_timeout_s: float = 60,
     ) -> None:
@@ -84,6 +86,8 @@ class SGLangClient:
         self.retries = retries
         self.version = version
         """Of the weights that were pushed last."""
+        self.prefix_cache = prefix_cache
+        """Whether servers keep the keys and values of prompts."""
         self.backoff_s = backoff_s
         self.admin = ServerAdmin([server.url for server in self.servers], timeout_s=admin_timeout_s)
         self._slots = asyncio.Semaphore(concurrency)
@@ -137,19 +141,15 @@ class SGLangClient:
             raise ValueError(
                 f"top_k_logp = {sampling.top_k_logp} exceeds the vocabulary of {self.vocab_size} ids."
             )
-        body = {
-            "input_ids": [int(token) for token in prompt_tokens],
-            "sampling_params": {
-                "n": n,
-                "temperature": sampling.temperature,
-                "max_new_tokens": sampling.max_new_tokens,
-                "stop_token_ids": [int(token) for token in sampling.stop_token_ids],
-                "ignore_eos": sampling.ignore_eos,
-                **NO_TRUNCATION,
-            },
-            "return_logprob": True,
-            "top_logprobs_num": sampling.top_k_logp,
-        }
+        body = self._body(
+            prompt_tokens,
+            n,
+            sampling.stop_token_ids,
+            temperature=sampling.temperature,
+            max_new_tokens=sampling.max_new_tokens,
+            ignore_eos=sampling.ignore_eos,
+        )
+        body |= {"return_logprob": True, "top_logprobs_num": sampling.top_k_logp}
         if sampling.top_k_logp:
             body |= {"return_flat_raw_output_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
         return await self._ask(
@@ -167,17 +167,29 @@ class SGLangClient:
     ) -> list[np.ndarray]:
         """n answers [R] int32 without log-probs, for evaluation; at temperature 0 the most probable one."""
         self._check(prompt_tokens, max_new_tokens, stop_token_ids)
-        body = {
-            "input_ids": [int(token) for token in prompt_tokens],
+        body = self._body(
+            prompt_tokens, n, stop_token_ids, temperature=temperature, max_new_tokens=max_new_tokens
+        )
+        return await self._ask(body, n, lambda content, _: self._parse_answers(content, n, max_new_tokens))
+
+    def _body(
+        self, prompt: Sequence[int], n: int, stop_token_ids: Sequence[int], **params: float
+    ) -> JsonObject:
+        """What /generate is asked for n samples.
+
+        For `n` of one prompt SGLang first runs the bare prompt, so that all find its keys and values. Nobody
+        would without a prefix cache: there the prompt is sent n times, for a sample each.
+        """
+        copies, each = (1, n) if self.prefix_cache else (n, 1)
+        return {
+            "input_ids": [[int(token) for token in prompt]] * copies,
             "sampling_params": {
-                "n": n,
-                "temperature": temperature,
-                "max_new_tokens": max_new_tokens,
+                "n": each,
                 "stop_token_ids": [int(token) for token in stop_token_ids],
+                **params,
                 **NO_TRUNCATION,
             },
         }
-        return await self._ask(body, n, lambda content, _: self._parse_answers(content, n, max_new_tokens))
 
     def _check(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int]) -> None:
         if len(prompt) == 0:
@@ -259,9 +271,9 @@ class SGLangClient:
 
     async def _post(self, url: str, body: JsonObject, parse: Callable[[bytes, int], T]) -> T:
         assert self._session is not None, "use the client inside `async with`"
-        rid, version = uuid.uuid4().hex, self.version
+        rids, version = [uuid.uuid4().hex for _ in body["input_ids"]], self.version
         # Cached prefixes are those of requests with the same key: none crosses versions.
-        body = body | {"rid": rid, "extra_key": str(version)}
+        body = body | {"rid": rids, "extra_key": str(version)}
         try:
             async with asyncio.timeout(self.request_timeout_s):
                 async with self._session.post(f"{url}/generate", json=body) as answer:
@@ -274,18 +286,20 @@ class SGLangClient:
         except aiohttp.ClientError as error:
             raise ServerError(f"{url}: /generate broke off: {type(error).__name__}: {error}") from error
         except TimeoutError as error:
-            await self._abort(url, rid)
+            await self._abort(url, rids)
             raise ServerError(f"{url}: no reply to /generate within {self.request_timeout_s:g} s") from error
         except reply.BadReply as error:
             raise ServerError(f"{url}: {error}") from error
         except StaleWeights as error:
             raise StaleWeights(f"{url}: {error}") from None
 
-    async def _abort(self, url: str, rid: str) -> None:
-        try:
-            await ServerAdmin([url], timeout_s=5).abort(rid)
-        except ServerError:
-            pass  # It was asked because it does not answer; the request's own error is the one to show.
+    async def _abort(self, url: str, rids: Sequence[str]) -> None:
+        async def end(rid: str) -> None:
+            # It was asked because it does not answer; the request's own error is the one to show.
+            with suppress(ServerError):
+                await ServerAdmin([url], timeout_s=5).abort(rid)
+
+        await asyncio.gather(*(end(rid) for rid in rids))
 
     def _parse_group(self, content: bytes, n: int, sampling: Sampling, version: int) -> list[Completion]:
         group = reply.parse_group(content, n, sampling, vocab_size=self.vocab_size)

@@ -42,6 +42,38 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks without a proxy: what the environment names is for the way out, not for servers of ours."""
 
 
+AWAIT_VARIABLE = "JACKPOT_AWAIT_SERVERS"
+"""Set for ranks that a launch starts beside its servers, before these answer."""
+
+
+def answers(url: str, limit_s: float, path: str = HEALTH) -> bool:
+    """Whether a server answers `path` within `limit_s`, at most 5 s."""
+    try:
+        with DIRECT.open(url + path, timeout=min(5.0, max(0.1, limit_s))) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def await_servers(servers: Servers, stopped: Callable[[], object]) -> None:
+    """In a rank that a launch started beside its servers: until all of servers.urls answer, or `stopped()`.
+
+    Raises TimeoutError after servers.start_timeout_s; the launch, which has the same limit, says why.
+    """
+    if not os.environ.pop(AWAIT_VARIABLE, None):
+        return
+    deadline = time.monotonic() + servers.start_timeout_s
+    for url in servers.urls:
+        while not answers(url, deadline - time.monotonic()):
+            if stopped():
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"Waited {servers.start_timeout_s:g} s (servers.start_timeout_s) for server {url}."
+                )
+            time.sleep(0.25)
+
+
 class ServerProcess:
     """One server in a process group of its own. Example: ServerProcess(argv, port=30000, log_path=path)."""
 
@@ -113,12 +145,8 @@ class ServerProcess:
 
     def answers(self, limit_s: float, path: str = HEALTH) -> bool:
         """Whether it answers `path` within `limit_s`, at most 5 s."""
-        try:
-            with DIRECT.open(self.url + path, timeout=min(5.0, max(0.1, limit_s))) as answer:
-                # A stranger may have taken the port since it was checked; then our process has ended or will.
-                return answer.status == 200 and self.running
-        except (urllib.error.URLError, OSError):
-            return False
+        # A stranger may have taken the port since it was checked; then our process has ended or will.
+        return answers(self.url, limit_s, path) and self.running
 
     def note(self, line: str) -> None:
         """Into the server's log, between what the server says; the report counts restarts there."""
@@ -184,6 +212,7 @@ def start_servers(
     *,
     dtype: str,
     stopped: Callable[[], bool] = lambda: False,
+    begun: Callable[[Sequence[str]], None] = lambda urls: None,
 ) -> list[ServerProcess]:
     """Start servers.num healthy servers of `model` side by side, logs in folder/server-{i}.log.
 
@@ -219,6 +248,7 @@ def start_servers(
             )
             started.append(server)
             server.start()
+        begun([server.url for server in started])
         for server in started:
             server.wait_healthy(max(0.1, deadline - time.monotonic()), stopped)
     except BaseException as error:
@@ -259,6 +289,8 @@ def server_command(
         command += CPU_FLAGS
     if servers.max_total_tokens is not None:
         command += ["--max-total-tokens", str(servers.max_total_tokens)]
+    if not servers.prefix_cache:
+        command.append("--disable-radix-cache")
     return [*command, *api_key.arguments(), *flags, *servers.extra_args]
 
 

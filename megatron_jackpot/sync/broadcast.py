@@ -109,6 +109,7 @@ class BroadcastSync:
         bucket_bytes: int = 512 * 2**20,
         timeout_s: float = 120,
         patience_s: float = 300,
+        checksums_every: int = 1,
         address: str | None = None,
         release_memory: bool = False,
         stop: Stop = never,
@@ -123,7 +124,7 @@ class BroadcastSync:
         self.bucket_bytes = bucket_bytes
         self.timeout_s = timeout_s
         self.address = address or address_towards(self.admin.urls[0])
-        self.proof = Proof(self.admin, self.hf_folder)
+        self.proof = Proof(self.admin, self.hf_folder, checksums_every=checksums_every)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
         self.group: WeightGroup | None = None
         self.proved = proof_folder is None
@@ -149,7 +150,7 @@ class BroadcastSync:
         try:
             with paused(self.admin):
                 self.memory_saver.resume_weights()
-                self._send_all(watched)
+                self._send_all(watched, sent)
                 self.memory_saver.resume_cache()
                 if not self.proved:
                     self._prove(watched)
@@ -171,9 +172,10 @@ class BroadcastSync:
 
     def _leave_out_absent(self) -> None:
         present = wait_for_healthy(self.urls, self.patience_s, self.stop)
-        if present != self.admin.urls:
+        self.proof.begin(present)
+        if list(present) != self.admin.urls:
             self.close()
-            self.admin.urls = present
+            self.admin.urls = list(present)
 
     def release(self) -> None:
         """The servers give back their memory until the next push; nothing where that was not asked for."""
@@ -198,7 +200,7 @@ class BroadcastSync:
             group.abort()
             attempt(error, self.admin.destroy_group(group.name))
 
-    def _send_all(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def _send_all(self, named_tensors: Iterable[tuple[str, Tensor]], sent: SentTensors) -> None:
         wait(self.admin.begin_update())
         try:
             with BucketPrefetcher(named_tensors, self.bucket_bytes, self.device, self.timeout_s) as made:
@@ -207,6 +209,7 @@ class BroadcastSync:
                 flush = True
                 for bucket in made:
                     self._send(bucket, flush=flush)
+                    sent.confirm(bucket)
                     flush = False
         except BaseException as error:
             attempt(error, self.admin.end_update())

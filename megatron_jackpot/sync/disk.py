@@ -31,6 +31,7 @@ class DiskSync:
         bucket_bytes: int = 512 * 2**20,
         timeout_s: float = 120,
         patience_s: float = 300,
+        checksums_every: int = 1,
         release_memory: bool = False,
         stop: Stop = never,
     ) -> None:
@@ -40,7 +41,7 @@ class DiskSync:
         self.folder = Path(folder).absolute()
         self.hf_folder = Path(hf_folder)
         self.bucket_bytes = bucket_bytes
-        self.proof = Proof(self.admin, self.hf_folder)
+        self.proof = Proof(self.admin, self.hf_folder, checksums_every=checksums_every)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
 
     def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
@@ -49,7 +50,9 @@ class DiskSync:
         return retry(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        self.admin.urls = wait_for_healthy(self.urls, self.patience_s, self.stop)
+        present = wait_for_healthy(self.urls, self.patience_s, self.stop)
+        self.proof.begin(present)
+        self.admin.urls = list(present)
         started, sent = time.monotonic(), SentTensors()
         path = self.folder / f"weights-v{version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)

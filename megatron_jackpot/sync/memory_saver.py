@@ -32,7 +32,7 @@ class MemorySaver:
         present = wait(answering(self.admin.urls))
         self.away = {}
         if present:
-            servers = ServerAdmin(present, timeout_s=self.admin.timeout_s)
+            servers = ServerAdmin(list(present), timeout_s=self.admin.timeout_s)
             wait(servers.pause("abort"))
             wait(servers.release_memory((*CACHE, *WEIGHTS)))
         self.away = {url: {*CACHE, *WEIGHTS} for url in present}

@@ -1,14 +1,17 @@
 """What a push of weights reports, and the proof that every server holds what was sent.
 
 SGLang hashes its own fused, sharded tensors, so hashes of HF-named tensors cannot be compared with it. Proof
-instead: names and shapes equal those of the served model's folder; all servers hash alike, rank by rank; the
-hashes moved when the sent values did; every server reports the version; and the first broadcast hashes like
-a load of the same tensors from disk (`same_weights`, called by BroadcastSync).
+instead, of every push: names and shapes equal those of the served model's folder; buckets held what was
+exported after they had been sent; every server reports the version. Of every `checksums_every`-th, and of the
+first two from the start and from a fault on: all servers hash alike, rank by rank; the hashes moved in this
+push when the sent values did. The first broadcast hashes like a load of the same tensors from disk
+(`same_weights`, called by BroadcastSync).
 """
 
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +26,12 @@ from megatron_jackpot.models.families import family_of
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.fp8 import SCALE, quantised_shapes
+from megatron_jackpot.sync.prefetcher import FlatBucket
 
 T = TypeVar("T")
 Checksums = dict[str, dict[str, str]]
+Present = dict[str, str]
+"""URL of a server that answers -> the weight version that it says it has."""
 
 CLEANUP_S = 10
 """Time limit of a call that cleans up after an error."""
@@ -43,8 +49,8 @@ class SyncReport:
     version: int
     seconds: float
     num_bytes: int
-    checksum: str
-    """Hash over all ranks of one server; equal on all servers."""
+    checksum: str | None
+    """Hash over all ranks of one server; equal on all servers. None where it was not this push's turn."""
     proved: bool
     """Whether this push was also compared with a load from disk."""
 
@@ -65,6 +71,23 @@ class SentTensors:
         bits = tensor.detach().contiguous().view(-1).view(INTEGER_OF_SIZE[tensor.element_size()])
         self._sums[name] = int(bits.sum(dtype=torch.int64))
 
+    def confirm(self, bucket: FlatBucket) -> None:
+        """What a bucket holds after it was sent is what was added. Raises SyncError.
+
+        Buckets are made ahead, on a stream of their own: one that was sent half made, or written over, would
+        reach all servers alike.
+        """
+        bits = bucket.flat.view(INTEGER_OF_SIZE[getattr(torch, bucket.dtypes[0]).itemsize])
+        pieces = bits.split([math.prod(shape) for shape in bucket.shapes])
+        # One wait for the device, not one for each tensor.
+        sums = torch.stack([piece.sum(dtype=torch.int64) for piece in pieces]).tolist()
+        wrong = [name for name, found in zip(bucket.names, sums, strict=True) if found != self._sums[name]]
+        if wrong:
+            raise SyncError(
+                f"{len(wrong)} tensors were sent with other values than were exported: "
+                f"{', '.join(wrong[:5])}."
+            )
+
     @property
     def digest(self) -> str:
         return hashlib.sha256(repr(sorted(self._sums.items())).encode()).hexdigest()
@@ -76,28 +99,51 @@ class SentTensors:
 
 
 class Proof:
-    """Checks after each push; remembers the push before."""
+    """Checks of each push; remembers the one before."""
 
-    def __init__(self, admin: ServerAdmin, hf_folder: Path) -> None:
-        self.admin = admin
+    def __init__(self, admin: ServerAdmin, hf_folder: Path, *, checksums_every: int = 1) -> None:
+        self.admin, self.checksums_every = admin, checksums_every
         self.expected = hf_shapes(hf_folder)
         config = json.loads((Path(hf_folder) / "config.json").read_text(encoding="utf-8"))
         self.quantised = "quantization_config" in config
         # A tied output layer is the embedding again: it may be written and sent, or not.
         self.may_differ = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
         self._digest: str | None = None
+        """Of what was sent when the servers had `_checksums`."""
         self._checksums: Checksums | None = None
+        self._unseen: str | None = None
+        """Digest of the push before, where nobody asked what the servers had of it."""
+        self._left_behind: Present | None = None
+        """The servers of the push before, where it came to its end."""
+        self._fault = False
+        self._left = 0
+        """Pushes that may go without checksums."""
 
-    def check(self, sent: SentTensors, version: int) -> str:
-        """Checksum of the servers. Raises SyncError."""
+    def begin(self, present: Present) -> None:
+        """A push is to reach these servers. There was a fault where they are others than the last time, one
+        was started again and has lost its version, or the last push broke off. Raises SyncError where they
+        have come apart since."""
+        self._fault, self._left_behind = present != self._left_behind, None
+        if self._fault:
+            self._left = 0
+        elif self._left == 0 and self._unseen is not None:
+            # Against older ones a server would pass that took some of the pushes since and lost the last.
+            self._digest, self._checksums = self._unseen, self.equal_checksums()
+
+    def check(self, sent: SentTensors, version: int) -> str | None:
+        """Checksum of the servers, where it is this push's turn. Raises SyncError."""
         check_names(sent.shapes, self.expected, self.may_differ)
-        versions = wait(self.admin.versions())
+        versions, answers = wait(self._read_back())
         for url, found in zip(self.admin.urls, versions, strict=True):
             if found != version:
                 raise SyncError(
                     f"Server {url} reports weight version {found} after a push of version {version}."
                 )
-        checksums = self.equal_checksums()
+        self._unseen = sent.digest
+        if answers is None:
+            self._end(version, self._left - 1)
+            return None
+        checksums = self._equal(answers)
         if self._digest not in (None, sent.digest) and checksums == self._checksums:
             raise SyncError(
                 f"The weights sent as version {version} differ from the push before, but the servers' "
@@ -108,12 +154,27 @@ class Proof:
             same_weights(
                 self._checksums, checksums, "the push before", f"version {version}, the same weights again"
             )
-        self._digest, self._checksums = sent.digest, checksums
+        self._digest, self._checksums, self._unseen = sent.digest, checksums, None
+        # After a fault the next one too: what a server had before is unknown, so only that shows it move.
+        self._end(version, 0 if self._fault else self.checksums_every - 1)
         return _overall(checksums)
+
+    async def _read_back(self) -> tuple[list[int], list[Checksums] | None]:
+        """Versions, and checksums where it is this push's turn: a server's front answers the one, its
+        scheduler the other."""
+        if self._left:
+            return await self.admin.versions(), None
+        return await asyncio.gather(self.admin.versions(), self.admin.checksums())
+
+    def _end(self, version: int, left: int) -> None:
+        self._left, self._left_behind = left, dict.fromkeys(self.admin.urls, str(version))
 
     def equal_checksums(self) -> Checksums:
         """The checksums of the servers, which must be equal."""
-        first, *others = wait(self.admin.checksums())
+        return self._equal(wait(self.admin.checksums()))
+
+    def _equal(self, answers: list[Checksums]) -> Checksums:
+        first, *others = answers
         scales = any(name.endswith(SCALE) for names in first.values() for name in names)
         if scales != self.quantised:
             serves, sent = ("fp8", "bf16") if scales else ("no fp8", "fp8")

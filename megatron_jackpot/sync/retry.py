@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
-from megatron_jackpot.sync.proof import SyncError, wait
+from megatron_jackpot.sync.proof import Present, SyncError, wait
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def never() -> None:
     """The `stop` of a push that nobody interrupts."""
 
 
-def wait_for_healthy(urls: Sequence[str], patience_s: float, stop: Stop = never) -> list[str]:
+def wait_for_healthy(urls: Sequence[str], patience_s: float, stop: Stop = never) -> Present:
     """Those of `urls` whose scheduler answers, in their order.
 
     Raises SyncError when none does within `patience_s`: a server that is being started again needs that long;
@@ -64,20 +64,15 @@ def retry(push: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-async def answering(urls: Sequence[str]) -> list[str]:
-    """Those whose scheduler answers at once, or later where their front does at once: one that was left out
-    of a push would be of no use until the next."""
+async def answering(urls: Sequence[str]) -> Present:
+    """Those whose front answers at once, and their scheduler then or later: one that was left out of a push
+    would be of no use until the next."""
 
-    async def ask(url: str) -> str | None:
-        admin = ServerAdmin([url], timeout_s=ALIVE_LIMIT_S)
+    async def ask(url: str) -> list[str]:
         try:
-            await admin.alive(timeout_s=ALIVE_LIMIT_S)
+            return await ServerAdmin([url]).alive(timeout_s=ALIVE_LIMIT_S, scheduler_s=BUSY_LIMIT_S)
         except ServerError:
-            try:
-                await admin.model_info()
-                await admin.alive(timeout_s=BUSY_LIMIT_S)
-            except ServerError:
-                return None
-        return url
+            return []
 
-    return [url for url in await asyncio.gather(*(ask(url) for url in urls)) if url is not None]
+    answers = await asyncio.gather(*(ask(url) for url in urls))
+    return {url: version for url, answer in zip(urls, answers, strict=True) for version in answer}

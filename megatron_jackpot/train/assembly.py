@@ -3,7 +3,8 @@
 Everything that can be wrong with the input is refused here, before the first step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.sync.broadcast import BroadcastSync
 from megatron_jackpot.sync.disk import DiskSync
 from megatron_jackpot.sync.ipc import IPCSync
+from megatron_jackpot.train.auto_packing import with_number
 from megatron_jackpot.train.evaluation import Evaluator
 from megatron_jackpot.train.guard import Guard
 from megatron_jackpot.train.methods import Methods
@@ -58,6 +60,7 @@ class Assembly:
 def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda: None) -> Assembly:
     """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming
     the field for anything that cannot work."""
+    config = with_number(config, mesh)
     methods = Methods.from_config(config)
     check_same_tokenizer(config.folders)
     tokenizer = load_tokenizer(config.policy.hf)
@@ -71,45 +74,60 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
     )
     sets = named_prompts(config.data, config.evaluation, tokenizer, exclude=training.texts, limits=limits)
     models = {name: load_model(name, config, mesh, families) for name in config.models}
-    source = None
-    if mesh.is_leader:
-        source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
-        if config.data.source == "jsonl":
-            # Generated problems are right by construction; a file may hold answers no response could ever
-            # match.
-            for path, prompts in (
-                (config.data.path, training.prompts),
-                (config.data.heldout_path, heldout.prompts),
-            ):
-                if path is not None:
-                    source.check_labels(prompts[mesh.dp_rank :: mesh.dp], path)
-        for name, named in sets.items():
-            source.check_labels(named[mesh.dp_rank :: mesh.dp], config.evaluation.sets[name].path)
-    per_step, seed = config.rollout.prompts_per_step, config.run.seed
-    state = TrainState(
-        mesh=mesh,
-        policy=models["policy"],
-        actor=models.get("actor"),
-        reference=Reference.load(config, mesh, families, padded_vocab(families, mesh)),
-        methods=methods,
-        guard=Guard(config.guard),
-        loader=PromptLoader(
-            training.prompts, per_step, mesh.dp_rank, mesh.dp, seed, config.data.changed_rows
-        ),
-    )
-    know_values(config, state, training.prompts)
-    sync = make_sync(config, stop) if mesh.is_main else None
-    trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
-    probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
-    evaluate = Evaluator(
-        config,
-        state,
-        source,
-        {"": heldout.prompts, **sets},
-        stop_ids=stop_ids,
-        packing_tokens=trainer.packer.tokens,
-    )
+    with ExitStack() as opened:
+        source = None
+        if mesh.is_leader:
+            source = make_source(config, families, stop_ids, partial(text_of, tokenizer))
+            opened.callback(source.close)
+            _check_labels(config, mesh, source, training.prompts, heldout.prompts, sets)
+        per_step, seed = config.rollout.prompts_per_step, config.run.seed
+        state = TrainState(
+            mesh=mesh,
+            policy=models["policy"],
+            actor=models.get("actor"),
+            reference=Reference.load(config, mesh, families, padded_vocab(families, mesh)),
+            methods=methods,
+            guard=Guard(config.guard),
+            loader=PromptLoader(
+                training.prompts, per_step, mesh.dp_rank, mesh.dp, seed, config.data.changed_rows
+            ),
+            packing_tokens=config.packing.size,
+        )
+        know_values(config, state, training.prompts)
+        sync = make_sync(config, stop) if mesh.is_main else None
+        if sync is not None:
+            opened.callback(sync.close)
+        trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
+        probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
+        evaluate = Evaluator(
+            config,
+            state,
+            source,
+            {"": heldout.prompts, **sets},
+            stop_ids=stop_ids,
+            packing_tokens=trainer.packer.tokens,
+        )
+        opened.pop_all()  # Whole: from here on it is `close` that ends them.
     return Assembly(trainer, probe, evaluate)
+
+
+def _check_labels(
+    config: Config,
+    mesh: Mesh,
+    source: ServerSource,
+    training: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+    sets: Mapping[str, Sequence[Prompt]],
+) -> None:
+    """Raises ValueError where a file holds answers that no response could ever match; this rank's share of
+    them. Generated problems are right by construction."""
+    files: list[tuple[Path | None, Sequence[Prompt]]] = []
+    if config.data.source == "jsonl":
+        files += [(config.data.path, training), (config.data.heldout_path, heldout)]
+    files += [(config.evaluation.sets[name].path, named) for name, named in sets.items()]
+    for path, prompts in files:
+        if path is not None:
+            source.check_labels(prompts[mesh.dp_rank :: mesh.dp], path)
 
 
 def know_values(config: Config, state: TrainState, prompts: Sequence[Prompt]) -> None:
@@ -195,6 +213,7 @@ def make_source(
         concurrency=rollout.concurrency,
         request_timeout_s=rollout.request_timeout_s,
         retries=rollout.retries,
+        prefix_cache=config.servers.prefix_cache,
     )
     sampling = Sampling(
         temperature=rollout.temperature,
@@ -237,6 +256,7 @@ class SyncSettings(TypedDict):
     timeout_s: float
     patience_s: float
     release_memory: bool
+    checksums_every: int
     stop: Callable[[], str | None]
 
 
@@ -249,6 +269,8 @@ def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> 
         timeout_s=sync.timeout_s,
         patience_s=servers.start_timeout_s,
         release_memory=servers.release_memory,
+        # Lent memory comes back without its weights: each push is then one after a fault.
+        checksums_every=1 if servers.release_memory else sync.checksums_every,
         stop=stop,
     )
     if sync.method == "disk":

@@ -36,6 +36,7 @@ from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_g
 from megatron_jackpot.run import formats
 from megatron_jackpot.run.provenance import CHECKPOINTS, check_models, checkpoints
 from megatron_jackpot.run.watchdog import Watchdog
+from megatron_jackpot.train.auto_packing import SAVED
 from megatron_jackpot.train.digests import Digests, digest, digests
 from megatron_jackpot.train.kept import MEASURED, STATE, tidy
 from megatron_jackpot.train.state import REFERENCE, TrainState
@@ -294,6 +295,7 @@ def run_state(state: TrainState) -> dict[str, Any]:
         formats.FIELD: formats.current("checkpoint"),
         "num_steps": state.num_steps,
         "num_probes": state.num_probes,
+        SAVED: state.packing_tokens,
         MEASURED: state.measured,
         "guard": state.guard.state_dict(),
         "loader": mesh.from_main(state.loader.state_dict() if state.loader is not None else None),

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_jackpot.data.packing import fill_bins, make_batch, pack_row, stack_rows
+from megatron_jackpot.data.bins import fill_bins
+from megatron_jackpot.data.packing import make_batch, pack_row, stack_rows
 from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.records import Batch, Prompt, Rollout

@@ -33,7 +33,7 @@ class Prober:
         self.prompts = prompts
         self.packer = Packer(
             state.mesh,
-            tokens=config.packing.tokens,
+            tokens=config.packing.size,
             enabled=True,
             num_minibatches=1,
             vpp=config.parallel.vpp,

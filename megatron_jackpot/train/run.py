@@ -19,6 +19,7 @@ from megatron_jackpot.rewards.failures import RewardsFailing
 from megatron_jackpot.rollout.pipeline import StopRun
 from megatron_jackpot.run.interrupt import StopRequest
 from megatron_jackpot.run.provenance import checkpoints
+from megatron_jackpot.servers.process import await_servers
 from megatron_jackpot.sync.stream import export_hf
 from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.assembly import Assembly, assemble
@@ -41,11 +42,12 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
     `mesh` is one that is there already, of the same layout. True when all steps are done, False when the run
     saved and ended because `stop` asked for it.
     """
+    stop = stop or StopRequest(config.run)
+    await_servers(config.servers, stop.reason)
     try:
         if config.precision.deterministic:
             be_deterministic()
         mesh = mesh or init_mesh(config.parallel, config.run.seed)
-        stop = stop or StopRequest(config.run)
         assembly = assemble(config, mesh, stop.reason)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(*error.args) from error

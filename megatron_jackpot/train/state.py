@@ -31,6 +31,8 @@ class TrainState:
     num_steps: int = 0
     """Finished steps; also the version of the weights that servers hold."""
     num_probes: int = 0
+    packing_tokens: int | None = None
+    """Tokens per micro-batch, for a resume with `packing.tokens: auto`; None where nobody packs."""
     measured: dict[str, float] = field(default_factory=dict)
     """What run.keep_best compares checkpoints by, after `num_steps` steps; on the main rank, {} elsewhere."""
     finished_groups: Groups = field(default_factory=dict)

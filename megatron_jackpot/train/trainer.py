@@ -107,7 +107,7 @@ class Trainer:
         )
         self.packer = Packer(
             mesh,
-            tokens=config.packing.tokens,
+            tokens=config.packing.size,
             enabled=config.packing.enabled,
             num_minibatches=config.algorithm.num_minibatches,
             vpp=config.parallel.vpp,

@@ -39,16 +39,15 @@ class Answering(Protocol):
         self, prompts: Sequence[Prompt], max_new_tokens: int, *, samples: int, temperature: float
     ) -> list[list[list[int]]]: ...
 
-    def rewards(
-        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
-    ) -> tuple[list[float], float]: ...
+    def rewards(self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[float | None]: ...
 
 
 def make_values(config: Config, *, samples: int, beta: float) -> Path:
     """Sample, score and write; the table's path. What a table of the same source has already is kept.
 
     Raises ValueError or FileNotFoundError, before a server is started, for anything that cannot work;
-    RuntimeError or TimeoutError where servers do not start, ServerError where they stop to answer.
+    RuntimeError or TimeoutError where servers do not start, ServerError where they stop to answer,
+    RewardsFailing where too many rewards fail. ValueError also, in the end, where all of a prompt's failed.
     """
     path = table_path(config)
     if path is None:
@@ -86,6 +85,7 @@ def make_values(config: Config, *, samples: int, beta: float) -> Path:
             own = (load_families(alone), stop_ids, partial(text_of, tokenizer))
             with closing(make_source(serving, *own)) as judge:
                 fill(table, left, judge, path)
+    table.check(prompts, path)
     return path
 
 
@@ -113,7 +113,11 @@ def of_reference(config: Config, folder: Path) -> Config:
 
 
 def fill(table: ValueTable, prompts: Sequence[Prompt], judge: Answering, path: Path) -> None:
-    """Values of these prompts, written after each AT_ONCE of them: who is interrupted goes on from there."""
+    """Values of these prompts, written after each AT_ONCE of them: who is interrupted goes on from there.
+
+    An answer whose reward failed is left out, as nobody knows what it is worth; a prompt that has no other
+    gets no value.
+    """
     asked, began = table.source, time.monotonic()
     for first in range(0, len(prompts), AT_ONCE):
         some = prompts[first : first + AT_ONCE]
@@ -121,14 +125,20 @@ def fill(table: ValueTable, prompts: Sequence[Prompt], judge: Answering, path: P
             some, asked.max_new_tokens, samples=asked.samples, temperature=asked.temperature
         )
         flat = [answer for group in groups for answer in group]
-        rewards, failed = judge.rewards(flat, [prompt for prompt in some for _ in range(asked.samples)])
+        rewards = judge.rewards(flat, [prompt for prompt in some for _ in range(asked.samples)])
         for place, prompt in enumerate(some):
-            own = rewards[place * asked.samples : (place + 1) * asked.samples]
-            table.values[prompt.id] = optimal_value(own, asked.beta)
-            table.digests[prompt.id] = prompt_digest(prompt)
+            own = _known(rewards[place * asked.samples : (place + 1) * asked.samples])
+            if own:
+                table.values[prompt.id] = optimal_value(own, asked.beta)
+                table.digests[prompt.id] = prompt_digest(prompt)
         table.write(path)
-        done = first + len(some)
+        done, known = first + len(some), _known(rewards)
         log.info(
             f"{done} of {len(prompts)} prompts after {time.monotonic() - began:.0f} s, mean reward "
-            f"{sum(rewards) / len(rewards):.3f}, {failed:.0f} rewards failed"
+            f"{sum(known) / max(len(known), 1):.3f}; {len(rewards) - len(known)} answers left out, as their "
+            "rewards failed"
         )
+
+
+def _known(rewards: Sequence[float | None]) -> list[float]:
+    return [reward for reward in rewards if reward is not None]

@@ -163,6 +163,14 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
             "Use 'tensorwise' or 'blockwise'",
         ),
         ({"packing": {"tokens": 127}}, r"packing.tokens = 127 .* = 128.* Raise packing.tokens"),
+        *(
+            ({"packing": {"tokens": wrong}}, f"packing.tokens = {wrong!r}: must be a number >= 16, or auto")
+            for wrong in (15, True, "all", 64.5, None)
+        ),
+        (
+            {"packing": {"tokens": "auto"}, "servers": {"release_memory": True}},
+            "packing.tokens = auto .* servers.release_memory = true. Set packing.tokens to a number",
+        ),
         ({"algorithm": {"num_minibatches": 3}}, r"does not divide rollout.prompts_per_step = 8"),
         ({"run": {"keep_best": "reward/mean"}}, "Set run.save_every"),
         (

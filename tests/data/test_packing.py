@@ -2,10 +2,14 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from megatron_jackpot.data.packing import fill_bins, fill_from_window
+from megatron_jackpot.data.bins import fill_bins, fill_from_window
+from megatron_jackpot.data.packing import Packer
+from tests.tiny import groups
 
 
 def next_fit(lengths, capacity) -> int:
@@ -29,9 +33,14 @@ def test_a_window_fills_micro_batches_with_each_sequence_once(window):
     assert bound <= len(bins) <= next_fit(lengths, 8192)
     if window == 1:
         assert len(bins) == next_fit(lengths, 8192)
-    if window >= 8:
-        # The specification's check: 8 reach the lower bound where next fit needs some more.
-        assert len(bins) <= bound + 1 < next_fit(lengths, 8192)
+
+
+def test_a_window_of_8_reaches_the_lower_bound_where_next_fit_needs_three_more():
+    """The specification's numbers: 400 sequences, bins of 8,192 tokens, lengths that fit its bound."""
+    draw = random.Random(10)
+    lengths = [draw.randint(64, 1600) for _ in range(400)]
+    assert math.ceil(sum(lengths) / 8192) == len(fill_from_window(lengths, 8192, 8)) == 42
+    assert next_fit(lengths, 8192) == 45
 
 
 def test_the_longest_that_fits_is_taken_from_the_window_which_is_refilled_after_each():
@@ -43,3 +52,16 @@ def test_the_longest_that_fits_is_taken_from_the_window_which_is_refilled_after_
 def test_without_packing_each_sequence_has_its_own_micro_batch(fill):
     assert sorted(fill([3, 1, 2, 5], 0)) == [[0], [1], [2], [3]]
     assert fill([], 8) == []
+
+
+def test_micro_batches_are_as_few_as_their_room_allows_filled_evenly_and_no_longer_than_need_be():
+    alone = dict(tp=1, pp=1, dp=1, is_leader=True, device=torch.device("cpu"))
+    mesh = SimpleNamespace(**alone, tensors_from_leader=lambda columns: columns)
+    rollouts = groups(range(16))
+    total = sum(r.num_tokens for group in rollouts for r in group)
+    packer = Packer(mesh, tokens=512, enabled=True, num_minibatches=1, vpp=None)
+    batch = packer.pack(rollouts, 8)
+    longest = max(r.num_tokens for group in rollouts for r in group)
+    assert batch.num_microbatches == math.ceil(total / 512) == 2
+    assert 0 <= batch.tokens_MT.numel() - total < 2 * (16 + longest) < 1024 - total
+    assert (batch.segment_MT >= 0).sum() == total and max(batch.longest) == longest

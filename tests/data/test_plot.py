@@ -69,7 +69,7 @@ def test_a_label_is_what_differs_between_the_runs(tmp_path, plot_runs):
             "parallel": {"threads": threads, "tp": 1},
         }
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-    expected = [f"parallel.threads={t}, run.seed={s}" for s, t in ((0, 1), (1, 1), (1, 2))]
+    expected = [f"threads={t}, seed={s}" for s, t in ((0, 1), (1, 1), (1, 2))]
     assert legend(plot_runs(runs, tmp_path / "curves.png")) == expected
 
 
@@ -81,7 +81,7 @@ def test_of_paths_that_differ_only_what_differs_is_told_and_long_names_stay_in_t
         names = {f"setting_with_a_long_name_{i}": f"{run.name} {i}" for i in range(5)}
         (run / "config.yaml").write_text(yaml.safe_dump({"policy": {"hf": where}, "run": names}))
     figure = plot_runs(runs, tmp_path / "curves.png")
-    assert [text.split(", ")[0] for text in legend(figure)] == ["policy.hf=one/of", "policy.hf=two"]
+    assert [text.split(", ")[0] for text in legend(figure)] == ["hf=one/of", "hf=two"]
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
 

@@ -177,6 +177,8 @@ def test_a_number_as_answer_stays_as_it_is_written(tmp_path, number):
 def test_numbers_are_answers_and_other_keys_reach_the_label(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "6 * 7", "answer": 42, "level": "easy"}])
     assert file_problems(path) == [Problem(0, "6 * 7", {"answer": "42", "level": "easy"})]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # As Windows' editors do.
+    assert file_problems(path) == [Problem(0, "6 * 7", {"answer": "42", "level": "easy"})]
 
 
 def test_prompt_and_messages_take_the_chat_template(tmp_path, chat_tokenizer_folder):

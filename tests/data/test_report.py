@@ -33,12 +33,12 @@ def packed() -> tuple[Scores, Correction, list[dict]]:
             at = place + i
             ints["token"][at], ints["segment"][at], ints["position"][at] = tokens[i], segment, i
             ids[at] = (0, 10 + segment, segment)
-            flat["advantage"][at], bools["correct"][at] = segment - 1.0, segment == 0
+            flat["advantage"][at] = segment - 1.0
             # The place before a token holds what is known of it.
             if prompt - 1 <= i < length - 1:
                 ints["label"][at], ints["version"][at] = tokens[i + 1], 7
                 bools["mask"][at] = (segment, i) != (2, 2)
-                bools["keep"][at] = rng.random() < 0.5
+                bools["keep"][at], bools["correct"][at] = rng.random() < 0.5, segment == 0
                 for name in ("server", "target", "actor", "weight"):
                     flat[name][at] = rng.normal()
                 own["rows"].append({k: v[at] for k, v in (flat | bools).items()})

@@ -168,15 +168,13 @@ def test_seeds_are_bands_and_what_differs_is_the_legend(browser: Browser, tmp_pa
     browser.size(1280)
     browser.open(write_report(runs, tmp_path / "all.html").as_uri())
     labels = browser.run("plots[0].series.slice(1).map((one) => one.label)")
-    assert labels[0] == "algorithm.correction.name=jackpot eval/policy_accuracy (2 seeds)"
+    assert labels[0] == "correction=jackpot eval/policy_accuracy (2 seeds)"
     mean, high, low = browser.run("plots[0].data.slice(1, 4).map((one) => one[0])")
     assert (mean, high, low) == pytest.approx((0.4, 0.5, 0.3))
     assert browser.run("plots[0].bands.map((one) => one.series)")[0] == [2, 3]
     browser.click("#bands")
     assert browser.run("plots[0].bands.length") == 0
-    assert any(
-        "run.seed=1" in label for label in browser.run("plots[0].series.slice(1).map((one) => one.label)")
-    )
+    assert any("seed=1" in label for label in browser.run("plots[0].series.slice(1).map((one) => one.label)"))
 
 
 def test_the_served_page_draws_what_the_run_writes_and_keeps_what_was_chosen(

@@ -105,9 +105,9 @@ def client(rig: SimpleNamespace, **knobs: Any) -> SGLangClient:
     return SGLangClient([rig.url], **settings | knobs)
 
 
-def generate(rig: SimpleNamespace, n: int, how: Sampling) -> list[Completion]:
+def generate(rig: SimpleNamespace, n: int, how: Sampling, **knobs: Any) -> list[Completion]:
     async def run() -> list[Completion]:
-        async with client(rig) as open_client:
+        async with client(rig, **knobs) as open_client:
             return await open_client.generate_group(PROMPT, n, how)
 
     return asyncio.run(run())
@@ -135,9 +135,10 @@ def test_on_a_cpu_the_detokenizer_is_forked_from_the_front_and_imports_nothing(r
     assert detokenizer.cpu_times().user < front.cpu_times().user / 4
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_server_logp_of_sampled_and_top_k_tokens_equals_hf_transformers(rig, temperature):
-    completions = generate(rig, 6, sampling(temperature=temperature))
+@pytest.mark.parametrize(("temperature", "prefix_cache"), [(1.0, True), (0.7, False)])
+def test_server_logp_of_sampled_and_top_k_tokens_equals_hf_transformers(rig, temperature, prefix_cache):
+    """In one request of n, and in n copies of the prompt."""
+    completions = generate(rig, 6, sampling(temperature=temperature), prefix_cache=prefix_cache)
     assert len({tuple(completion.tokens) for completion in completions}) == 6
     for completion in completions:
         assert completion.valid.all() and (completion.weight_version == 0).all()
@@ -278,3 +279,23 @@ def test_a_request_given_up_is_ended_while_an_older_one_of_its_length_still_runs
             await hasty.admin._all("POST", "/flush_cache")  # Refused while a request holds a prefix.
 
     asyncio.run(run())
+
+
+def test_a_sample_that_was_asked_for_as_a_copy_is_ended_by_its_own_id(rig, monkeypatch):
+    posted: list[dict[str, Any]] = []
+    post = aiohttp.ClientSession.post
+
+    def noted(session: aiohttp.ClientSession, url: str, **how: Any) -> Any:
+        posted.append(how["json"])
+        return post(session, url, **how)
+
+    monkeypatch.setattr(aiohttp.ClientSession, "post", noted)
+
+    async def run() -> list[Completion]:
+        async with client(rig, prefix_cache=False) as open_client:
+            group = asyncio.create_task(open_client.generate_group(PROMPT, 3, sampling(400)))
+            await until_running(rig, 3)
+            await open_client.admin.abort(posted[0]["rid"][1])
+            return await group
+
+    assert [completion.finish for completion in asyncio.run(run())] == ["length", "abort", "length"]

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.plan import microbatch
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.run.provenance import checkpoints
@@ -32,6 +33,8 @@ SOME = ("score of step", "update_policy of step", "save of step", "publish step-
 """One of each kind: nothing has changed yet, weights half new, a checkpoint half collected, half written."""
 RANKS = 2
 LIMIT_S = 60
+PACKED, AUTO = 256, ("packing.tokens=auto",)
+"""Tokens per micro-batch of harness.make_models, and what else may say them."""
 NOISY = {"rollout/tokens_per_s", "sync/seconds", "idle/trainer", "idle/servers"}
 
 
@@ -49,9 +52,17 @@ class Scripted(ScriptedSource):
 
 
 def _train(
-    rank: int, world: int, yaml_file: str, run: str, steps: int = STEPS, bad: tuple[int, ...] = ()
+    rank: int,
+    world: int,
+    yaml_file: str,
+    run: str,
+    steps: int = STEPS,
+    bad: tuple[int, ...] = (),
+    more: tuple[str, ...] = (),
 ) -> int:
     """A whole run, but without servers: how often it asked for rollouts."""
+    # As on another card: from the first checkpoint on `auto` would take other micro-batches.
+    microbatch.CPU_TOKENS = 1024 if checkpoints(Path(run)) else PACKED
     source = Scripted(bad)
     assembly.make_source = lambda *_: source
     assembly.make_sync = lambda *_: None
@@ -76,7 +87,7 @@ def _train(
         "servers.urls=['http://127.0.0.1:1']",
     ]
     guard = ["guard.rollback=true", "guard.max_skipped=1"]
-    assert run_training(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard]))
+    assert run_training(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard, *more]))
     return source.calls
 
 
@@ -115,16 +126,18 @@ def whole(yaml_file: Path) -> Path:
 
 
 @pytest.mark.parametrize("phases", [SOME, pytest.param(PHASES, marks=pytest.mark.full)], ids=["some", "all"])
-def test_killed_in_phases_the_run_ends_as_if_it_had_not_been(
+def test_killed_in_phases_the_run_ends_as_if_it_had_not_been_with_the_micro_batches_it_chose_at_first(
     yaml_file: Path, whole: Path, phases: tuple[str, ...]
 ) -> None:
+    """The one to which nothing happened was told their size."""
     hit, lines = yaml_file.parent / f"hit {len(phases)}", []
     # A run that is killed has saved a step, and met the phase in one after it.
     steps = 2 * len(phases) + 4
+    given = (str(yaml_file), str(hit), steps, (), AUTO)
     for number, phase in enumerate(phases):
         victim = number % RANKS if phase != "publish step-" else 0
         with tempfile.TemporaryDirectory() as folder:
-            context = start_ranks(_train, RANKS, LIMIT_S, folder, str(yaml_file), str(hit), steps)
+            context = start_ranks(_train, RANKS, LIMIT_S, folder, *given)
             try:
                 another_checkpoint(hit)
                 lines.append(kill_in_phase(hit / "doing" / f"rank-{victim}", phase, LIMIT_S))
@@ -134,7 +147,7 @@ def test_killed_in_phases_the_run_ends_as_if_it_had_not_been(
                     process.join()
     assert all(phase in line for phase, line in zip(phases, lines, strict=True)), lines
     print(*lines, sep="\n")
-    run_ranks(_train, RANKS, 120, str(yaml_file), str(hit), steps)
+    run_ranks(_train, RANKS, 120, *given)
     assert check_account(whole) == STEPS and check_account(hit) == steps
     prompts = (whole / "prompts.jsonl").read_text().splitlines()[:steps]
     assert (hit / "prompts.jsonl").read_text().splitlines() == prompts

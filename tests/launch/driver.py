@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_jackpot.config import parse_config
-from megatron_jackpot.launch.local import launch, torchrun
+from megatron_jackpot.launch.local import Begin, launch, torchrun
 from megatron_jackpot.servers.address import free_port
 from megatron_jackpot.servers.process import ServerProcess
 
@@ -27,6 +27,7 @@ def wait_for(name):
     while not list(pids.glob(name + "-*")): time.sleep(0.02)
 """
 SERVERS = {
+    "beside": "note('server'); child('scheduler'); wait_for('trainer'); time.sleep(300)",
     "steady": "note('server'); child('scheduler'); wait_for('scheduler'); time.sleep(300)",
     "dying": """
 note("server"); child("scheduler"); wait_for("worker")
@@ -44,9 +45,11 @@ time.sleep(300)
 OWN_SESSION = "note('trainer'); child('worker', start_new_session=True); wait_for('worker');"
 TRAINERS = {
     "exits": "note('trainer'); print('step 1'); sys.exit(int(sys.argv[2]))",
+    "refuses": "print('megatron-jackpot: actor.hf = x: no. Set it.', flush=True); sys.exit(2)",
     "saves": """
 note("trainer"); run = pids.parent / "run"; child("worker"); wait_for("worker")
 while not (run / "stop").exists(): time.sleep(0.02)
+(run / "checkpoints" / "step-000007").mkdir(parents=True)
 (run / "stop").rename(run / "stopped")
 """,
     "waits": """
@@ -93,10 +96,14 @@ def main() -> int:
     pids = Path(folder).parent / "pids"
     pids.mkdir()
 
-    def start(config: object, stopped: Callable[[], bool]) -> list[ServerProcess]:
+    def start(config: object, stopped: Callable[[], bool], begin: Begin) -> list[ServerProcess]:
         command = [sys.executable, "-c", COMMON + SERVERS[server], str(pids)]
         process = ServerProcess(command, port=free_port(), log_path=Path(folder) / "server-0.log")
         process.start()
+        if server == "beside":
+            begin([process.url])
+            while not list(pids.glob("trainer-*")):
+                time.sleep(0.02)
         if server in ("stillborn", "slow"):
             process.wait_healthy(60, stopped)
         while not list(pids.glob("scheduler-*")):

@@ -31,10 +31,11 @@ def test_a_broken_line_makes_the_command_fail_and_a_warning_does_not(monkeypatch
     monkeypatch.setattr(module, "disk", lambda: Check("disk", "warn", "1 GB", "free some"))
     assert doctor() == 0
     monkeypatch.setattr(module, "disk", lambda: Check("disk", "broken", "0 GB", "free some"))
-    assert doctor() == 1
+    assert doctor(None, Path("run.yaml")) == 1
     lines = capsys.readouterr().out.splitlines()
+    assert lines[13].split()[:3] == ["ok", "configuration", "run.yaml:"]
     assert (
-        len(lines) == 26
+        len(lines) == 27
         and lines[-2].split()[:2] == ["broken", "disk"]
         and lines[-2].endswith("-> free some")
     )

@@ -191,6 +191,13 @@ def test_a_refused_input_is_not_tried_again(start):
     assert (launch.folder / "train.log").read_text() == "arguments: ['2']\n"
 
 
+def test_a_refused_start_says_last_why_and_that_its_folder_is_gone(start):
+    launch = start("steady", "refuses")
+    assert launch.code(START_LIMIT_S) == 2 and not launch.folder.exists()
+    told, why = launch.text().splitlines()[-2:]
+    assert str(launch.folder) in told and "gone again" in told and why == "actor.hf = x: no. Set it."
+
+
 def test_a_server_that_ended_is_started_again_while_training_goes_on(start):
     launch = start("mortal", "works")
     launch.wait_for("server", count=2)
@@ -223,6 +230,14 @@ def test_a_dead_server_is_reported_with_its_last_lines_and_ends_the_run(start):
     assert "ended with exit code 9" in launch.text() and "out of memory, said the server" in launch.text()
     assert launch.names() == {"server", "scheduler", "trainer", "worker"}
     assert launch.alive() == []
+
+
+def test_training_is_started_once_and_beside_servers_that_do_not_answer_yet(start, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch = start("beside", "exits", "0")
+    assert launch.code(START_LIMIT_S) == 0, launch.text()
+    assert (launch.folder / "train.log").read_text() == "step 1\n"
+    assert len(list(launch.pids_folder.glob("trainer-*"))) == 1 and launch.alive() == []
 
 
 def test_a_server_that_does_not_start_is_reported_and_no_training_begins(start):

@@ -3,6 +3,7 @@ stands and what to do, and leaves nothing behind."""
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,11 @@ def write(name: str, text: str) -> Spoil:
     return lambda folder: (folder / name).write_text(text)
 
 
+def own_file_in_the_run(folder: Path) -> None:
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "config.yaml").write_text("# what I changed, and why\n")
+
+
 def same(folder: Path) -> None:
     """Nothing is spoiled: the mistake is on the command line."""
 
@@ -111,6 +117,17 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
     ("a model of an unknown kind", write("actor/config.json", '{"architectures": ["MambaForCausalLM"]}'), [],
      ["actor", "MambaForCausalLM", "Known"]),
     ("other tokenizers", write("actor/tokenizer.json", "{}"), [], ["tokenizer.json", "."]),
+    ("a model that is on the hub alone", same, ["policy.hf=Qwen/Qwen3-0.6B"],
+     ["policy.hf = Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir", LINE]),
+    ("a file without rows", write("rows.jsonl", "\n\n"), [], ["data.path = rows.jsonl holds no", "Write"]),
+    ("a file in UTF-16", lambda folder: (folder / "rows.jsonl").write_bytes("{}".encode("utf-16")), [],
+     ["rows.jsonl is UTF-16", "iconv"]),
+    ("a list in place of lines", write("rows.jsonl", '[{"prompt": "1="}]'), [],
+     ["rows.jsonl is one JSON list", "jq -c '.[]' rows.jsonl"]),
+    ("braces that are no text", same, ["data.template={question}"],
+     ["data.template = {'question': None}", "put it in quotes", LINE]),
+    ("a reward's file in place of its module", same, ["data.reward=rewards/mine.py:length"],
+     ["data.reward = 'rewards/mine.py:length'", "Write mine:length", "PYTHONPATH", LINE]),
     ("a data file that is not there", remove("rows.jsonl"), [],
      ["rows.jsonl: no such file", "Set data.path"]),
     ("a row without an answer", lambda folder: write_rows(folder, *[{"prompt": "1="}] * 4), [],
@@ -132,6 +149,8 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
     ("a run folder that is a file", write("runs", ""), [], ["run.folder = runs/first", "Set", "[run.yaml]"]),
     ("a resume without a checkpoint", same, ["run.resume=true"],
      ["run.resume = true", "holds no checkpoint", "run.resume=auto", LINE]),
+    ("a file of one's own where the run writes its own", own_file_in_the_run, [],
+     ["run.folder = runs/first", "config.yaml", "mv runs/first/config.yaml runs/first.yaml", "[run.yaml]"]),
     ("processes that do not make a mesh", same, ["parallel.pp=2", "--nproc", "3"],
      ["--nproc 3", "multiple", "Use --nproc 2"]),
 ]  # fmt: skip
@@ -292,6 +311,15 @@ def test_ctrl_c_before_anything_started_is_a_line_and_no_traceback(folder: Path,
     monkeypatch.setattr("megatron_jackpot.launch.preflight.preflight", interrupted)
     assert cli.main(["launch", str(folder / "run.yaml")]) == 130
     assert capsys.readouterr().err == "megatron-jackpot: interrupted; nothing was started\n"
+
+
+def test_a_reader_that_goes_away_ends_help_without_a_complaint(monkeypatch, capsys) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as output:  # Ends without a BrokenPipeError: nothing is left in it.
+        monkeypatch.setattr("sys.stdout", output)
+        assert cli.main(["launch", "--help"]) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
 
 
 def test_plan_says_what_it_assumes_and_takes_as_many_processes_as_launch(

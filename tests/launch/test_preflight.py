@@ -351,6 +351,9 @@ def test_a_reward_that_no_worker_can_load_is_told_before_anything_starts(run_fil
     assert "Did you mean 'length'?" in found
     (found,) = mistakes(run_file, "data.reward=own_reward:length")
     assert "must be called with (response_text, label)" in found
+    (run_file.parent / "torn_reward.py").write_text("import no_such_package\n")
+    found = "\n".join(mistakes(run_file, "data.reward=torn_reward:length"))
+    assert "Mend it there" in found and "torn_reward.py" in found and "importlib" not in found, found
 
 
 def test_the_table_of_what_is_refused_is_that_of_the_checks() -> None:

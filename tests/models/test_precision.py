@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.data.packing import Packer
-from megatron_jackpot.models import build
+from megatron_jackpot.models import build, local_layers
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.models.precision import Device, check_precision, layers_for, this_device
 from megatron_jackpot.parallel.vocab import vocab_parallel_logp
@@ -120,7 +120,8 @@ def test_the_spec_follows_the_choice_of_layers(fused_rope) -> None:
         te_spec.assert_called_once_with(qk_layernorm=True, use_te_activation_func=True)
         local = build.layer_spec(config, te=False, vp_stage=None)
         assert te_spec.call_count == 1
-    assert [layer.submodules.input_layernorm for layer in local.layer_specs] == [build.cpu.RMSNorm] * 4
+    norms = [layer.submodules.input_layernorm for layer in local.layer_specs]
+    assert norms == [local_layers.RMSNorm] * 4
 
 
 def _update(rank: int, world: int, folder: str, tp: int, recompute: bool) -> dict:

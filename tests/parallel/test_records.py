@@ -159,8 +159,8 @@ class Source(ScriptedSource):
     async def reward(self, tokens: Sequence[int], prompt: Prompt) -> tuple[float, bool]:
         return float(tokens[0] % 2), bool(tokens[0] % 2)
 
-    async def collect(self, epoch, prompts, *, samples=None, stop, keep) -> tuple[list, dict]:
-        return await self.sampler.collect(epoch, prompts, stop, keep)
+    async def collect(self, epoch, prompts, *, stop, keep, losses) -> tuple[list, dict]:
+        return await self.sampler.collect(epoch, prompts, stop, keep, losses=losses)
 
 
 def storages(held: dict[str, list]) -> set[int]:

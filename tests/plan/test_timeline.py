@@ -8,8 +8,8 @@ import yaml
 
 from megatron_jackpot.cli import main
 from megatron_jackpot.config import parse_config
+from megatron_jackpot.plan.seconds import Assumptions, total_seconds
 from megatron_jackpot.plan.splits import Measured, choose, splits
-from megatron_jackpot.plan.tables import Assumptions, total_seconds
 from megatron_jackpot.plan.timeline import Rates, Work, simulate
 from tests.tiny import hf_config
 

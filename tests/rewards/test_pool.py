@@ -262,6 +262,7 @@ def test_a_time_out_inside_a_reward_is_counted_as_one(functions):
     with RewardPool(f"{functions}.late", 1, 10.0) as pool:
         assert score_all(pool, ("x", "")) == [(0.0, False)]
         assert pool.counters == {"scored": 0, "timed_out": 1, "crashed": 0}
+        assert asyncio.run(pool.judge("x", "", pool.failures.begin(), {})) is None
 
 
 def test_the_log_of_many_failures_is_short(functions, caplog):

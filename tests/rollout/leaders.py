@@ -70,15 +70,16 @@ class Run:
         verdicts: Callable[[int], str],
         ahead: int = 0,
         mesh: Leader | Mesh | None = None,
+        samples: int = SAMPLES,
     ) -> None:
         mesh = mesh or leaders(1)[0]
-        self.allocation = Allocation(allocator, SAMPLES)
-        self.source, self.finished, self.why = JudgedSource(verdicts, SAMPLES), Groups(), ""
+        self.allocation = Allocation(allocator, samples)
+        self.source, self.finished, self.why = JudgedSource(verdicts, samples), Groups(), ""
         self.loader = PromptLoader(PROMPTS, PER_STEP, mesh.dp_rank, mesh.dp, 5)
         self.ahead, self.steps = ahead, 0
         self.pipeline = Pipeline(
             mesh,
-            Rollouts(samples_per_prompt=SAMPLES, max_staleness=99),
+            Rollouts(samples_per_prompt=samples, max_staleness=99),
             self.source,
             lambda: self.why or None,
             self.finished,
@@ -105,13 +106,22 @@ class Run:
 
     def resumed(self, folder: Path, mesh: Leader | Mesh | None = None) -> "Run":
         """A leader of another process, from what the leaders' checkpoint holds."""
-        again = Run(self.allocation.allocator, self.source.verdicts, self.ahead, mesh)
-        again.steps = self.steps
-        again.loader.load_state_dict(self.loader.state_dict())
-        again.allocation.load_state_dict(json.loads(json.dumps(self.allocation.state_dict())))
-        for path in folder.glob("*.npz"):
-            again.finished |= load_groups(path, {prompt.id: prompt for prompt in PROMPTS})
+        samples = self.allocation.samples
+        again = Run(self.allocation.allocator, self.source.verdicts, self.ahead, mesh, samples)
+        again.load(folder, json.loads(json.dumps(self.state_dict())))
         return again
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint's state.json has of it."""
+        allocation, loader = self.allocation.state_dict(), self.loader.state_dict()
+        return {"steps": self.steps, "loader": loader, "allocation": allocation}
+
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
+        self.loader.load_state_dict(state["loader"])
+        self.allocation.load_state_dict(state["allocation"])
+        for path in folder.glob("*.npz"):
+            self.finished |= load_groups(path, {prompt.id: prompt for prompt in PROMPTS})
 
     def save(self, folder: Path) -> None:
         save_groups(folder / f"rollouts-{self.pipeline.mesh.dp_rank}.npz", self.finished)
@@ -124,6 +134,11 @@ def first_right(number: int) -> str:
 
 def summary(taken: Collected) -> list[list[tuple[tuple[int, int, int], int, bool]]]:
     return [[(r.key, int(r.tokens[0]), r.correct) for r in group] for group in taken.groups]
+
+
+def by_turns(number: int) -> str:
+    """Pass rates from 0 to nearly 1, and other verdicts on each prompt."""
+    return "".join("1" if (number * 7 + sample * 5) % 11 < number % 9 else "0" for sample in range(200))
 
 
 def every_third(number: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
-from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Keep, Sums
+from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Keep, Losses, Sums
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.protocol import Completion, Sampling
 from tests.tiny import groups
@@ -37,6 +37,7 @@ class ScriptedSource:
         samples: int | None = None,
         stop: Callable[[], str | None] = lambda: None,
         keep: Keep = lambda group: None,
+        losses: Losses | None = None,
     ) -> tuple[list[list[Rollout]], Sums]:
         version, made = self.version, []
         self.calls += 1
@@ -86,6 +87,8 @@ class JudgedSource(ScriptedSource):
         self.verdicts = verdicts
         self.rounds: list[tuple[int, int]] = []
         """(prompt id, rollouts) of every request."""
+        self.allowed = 0.0
+        """Share of a step's groups that may fail."""
         self.delay_s = 0.0
         """Before each request is answered."""
         self.after: dict[int, int] = {}
@@ -103,7 +106,7 @@ class JudgedSource(ScriptedSource):
             samples_per_prompt=self.samples,
             reward=self.reward,
             num_ids=1000,
-            max_failed_groups=0.0,
+            max_failed_groups=self.allowed,
         )
         return await sampler.collect(epoch, prompts, **options)
 

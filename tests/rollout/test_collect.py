@@ -9,7 +9,14 @@ import pytest
 
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.rollout import collect
-from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Reward, ServersLost, group_metrics
+from megatron_jackpot.rollout.collect import (
+    GroupSampler,
+    Interrupted,
+    Losses,
+    Reward,
+    ServersLost,
+    group_metrics,
+)
 from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=2)
@@ -137,6 +144,18 @@ def test_failed_groups_are_counted_and_left_out_up_to_the_allowed_share():
         ServersLost, match="2 of 10 groups were lost.*max_failed_groups = 0.1.*http://[ab]: HTTP 500"
     ):
         run(engine, allowed=0.1)
+
+
+def test_of_the_groups_that_are_left_as_many_may_fail_as_of_their_whole_step():
+    engine, step = ScriptedEngine(raises={i: ServerError("HTTP 500") for i in (3, 4, 5)}), Losses(groups=20)
+
+    def ask(first: int, last: int) -> list:
+        collect = sampler(engine, allowed=0.1).collect(1, PROMPTS[first:last], losses=step)
+        return [group[0].prompt.id for group in asyncio.run(collect)[0]]
+
+    assert ask(2, 5) == [12] and step.failed == 2
+    with pytest.raises(ServersLost, match="3 of 20 groups were lost to failed requests"):
+        ask(5, 7)
 
 
 def test_a_group_with_an_aborted_completion_is_asked_for_again_and_counted(monkeypatch):

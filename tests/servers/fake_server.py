@@ -107,6 +107,20 @@ def error(status: int) -> Answer:
     return ok({"error": {"message": "scripted failure"}}, status=status)
 
 
+def versions() -> dict[str, list[Answer]]:
+    """Scripts of a weight version that is what it was told last, "default" at first."""
+    told = ["default"]
+
+    def take(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
+        told.append(body["new_version"])
+        ok({})(handler, body)
+
+    return dict(
+        model_info=[lambda handler, body: ok({"weight_version": told[-1]})(handler, body)],
+        update_weight_version=[take],
+    )
+
+
 def sample(
     *,
     length: int = 4,

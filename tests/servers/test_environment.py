@@ -24,6 +24,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.send_header("Content-Length", "2"); self.end_headers()
         self.wfile.write(b"{}")
+    do_POST = do_GET
 class Server(http.server.HTTPServer):
     address_family = socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET
 Server((sys.argv[1], int(sys.argv[2])), Handler).serve_forever()
@@ -46,7 +47,7 @@ def test_a_proxy_in_the_environment_is_not_asked_for_servers_of_ours(tmp_path, m
     try:
         server.wait_healthy(60)
         asyncio.run(ServerAdmin([server.url]).alive())
-        assert wait_for_healthy([server.url], 0) == [server.url]
+        assert list(wait_for_healthy([server.url], 0)) == [server.url]
         assert address_towards(server.url) == host
         assert not port_is_free(host, port)
     finally:
@@ -115,9 +116,11 @@ def test_an_address_that_is_not_here_is_refused_with_the_remedy(host):
 def test_a_busy_scheduler_is_waited_for_and_a_server_that_hangs_is_not(monkeypatch):
     monkeypatch.setattr(retry, "ALIVE_LIMIT_S", 0.5)
     slow, never = ok({}, after_s=1.0), ok({}, after_s=3.0)
-    with FakeServer(server_info=[slow]) as busy, FakeServer(server_info=[never], model_info=[never]) as hung:
-        assert wait_for_healthy([busy.url, hung.url], 0) == [busy.url]
-        assert len(busy.asked("server_info")) == 2 and len(hung.asked("server_info")) == 1
+    with FakeServer(update_weight_version=[slow]) as busy, FakeServer(model_info=[never]) as hung:
+        assert wait_for_healthy([busy.url, hung.url], 0) == {busy.url: "0"}
+        # What the scheduler is told is what the server says already.
+        assert busy.asked("update_weight_version") == [{"new_version": "0", "abort_all_requests": False}]
+        assert not hung.asked("update_weight_version")
 
 
 def test_waiting_for_servers_ends_at_once_when_the_run_is_to_stop():

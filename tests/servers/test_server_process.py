@@ -140,6 +140,8 @@ def test_cpu_flags_appear_on_cpu_only_and_extra_arguments_come_last():
     cpu, cuda = (server_command(settings, Path("m"), device=d, **shared) for d in ("cpu", "cuda"))
     assert "torch_native" in cpu and "torch_native" not in cuda
     assert cpu[-2:] == cuda[-2:] == ["--y", "--x"]
+    without = server_command(Servers(prefix_cache=False), Path("m"), device="cuda", **shared)
+    assert "--disable-radix-cache" in without and "--disable-radix-cache" not in cuda
 
 
 def test_servers_of_ipc_see_every_gpu_and_those_that_lend_memory_answer_health_without_sampling(
@@ -163,3 +165,22 @@ def test_servers_of_ipc_see_every_gpu_and_those_that_lend_memory_answer_health_w
     assert not {"--base-gpu-id", "--enable-memory-saver", "--load-format"} & set(made[0].command)
     # One /health a push: it must not sample a token, which takes a second.
     assert made[0].environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
+
+
+def test_a_rank_beside_its_servers_waits_once_until_all_answer_and_any_other_not_at_all(monkeypatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(server_module, "answers", lambda url, limit_s: asked.append(url) or len(asked) > 2)
+    monkeypatch.setattr(server_module.time, "sleep", lambda seconds: None)
+    servers = Servers(urls=("http://a:1", "http://b:2"))
+    server_module.await_servers(servers, lambda: None)
+    assert asked == []
+    monkeypatch.setenv(server_module.AWAIT_VARIABLE, "1")
+    for _ in range(2):
+        server_module.await_servers(servers, lambda: None)
+    assert asked == ["http://a:1"] * 3 + ["http://b:2"]
+    monkeypatch.setenv(server_module.AWAIT_VARIABLE, "1")
+    monkeypatch.setattr(server_module, "answers", lambda url, limit_s: False)
+    with pytest.raises(TimeoutError, match=r"servers.start_timeout_s\) for server http://a:1"):
+        server_module.await_servers(servers.model_copy(update={"start_timeout_s": 0.01}), lambda: None)
+    monkeypatch.setenv(server_module.AWAIT_VARIABLE, "1")
+    server_module.await_servers(servers, lambda: "stop")

@@ -53,13 +53,22 @@ def test_flat_base64_top_k_equals_nested_json():
     assert flat.topk_ids.shape == (4, 3)
 
 
-def test_a_group_is_one_request_to_one_server_without_truncation_of_the_distribution():
+@pytest.mark.parametrize(("prefix_cache", "copies", "each"), [(True, 1, 2), (False, 2, 1)])
+def test_a_group_is_one_request_to_one_server_without_truncation_of_the_distribution(
+    prefix_cache: bool, copies: int, each: int
+):
     with FakeServer(generate=[ok(group())]) as one, FakeServer(generate=[ok(group())]) as other:
-        completions, _ = ask([one, other])
+        completions, _ = ask([one, other], prefix_cache=prefix_cache)
         (body,) = one.asked("generate") + other.asked("generate")
     assert len(completions) == 2
     params = body["sampling_params"]
-    assert (params["n"], params["top_p"], params["top_k"], params["repetition_penalty"]) == (2, 1.0, -1, 1.0)
+    assert (params["n"], params["top_p"], params["top_k"], params["repetition_penalty"]) == (
+        each,
+        1.0,
+        -1,
+        1.0,
+    )
+    assert body["input_ids"] == [[1, 2]] * copies and len(set(body["rid"])) == copies
 
 
 def test_without_top_k_none_is_asked_for_and_none_expected() -> None:
@@ -176,9 +185,11 @@ def test_a_failing_server_is_left_for_another_and_alone_it_is_an_error_that_name
 def test_a_server_that_hangs_is_given_up_after_the_time_limit_and_asked_to_abort():
     with FakeServer(generate=[ok(group(), after_s=60)]) as slow:
         with pytest.raises(ServerError, match=f"{slow.url}: no reply to /generate within 0.3 s"):
-            ask([slow], request_timeout_s=0.3, retries=0)
+            ask([slow], request_timeout_s=0.3, retries=0, prefix_cache=False)
         assert slow.in_flight >= 1  # its answer is still to come
-        assert slow.asked("abort_request") == [{"rid": slow.asked("generate")[0]["rid"]}]
+        (asked,), ended = slow.asked("generate"), slow.asked("abort_request")
+        assert len(asked["rid"]) == 2
+        assert sorted(one["rid"] for one in ended) == sorted(asked["rid"])
 
 
 def test_nobody_listening_is_an_error_that_names_the_address():
@@ -254,13 +265,14 @@ def test_load_is_spread_bounded_and_a_failed_server_rests():
 @pytest.mark.parametrize(("n", "temperature"), [(1, 0.0), (3, 0.6)])
 def test_answers_are_tokens_of_as_many_samples_as_were_asked_for(n: int, temperature: float):
     async def run(url: str) -> list[np.ndarray]:
-        async with SGLangClient([url], vocab_size=VOCAB, context_length=64) as client:
+        settings = {"vocab_size": VOCAB, "context_length": 64, "prefix_cache": False}
+        async with SGLangClient([url], **settings) as client:
             return await client.answers((1, 2), 4, n=n, temperature=temperature)
 
     with FakeServer(generate=[ok(sample() if n == 1 else [sample()] * n)]) as server:
         assert [one.tolist() for one in asyncio.run(run(server.url))] == [sample()["output_ids"]] * n
-        asked = server.asked("generate")[0]["sampling_params"]
-        assert (asked["n"], asked["temperature"]) == (n, temperature)
+        (asked,) = server.asked("generate")
+        assert asked["input_ids"] == [[1, 2]] * n and asked["sampling_params"]["temperature"] == temperature
 
 
 def test_a_control_call_names_the_server_that_refuses_or_is_late():

@@ -20,8 +20,8 @@ from megatron_jackpot.sync import ipc
 from megatron_jackpot.sync.ipc import IPCSync, serialise
 from megatron_jackpot.sync.prefetcher import FlatBucket
 from megatron_jackpot.sync.retry import ATTEMPTS
-from tests.servers.fake_server import FakeServer, error, ok
-from tests.sync.test_weight_sync import checksums, info
+from tests.servers.fake_server import FakeServer, error, ok, versions
+from tests.sync.test_weight_sync import checksums
 from tests.tiny import write_model
 
 CPU = torch.device("cpu")
@@ -124,7 +124,7 @@ def scripted(**more):
     return dict(
         server_info=[ok({"tp_size": 2})],
         weights_checker=[ok(checksums("x")), ok(checksums("y"))],
-        model_info=[ok(info("1")), ok(info("2"))],
+        **versions(),
         **more,
     )
 

@@ -15,7 +15,9 @@ from megatron_jackpot.models.hf_folder import buckets, write_hf_folder
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.broadcast import address_towards, side_by_side
+from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncError, check_names, hf_shapes, paused
+from megatron_jackpot.sync.retry import ATTEMPTS
 from tests.servers.fake_server import FakeServer, ok
 from tests.tiny import write_model
 
@@ -84,6 +86,119 @@ def test_proof_wants_equal_servers_moved_checksums_and_the_version(tmp_path):
             both = Proof(ServerAdmin([left.url, right.url]), folder)
             with pytest.raises(SyncError, match=f"{left.url} and {right.url} in 1 tensors: tp0 pp0 w"):
                 both.check(sent(folder), 2)
+
+
+class Holder(FakeServer):
+    """A server that holds what it was sent last, unless it is `deaf`: it then keeps what it has and says
+    nothing."""
+
+    def __init__(self) -> None:
+        self.held, self.version, self.deaf = "a folder's", "default", False
+        tell = {
+            "server_info": lambda _: {"tp_size": 1},
+            "model_info": lambda _: info(self.version),
+            "weights_checker": lambda _: checksums(self.held),
+            "update_weights_from_tensor": self._take,
+            "update_weight_version": self._stamp,
+        }
+        scripts = {
+            path: [lambda handler, body, say=say: ok(say(body))(handler, body)] for path, say in tell.items()
+        }
+        super().__init__(**scripts)
+
+    def _take(self, body: dict) -> dict:
+        if not self.deaf:
+            self.held = body["serialized_named_tensors"][0]
+        return {"success": True}
+
+    def _stamp(self, body: dict) -> dict:
+        self.version = body["new_version"]
+        return {"success": True}
+
+    def asked_for_checksums(self, call) -> int:
+        before = len(self.asked("weights_checker"))
+        call()
+        return len(self.asked("weights_checker")) - before
+
+
+def pusher(servers: list[Holder], folder: Path, **knobs):
+    """A push of version n, of weights that each version has of its own."""
+    sync = IPCSync(
+        [server.url for server in servers], hf_folder=folder, proof_folder=None, timeout_s=10, **knobs
+    )
+    tensors = load_file(folder / "model.safetensors")
+    return lambda n: sync.push([(name, tensor * n) for name, tensor in tensors.items()], n)
+
+
+@pytest.mark.parametrize("since", [2, 3, 4, 5, 6])
+def test_a_server_that_keeps_old_weights_is_found_within_so_many_pushes_as_lie_between_checksums(
+    tmp_path, since
+):
+    folder, every = write_model(tmp_path / "m", 0), 3
+    with Holder() as server:
+        push = pusher([server], folder, checksums_every=every)
+        for version in range(1, since):
+            assert (push(version).checksum is not None) == (version == 1 or version % every == 2)
+        server.deaf = True
+        with pytest.raises(SyncError, match="checksums did not move"):
+            for version in range(since, since + every):
+                push(version)
+        # Each push reads the version before it and after, also without checksums; the last was tried 3 times.
+        assert version % every == 2 and len(server.asked("model_info")) == 2 * (version + ATTEMPTS - 1)
+        server.version = "7"
+        server.scripts["/update_weight_version"] = [ok({})]
+        with pytest.raises(SyncError, match="reports weight version 7 after a push of version 9"):
+            push(9)
+
+
+def test_checksums_are_asked_for_twice_after_a_start_a_restart_and_a_push_that_broke_off(tmp_path):
+    folder = write_model(tmp_path / "m", 0)
+    with Holder() as server, Holder() as other:
+        push = pusher([server, other], folder, checksums_every=100)
+        counts = [server.asked_for_checksums(lambda n=n: push(n)) for n in (1, 2, 3)]
+        server.version = "default"  # Another process under the same address.
+        counts += [server.asked_for_checksums(lambda n=n: push(n)) for n in (4, 5, 6)]
+        server.scripts["/update_weights_from_tensor"].insert(0, ok({"success": False}))
+        counts += [server.asked_for_checksums(lambda n=n: push(n)) for n in (7, 8, 9)]
+        assert counts == [1, 1, 0] * 3
+        server.version, server.deaf = "default", True
+        with pytest.raises(SyncError, match=f"{server.url} and {other.url} in 1 tensors"):
+            push(10)
+    with Holder() as alone:
+        push = pusher([alone], folder, checksums_every=100)
+        for version in (1, 2, 3):
+            push(version)
+        alone.version, alone.deaf = "default", True
+        push(4)  # What it had before is not known: it may have moved.
+        with pytest.raises(SyncError, match="checksums did not move"):
+            push(5)
+
+
+def test_servers_that_came_apart_between_checksums_are_told_and_healed_by_the_push_that_finds_it(
+    tmp_path, caplog
+):
+    with Holder() as server, Holder() as other:
+        push = pusher([server, other], write_model(tmp_path / "m", 0), checksums_every=2)
+        for version in (1, 2, 3):
+            push(version)
+        other.held = "damaged"
+        assert push(4).checksum and other.held == server.held
+    assert f"Weights differ between {server.url} and {other.url}" in caplog.text
+
+
+def test_a_bucket_that_was_written_over_while_it_was_sent_is_found_without_checksums(tmp_path, monkeypatch):
+    with Holder() as server:
+        push = pusher([server], write_model(tmp_path / "m", 0), checksums_every=100)
+        push(1)
+        send = IPCSync._send
+
+        def late(self, bucket, **more) -> None:
+            bucket.flat[3] += 1
+            send(self, bucket, **more)
+
+        monkeypatch.setattr(IPCSync, "_send", late)
+        with pytest.raises(SyncError, match="1 tensors were sent with other values than were exported"):
+            push(2)
 
 
 def test_an_error_while_paused_aborts_and_resumes_the_servers():

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_jackpot"
 PROJECT = Path(__file__).parent / "pyrightconfig.json"
 LIMIT_S = 900
 
-ERRORS = {"models": 46, "parallel": 18, "sync": 7}
+ERRORS = {"models": 43, "parallel": 18, "sync": 7}
 """Folder or module -> errors that it may have; none where it is absent. A number may fall, never rise."""
 ANY = {
     "algorithm": 7,
@@ -28,7 +28,7 @@ ANY = {
     "config": 15,
     "data": 19,
     "launch": 14,
-    "models": 54,
+    "models": 53,
     "monitor": 1,
     "parallel": 6,
     "records.py": 2,

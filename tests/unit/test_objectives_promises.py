@@ -100,6 +100,52 @@ def test_bapo_s_lower_bound_raises_the_share_of_the_gradient_and_never_that_of_t
     assert ends["high_first"][1] < ends["alternate"][1] <= ends["low_first"][1]
 
 
+def test_bapo_s_orders_end_where_the_specification_says():
+    """A batch whose shares are its numbers: .369 of the values, .351 with the lower bound at .9, of the
+    gradient .262 and .303; .395 of the values is met first at (.6, 1.8), by `low_first` never.
+
+    It says that `alternate` meets .395 at (.9, 1.95). With these numbers it cannot: the gain is concave in
+    `high`, and with .369 at 1.2 and less than .395 at 1.75 it is so small at 1.95 that the share is at most
+    .385 there. (.9, 1.95) is where `alternate` ends all the same.
+    """
+    gain_by_ratio = {1.0: 0.3208, 1.3: 0.1256, 3.0: 0.0944}
+    pain_by_ratio = {0.3: 0.1605, 0.75: 0.2211, 1.0: 0.7378}
+    ratios = torch.tensor([*gain_by_ratio, *pain_by_ratio]).double()
+    sizes = [*gain_by_ratio.values(), *(-pain for pain in pain_by_ratio.values())]
+    zeros_T = torch.zeros(len(ratios)).double()
+    tokens = Tokens(
+        old_logp_T=zeros_T - 3,
+        server_logp_T=zeros_T - 3,
+        advantage_T=torch.tensor(sizes).double(),
+        mask_T=zeros_T == 0,
+        segment_T=torch.arange(len(ratios)),
+    )
+    logp_T = ratios.log() - 3
+
+    def shares(low: float, high: float) -> list[float]:
+        r_T = ratios.clone().requires_grad_()
+        a_T = tokens.advantage_T
+        value_T = torch.minimum(r_T * a_T, r_T.clamp(low, high) * a_T)
+        slope_T = r_T * torch.autograd.grad(value_T.sum(), r_T)[0]
+        both = (value_T.detach().abs(), slope_T.abs())
+        return [(one_T[a_T > 0].sum() / one_T.sum()).item() for one_T in both]
+
+    assert shares(0.6, 1.2) == pytest.approx([0.369, 0.262], abs=5e-4)
+    assert shares(0.9, 1.2) == pytest.approx([0.351, 0.303], abs=5e-4)
+    ends = {}
+    for order, high_end in (("high_first", 3.0), ("alternate", 3.0), ("low_first", 2.0)):
+        knobs = {"positive_share": 0.395, "weighted": False, "order": order, "high_end": high_end}
+        made = prepared(build("bapo", knobs, OBJECTIVES, "here"), logp_T, tokens)
+        ends[order] = (made.low, made.high)
+    assert ends["high_first"] == pytest.approx((0.6, 1.8)) and shares(*ends["high_first"])[0] >= 0.395
+    # In units of the pain at .6: the gain at 1.2 and 1.75, and at most .2 / .55 of their difference more.
+    at_1_2, at_1_75 = (share / (1 - share) for share in (0.369, 0.395))
+    most = at_1_75 + (at_1_75 - at_1_2) * 0.2 / 0.55
+    assert most / (most + at_1_2 / 0.351 - at_1_2) == pytest.approx(0.385, abs=5e-4)
+    assert ends["alternate"] == pytest.approx((0.9, 1.95)) and shares(*ends["alternate"])[0] < 0.385
+    assert ends["low_first"] == pytest.approx((0.9, 2.0)) and shares(*ends["low_first"])[0] < 0.395
+
+
 def test_clip_cov_draws_its_share_of_the_tokens_inside_whatever_the_split():
     """Every token has its own draw. Over many steps the share that is drawn is what is asked."""
     s = make_scores(seed=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_jackpot.algorithm.advantages import GRPO
+from megatron_jackpot.algorithm.objectives import PPO
 from megatron_jackpot.algorithm.obrs import counter_uniform
 from megatron_jackpot.algorithm.selectors import (
     AERO,
@@ -18,6 +19,7 @@ from megatron_jackpot.algorithm.selectors import (
     posterior_advantage,
 )
 from megatron_jackpot.algorithm.selectors_base import Group
+from tests.unit.flat import Tokens, inputs_of
 
 
 def group_of(rewards, correct=None, draws=None) -> Group:
@@ -74,8 +76,8 @@ def test_advantages_of_one_right_answer_in_six_are_the_paper_s_example():
 
 
 REWARDS = [1.0, 0.1, 0.0, 0.3, 0.2, 0.9]
-VALUES = [0.7, -1.3, 2.0, 0.4, -0.6, 1.1]
-"""What each rollout would add to the gradient."""
+VALUES = [0.7, -2.0, 2.0, 0.95, -0.46, 1.1]
+"""What each rollout would add to the gradient; the squares of those that may be pruned add up to 5.11."""
 
 
 def total_of(found) -> float:
@@ -87,23 +89,82 @@ def low(rewards) -> list[int]:
     return [i for i, a in enumerate(size) if a < sum(size) / len(size) - 1e-6]
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.7, 0.9])
-def test_bernoulli_pruning_is_unbiased_with_the_variance_of_its_formula(rate):
+def prunings(rate: float):
+    """(probability, what trains) of every outcome of the draws."""
     few = low(REWARDS)
     assert 2 <= len(few) < len(REWARDS)
-    mean = square = probability = 0.0
     for kept in itertools.product((False, True), repeat=len(few)):
         draws = [0.0] * len(REWARDS)
         for i, stays in zip(few, kept, strict=True):
             draws[i] = rate if stays else 0.999 * rate
-        found = DynamicPruning(rate=rate)(group_of(REWARDS, draws=draws))
-        total = total_of(found)
         p = math.prod((1 - rate) if stays else rate for stays in kept)
+        yield p, DynamicPruning(rate=rate)(group_of(REWARDS, draws=draws))
+
+
+@pytest.mark.parametrize(("rate", "variance"), [(0.5, 5.11), (0.7, 11.9), (0.9, 46.0)])
+def test_bernoulli_pruning_is_unbiased_with_the_variance_of_its_formula(rate, variance):
+    mean = square = probability = 0.0
+    for p, found in prunings(rate):
+        total = total_of(found)
         mean, square, probability = mean + p * total, square + p * total**2, probability + p
     assert probability == pytest.approx(1.0)
     assert mean == pytest.approx(sum(VALUES), rel=1e-12)
-    want = sum(VALUES[i] ** 2 for i in few) * rate / (1 - rate)
+    want = sum(VALUES[i] ** 2 for i in low(REWARDS)) * rate / (1 - rate)
     assert square - mean**2 == pytest.approx(want, rel=1e-9)
+    assert want == pytest.approx(variance, abs=0.05 if rate > 0.5 else 5e-3)
+
+
+def test_other_ways_to_prune_are_biased():
+    """What multiplies each rollout's gradient, its mean over all draws, against A / n: where N is what was
+    kept (`denominator: selected`) or the sum of weights, where advantages are taken anew (`stats: selected`),
+    and the published algorithm, which takes floor(rate x n) of the smallest |A| away and weighs nothing."""
+    n, size_N = len(REWARDS), GRPO()(REWARDS).double()
+    mean = {name: torch.zeros(n).double() for name in ("full", "selected", "weights", "anew")}
+    for p, found in prunings(0.5):
+        kept_S, weight_S = found.index_S, found.weight_S
+        of_S = weight_S * size_N[kept_S]
+        anew_S = weight_S * GRPO()(torch.tensor(REWARDS)[kept_S])
+        mean["full"][kept_S] += p * of_S / n
+        mean["selected"][kept_S] += p * of_S / len(kept_S)
+        mean["weights"][kept_S] += p * of_S / weight_S.sum()
+        mean["anew"][kept_S] += p * anew_S / n
+    rest_S = size_N.abs().argsort(descending=True)[: n - math.floor(0.5 * n)]
+    mean["published"] = torch.zeros(n).double().index_put((rest_S,), size_N[rest_S] / len(rest_S))
+    torch.testing.assert_close(mean.pop("full"), size_N / n)
+    off = {name: (one_N - size_N / n).abs().max().item() for name, one_N in mean.items()}
+    assert all(far > 0.1 * (size_N / n).abs().mean() for far in off.values()), off
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+def test_pruning_leaves_the_clipped_surrogate_unbiased_where_weights_multiply_what_was_clipped(rate):
+    """Value and gradient. Within the clip, or within a cap on r, the weight would bias them."""
+    index_N = torch.arange(len(REWARDS))
+    tokens = Tokens(
+        old_logp_T=torch.full((len(REWARDS),), -2.0, dtype=torch.float64),
+        server_logp_T=torch.full((len(REWARDS),), -2.0, dtype=torch.float64),
+        advantage_T=GRPO()(REWARDS).double(),
+        mask_T=index_N >= 0,
+        segment_T=index_N,
+    )
+    log_ratio_N = torch.tensor([0.4, -0.5, 0.1, 0.05, -0.1, -0.6], dtype=torch.float64)
+    logp_N = (log_ratio_N - 2).requires_grad_()
+    surrogate_N = PPO().surrogate(inputs_of(logp_N, tokens))
+    (whole_N,) = torch.autograd.grad(surrogate_N.sum(), logp_N, retain_graph=True)
+    value, slope_N, inside, capped = 0.0, torch.zeros(len(REWARDS), dtype=torch.float64), 0.0, 0.0
+    for p, found in prunings(rate):
+        i_S, weight_S = found.index_S, found.weight_S
+        total = (weight_S * surrogate_N[i_S]).sum()
+        (own_N,) = torch.autograd.grad(total, logp_N, retain_graph=True)
+        value, slope_N = value + p * total.item(), slope_N + p * own_N
+        ratio_S, advantage_S = weight_S * log_ratio_N[i_S].exp(), tokens.advantage_T[i_S]
+        clipped_S = torch.minimum(ratio_S * advantage_S, ratio_S.clamp(0.8, 1.28) * advantage_S)
+        inside += p * clipped_S.sum().item()
+        capped += p * (ratio_S.clamp(max=1.5) * advantage_S).sum().item()
+    assert value == pytest.approx(surrogate_N.sum().item(), rel=1e-12)
+    torch.testing.assert_close(slope_N, whole_N)
+    assert abs(inside - value) > 0.05
+    plain = (log_ratio_N.exp().clamp(max=1.5) * tokens.advantage_T).sum().item()
+    assert abs(capped - plain) > 0.05
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.9])
@@ -138,7 +199,9 @@ def test_aero_keeps_every_right_answer_and_as_many_wrong_ones():
     found = AERO()(group_of(rewards, draws=draws))
     assert found.index_S.tolist() == [1, 2, 4, 5] and found.advantage_S is None
     balanced = GRPO()(torch.tensor(rewards)[found.index_S])
-    assert balanced.abs().tolist() == pytest.approx([math.sqrt(3 / 4)] * 4, abs=1e-5)
+    # A is +-1 with the papers' deviation, over n; ours is over n - 1.
+    both = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    torch.testing.assert_close(balanced * math.sqrt(4 / 3), both, rtol=0, atol=1e-5)
     assert len(AERO(ratio=2.0)(group_of(rewards, draws=draws)).index_S) == 6
     half = [1.0, 0.0, 1.0, 0.0]
     assert AERO()(group_of(half)).index_S.tolist() == [0, 1, 2, 3]
@@ -151,7 +214,7 @@ def test_one_wrong_answer_for_each_right_one_gives_the_largest_gradient():
         for wrong, want in size.items():
             advantage_N = GRPO()([1.0] * right + [0.0] * wrong) * math.sqrt(1 + 1 / (right + wrong - 1))
             assert float(advantage_N[:right].sum()) / (right + wrong) == pytest.approx(want, rel=1e-4)
-        assert max(size, key=size.__getitem__) == right
+        assert max(size, key=size.__getitem__) == right and size[right] == 0.5
 
 
 def test_posterior_advantages_are_the_specification_s_numbers():

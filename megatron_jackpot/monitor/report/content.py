@@ -11,7 +11,7 @@ import yaml
 from megatron_jackpot.monitor.console import final_rows
 from megatron_jackpot.monitor.differences import groups, labels, names
 from megatron_jackpot.monitor.evaluations import EVALUATIONS_FILE, evaluation_table, read_evaluations
-from megatron_jackpot.monitor.metrics import Row, read_metrics
+from megatron_jackpot.monitor.metrics import METRICS_FILE, Row, read_metrics
 from megatron_jackpot.monitor.outputs import PROMPTS_FILE
 from megatron_jackpot.monitor.report import allocated, curves, health, samples
 from megatron_jackpot.monitor.report.tokens import Decode, token_view
@@ -57,7 +57,7 @@ def version(folders: Sequence[Path]) -> str:
     silent has news, too."""
     parts = [str(int(time.time() // 60))]
     for folder in map(Path, folders):
-        shown = [folder / name for name in ("metrics.jsonl", EVALUATIONS_FILE, PROMPTS_FILE, *samples.FILES)]
+        shown = [folder / name for name in (METRICS_FILE, EVALUATIONS_FILE, PROMPTS_FILE, *samples.FILES)]
         shown += sorted((folder / TOKENS).glob("*.npz"))
         held = (path.stat() for path in shown if path.is_file())
         parts += [f"{one.st_mtime_ns}.{one.st_size}" for one in held]
@@ -66,10 +66,10 @@ def version(folders: Sequence[Path]) -> str:
 
 def run_content(folder: Path) -> Tree:
     check_run_folder(folder)
-    rows = read_metrics(folder)
+    rows = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
     if not rows:
         raise ValueError(
-            f"{folder} has no rows in metrics.jsonl: name the folder of a run that has done a step."
+            f"{folder} has no rows in {METRICS_FILE}: name the folder of a run that has done a step."
         )
     config = config_of(folder)
     made = _provenance(folder)
@@ -80,7 +80,7 @@ def run_content(folder: Path) -> Tree:
         prompts=int(rollout.get("prompts_per_step", 0)),
         samples=int(rollout.get("samples_per_prompt", 0)),
     )
-    judged = health.verdict(rows, found, steps=run.get("steps"), age_s=health.age_s(folder / "metrics.jsonl"))
+    judged = health.verdict(rows, found, steps=run.get("steps"), age_s=health.age_s(folder / METRICS_FILE))
     rated = curves.with_rates(rows, flops_per_token(config), peak_flops(folder, made))
     return {
         "verdict": {"state": judged.state, "text": judged.text},
@@ -93,12 +93,18 @@ def run_content(folder: Path) -> Tree:
 
 
 def _evaluations(folders: Sequence[Path], runs: Sequence[Tree]) -> Tree | None:
-    """The table of what `megatron-jackpot evaluate` found, of several runs with their names in front."""
-    found = [read_evaluations(Path(folder)) for folder in folders]
-    heads, cells = evaluation_table([row for rows in found for row in rows])
+    """The table of what `megatron-jackpot evaluate` found, set by set; of several runs with their names in
+    front, beside each other."""
+    found = [
+        (run["label"] or run["name"], row)
+        for run, folder in zip(runs, folders, strict=True)
+        for row in read_evaluations(Path(folder))
+    ]
+    sets = list(dict.fromkeys(row["set"] for _, row in found))
+    found.sort(key=lambda one: (sets.index(one[1]["set"]), one[1]["model"] != "policy", one[1]["step"]))
+    heads, cells = evaluation_table([row for _, row in found])
     if len(folders) > 1:
-        whose = [run["label"] or run["name"] for run, rows in zip(runs, found, strict=True) for _ in rows]
-        heads, cells = ["run", *heads], [[name, *row] for name, row in zip(whose, cells, strict=True)]
+        heads, cells = ["run", *heads], [[name, *row] for (name, _), row in zip(found, cells, strict=True)]
     return {"heads": heads, "rows": cells} if cells else None
 
 

@@ -2,7 +2,7 @@
 // Curves: one uPlot a chart, zoomed together; smoothing, and seeds as bands. What is chosen outlives new data.
 
 const COLORS = ["#1f6fb4", "#d95f02", "#1b8a5a", "#c2185b", "#7b4fb5", "#8c6d1f", "#0097a7", "#616161", "#e08e00", "#5c6bc0"];
-const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
+const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]], FRAMES = ["solid", "dashed", "dotted", "double"];
 const chosen = { smooth: 0, bands: true, range: null, hidden: new Set(), metric: "" };
 let plots = [];
 
@@ -110,6 +110,8 @@ function draw(tree, chart, place) {
     scales: { x: { time: false, min: range[0], max: range[1] } },
     axes: [{ ...axis, space: 60, size: 30, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000, 100000] },
       { ...axis, size: 58, space: 34, values: (_, ticks) => ticks.map((tick) => number(tick, 4)) }],
+    // The square before a name is framed as its line is drawn.
+    legend: { markers: { dash: (_, index) => FRAMES[Math.max(0, DASHES.indexOf((lines[index - 1] || {}).dash))] } },
     cursor: { sync: { key: "step" }, drag: { x: true, y: false, uni: 20 }, points: { size: 7 } },
     hooks: {
       setSelect: [(u) => {

@@ -18,9 +18,11 @@ function section(id, title, ...children) {
   return make("section", { id }, make("h2", {}, title), ...children);
 }
 
-function table(heads, rows, attributes) {
-  const head = make("tr", {}, ...heads.map((text) => make("th", {}, text)));
-  const body = rows.map((row) => row instanceof Node ? row : make("tr", {}, ...row.map((cell) => make("td", {}, cell))));
+function table(heads, rows, attributes, words) {
+  // Columns of numbers end alike, those of words, by their heads, begin alike.
+  const kind = (column) => ({ class: (words || []).includes(heads[column]) ? "words" : null });
+  const head = make("tr", {}, ...heads.map((text, i) => make("th", kind(i), text)));
+  const body = rows.map((row) => row instanceof Node ? row : make("tr", {}, ...row.map((cell, i) => make("td", kind(i), cell))));
   return make("div", { class: "scroll" }, make("table", attributes, make("thead", {}, head), make("tbody", {}, ...body)));
 }
 

@@ -82,7 +82,7 @@ function evaluationsOf(tree) {
   if (!tree.evaluations) return null;
   return section("evaluations", "Evaluated afterwards",
     make("p", {}, "by megatron-jackpot evaluate: answers drawn at T; avg is the mean over all of them, cut the share that reached the limit"),
-    table(tree.evaluations.heads, tree.evaluations.rows));
+    table(tree.evaluations.heads, tree.evaluations.rows, {}, ["run", "model", "set"]));
 }
 
 function allocatedOf(tree) {
