@@ -22,7 +22,7 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.records import Batch, Rollout
 
 SHORTEST_PADDING = 64
-"""Of an empty micro-batch, so that it does not hold thousands of sequences."""
+"""Length of an empty micro-batch's sequences, so that it does not hold thousands of them."""
 FINEST = 64
 """Lengths of micro-batches are multiples of this part of `packing.tokens`: few, since a GPU's attention plans
 anew for each."""

@@ -55,7 +55,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         # The unfused one asks the device for every sequence's length, for q and k in every layer.
         apply_rope_fusion=te,
-        # Of the spec, Transformer Engine's or ours: Megatron's own form cuts, multiplies and joins.
+        # The spec names one, Transformer Engine's or ours: Megatron's own form cuts, multiplies and joins.
         use_te_activation_func=True,
         # For Megatron's own linear layers, which need Apex for it; see `add_weight_gradients_in_place`.
         gradient_accumulation_fusion=False,
