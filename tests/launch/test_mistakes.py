@@ -178,7 +178,7 @@ def test_every_command_makes_the_same_checks_first_and_tells_all_at_once(
     command: str, folder: Path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("megatron_jackpot.launch.doctor.doctor", lambda server_python: 0)
+    monkeypatch.setattr("megatron_jackpot.launch.doctor.doctor", lambda *given: 0)
     monkeypatch.setattr("megatron_jackpot.run.interrupt.die_with_parent", lambda signum: None)
     monkeypatch.setattr("megatron_jackpot.run.interrupt.StopRequest.listen", lambda self: None)
     words = ["run.steps=0", "policy.lr=1", "data.template=x", "policy.hf=none", "data.reward=a:b"]
