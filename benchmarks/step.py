@@ -158,9 +158,10 @@ def by_checksums(trainer, pushes: int, choices: list[int]) -> None:
         table.add_column(column, justify="left" if column == "requests" else "right")
     seconds: dict[int, list[float]] = {every: [] for every in choices}
     asked: dict[int, dict[str, list[float]]] = {every: {} for every in choices}
-    for number in range(pushes + 2):
-        for every, proof in proofs.items():
-            trainer.sync.proof = proof
+    # One after the other: a push of another proof's would be a fault, which always asks for checksums.
+    for every, proof in proofs.items():
+        trainer.sync.proof = proof
+        for number in range(pushes + 2):
             trainer.state.num_steps += 1
             with torch.no_grad():
                 moved.mul_(1.001)

@@ -144,6 +144,9 @@ def shown() -> str:
     passed = ("<frozen importlib", importlib.__file__, f"{Path(__file__).parents[1]}/")
     own = [one for one in error.stack if not one.filename.startswith(passed)]
     lines = [*traceback.StackSummary.from_list(own).format(), *error.format_exception_only()]
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        lines.append(f"because of {''.join(cause.format_exception_only())}")
     return "".join(lines)[-SHOWN:]
 
 

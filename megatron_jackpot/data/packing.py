@@ -110,7 +110,9 @@ class Packer:
         """Tokens of every micro-batch of the step: `tokens`, or what the fullest one on any rank needs."""
         pairs = zip(lengths, bins, strict=True)
         filled = [sum(each[i] for i in content) for each, own in pairs for content in own]
-        unit = padded(math.ceil(self.tokens / FINEST), self.mesh.tp)
+        # Of 16 on each tensor-parallel rank, also where it has a part of the sequence alone: fp8's products
+        # want a multiple of 8.
+        unit = padded(math.ceil(self.tokens / FINEST / self.mesh.tp), 1) * self.mesh.tp
         return min(self.tokens, max(1, math.ceil(self._largest(max(filled, default=0)) / unit)) * unit)
 
     def _even_bins(self, lengths: list[int], rows: int) -> list[list[int]]:

@@ -117,10 +117,13 @@ def _read(path: Path) -> Iterator[tuple[int, Callable[[], Problem]]]:
 def _check_form(path: Path, start: bytes) -> None:
     """Raises ValueError where a file is something else than an object a line, which each line would say."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path} is UTF-16. Make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > NEW.jsonl")
+        raise ValueError(
+            f"{path}: line 1 begins UTF-16. Make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > NEW.jsonl"
+        )
     if start.strip() == b"[" or start.lstrip().startswith(b"[{"):
         raise ValueError(
-            f"{path} is one JSON list, not an object a line. Make it that: jq -c '.[]' {path} > NEW.jsonl"
+            f"{path}: line 1 begins one JSON list, not an object a line. Make it that: jq -c '.[]' {path} > "
+            "NEW.jsonl"
         )
 
 

@@ -9,7 +9,7 @@ Shapes: T packed tokens, S sequences of at most L, G query groups of R heads eac
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,22 +145,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return torch.bmm(weight, value).view(rows, groups * shared, length, width)
 
 
-class _Padding(NamedTuple):
-    """Between [T * heads] rows of packed tokens and [S * heads * L] of the padded block."""
-
-    shape: tuple[int, int, int]
-    """S, heads, L."""
-    slots: Tensor
-    """Where each packed row stands in the block."""
-    rows: Tensor
-    """What stands in each slot; behind a sequence's end its last token."""
-    empty: Tensor
-    """Slots of no token."""
-
-
-@lru_cache(maxsize=16)
-def _padding(cu_seqlens: Tensor, length: int, heads: int) -> _Padding:
-    """The same tensor of starts, which nobody changes, gives the same object: layers share it."""
+@lru_cache(maxsize=4)
+def _padding(
+    cu_seqlens: Tensor, length: int, heads: int
+) -> tuple[tuple[int, int, int], Tensor, Tensor, Tensor]:
+    """Between [T * heads] rows of packed tokens and [S * heads * L] slots of the padded block: (S, heads, L);
+    the slot of each row; the row in each slot, behind a sequence's end that of its last token; the slots of
+    no token. The same tensor of starts, which nobody changes, gives the same object: layers share it."""
     lengths, starts = cu_seqlens.diff().long(), cu_seqlens[:-1].long()
     place, head = (torch.arange(n, device=cu_seqlens.device) for n in (length, heads))
     token = starts[:, None] + torch.minimum(place, lengths[:, None] - 1)
@@ -168,7 +159,7 @@ def _padding(cu_seqlens: Tensor, length: int, heads: int) -> _Padding:
     inside = (place < lengths[:, None])[:, None].expand(-1, heads, -1).flatten()
     filled, empty = (which.nonzero()[:, 0] for which in (inside, ~inside))
     slots = torch.empty_like(filled).index_copy_(0, rows[filled], filled)
-    return _Padding((len(lengths), heads, length), slots, rows, empty)
+    return (len(lengths), heads, length), slots, rows, empty
 
 
 class _Pad(torch.autograd.Function):

@@ -55,9 +55,10 @@ def turns_advice(config: Config) -> str | None:
     """A line where the GPUs of one side wait for the other's."""
     if config.rollout.ahead or config.servers.release_memory or config.cluster.gpus_per_node == 0:
         return None
+    older = " rollout.max_staleness=1" * (config.rollout.max_staleness < 1)
     return (
         "rollout.ahead = 0: while servers sample, the training GPUs wait, and the other way round. "
-        "rollout.ahead=1 has the next step sampled while one is learned (docs/pipeline.md)."
+        f"rollout.ahead=1{older} has the next step sampled while one is learned (docs/pipeline.md)."
     )
 
 
@@ -77,7 +78,7 @@ def memory_troubles(plan: Plan) -> list[str]:
         troubles.append(
             f"a training GPU needs {plan.trainer_bytes / GIB:.1f} GiB = {parts} + {_most_in_turns(plan)}, "
             f"but cluster.gpu_memory_gib = {cluster.gpu_memory_gib:g} - {TRAINER_RESERVE_GIB:g} reserve = "
-            f"{room:g}. Raise parallel.tp, parallel.pp or nodes, or lower packing.tokens."
+            f"{room:g}. {_remedy(plan)}"
         )
     room = cluster.gpu_memory_gib * SERVER_SHARE
     if not plan.config.servers.urls and plan.server_bytes > room * GIB:
@@ -90,6 +91,14 @@ def memory_troubles(plan: Plan) -> list[str]:
             "rollout.max_new_tokens."
         )
     return troubles
+
+
+def _remedy(plan: Plan) -> str:
+    most = max(m.transient for m in plan.models)
+    if plan.scoring_bytes > most and plan.kept_bytes > plan.scoring_bytes - plan.kept_bytes:
+        # A step's hidden states, however they are cut: see docs/planning.md.
+        return "Raise nodes, lower rollout.prompts_per_step or rollout.ahead, or say --mean-tokens."
+    return "Raise parallel.tp, parallel.pp or nodes, or lower packing.tokens."
 
 
 def _most_in_turns(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 On a machine without CUDA the flags and the shims in cpu_server/ run the stock wheel on CPU.
 """
 
+import http.client
 import os
 import signal
 import subprocess
@@ -51,7 +52,7 @@ def answers(url: str, limit_s: float, path: str = HEALTH) -> bool:
     try:
         with DIRECT.open(url + path, timeout=min(5.0, max(0.1, limit_s))) as answer:
             return answer.status == 200
-    except (urllib.error.URLError, OSError):
+    except (urllib.error.URLError, http.client.HTTPException, OSError):
         return False
 
 
@@ -60,7 +61,7 @@ def await_servers(servers: Servers, stopped: Callable[[], object]) -> None:
 
     Raises TimeoutError after servers.start_timeout_s; the launch, which has the same limit, says why.
     """
-    if not os.environ.pop(AWAIT_VARIABLE, None):
+    if os.environ.pop(AWAIT_VARIABLE, None) != "1":
         return
     deadline = time.monotonic() + servers.start_timeout_s
     for url in servers.urls:

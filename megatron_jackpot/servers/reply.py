@@ -98,7 +98,7 @@ def _integers(values: object, field: str) -> np.ndarray:
         array = np.array(values)
         if array.ndim != 1 or (array.size and array.dtype.kind != "i"):
             raise ValueError
-        if array.size and np.abs(array).max() > 2**31 - 1:
+        if array.size and not -(2**31) <= array.min() <= array.max() < 2**31:
             raise ValueError
     except (ValueError, OverflowError):
         raise BadReply(f"{field} = {str(values)[:100]}: expected a list of int32") from None
@@ -126,8 +126,10 @@ def _sampled_logp(meta: JsonObject, tokens: np.ndarray) -> tuple[np.ndarray, np.
     try:
         with np.errstate(over="ignore"):  # Too large for fp32 is not finite, which is counted.
             logp = np.array([entry[0] for entry in entries], dtype=np.float32)
+        if logp.ndim != 1:
+            raise ValueError
         ids = _integers([entry[1] for entry in entries], field)
-    except (TypeError, ValueError, IndexError, KeyError):
+    except (TypeError, ValueError, IndexError, KeyError, OverflowError):
         raise BadReply(f"{field} must hold [logp, id, text] entries, got {str(entries[0])[:80]}") from None
     if not np.array_equal(ids, tokens):
         raise BadReply(f"{field} speaks about other ids than output_ids")

@@ -129,14 +129,19 @@ class BroadcastSync:
         self.group: WeightGroup | None = None
         self.proved = proof_folder is None
 
-    def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
-        """HF-named tensors, which can be read again, -> all servers that answer.
+    def push(
+        self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, mend: bool = False
+    ) -> SyncReport:
+        """HF-named tensors, which can be read again, -> all servers that answer; where they are to `mend`
+        something, with the whole proof.
 
         A server that is gone is left out, and joins again in a later push. Raises SyncError or ServerError
         after several attempts; no wait in one exceeds timeout_s, the first answer of any server patience_s.
         PushInterrupted when `stop` gives a reason while no server answers. After an error the servers may
         hold a mixture: push again, or load from disk, before sampling.
         """
+        if mend:
+            self.proof.distrust()
         return retry(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:

@@ -44,9 +44,13 @@ class DiskSync:
         self.proof = Proof(self.admin, self.hf_folder, checksums_every=checksums_every)
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
 
-    def push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+    def push(
+        self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, mend: bool = False
+    ) -> SyncReport:
         """HF-named tensors, which can be read again, -> all servers that answer, as BroadcastSync.push
         does."""
+        if mend:
+            self.proof.distrust()
         return retry(lambda: self._push(named_tensors, version))
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:

@@ -2,15 +2,16 @@
 
 SGLang hashes its own fused, sharded tensors, so hashes of HF-named tensors cannot be compared with it. Proof
 instead, of every push: names and shapes equal those of the served model's folder; buckets held what was
-exported after they had been sent; every server reports the version. Of every `checksums_every`-th, and of the
-first two from the start and from a fault on: all servers hash alike, rank by rank; the hashes moved in this
-push when the sent values did. The first broadcast hashes like a load of the same tensors from disk
-(`same_weights`, called by BroadcastSync).
+exported after they had been sent (a folder on disk is not read again); every server reports the version. Of
+every `checksums_every`-th, and of the first two from the start and from a fault on: all servers hash alike,
+rank by rank; the hashes moved in this push when the sent values did. The first broadcast hashes like a load
+of the same tensors from disk (`same_weights`, called by BroadcastSync).
 """
 
 import asyncio
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.fp8 import SCALE, quantised_shapes
 from megatron_jackpot.sync.prefetcher import FlatBucket
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Checksums = dict[str, dict[str, str]]
@@ -111,6 +114,8 @@ class Proof:
         self._digest: str | None = None
         """Of what was sent when the servers had `_checksums`."""
         self._checksums: Checksums | None = None
+        self._proved = False
+        """Whether `_checksums` were read at the end of the push that sent `_digest`, or only later."""
         self._unseen: str | None = None
         """Digest of the push before, where nobody asked what the servers had of it."""
         self._left_behind: Present | None = None
@@ -129,6 +134,11 @@ class Proof:
         elif self._left == 0 and self._unseen is not None:
             # Against older ones a server would pass that took some of the pushes since and lost the last.
             self._digest, self._checksums = self._unseen, self.equal_checksums()
+            self._proved = False
+
+    def distrust(self) -> None:
+        """The next push is one after a fault."""
+        self._left_behind = None
 
     def check(self, sent: SentTensors, version: int) -> str | None:
         """Checksum of the servers, where it is this push's turn. Raises SyncError."""
@@ -149,12 +159,14 @@ class Proof:
                 f"The weights sent as version {version} differ from the push before, but the servers' "
                 f"checksums did not move: {self.admin.urls[0]} still serves the old weights."
             )
-        if self._digest == sent.digest:
+        if self._digest == sent.digest and self._proved:
             assert self._checksums is not None
             same_weights(
                 self._checksums, checksums, "the push before", f"version {version}, the same weights again"
             )
-        self._digest, self._checksums, self._unseen = sent.digest, checksums, None
+        elif self._digest == sent.digest and checksums != self._checksums:
+            log.warning("The push before this one had not reached the servers; this one has.")
+        self._digest, self._checksums, self._unseen, self._proved = sent.digest, checksums, None, True
         # After a fault the next one too: what a server had before is unknown, so only that shows it move.
         self._end(version, 0 if self._fault else self.checksums_every - 1)
         return _overall(checksums)

@@ -269,7 +269,7 @@ def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> 
         timeout_s=sync.timeout_s,
         patience_s=servers.start_timeout_s,
         release_memory=servers.release_memory,
-        # Lent memory comes back without its weights: each push is then one after a fault.
+        # Lent memory comes back without its weights.
         checksums_every=1 if servers.release_memory else sync.checksums_every,
         stop=stop,
     )

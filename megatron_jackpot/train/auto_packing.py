@@ -30,7 +30,11 @@ def with_number(config: Config, mesh: Mesh) -> Config:
     memory = device_memory(mesh)
     least = None if memory is None else -mesh.largest(-memory)
     if saved is not None and saved >= config.longest_sequence:
-        tokens, why, trouble = saved, "as in the checkpoint", None
+        tokens, why, trouble = (
+            saved,
+            "as in the checkpoint, so that bits stay; packing.tokens=N replaces it",
+            None,
+        )
     else:
         choice = choose(config, dist.get_world_size(), least)
         tokens, why, trouble = choice.tokens, choice.why, choice.trouble

@@ -152,7 +152,7 @@ def _begin(assembly: Assembly, outputs: Outputs | None, resumed: bool) -> None:
     """Weights to the servers, a probe and, in a new run, the first evaluation. Raises StopRun."""
     trainer = assembly.trainer
     trainer.refuse_stop()
-    trainer.push()
+    trainer.push(mend=True)  # It may follow a rollback.
     trainer.refuse_stop()
     metrics = assembly.probe()
     if not resumed:

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class Push(Protocol):
     """How weights get to the servers, on the main rank."""
 
-    def push(self, named_tensors: WeightStream, version: int) -> SyncReport: ...
+    def push(self, named_tensors: WeightStream, version: int, *, mend: bool) -> SyncReport: ...
 
     def release(self) -> None: ...
 
@@ -182,7 +182,7 @@ class Trainer:
         step, loader = self.state.num_steps + 1, self.state.loader
         for later in range(step, max(step, min(step + self.config.rollout.ahead, self.config.run.steps)) + 1):
             self.pipeline.start(later, loader)
-        return self.pipeline.take(step, loader, recover=self.push)
+        return self.pipeline.take(step, loader, recover=partial(self.push, mend=True))
 
     def curate(self, collected: Collected | None) -> Trained | None:
         """What of a leader's groups trains, with advantages and weights; every leader calls it."""
@@ -352,9 +352,10 @@ class Trainer:
         if self.config.servers.release_memory or self.config.parallel.offload_optimizer:
             self.push()
 
-    def push(self) -> dict[str, float]:
-        """The served model's weights to the servers, stamped with the number of finished steps; metrics on
-        the main rank, none where the run was asked to stop and no server answered."""
+    def push(self, *, mend: bool = False) -> dict[str, float]:
+        """The served model's weights to the servers, stamped with the number of finished steps; with the
+        whole proof where it is to `mend` something. Metrics on the main rank, none where the run was asked to
+        stop and no server answered."""
         self.num_pushes += 1
         sync, servers, version = self.config.sync, self.config.servers, self.state.num_steps
         limit_s = servers.start_timeout_s + sync.timeout_s * 12
@@ -377,7 +378,7 @@ class Trainer:
             weights.take_part()
         elif self.sync is not None:
             try:
-                report = self.sync.push(weights, version=version)
+                report = self.sync.push(weights, version=version, mend=mend)
                 metrics = {
                     "sync/version": float(version),
                     "sync/server_version": float(report.version),

@@ -14,7 +14,14 @@ from megatron_jackpot.config.load import examine
 from megatron_jackpot.data.loader import prompt_digest
 from megatron_jackpot.data.prompts import Limits, training_prompts
 from megatron_jackpot.data.tokenizer import load_tokenizer, text_of
-from megatron_jackpot.data.value_table import OBJECTIVE, ValueTable, optimal_value, source_of, table_path
+from megatron_jackpot.data.value_table import (
+    OBJECTIVE,
+    SHOWN,
+    ValueTable,
+    optimal_value,
+    source_of,
+    table_path,
+)
 from megatron_jackpot.records import Prompt
 from megatron_jackpot.run.clock import started_at
 from megatron_jackpot.train import evaluate
@@ -85,7 +92,13 @@ def make_values(config: Config, *, samples: int, beta: float) -> Path:
             own = (load_families(alone), stop_ids, partial(text_of, tokenizer))
             with closing(make_source(serving, *own)) as judge:
                 fill(table, left, judge, path)
-    table.check(prompts, path)
+    if missing := table.missing(prompts):
+        named = ", ".join(str(prompt.id) for prompt in missing[:SHOWN])
+        raise RuntimeError(
+            f"{len(missing)} of {len(prompts)} prompts have no value, for the rewards of all their answers "
+            f"failed: ids {named}{', ...' * (len(missing) > SHOWN)}. The others are in {path}. Raise "
+            "data.reward_timeout_s, or leave those rows out, and run this again."
+        )
     return path
 
 

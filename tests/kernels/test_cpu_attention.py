@@ -4,8 +4,9 @@ own modules are stood in for (tests/e2e/test_server.py has them)."""
 import importlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import distributions
+from inspect import Parameter, Signature
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +19,30 @@ from megatron_jackpot.servers.process import CPU_SHIMS
 PLAIN = dict(scaling=0.3, causal=True, is_cross_attn=False, sliding_window_size=None)
 
 
+def takes(arguments: str) -> Callable:
+    """A decorator: it says that it takes these."""
+
+    def dressed(method: Callable) -> Callable:
+        method.__signature__ = Signature(
+            [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in arguments.split()]
+        )
+        return method
+
+    return dressed
+
+
+FIRST = "self query output k_cache v_cache req_to_token req_pool_indices seq_lens"
+LAST = "encoder_lens scaling enable_gqa causal is_cross_attn sliding_window_size"
+
+
 class Native:
     """Says that it was asked."""
 
+    @takes(f"{FIRST} {LAST}")
     def _run_sdpa_forward_decode(self, *args: Any, **how: Any) -> tuple[str, int]:
         return "decode", len(args)
 
+    @takes(f"{FIRST} extend_prefix_lens extend_seq_lens {LAST}")
     def _run_sdpa_forward_extend(self, *args: Any, **how: Any) -> tuple[str, int]:
         return "extend", len(args)
 
@@ -48,6 +67,11 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     found.load()()
     module = importlib.import_module(found.module)
     assert registered == {"torch_native": module.BatchedAttention}
+    with monkeypatch.context() as another:
+        registered.clear()
+        another.setattr(Native, "_run_sdpa_forward_decode", takes(f"{FIRST} {LAST} sinks")(lambda *_: None))
+        module.register()
+        assert registered == {}
     yield module
     del sys.modules[found.module]
 

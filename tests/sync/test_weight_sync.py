@@ -127,7 +127,7 @@ def pusher(servers: list[Holder], folder: Path, **knobs):
         [server.url for server in servers], hf_folder=folder, proof_folder=None, timeout_s=10, **knobs
     )
     tensors = load_file(folder / "model.safetensors")
-    return lambda n: sync.push([(name, tensor * n) for name, tensor in tensors.items()], n)
+    return lambda n, **how: sync.push([(name, tensor * n) for name, tensor in tensors.items()], n, **how)
 
 
 @pytest.mark.parametrize("since", [2, 3, 4, 5, 6])
@@ -172,6 +172,28 @@ def test_checksums_are_asked_for_twice_after_a_start_a_restart_and_a_push_that_b
         push(4)  # What it had before is not known: it may have moved.
         with pytest.raises(SyncError, match="checksums did not move"):
             push(5)
+
+
+def test_a_push_that_is_to_mend_something_asks_for_checksums_and_so_does_the_next(tmp_path):
+    with Holder() as server:
+        push = pusher([server], write_model(tmp_path / "m", 0), checksums_every=100)
+        for version in (1, 2, 3):
+            push(version)
+        how = [{"mend": True}, {}, {}]
+        counts = [server.asked_for_checksums(lambda n=n: push(n, **how[n - 4])) for n in (4, 5, 6)]
+    assert counts == [1, 1, 0]
+
+
+def test_a_push_that_was_lost_without_a_word_is_healed_by_the_same_weights_sent_again(tmp_path, caplog):
+    with Holder() as server:
+        push = pusher([server], write_model(tmp_path / "m", 0), checksums_every=2)
+        for version in (1, 2):
+            assert push(version).checksum
+        server.deaf = True
+        assert push(3).checksum is None
+        server.deaf, lost = False, server.held
+        assert push(3).checksum and server.held != lost
+    assert "The push before this one had not reached the servers" in caplog.text
 
 
 def test_servers_that_came_apart_between_checksums_are_told_and_healed_by_the_push_that_finds_it(

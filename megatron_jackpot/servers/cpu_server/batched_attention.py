@@ -9,18 +9,37 @@ Shapes: N tokens, those of all sequences one after another; B sequences, Q queri
 of D dimensions, of keys fewer heads. A slot is a row of the cache of keys or values.
 """
 
+import inspect
+import logging
+
 import torch
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+log = logging.getLogger(__name__)
+
 LARGEST = 2**22
 """Entries of a mask, and keys x 128, that are in memory at once."""
 
 
+FIRST = "self query output k_cache v_cache req_to_token req_pool_indices seq_lens"
+LAST = "encoder_lens scaling enable_gqa causal is_cross_attn sliding_window_size"
+KNOWN = {
+    "_run_sdpa_forward_decode": f"{FIRST} {LAST}",
+    "_run_sdpa_forward_extend": f"{FIRST} extend_prefix_lens extend_seq_lens {LAST}",
+}
+"""The methods that are replaced, and their arguments: another SGLang's may ask for more than is done here."""
+
+
 def register() -> None:
     """Called by SGLang in each of its processes."""
+    for name, arguments in KNOWN.items():
+        found = " ".join(inspect.signature(getattr(TorchNativeAttnBackend, name)).parameters)
+        if found != arguments:
+            log.warning(f"SGLang's {name} takes {found}, not {arguments}: its own attention is used.")
+            return
     register_attention_backend("torch_native")(BatchedAttention)
 
 

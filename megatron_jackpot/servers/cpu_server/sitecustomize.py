@@ -5,6 +5,7 @@ servers alone.
 """
 
 import multiprocessing
+import os
 
 import torchvision_operators  # noqa: F401
 
@@ -15,8 +16,10 @@ def fork_in_place_of_spawn() -> None:
     the same imports twice more were two thirds of the processor time of a start."""
     choose = multiprocessing.set_start_method
 
-    def set_start_method(method: str, **options: object) -> None:
-        choose("fork" if method == "spawn" else method, **options)
+    def set_start_method(method: str, force: bool = False) -> None:
+        # A lock that another thread holds stays locked in a forked process.
+        alone = len(os.listdir("/proc/self/task")) == 1
+        choose("fork" if method == "spawn" and alone else method, force=force)
 
     multiprocessing.set_start_method = set_start_method
 
