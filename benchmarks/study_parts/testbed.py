@@ -56,7 +56,7 @@ class LocalServer:
         self.seconds = 0.0
         self.thread = LoopThread()
 
-    def push(self, named_tensors: WeightStream, version: int) -> SyncReport:
+    def push(self, named_tensors: WeightStream, version: int, *, mend: bool = False) -> SyncReport:
         started = time.perf_counter()
         tensors: Mapping[str, Tensor] = dict(named_tensors)
         self.decoder.load(tensors)

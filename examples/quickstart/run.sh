@@ -11,12 +11,16 @@ source tools/env.sh
 config=examples/quickstart/run.yaml
 if [[ ${1:-} == *.yaml ]]; then config=$1; shift; fi
 folder="runs/$(basename "$(dirname "$config")")-$(date +%Y%m%d-%H%M%S)"
+ranks=(--nproc 2 parallel.threads=1)    # a second rank is worth more to these small models than a second thread
 for override in "$@"; do
-  if [[ $override == run.folder=* ]]; then folder="${override#run.folder=}"; fi
+  case "$override" in
+    run.folder=*) folder="${override#run.folder=}" ;;
+    parallel.* | --nproc*) ranks=() ;;
+  esac
 done
 
 models=$(python examples/quickstart/shipped.py)
 folders=("policy.hf=$models/policy" "actor.hf=$models/actor")
 if grep -q '^actor: null' "$config"; then unset 'folders[1]'; fi    # one model: there is no actor
-megatron-jackpot launch "$config" "${folders[@]}" "run.folder=$folder" "$@"
+megatron-jackpot launch "$config" "${folders[@]}" "run.folder=$folder" "${ranks[@]}" "$@"
 megatron-jackpot report "$folder"
