@@ -7,7 +7,7 @@
 #
 # Runs go to FOLDER/seed0-threads2 and so on; what is complete there already is kept, so some seeds may be done today
 # and the others tomorrow, and one that was broken off begins anew. The table is printed and written to FOLDER/table.md,
-# the picture to FOLDER/quickstart.png, of the runs that are named. Six and a half minutes a run on 2 idle cores.
+# the picture to FOLDER/quickstart.png, of the runs that are named. Five minutes a run on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ $# -ge 1 ]] || { echo "usage: bash benchmarks/quickstart.sh FOLDER [SEED[:THREADS] ...] [key=value ...]" >&2; exit 2; }

@@ -1,9 +1,10 @@
 """A rank killed in the middle of a round, when a save in the background has just been published: the run ends
-with the decisions of one to which nothing happened. Whole runs of the trainer, on two leaders and on one."""
+with the decisions of one to which nothing happened. Whole runs of the trainer, on one, two and four leaders."""
 
 import asyncio
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -209,9 +210,12 @@ def test_killed_in_a_round_after_a_save_in_the_background_the_run_makes_the_same
         own = sorted(sample for at, prompt, sample in kept if (at, prompt) == (epoch, number))
         assert own[:first] == list(range(first))
     assert any(sum((at, p) == key for at, p, _ in kept) == first for key, first in held.items()) and kept
-    # What the rank had and no checkpoint has is sampled anew, by newer weights, so that numbers may differ.
-    asked = run_ranks(_train, 2, LIMIT_S, str(yaml_file), str(hit), allocator, {})
-    assert account(hit) == rows
-    # What the checkpoint has is not asked for once more.
-    made = [(epoch, p, first + i) for own in asked for epoch, p, first, n in own for i in range(n)]
-    assert not {*made} & {*kept}
+    for dp in (1, 2, 4):
+        again = tmp_path / f"again {dp}"
+        shutil.copytree(hit, again)
+        # What the rank had and no checkpoint has is sampled anew, by newer weights, so that numbers may differ.
+        asked = run_ranks(_train, dp, LIMIT_S, str(yaml_file), str(again), allocator, {})
+        assert account(again) == rows
+        # What the checkpoint has is not asked for once more.
+        made = [(epoch, p, first + i) for own in asked for epoch, p, first, n in own for i in range(n)]
+        assert not {*made} & {*kept}
