@@ -212,7 +212,7 @@ def test_killed_in_a_round_after_a_save_in_the_background_the_run_makes_the_same
     assert any(sum((at, p) == key for at, p, _ in kept) == first for key, first in held.items()) and kept
     for dp in (1, 2, 4):
         again = tmp_path / f"again {dp}"
-        shutil.copytree(hit, again)
+        shutil.copytree(hit, again, symlinks=True)
         # What the rank had and no checkpoint has is sampled anew, by newer weights, so that numbers may differ.
         asked = run_ranks(_train, dp, LIMIT_S, str(yaml_file), str(again), allocator, {})
         assert account(again) == rows
