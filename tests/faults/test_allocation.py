@@ -1,5 +1,5 @@
 """A rank killed in the middle of a round, when a save in the background has just been published: the run ends
-with the decisions of one to which nothing happened. Whole runs of the trainer, on one, two and four leaders."""
+with the decisions of one to which nothing happened. Whole runs of the trainer, on 1, 2 and 4 leaders."""
 
 import asyncio
 import json
@@ -213,7 +213,7 @@ def test_killed_in_a_round_after_a_save_in_the_background_the_run_makes_the_same
     for dp in (1, 2, 4):
         again = tmp_path / f"again {dp}"
         shutil.copytree(hit, again, symlinks=True)
-        # What the rank had and no checkpoint has is sampled anew, by newer weights, so that numbers may differ.
+        # What the rank had and no checkpoint has is sampled anew, by newer weights: numbers may differ.
         asked = run_ranks(_train, dp, LIMIT_S, str(yaml_file), str(again), allocator, {})
         assert account(again) == rows
         # What the checkpoint has is not asked for once more.
