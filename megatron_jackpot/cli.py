@@ -378,7 +378,7 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
     from megatron_jackpot.config.placement import expected_processes
     from megatron_jackpot.plan.seconds import Assumptions
     from megatron_jackpot.plan.splits import Measured, show_timeline
-    from megatron_jackpot.plan.tables import memory_troubles, show_plan
+    from megatron_jackpot.plan.tables import show_plan
 
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
     try:
@@ -386,11 +386,11 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
         if args.gpu_memory:
             cluster = config.cluster.model_copy(update={"gpu_memory_gib": args.gpu_memory})
             config = config.model_copy(update={"cluster": cluster})
-        plan = show_plan(config, gpus, assumed, why=why)
+        plan, fits = show_plan(config, gpus, assumed, why=why)
         if args.server_tps:
             rates = {key: getattr(args, key) for key in ("server_tps", "stream_tps", "push_s", "spread")}
             show_timeline(plan, assumed, Measured(**rates))
-        return int(bool(memory_troubles(plan)))
+        return int(not fits)
     except ValueError as error:
         return refuse(str(error).splitlines())
 

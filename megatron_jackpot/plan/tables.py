@@ -11,8 +11,9 @@ from megatron_jackpot.plan.seconds import Assumptions, alone_seconds, shared_sec
 
 def show_plan(
     config: Config, gpus: int, assumed: Assumptions, console: Console | None = None, *, why: str = "as given"
-) -> Plan:
-    """Print the plan on `gpus` training GPUs, `why` so many, and what it assumes. Raises ValueError."""
+) -> tuple[Plan, bool]:
+    """Print the plan on `gpus` training GPUs, `why` so many, and what it assumes; it, and whether it fits.
+    Raises ValueError."""
     console = console or Console()
     choice = planned(config, gpus) if config.packing.tokens == "auto" else None
     if choice is not None:
@@ -30,9 +31,12 @@ def show_plan(
     for line in (advice(config, gpus) if choice is None else None, turns_advice(config)):
         if line is not None:
             console.print(f"advice: {line}", markup=False, highlight=False, soft_wrap=True)
-    for trouble in memory_troubles(plan):
+    # Of `auto` what a start would say, which has no --mean-tokens.
+    own = [] if choice is None or choice.trouble is None else [choice.trouble]
+    troubles = own or memory_troubles(plan)
+    for trouble in troubles:
         console.print(f"DOES NOT FIT: {trouble}", markup=False, highlight=False, soft_wrap=True)
-    return plan
+    return plan, not troubles
 
 
 def assumptions(plan: Plan, assumed: Assumptions, why: str) -> list[str]:

@@ -102,7 +102,7 @@ def test_plan_shows_what_auto_takes_of_which_sizes_and_why(tmp_path):
     config = made(tmp_path / "m", QWEN3_0_6B, HALF, cluster=dict(gpu_memory_gib=40), **LONG)
     choice = choose(config, 1, 40 * GIB)
     with open(tmp_path / "shown", "w+") as file:
-        plan = show_plan(config, 1, Assumptions(), Console(file=file, width=200))
+        plan, _ = show_plan(config, 1, Assumptions(), Console(file=file, width=200))
         file.seek(0)
         lines = file.read().splitlines()
     assert plan.config.packing.tokens == choice.tokens
@@ -110,6 +110,15 @@ def test_plan_shows_what_auto_takes_of_which_sizes_and_why(tmp_path):
     (taken,) = [line for line in lines if "taken" in line]
     assert f" {choice.tokens} " in taken
     assert all(any(f" {size.tokens} " in line for line in lines) for size in choice.sizes)
+
+
+def test_plan_says_what_a_start_with_auto_would_refuse(tmp_path):
+    config = made(tmp_path / "m", QWEN3_0_6B, HALF, cluster=dict(gpu_memory_gib=8), **LONG)
+    trouble = choose(config, 1, 8 * GIB).trouble
+    with open(tmp_path / "shown", "w+") as file:
+        _, fits = show_plan(config, 1, Assumptions(), Console(file=file, width=200))
+        file.seek(0)
+        assert trouble and not fits and f"DOES NOT FIT: {trouble}" in file.read()
 
 
 def test_plan_advises_auto_only_where_it_saves_a_quarter_of_the_predicted_time(tmp_path):
