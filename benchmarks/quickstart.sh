@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
 # The README's curves and table: the quickstart with several seeds and threads, the control, one picture.
 #
-#   bash benchmarks/quickstart.sh FOLDER                     seeds 0-2 on two threads, 3 and 4 on one
-#   bash benchmarks/quickstart.sh FOLDER 0 1 2:1             SEED or SEED:THREADS, in this order
+#   bash benchmarks/quickstart.sh FOLDER                     seeds 0-4 as run.sh starts them, 0-1 with a rank of 2 threads
+#   bash benchmarks/quickstart.sh FOLDER 0 1 2:1x1           SEED or SEED:RANKSxTHREADS, in this order
 #   bash benchmarks/quickstart.sh FOLDER 0 run.steps=4       key=value for all of them: a trial
 #
-# Runs go to FOLDER/seed0-threads2 and so on; what is complete there already is kept, so some seeds may be done today
+# Runs go to FOLDER/seed0-2x1 and so on; what is complete there already is kept, so some seeds may be done today
 # and the others tomorrow, and one that was broken off begins anew. The table is printed and written to FOLDER/table.md,
 # the picture to FOLDER/quickstart.png, of the runs that are named. Five minutes a run on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ $# -ge 1 ]] || { echo "usage: bash benchmarks/quickstart.sh FOLDER [SEED[:THREADS] ...] [key=value ...]" >&2; exit 2; }
+[[ $# -ge 1 ]] || { echo "usage: bash benchmarks/quickstart.sh FOLDER [SEED[:RANKSxTHREADS] ...] [key=value ...]" >&2; exit 2; }
 out=$1
 shift
 seeds=() overrides=()
 for word in "$@"; do
   if [[ $word == *=* ]]; then overrides+=("$word"); else seeds+=("$word"); fi
 done
-(( ${#seeds[@]} )) || seeds=(0 1 2 3:1 4:1)
+(( ${#seeds[@]} )) || seeds=(0 1 2 3 4 0:1x2 1:1x2)
 source tools/env.sh
 
 models=$(python examples/quickstart/shipped.py)
 runs=()
 for run in "${seeds[@]}"; do
-  seed=${run%%:*} threads=2
-  if [[ $run == *:* ]]; then threads=${run#*:}; fi
-  folder="$out/seed$seed-threads$threads"
+  seed=${run%%:*} layout=2x1
+  if [[ $run == *:* ]]; then layout=${run#*:}; fi
+  folder="$out/seed$seed-$layout"
   runs+=("$folder")
   if [[ -f $folder/seconds ]]; then continue; fi
   start=$SECONDS
   megatron-jackpot launch examples/quickstart/run.yaml "policy.hf=$models/policy" "actor.hf=$models/actor" \
-    "run.folder=$folder" "run.seed=$seed" "parallel.threads=$threads" run.resume=auto "${overrides[@]}"
+    "run.folder=$folder" "run.seed=$seed" --nproc "${layout%x*}" "parallel.threads=${layout#*x}" run.resume=auto "${overrides[@]}"
   echo $((SECONDS - start)) >"$folder/seconds"
 done
 control="${runs[0]}/control.jsonl"

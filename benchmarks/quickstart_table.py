@@ -4,17 +4,25 @@ python benchmarks/quickstart_table.py RUN_FOLDER [RUN_FOLDER ...] [--control FIL
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 
 from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics, series
-from megatron_jackpot.run.provenance import CONFIG_FILE
+from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE
 
 HEAD = (
-    *("seed", "threads", "policy: start", "end", "best", "actor: start", "end"),
+    *("seed", "ranks x threads", "policy: start", "end", "best", "actor: start", "end"),
     *("acceptance, lowest to highest step", "s a step, median", "s in all"),
 )
+
+
+def layout(folder: Path) -> str:
+    """Ranks (as they were asked for) and threads of each."""
+    command = json.loads((folder / PROVENANCE_FILE).read_text())["command"]
+    ranks = command[command.index("--nproc") + 1] if "--nproc" in command else "1"
+    return f"{ranks} x {load_config(folder / CONFIG_FILE).parallel.threads}"
 
 
 def row(folder: Path) -> list[str]:
@@ -25,7 +33,7 @@ def row(folder: Path) -> list[str]:
     seconds = folder / "seconds"
     return [
         str(config.run.seed),
-        str(config.parallel.threads),
+        layout(folder),
         f"{policy[0]:.3f}",
         f"{policy[-1]:.3f}",
         f"{max(policy):.3f}",
