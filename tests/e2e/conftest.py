@@ -10,12 +10,19 @@ from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.gpus import place_servers
 from megatron_jackpot.servers.process import start_servers, stop_servers
+from tests.parallel import spawn
 from tests.tiny import write_models, write_tokenizer
+
+spawn.PRELOADED += spawn.OF_A_RUN
 
 RUN = dict(
     policy=dict(optimizer=dict(lr=1e-3)),
     actor=dict(optimizer=dict(lr=1e-3)),
-    data=dict(tasks=dict(chain_sum=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)), size=40),
+    data=dict(
+        tasks=dict(chain_sum=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)),
+        size=40,
+        reward_workers=1,
+    ),
     rollout=dict(
         prompts_per_step=4, samples_per_prompt=3, max_new_tokens=8, temperature=0.7, request_timeout_s=60
     ),

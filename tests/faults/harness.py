@@ -14,7 +14,10 @@ import psutil
 import yaml
 
 from megatron_jackpot.monitor.metrics import read_metrics
+from tests.parallel import spawn
 from tests.tiny import write_models, write_tokenizer
+
+spawn.PRELOADED += spawn.OF_A_RUN
 
 STEP_LIMIT_S = 180
 SIZE, PER_STEP = 40, 4
@@ -38,6 +41,7 @@ def make_models(folder: Path, *, ahead: int = 0) -> Path:
             tasks=dict(chain_sum=dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)),
             size=SIZE,
             max_prompt_tokens=100,
+            reward_workers=1,
         ),
         rollout=dict(
             prompts_per_step=PER_STEP,
@@ -209,6 +213,8 @@ def kill_in_phase(
     while time.monotonic() < deadline:
         line = doing.read_text() if doing.exists() else ""
         if phase not in line:
+            # Some last a millisecond; without a pause the ranks would have a core less.
+            time.sleep(0.0002)
             continue
         pid = int(line.split()[1].rsplit(":", 1)[1])
         with suppress(ProcessLookupError, psutil.NoSuchProcess):

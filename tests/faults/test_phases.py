@@ -28,9 +28,11 @@ from tests.faults.harness import PHASES, check_account, kill_in_phase, make_mode
 from tests.parallel.spawn import run_ranks, start_ranks
 from tests.rollout.sources import ScriptedSource
 
-STEPS = 22
 SOME = ("score of step", "update_policy of step", "save of step", "publish step-")
 """One of each kind: nothing has changed yet, weights half new, a checkpoint half collected, half written."""
+STEPS = {phases: 2 * len(phases) + 4 for phases in (SOME, PHASES)}
+"""Of a run that is killed in those phases: each time it has saved a step, and met the phase in one after
+it."""
 RANKS = 2
 LIMIT_S = 60
 PACKED, AUTO = 256, ("packing.tokens=auto",)
@@ -56,7 +58,7 @@ def _train(
     world: int,
     yaml_file: str,
     run: str,
-    steps: int = STEPS,
+    steps: int,
     bad: tuple[int, ...] = (),
     more: tuple[str, ...] = (),
 ) -> int:
@@ -118,10 +120,11 @@ def yaml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(yaml_file: Path) -> Path:
-    """The folder of a run to which nothing happened."""
-    run = yaml_file.parent / "whole"
-    run_ranks(_train, RANKS, 120, str(yaml_file), str(run))
+def whole(yaml_file: Path, request: pytest.FixtureRequest) -> Path:
+    """The folder of a run to which nothing happened, as long as the longest that is compared with it."""
+    run, steps = yaml_file.parent / "whole", STEPS[PHASES if request.config.getoption("--full") else SOME]
+    run_ranks(_train, RANKS, 120, str(yaml_file), str(run), steps)
+    assert check_account(run) == steps
     return run
 
 
@@ -131,8 +134,7 @@ def test_killed_in_phases_the_run_ends_as_if_it_had_not_been_with_the_micro_batc
 ) -> None:
     """The one to which nothing happened was told their size."""
     hit, lines = yaml_file.parent / f"hit {len(phases)}", []
-    # A run that is killed has saved a step, and met the phase in one after it.
-    steps = 2 * len(phases) + 4
+    steps = STEPS[phases]
     given = (str(yaml_file), str(hit), steps, (), AUTO)
     for number, phase in enumerate(phases):
         victim = number % RANKS if phase != "publish step-" else 0
@@ -148,7 +150,7 @@ def test_killed_in_phases_the_run_ends_as_if_it_had_not_been_with_the_micro_batc
     assert all(phase in line for phase, line in zip(phases, lines, strict=True)), lines
     print(*lines, sep="\n")
     run_ranks(_train, RANKS, 120, *given)
-    assert check_account(whole) == STEPS and check_account(hit) == steps
+    assert check_account(hit) == steps
     prompts = (whole / "prompts.jsonl").read_text().splitlines()[:steps]
     assert (hit / "prompts.jsonl").read_text().splitlines() == prompts
     assert numbers(hit) == numbers(whole)[: steps + 1]
@@ -158,11 +160,11 @@ def test_killed_in_phases_the_run_ends_as_if_it_had_not_been_with_the_micro_batc
 def test_a_run_goes_back_from_gradients_that_are_none_to_a_checkpoint_that_leads_on(
     yaml_file: Path, whole: Path
 ) -> None:
-    steps = 8
+    steps = 5
     prompts = (whole / "prompts.jsonl").read_text().splitlines()[:steps]
-    # Step 5 is skipped, 6 is too much: back to 4. Twice: 5 and 6 once more, back to 3, of which nothing bad
+    # Step 3 is skipped, 4 is too much: back to 2. Twice: 3 and 4 once more, back to 1, of which nothing bad
     # is known.
-    for name, bad, more in (("once", (5, 6), 2), ("twice", (5, 6, 7, 8), 5)):
+    for name, bad, more in (("once", (3, 4), 2), ("twice", (3, 4, 5, 6), 5)):
         run = yaml_file.parent / name
         asked = run_ranks(_train, RANKS, 120, str(yaml_file), str(run), steps, bad)
         assert asked == [steps + more] * RANKS and check_account(run) == steps

@@ -22,7 +22,13 @@ from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.sync.stream import export
 from tests.loading import load_model
 from tests.models.hf_models import tiny_config, write_hf
+from tests.parallel import spawn
 from tests.parallel.spawn import run_ranks
+
+spawn.PRELOADED += [
+    *("hypothesis", "hypothesis.strategies", "tests.models.hf_models"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3")),
+]
 
 LLAMA3 = dict(
     rope_type="llama3",

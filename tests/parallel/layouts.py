@@ -102,7 +102,8 @@ def make_config(layout: Layout, folder: Path) -> Config:
                 max_new_tokens=16,
                 top_k_logp=layout.top_k,
             ),
-            packing=dict(enabled=layout.packing, tokens=64),
+            # Four micro-batches of a few sequences each, two on each of two data-parallel ranks.
+            packing=dict(enabled=layout.packing, tokens=128),
             algorithm=dict(
                 correction=dict(layout.correction),
                 filters=[dict(name=name) for name in layout.filters],

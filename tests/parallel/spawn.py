@@ -14,8 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch", "torch._dynamo", "megatron_jackpot.train.run"]
-"""torch imports its compiler when a first optimizer is made: here once, not in every rank."""
+PRELOADED = ["torch", "torch._dynamo", "megatron_jackpot.train.run", "pytest", "tests.parallel.layouts"]
+"""What ranks and the tests' own modules import, here once and not in every rank. torch imports its compiler
+when a first optimizer is made."""
+OF_A_RUN = ["transformers.models.auto.tokenization_auto", "reasoning_gym"]
+"""What a run imports besides for its tokenizer and its problems, for seconds: stages of whole runs add them
+to PRELOADED."""
 
 
 def run_ranks(fn: Callable[..., Any], world: int, timeout_s: float = 120.0, *args: Any) -> list[Any]:

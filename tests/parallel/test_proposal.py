@@ -55,7 +55,9 @@ def _logp(model, batch) -> torch.Tensor:
 def _aged_config(folder: Path, layout: Layout) -> Config:
     config = make_config(layout, folder)
     older = dict(max_staleness=AGES - 1, ahead=AGES - 1)
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update=older)})
+    # `plan` counts full micro-batches: of these there is one.
+    packing = config.packing.model_copy(update={"tokens": 64})
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update=older), "packing": packing})
 
 
 @contextmanager

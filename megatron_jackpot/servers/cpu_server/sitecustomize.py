@@ -6,8 +6,13 @@ servers alone.
 
 import multiprocessing
 import os
+import sys
 
 import torchvision_operators  # noqa: F401
+
+# A debugging aid of SGLang's looks for Megatron, and importing it takes a second of each start. The server has
+# no use for it: here it is not installed.
+sys.modules["megatron"] = None
 
 
 def fork_in_place_of_spawn() -> None:
