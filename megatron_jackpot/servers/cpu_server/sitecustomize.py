@@ -10,8 +10,8 @@ import sys
 
 import torchvision_operators  # noqa: F401
 
-# A debugging aid of SGLang's looks for Megatron, and importing it takes a second of each start. A server has no
-# use for it: here it is not installed.
+# A debugging aid of SGLang's imports Megatron where there is one, for a second of each start. A server has no
+# use for it.
 sys.modules["megatron"] = None
 
 
