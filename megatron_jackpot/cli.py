@@ -19,6 +19,9 @@ from megatron_jackpot.launch.folder import REFUSED
 from megatron_jackpot.monitor.messages import let_go_of_output
 from megatron_jackpot.run.interrupt import ending_when_asked, forget_stop
 
+log = logging.getLogger("megatron_jackpot.cli")
+"""By name: as a module that is run, this one has another."""
+
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -322,18 +325,22 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     def ask() -> None:
         it = evaluand(args.what, args.model, args.run)
+        config = settings(it, args.data, args.overrides)
+        log.info(f"loading libraries, to evaluate {it.folder}")
         from megatron_jackpot.train.evaluate import evaluate  # It takes a while: not before a wrong name.
 
-        print_evaluations(evaluate(it, settings(it, args.data, args.overrides)))
+        print_evaluations(evaluate(it, config))
 
     return _with_servers(ask, "nothing was written")
 
 
 def _values(config: Config, args: argparse.Namespace) -> int:
     _hush()
-    from megatron_jackpot.train.values import make_values
 
     def ask() -> None:
+        log.info("loading libraries")
+        from megatron_jackpot.train.values import make_values
+
         print(make_values(config, samples=args.samples, beta=args.beta))
 
     return _with_servers(ask, "what the table has stays there")

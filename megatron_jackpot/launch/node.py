@@ -25,7 +25,7 @@ import psutil
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.folder import own_folder
+from megatron_jackpot.launch.folder import finished, own_folder
 from megatron_jackpot.launch.local import run_job, say, start_model_servers, torchrun
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS, StopRequest, forget_stop
 from megatron_jackpot.servers.address import free_port
@@ -62,6 +62,8 @@ def serve(config: Config) -> int:
     Raises ValueError for a bad layout.
     """
     config, place = enter(config, os.environ, "serve")
+    if finished(config):
+        return 0  # As every `join` says.
     if config.cluster.nodes > 1:
         servers = config.servers.model_copy(update={"host": place.address})
         config = config.model_copy(update={"servers": servers})
@@ -103,6 +105,9 @@ def join(config: Config, began: float | None = None) -> int:
     `began`, on the monotonic clock: from when run.time_limit_s counts, None for now.
     """
     config, place = enter(config, os.environ, "join")
+    if done := finished(config):
+        say(f"{place.node}: {done}")
+        return 0
     began = time.monotonic() if began is None else began
     first = place.rank == 0
     with own_folder(config.run.folder) if first else nullcontext():

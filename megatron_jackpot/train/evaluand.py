@@ -9,8 +9,7 @@ from megatron_jackpot.config import Config, ConfigError, Evaluation
 from megatron_jackpot.config.load import examine, placed
 from megatron_jackpot.config.model_folder import read_json
 from megatron_jackpot.config.yaml_tree import Tree, apply_override, read_tree
-from megatron_jackpot.models.convert import find_model
-from megatron_jackpot.run.provenance import CONFIG_FILE, MODELS, PROVENANCE_FILE, checkpoints
+from megatron_jackpot.run.provenance import CONFIG_FILE, MODELS, PROVENANCE_FILE, checkpoints, find_model
 
 STEP = re.compile(r"step-(\d{6,})")
 SECTIONS = ("data", "evaluation", "servers", "precision")

@@ -75,6 +75,14 @@ def own_file_in_the_run(folder: Path) -> None:
     (folder / "runs" / "first" / "config.yaml").write_text("# what I changed, and why\n")
 
 
+def followed_links(folder: Path) -> None:
+    """A saved run, copied with `cp -rL`: `latest` is a folder then."""
+    for name in ("step-000002", "latest"):
+        for model in ("policy", "actor"):
+            (folder / "runs/first/checkpoints" / name / model).mkdir(parents=True)
+        (folder / "runs/first/checkpoints" / name / "manifest.json").write_text('{"step": 2}')
+
+
 def same(folder: Path) -> None:
     """Nothing is spoiled: the mistake is on the command line."""
 
@@ -151,6 +159,9 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
      ["run.resume = true", "holds no checkpoint", "run.resume=auto", LINE]),
     ("a file of one's own where the run writes its own", own_file_in_the_run, [],
      ["run.folder = runs/first", "config.yaml", "mv runs/first/config.yaml runs/first.yaml", "[run.yaml]"]),
+    ("a run that was copied with its links followed", followed_links, ["run.resume=auto"],
+     ["run.folder", "checkpoints/latest is a folder where a link belongs", "step-000002 is beside it",
+      "rm -r runs/first/checkpoints/latest"]),
     ("processes that do not make a mesh", same, ["parallel.pp=2", "--nproc", "3"],
      ["--nproc 3", "multiple", "Use --nproc 2"]),
 ]  # fmt: skip
@@ -265,6 +276,28 @@ def test_after_an_end_without_a_checkpoint_both_refusals_name_a_way_that_is_acce
         assert cli.main(["launch", "run.yaml", f"run.resume={resume}"]) == 2
         assert "run.resume=auto" in capsys.readouterr().err
     assert cli.main(["launch", "run.yaml", "run.resume=auto"]) == 0 and len(started) == 1
+
+
+def test_a_run_whose_steps_are_all_done_starts_nothing_and_says_how_to_train_on(
+    folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    saved, exported = folder / "runs/first/checkpoints/step-000003", folder / "runs/first/hf/step-000003"
+    started = []
+    monkeypatch.setattr("megatron_jackpot.launch.local.run_job", lambda *a, **k: started.append(a) or 0)
+    for model in ("policy", "actor"):
+        (saved / model).mkdir(parents=True)
+        (exported / model).mkdir(parents=True)
+    launch = ["launch", "run.yaml", "run.resume=true"]
+    # Not yet: the models are not written, or steps are left.
+    assert cli.main(launch) == 0 and len(started) == 1
+    for model in ("policy", "actor"):
+        (exported / model / "config.json").touch()
+    assert cli.main([*launch, "run.steps=4"]) == 0 and len(started) == 2
+    assert cli.main(launch) == 0 and len(started) == 2
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "nothing to do: runs/first/checkpoints/step-000003 is after step 3" in said
+    assert "run.steps = 3" in said and said.endswith("raise it: run.steps=6.")
 
 
 def test_what_a_refused_start_made_is_taken_back_and_nothing_else(tmp_path: Path) -> None:
