@@ -18,6 +18,7 @@ LIMITS = {
     "rollout": ("concurrency", "request_timeout_s", "retries"),
     "run": ("phase_timeout_s",),
 }
+TAKEN = f"Leave it out: here count {', '.join(SECTIONS)} and the limits of requests."
 LENT = ("urls", "release_memory", "quantization")
 """Settings of a run's servers that are its own: those of an evaluation hold another model, alone."""
 NO_PACKING = 2**40
@@ -107,10 +108,20 @@ def settings(it: Evaluand, sets: Sequence[str], overrides: Sequence[str]) -> Con
                 f"servers.{key} = {given}: evaluate starts servers of its own, of the weights as they are. "
                 "Leave it out."
             )
+    absent = [(name, file) for name, file in named if not Path(file).exists()]
+    mistakes += [f"--data {name}={file}: no such file. Correct it." for name, file in absent]
+    mistakes += [
+        f"'{given}' says nothing of an evaluation. {TAKEN}" for given in overrides if not _counts(given)
+    ]
     if config is None or mistakes:
         place = it.run / CONFIG_FILE
         raise ConfigError("\n".join(placed(mistakes, place, [*overrides]) if it.has_settings else mistakes))
     return config
+
+
+def _counts(override: str) -> bool:
+    section, _, key = override.partition("=")[0].partition(".")
+    return section in SECTIONS or key in LIMITS.get(section, ())
 
 
 def _of_run(run: Path) -> Tree:
