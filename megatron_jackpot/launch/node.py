@@ -62,8 +62,6 @@ def serve(config: Config) -> int:
     Raises ValueError for a bad layout.
     """
     config, place = enter(config, os.environ, "serve")
-    if finished(config):
-        return 0  # As every `join` says.
     if config.cluster.nodes > 1:
         servers = config.servers.model_copy(update={"host": place.address})
         config = config.model_copy(update={"servers": servers})
@@ -74,6 +72,10 @@ def serve(config: Config) -> int:
         signal.signal(signum, lambda *_: ended.set())
     # The trainer saves on it and needs its servers until then.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if finished(config):
+        # As every `join` says, and ends; an end of this step before theirs would count as lost servers.
+        ended.wait()
+        return 0
     try:
         servers = start_model_servers(
             config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})}), ended.is_set

@@ -160,8 +160,6 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
      ["servers.urls has 'localhost:30000'", "http://HOST:PORT", "Write it so", LINE]),
     ("an interpreter that is not there", same, ["servers.python=/nowhere/python"],
      ["servers.python = /nowhere/python is no program", "Set it to", LINE]),
-    ("no actor, and nobody else who samples", same, ["actor=null"],
-     ["needs an actor", "actor.hf=FOLDER, or rollout.model=policy"]),
     ("an actor that does not sample", same, ["rollout.model=policy"],
      ["leaves nothing to do for the actor", "Set actor=null", LINE]),
     ("processes that do not make a mesh", same, ["parallel.pp=2", "--nproc", "3"],
