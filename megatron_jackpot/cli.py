@@ -329,9 +329,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _values(config: Config, args: argparse.Namespace) -> int:
     _hush()
-    print("loading libraries", flush=True)
 
     def ask() -> None:
+        log.info("loading libraries")
         from megatron_jackpot.train.values import make_values
 
         print(make_values(config, samples=args.samples, beta=args.beta))

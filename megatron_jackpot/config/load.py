@@ -64,26 +64,35 @@ def examine(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
         except ValidationError as error:
             if mistakes:
                 break  # What is left cannot be mended by leaving it out.
-            mistakes = [line for item in _one_each(error.errors()) for line in _explain(item)]
+            mistakes = [line for item in _one_each(error.errors(), tree) for line in _explain(item)]
             for item in error.errors():
                 # A method without a name counts as not given; a folder that is missing has no substitute.
                 _leave_out(tree, item["loc"][: -1 if item["type"] == "missing" else None])
     return None, mistakes
 
 
-def _one_each(errors: Sequence[Any]) -> list[Any]:
-    """Of a setting that may be of several kinds one mistake, in place of one for each of them."""
-    settings, found = {key for key, _, _ in describe()}, dict[tuple[str, str], Any]()
+def _one_each(errors: Sequence[Any], tree: Tree) -> list[Any]:
+    """Of a value that is none of several kinds one mistake, in place of one for each kind."""
+    found = dict[tuple[int | str, ...], Any]()
     for item in errors:
-        *above, _ = item["loc"]
-        setting = ".".join(map(str, above))
-        if setting not in settings or item["type"] in ("extra_forbidden", "missing", "value_error"):
-            found[str(item["loc"]), item["type"]] = item
-        elif (setting, "") in found:
-            found[setting, ""]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
+        above = item["loc"][:-1]
+        if (
+            item["type"] in ("extra_forbidden", "missing", "value_error")
+            or _value(tree, above) != item["input"]
+        ):
+            found[(*item["loc"], item["type"])] = item
+        elif above in found:
+            found[above]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
         else:
-            found[setting, ""] = {**item, "loc": tuple(above), "msg": item["msg"].partition(", ")[0]}
+            # The kind stands last, as if it were a key.
+            found[above] = {**item, "loc": above, "msg": item["msg"].partition(", ")[0]}
     return list(found.values())
+
+
+def _value(tree: Any, where: tuple[int | str, ...]) -> Any:
+    for part in where:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _leave_out(tree: Any, where: tuple[int | str, ...]) -> None:

@@ -73,7 +73,7 @@ def serve(config: Config) -> int:
     # The trainer saves on it and needs its servers until then.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if finished(config):
-        # As every `join` says, and ends; an end of this step before theirs would count as lost servers.
+        # `join` says so, and the script ends this step then; an end before that would count as lost servers.
         ended.wait()
         return 0
     try:
