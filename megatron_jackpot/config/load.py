@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from megatron_jackpot.config.base import ConfigError, section_of
 from megatron_jackpot.config.schema import METHOD_KEYS, MISTAKES, Config
@@ -71,25 +72,24 @@ def examine(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
     return None, mistakes
 
 
-def _one_each(errors: Sequence[Any], tree: Tree) -> list[Any]:
+def _one_each(errors: Sequence[ErrorDetails], tree: Tree) -> list[ErrorDetails]:
     """Of a value that is none of several kinds one mistake, in place of one for each kind."""
-    found = dict[tuple[int | str, ...], Any]()
+    found = dict[tuple[int | str, ...], ErrorDetails]()
     for item in errors:
         above = item["loc"][:-1]
-        if (
-            item["type"] in ("extra_forbidden", "missing", "value_error")
-            or _value(tree, above) != item["input"]
-        ):
+        alone = item["type"] in ("extra_forbidden", "missing", "value_error")
+        if alone or _value(tree, above) != item["input"]:
             found[(*item["loc"], item["type"])] = item
         elif above in found:
             found[above]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
         else:
+            found[above] = item.copy()
             # The kind stands last, as if it were a key.
-            found[above] = {**item, "loc": above, "msg": item["msg"].partition(", ")[0]}
+            found[above]["loc"], found[above]["msg"] = above, item["msg"].partition(", ")[0]
     return list(found.values())
 
 
-def _value(tree: Any, where: tuple[int | str, ...]) -> Any:
+def _value(tree: object, where: tuple[int | str, ...]) -> object:
     for part in where:
         tree = tree.get(part) if isinstance(tree, dict) else None
     return tree
