@@ -1,6 +1,6 @@
 """A run's YAML as a nested mapping, before it is checked: base files, overrides, where each key stands."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def files_of(path: Path) -> Iterator[tuple[Path, Tree]]:
 class _Loader(yaml.SafeLoader):
     """YAML whose mappings have each key once: of two the last would count, and the first be lost unseen."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen = set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
