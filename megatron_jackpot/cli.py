@@ -19,6 +19,8 @@ from megatron_jackpot.launch.folder import REFUSED
 from megatron_jackpot.monitor.messages import let_go_of_output
 from megatron_jackpot.run.interrupt import ending_when_asked, forget_stop
 
+log = logging.getLogger("megatron_jackpot.cli")  # By name: a module that is run has another.
+
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -120,7 +122,13 @@ def _run(args: argparse.Namespace, began: float) -> int:
         return _plan(config, args)
     if args.command in ("serve", "join"):
         return _node(args.command, config, began)
-    return _submit(config, args) if args.slurm else _launch(config, args.nproc, began)
+    if args.slurm:
+        from megatron_jackpot.launch.slurm import submit
+
+        return submit(config, dry_run=args.dry_run, chain=args.chain)
+    from megatron_jackpot.launch.local import launch
+
+    return launch(config, args.nproc, began=began)
 
 
 def _take_up(folder: Path) -> None:
@@ -195,7 +203,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     # argparse takes `key=value ...` only in one run; those after an option arrive here.
     if any(word.startswith("-") or "=" not in word for word in rest) or (rest and args.command == "report"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}. Settings are written so: run.steps=5")
     if rest:
         args.overrides += rest
     if args.command == "launch" and not args.slurm and (args.dry_run or args.chain != 1):
@@ -279,12 +287,6 @@ def _train(config: Config | None, mistakes: list[str], args: argparse.Namespace)
     return 0
 
 
-def _launch(config: Config, nproc: int | None, began: float) -> int:
-    from megatron_jackpot.launch.local import launch
-
-    return launch(config, nproc, began=began)
-
-
 def _node(role: str, config: Config, began: float) -> int:
     from megatron_jackpot.launch.node import join, serve
 
@@ -292,12 +294,6 @@ def _node(role: str, config: Config, began: float) -> int:
         return serve(config) if role == "serve" else join(config, began)
     except ValueError as error:
         return refuse(str(error).splitlines())
-
-
-def _submit(config: Config, args: argparse.Namespace) -> int:
-    from megatron_jackpot.launch.slurm import submit
-
-    return submit(config, dry_run=args.dry_run, chain=args.chain)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -322,18 +318,22 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     def ask() -> None:
         it = evaluand(args.what, args.model, args.run)
+        config = settings(it, args.data, args.overrides)
+        log.info(f"loading libraries, to evaluate {it.folder}")
         from megatron_jackpot.train.evaluate import evaluate  # It takes a while: not before a wrong name.
 
-        print_evaluations(evaluate(it, settings(it, args.data, args.overrides)))
+        print_evaluations(evaluate(it, config))
 
     return _with_servers(ask, "nothing was written")
 
 
 def _values(config: Config, args: argparse.Namespace) -> int:
     _hush()
-    from megatron_jackpot.train.values import make_values
 
     def ask() -> None:
+        log.info("loading libraries")
+        from megatron_jackpot.train.values import make_values
+
         print(make_values(config, samples=args.samples, beta=args.beta))
 
     return _with_servers(ask, "what the table has stays there")
@@ -382,7 +382,7 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
 
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
     try:
-        gpus, why = (args.gpus, "--gpus") if args.gpus else expected_processes(config)
+        gpus, why = (args.gpus, "--gpus") if args.gpus is not None else expected_processes(config)
         if args.gpu_memory:
             cluster = config.cluster.model_copy(update={"gpu_memory_gib": args.gpu_memory})
             config = config.model_copy(update={"cluster": cluster})

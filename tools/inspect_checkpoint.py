@@ -14,9 +14,9 @@ from pathlib import Path
 from conversion import refusing, watched
 
 from megatron_jackpot.config.model_folder import read_hf_config
-from megatron_jackpot.models.convert import Report, checksums, find_model, model_bytes
+from megatron_jackpot.models.convert import Report, checksums, model_bytes
 from megatron_jackpot.models.dist_folder import is_dist_folder
-from megatron_jackpot.run.provenance import MODELS
+from megatron_jackpot.run.provenance import MODELS, find_model
 
 
 def main() -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from conversion import convert, refusing
 
-from megatron_jackpot.models.convert import find_model, megatron_to_hf
-from megatron_jackpot.run.provenance import MODELS
+from megatron_jackpot.models.convert import megatron_to_hf
+from megatron_jackpot.run.provenance import MODELS, find_model
 
 
 def main() -> int:

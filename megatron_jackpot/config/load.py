@@ -2,10 +2,12 @@
 
 import copy
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from megatron_jackpot.config.base import ConfigError, section_of
 from megatron_jackpot.config.schema import METHOD_KEYS, MISTAKES, Config
@@ -63,11 +65,34 @@ def examine(tree: dict[str, Any]) -> tuple[Config | None, list[str]]:
         except ValidationError as error:
             if mistakes:
                 break  # What is left cannot be mended by leaving it out.
-            mistakes = [line for item in error.errors() for line in _explain(item)]
+            mistakes = [line for item in _one_each(error.errors(), tree) for line in _explain(item)]
             for item in error.errors():
                 # A method without a name counts as not given; a folder that is missing has no substitute.
                 _leave_out(tree, item["loc"][: -1 if item["type"] == "missing" else None])
     return None, mistakes
+
+
+def _one_each(errors: Sequence[ErrorDetails], tree: Tree) -> list[ErrorDetails]:
+    """Of a value that is none of several kinds one mistake, in place of one for each kind."""
+    found = dict[tuple[int | str, ...], ErrorDetails]()
+    for item in errors:
+        above = item["loc"][:-1]
+        alone = item["type"] in ("extra_forbidden", "missing", "value_error")
+        if alone or _value(tree, above) != item["input"]:
+            found[(*item["loc"], item["type"])] = item
+        elif above in found:
+            found[above]["msg"] += f", or {item['msg'].removeprefix('Input should be ')}"
+        else:
+            found[above] = item.copy()
+            # The kind stands last, as if it were a key.
+            found[above]["loc"], found[above]["msg"] = above, item["msg"].partition(", ")[0]
+    return list(found.values())
+
+
+def _value(tree: object, where: tuple[int | str, ...]) -> object:
+    for part in where:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _leave_out(tree: Any, where: tuple[int | str, ...]) -> None:

@@ -1,6 +1,6 @@
 """A run's YAML as a nested mapping, before it is checked: base files, overrides, where each key stands."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,23 @@ def files_of(path: Path) -> Iterator[tuple[Path, Tree]]:
         yield path, spell_out(tree)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings have each key once: of two the last would count, and the first be lost unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key '{key.value}' stands here a second time", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> Tree:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))[:5])
         known = (
@@ -55,8 +69,8 @@ def _read(path: Path) -> Tree:
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"{path} must hold a mapping of sections, got {type(tree).__name__}. "
-            "See examples/quickstart/run.yaml."
+            f"{path} must hold a mapping of sections, got "
+            f"{'nothing' if tree is None else type(tree).__name__}. See examples/quickstart/run.yaml."
         )
     return tree
 
@@ -93,7 +107,9 @@ def apply_override(tree: Tree, override: str) -> None:
     """Set `a.b=value` in place, the value in YAML. Raises ConfigError for another form."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"Override '{override}' is not of the form section.key=value. Write it so.")
+        raise ConfigError(
+            f"Override '{override}' is not of the form section.key=value. Write it so, without spaces."
+        )
     *parents, last = key.split(".")
     section = tree
     for parent in parents:

@@ -120,6 +120,12 @@ def _check_form(path: Path, start: bytes) -> None:
         raise ValueError(
             f"{path}: line 1 begins UTF-16. Make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > NEW.jsonl"
         )
+    if path.suffix.lower() in (".csv", ".tsv"):
+        code = "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin)]"
+        raise ValueError(
+            f"{path}: is a table of text, not an object a line. Make it that: "
+            f"python -c '{code}' < {path} > NEW.jsonl"
+        )
     if start.strip() == b"[" or start.lstrip().startswith(b"[{"):
         raise ValueError(
             f"{path}: line 1 begins one JSON list, not an object a line. Make it that: jq -c '.[]' {path} > "
@@ -160,7 +166,10 @@ def _of_line(index: int, line: bytes) -> Problem:
 
 def _problem(index: int, row: Row, answer: object) -> Problem:
     if ("prompt" in row) == ("messages" in row):
-        raise ValueError(f"a row needs either 'prompt' or 'messages', got the keys {sorted(row)}.")
+        raise ValueError(
+            f"a row needs either 'prompt' or 'messages', got the keys {sorted(row)}. "
+            "Rename the column with the question in the file."
+        )
     question = _prompt(row["prompt"]) if "prompt" in row else _messages(row["messages"])
     extra = {key: value for key, value in row.items() if key not in ("prompt", "messages")}
     return Problem(index, question, {**extra, "answer": _answer(answer)})

@@ -74,7 +74,8 @@ def training_prompts(
         )
     if not chosen.prompts:
         raise ValueError(
-            f"No training prompt is left: {chosen.counts}. Check data.* and data.max_prompt_tokens."
+            f"No training prompt is left of {chosen.counts['read']}: {chosen.counts['too_long']} have more "
+            f"than data.max_prompt_tokens = {data.max_prompt_tokens} tokens. Raise it, or change data.*."
         )
     _tell("training", chosen)
     return chosen
@@ -110,7 +111,8 @@ def heldout_prompts(
     if len(chosen.prompts) < (size if data.source == "reasoning_gym" else 1):
         raise ValueError(
             f"evaluation.size = {size}, but only {len(chosen.prompts)} held-out problems differ from the "
-            f"training problems and fit: {chosen.counts}. Lower evaluation.size or data.size."
+            f"training problems and fit: of {chosen.counts['read']} read {chosen.counts['excluded']} are "
+            f"trained on, {chosen.counts['too_long']} too long. Lower evaluation.size, or add rows."
         )
     _tell("held-out", chosen)
     return chosen

@@ -8,11 +8,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_jackpot.config import Config, ConfigError
+from megatron_jackpot.config.model_folder import read_json
 from megatron_jackpot.launch.lock import LOCK_FILE, only_launch
 from megatron_jackpot.run.clock import STARTED_FILE
 from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
 from megatron_jackpot.run.provenance import (
+    BEST,
+    CHECKPOINTS,
     CONFIG_FILE,
+    LATEST,
+    MANIFEST,
     PROVENANCE_FILE,
     check_models,
     check_run_folder,
@@ -60,6 +65,8 @@ def folder_mistakes(config: Config, *, new: bool) -> Iterator[str]:
             check_run_folder(run.folder)
             for checkpoint in checkpoints(run.folder)[-1:]:
                 check_models(checkpoint, config.models)
+            for pointer in (run.folder / CHECKPOINTS / name for name in (LATEST, BEST)):
+                yield from _no_link(pointer)
         elif new and (found := used_for(run.folder)):
             yield (
                 f"run.folder = {run.folder} already holds a run ({', '.join(found[:4])}). Continue it with "
@@ -72,6 +79,34 @@ def folder_mistakes(config: Config, *, new: bool) -> Iterator[str]:
             f"run.resume = true, but run.folder = {run.folder} holds no checkpoint. Set run.resume=auto, "
             "which starts afresh there."
         )
+
+
+def _no_link(pointer: Path) -> Iterator[str]:
+    """A copy that follows links makes a folder of `latest`, and no save could put the link there again."""
+    if not pointer.is_dir() or pointer.is_symlink():
+        return
+    step = pointer.with_name(f"step-{read_json(pointer / MANIFEST, {}).get('step', 0):06d}")
+    remedy = f"{step} is beside it, so `rm -r {pointer}`" if step.is_dir() else f"`mv {pointer} {step}`"
+    yield (
+        f"run.folder: {pointer} is a folder where a link belongs, as `cp -rL` leaves it: nothing could be "
+        f"saved. {remedy}. `cp -a` and `rsync -a` keep links."
+    )
+
+
+def finished(config: Config) -> str | None:
+    """What is said of a run whose steps are all done; None where something is left to do."""
+    run = config.run
+    saved = checkpoints(run.folder)
+    step = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    models = run.folder / "hf" / f"step-{step:06d}"
+    exported = all((models / name / "config.json").is_file() for name in config.models)
+    if step < run.steps or (run.save_hf_at_end and not exported):
+        return None
+    where = f", its models in {models}" if exported else ""
+    return (
+        f"nothing to do: {saved[-1]} is after step {step}{where}, and run.steps = {run.steps}. To train on, "
+        f"raise it: run.steps={2 * step}."
+    )
 
 
 def missing(folder: Path) -> list[Path]:

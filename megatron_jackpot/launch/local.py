@@ -22,7 +22,7 @@ import psutil
 
 from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.folder import TRAIN_LOG, own_folder, refusals, take_back
+from megatron_jackpot.launch.folder import TRAIN_LOG, finished, own_folder, refusals, take_back
 from megatron_jackpot.launch.preflight import Subject, preflight
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
@@ -56,7 +56,7 @@ ALONE = ("--standalone", "--local-addr", "127.0.0.1")
 Begin = Callable[[Sequence[str]], None]
 """Told the servers' addresses as soon as they are known, before servers answer."""
 StartServers = Callable[[Config, Callable[[], bool], Begin], Sequence[ServerProcess]]
-"""Called with what says that the run was told to stop; raises InterruptedError then."""
+"""Called with what says that no server is wanted any more; raises InterruptedError then."""
 TrainerCommand = Callable[[Path, int, Sequence[str]], list[str]]
 
 
@@ -89,6 +89,8 @@ def launch(
 ) -> int:
     """`run_job` in a folder of its own. What it was asked since `forget_stop` counts.
 
+    Nothing is started where all steps are done.
+
     EXIT_REFUSED where another launch has it, servers.host is not here, or a rank refuses; a folder that was
     made for it is then gone again.
     """
@@ -97,6 +99,9 @@ def launch(
     go_on = shlex.join([*again, *(["--nproc", str(nproc)] if nproc else [])])
     try:
         with own_folder(folder) as made:
+            if config.run.resume and (done := finished(config)):
+                say(done)
+                return 0
             code = run_job(
                 config, nproc, start=start, trainer_command=trainer_command, began=began, go_on=go_on
             )
@@ -148,9 +153,9 @@ def run_job(
             say(f"starting {config.servers.num} SGLang server(s), logs in {folder}")
             try:
                 begin = partial(job.begin, command)
-                job.look_after((start or start_model_servers)(config, job.stopping, begin))
+                job.look_after((start or start_model_servers)(config, job.needs_no_server, begin))
             except InterruptedError:
-                job.code = job.nothing_to_save()
+                job.code = job.ended_before_servers()
                 return job.code
             except (RuntimeError, TimeoutError) as error:
                 say(f"the servers did not start. {error}")
@@ -265,9 +270,9 @@ class _Job:
             if attempt or self.trainer is None:
                 self._start_trainer([*argv, *(["run.resume=auto"] if attempt else [])], urls, {})
             self.code = self._watch()
-            saved = checkpoints(self.folder)
-            if self.code in (0, EXIT_REFUSED, EXIT_REQUEUE) or not saved:
+            if self._is_last(self.code):
                 return
+            saved = checkpoints(self.folder)
             if attempt < self.config.run.max_restarts:
                 if self.stopping():
                     self.code = self._left_to_the_queue()
@@ -285,6 +290,19 @@ class _Job:
     def stopping(self) -> bool:
         """Whether the run was asked, in whatever way, to save and end."""
         return self._why_stop() is not None
+
+    def needs_no_server(self) -> bool:
+        """Told to stop, or training that began beside servers has ended, and is not started again."""
+        code = self.trainer.code() if self.trainer else None
+        return self.stopping() or (code is not None and self._is_last(code))
+
+    def _is_last(self, code: int) -> bool:
+        return code in (0, EXIT_REFUSED, EXIT_REQUEUE) or not checkpoints(self.folder)
+
+    def ended_before_servers(self) -> int:
+        if self.trainer is None or (code := self.trainer.code()) is None:
+            return self.nothing_to_save()
+        return self._ended(code)
 
     def nothing_to_save(self) -> int:
         say(f"told to stop ({self._why_stop()}) before training began: {self._left()}")
@@ -317,6 +335,11 @@ class _Job:
             if not self.stopping() and not self.supervisor.look():
                 return 1
             time.sleep(0.2)
+        return self._ended(code)
+
+    def _ended(self, code: int) -> int:
+        """What is said of training that has ended, and the launch's code for it."""
+        assert self.trainer is not None
         self.trainer.drain(limit_s=1)
         if reason := was_stopped(self.folder):
             how = "saved and ended" if checkpoints(self.folder) else "ended"

@@ -25,7 +25,7 @@ import psutil
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.launch import children
-from megatron_jackpot.launch.folder import own_folder
+from megatron_jackpot.launch.folder import finished, own_folder
 from megatron_jackpot.launch.local import run_job, say, start_model_servers, torchrun
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS, StopRequest, forget_stop
 from megatron_jackpot.servers.address import free_port
@@ -72,6 +72,10 @@ def serve(config: Config) -> int:
         signal.signal(signum, lambda *_: ended.set())
     # The trainer saves on it and needs its servers until then.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if finished(config):
+        # `join` says so, and the script ends this step then; an end before that would count as lost servers.
+        ended.wait()
+        return 0
     try:
         servers = start_model_servers(
             config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})}), ended.is_set
@@ -103,6 +107,9 @@ def join(config: Config, began: float | None = None) -> int:
     `began`, on the monotonic clock: from when run.time_limit_s counts, None for now.
     """
     config, place = enter(config, os.environ, "join")
+    if done := finished(config):
+        say(f"{place.node}: {done}")
+        return 0
     began = time.monotonic() if began is None else began
     first = place.rank == 0
     with own_folder(config.run.folder) if first else nullcontext():

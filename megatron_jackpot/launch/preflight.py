@@ -39,6 +39,8 @@ Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A model as Hugging Face's hub calls it: OWNER/NAME."""
+READ = (".safetensors", ".distcp")
+"""Files of weights in HF's and in Megatron's format."""
 FILE_NAME = re.compile(r"/|\.py:")
 REWARDS = ("exact", "reasoning_gym", "math_verify", "code")
 
@@ -112,6 +114,9 @@ def _processes(s: Subject) -> Iterator[str]:
 
 def _folders(s: Subject) -> Iterator[str]:
     for name, folder in s.folders.items():
+        if folder.is_file():
+            yield f"{name}.hf = {folder} is a file. Set it to the folder it is in: {folder.parent}."
+            continue
         if not (folder / "config.json").is_file():
             hub = HUB_NAME.fullmatch(str(folder)) and not folder.exists()
             fetch = f"; `hf download {folder} --local-dir {folder}` makes one" if hub else ""
@@ -124,8 +129,13 @@ def _folders(s: Subject) -> Iterator[str]:
                 f"{name}.hf = {folder}: user {os.geteuid()} may not read {', '.join(closed[:3])}. "
                 f"As their owner: chmod -R a+rX {folder}"
             )
-        if s.command == "launch" and not any(path.name.endswith(WEIGHTS) for path in folder.iterdir()):
-            yield f"{name}.hf = {folder} holds no weights (*.safetensors). Download the whole model."
+        held = [path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS)]
+        if s.command == "launch" and not any(file.endswith(READ) for file in held):
+            other = f", only {', '.join(held[:3])}" if held else ""
+            yield (
+                f"{name}.hf = {folder} holds no weights (*.safetensors){other}. Download the whole model in "
+                "that format."
+            )
 
 
 def _shapes(s: Subject) -> Iterator[str]:
@@ -317,7 +327,7 @@ CHECKS: tuple[Check[Subject], ...] = (
     Check("--nproc", "is a multiple of tp * pp * cp, with a prompt for each rank", "change it", _processes),
     Check(
         "policy.hf, actor.hf, policy.reference.hf",
-        "are folders with config.json and weights that this user may read",
+        "are folders with config.json and weights (*.safetensors) that this user may read",
         "set the folder, or chmod",
         _folders,
     ),
@@ -370,7 +380,7 @@ CHECKS: tuple[Check[Subject], ...] = (
     Check(
         "run.folder, run.resume",
         "can be written, hold no other run and no config.yaml that no launch wrote, or a checkpoint of a "
-        "format that is read, of the same models",
+        "format that is read, of the same models, with links to it that are none of their copies",
         "set run.folder or run.resume",
         _run_folder,
     ),

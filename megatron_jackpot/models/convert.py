@@ -30,7 +30,6 @@ from megatron_jackpot.models.hf_folder import (
     write_safetensors,
 )
 from megatron_jackpot.models.weights import check_names
-from megatron_jackpot.run.provenance import MODELS, checkpoints
 
 REPORT = "conversion.json"
 SPARE_BYTES = 64 * 2**20
@@ -104,28 +103,6 @@ def open_model(folder: Path) -> tuple[Family, HFFolder | MegatronTensors]:
     source = HFFolder(folder)
     check_names(source, family)
     return family, source
-
-
-def find_model(folder: Path, model: str | None) -> Path:
-    """The model folder in `folder`: itself, or policy/actor of a run or of one of its checkpoints.
-
-    A run of one model needs no `model`. Raises ValueError when there is none, or `model` is needed and not
-    given.
-    """
-    folder = Path(folder)
-    if (folder / "config.json").is_file():
-        return folder
-    step = next(reversed(checkpoints(folder)), folder)
-    found = [name for name in MODELS if (step / name / "config.json").is_file()]
-    if not found:
-        raise ValueError(
-            f"{folder} is neither a model (no config.json) nor a run nor one of its checkpoints."
-        )
-    if model is None and len(found) == 1:
-        return step / found[0]
-    if model not in found:
-        raise ValueError(f"{step} holds {' and '.join(found)}. Choose one with --model {'|'.join(found)}.")
-    return step / model
 
 
 def hf_to_megatron(hf: Path, out: Path, progress: Progress = lambda num_bytes: None) -> Report:

@@ -2,6 +2,8 @@
 own."""
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -27,9 +29,13 @@ from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Sampling, ServerError
 
+log = logging.getLogger(__name__)
+
 OPEN_LIMIT_S = 60.0
 ABORT_LIMIT_S = 10.0
 """For what opens or closes a session, or ends workers."""
+TOLD_EVERY_S = 15.0
+"""How often an evaluation that takes longer than that says how far it is."""
 
 
 class ServerSource:
@@ -173,13 +179,21 @@ class ServerSource:
     ) -> list[list[list[int]]]:
         """Of the servers' model, `samples` to each prompt; at temperature 0 the most probable one."""
 
-        async def ask() -> list[list[np.ndarray]]:
-            stop = self.sampling.stop_token_ids
-            asked = (
-                self.client.answers(p.tokens, max_new_tokens, stop, n=samples, temperature=temperature)
-                for p in prompts
+        stop, done, told_at = self.sampling.stop_token_ids, 0, time.monotonic()
+
+        async def answered(prompt: Prompt) -> list[np.ndarray]:
+            nonlocal done, told_at
+            group = await self.client.answers(
+                prompt.tokens, max_new_tokens, stop, n=samples, temperature=temperature
             )
-            return await asyncio.gather(*asked)
+            done += 1
+            if time.monotonic() - told_at > TOLD_EVERY_S and done < len(prompts):
+                told_at = time.monotonic()
+                log.info(f"{done} of {len(prompts)} problems answered")
+            return group
+
+        async def ask() -> list[list[np.ndarray]]:
+            return await asyncio.gather(*map(answered, prompts))
 
         asked = self.thread.wait(ask(), self.limit_s, f"answers to {len(prompts)} prompts")
         return [[answer.tolist() for answer in group] for group in asked]

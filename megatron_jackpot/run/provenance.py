@@ -23,6 +23,8 @@ LATEST = "latest"
 """Link to the newest of them."""
 BEST = "best"
 """Link to the best of them, where run.keep_best says by what."""
+MANIFEST = "manifest.json"
+"""In a checkpoint: its step, size and sha256 of every file."""
 MODELS = ("policy", "actor")
 """Folders in a checkpoint, one for each model of its run."""
 CHECKPOINTS = "checkpoints"
@@ -151,6 +153,28 @@ def check_run_folder(folder: Path) -> None:
 def checkpoints(run_folder: Path) -> list[Path]:
     """Published checkpoints, oldest first."""
     return sorted((Path(run_folder) / CHECKPOINTS).glob("step-*"))
+
+
+def find_model(folder: Path, model: str | None) -> Path:
+    """The model folder in `folder`: itself, or policy/actor of a run or of one of its checkpoints.
+
+    A run of one model needs no `model`. Raises ValueError when there is none, or `model` is needed and not
+    given.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return folder
+    step = next(reversed(checkpoints(folder)), folder)
+    found = [name for name in MODELS if (step / name / "config.json").is_file()]
+    if not found:
+        raise ValueError(
+            f"{folder} is neither a model (no config.json) nor a run nor one of its checkpoints."
+        )
+    if model is None and len(found) == 1:
+        return step / found[0]
+    if model not in found:
+        raise ValueError(f"{step} holds {' and '.join(found)}. Choose one with --model {'|'.join(found)}.")
+    return step / model
 
 
 def check_models(checkpoint: Path, names: Iterable[str]) -> None:

@@ -9,8 +9,7 @@ from megatron_jackpot.config import Config, ConfigError, Evaluation
 from megatron_jackpot.config.load import examine, placed
 from megatron_jackpot.config.model_folder import read_json
 from megatron_jackpot.config.yaml_tree import Tree, apply_override, read_tree
-from megatron_jackpot.models.convert import find_model
-from megatron_jackpot.run.provenance import CONFIG_FILE, MODELS, PROVENANCE_FILE, checkpoints
+from megatron_jackpot.run.provenance import CONFIG_FILE, MODELS, PROVENANCE_FILE, checkpoints, find_model
 
 STEP = re.compile(r"step-(\d{6,})")
 SECTIONS = ("data", "evaluation", "servers", "precision")
@@ -19,6 +18,7 @@ LIMITS = {
     "rollout": ("concurrency", "request_timeout_s", "retries"),
     "run": ("phase_timeout_s",),
 }
+TAKEN = f"Leave it out: here count {', '.join(SECTIONS)} and the limits of requests."
 LENT = ("urls", "release_memory", "quantization")
 """Settings of a run's servers that are its own: those of an evaluation hold another model, alone."""
 NO_PACKING = 2**40
@@ -108,10 +108,20 @@ def settings(it: Evaluand, sets: Sequence[str], overrides: Sequence[str]) -> Con
                 f"servers.{key} = {given}: evaluate starts servers of its own, of the weights as they are. "
                 "Leave it out."
             )
+    absent = [(name, file) for name, file in named if not Path(file).exists()]
+    mistakes += [f"--data {name}={file}: no such file. Correct it." for name, file in absent]
+    mistakes += [
+        f"'{given}' says nothing of an evaluation. {TAKEN}" for given in overrides if not _counts(given)
+    ]
     if config is None or mistakes:
         place = it.run / CONFIG_FILE
         raise ConfigError("\n".join(placed(mistakes, place, [*overrides]) if it.has_settings else mistakes))
     return config
+
+
+def _counts(override: str) -> bool:
+    section, _, key = override.partition("=")[0].partition(".")
+    return section in SECTIONS or key in LIMITS.get(section, ())
 
 
 def _of_run(run: Path) -> Tree:

@@ -62,11 +62,13 @@ def evaluate(it: Evaluand, config: Config) -> list[Row]:
     families = load_families(config)
     eos = tokenizer.eos_token_id
     stop_ids = checked_stop_ids(config, families, eos if isinstance(eos, int) else None)
+    log.info("reading the problems")
     limits = Limits(
         rows={name: family.vocab_size for name, family in families.items()},
         now=started_at(it.run, resume=True),
     )
     asked = Asked(it, config, sets_of(it, config, tokenizer, limits), stop_ids)
+    log.info(f"checking the labels of {sum(map(len, asked.sets.values()))} problems")
     check_labels(asked)
     work = it.run / FOLDER
     work.mkdir(parents=True, exist_ok=True)
@@ -119,10 +121,11 @@ def served(config: Config, hf: Path, work: Path) -> Iterator[Config]:
     """The configuration with the addresses of servers that hold `hf`, and end with the block."""
     api_key.provide(config.servers.host)
     log.info(f"starting {config.servers.num} SGLang server(s), logs in {work}")
-    placement = place_servers(config.servers)
+    placement, began = place_servers(config.servers), time.monotonic()
     servers = start_servers(config.servers, hf, placement, work, dtype=config.server_dtype)
     try:
         urls = tuple(server.url for server in servers)
+        log.info(f"servers answer after {time.monotonic() - began:.0f} s: {', '.join(urls)}")
         yield config.model_copy(update={"servers": config.servers.model_copy(update={"urls": urls})})
     finally:
         stop_servers(servers)

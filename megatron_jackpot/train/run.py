@@ -48,6 +48,10 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         if config.precision.deterministic:
             be_deterministic()
         mesh = mesh or init_mesh(config.parallel, config.run.seed)
+        # Ranks learn of it at different times, and none may load models for others that have ended.
+        if mesh.largest(int(stop.reason() is not None)):
+            _ended_as_asked(mesh, stop, "before any model was loaded")
+            return False
         assembly = assemble(config, mesh, stop.reason)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(*error.args) from error
@@ -73,10 +77,15 @@ def run(config: Config, mesh: Mesh | None = None, stop: StopRequest | None = Non
         assembly.close()
     if mesh.is_main and finished:
         print_report(config.run.folder)
-    if mesh.is_main and not finished:
-        stop.done()
-        log.info(f"ended as asked after step {state.num_steps}")
+    if not finished:
+        _ended_as_asked(mesh, stop, f"after step {state.num_steps}")
     return finished
+
+
+def _ended_as_asked(mesh: Mesh, stop: StopRequest, when: str) -> None:
+    if mesh.is_main:
+        stop.done()
+        log.info(f"ended as asked {when}")
 
 
 def _resume(config: Config, state: TrainState) -> bool:

@@ -18,7 +18,10 @@ def settings(key: str = "") -> str:
     rows = [row for row in describe() if not key or f"{row[0]}.".startswith(f"{key}.")]
     if not rows:
         keys = [known for known, _, _ in describe()]
-        found = " or ".join(f"'{known}'" for known in meant(key, list(Config.model_fields), keys))
+        above = key.rpartition(".")[0]
+        beside = [known.removeprefix(f"{above}.") for known in keys if known.startswith(f"{above}.")]
+        names = list(dict.fromkeys(known.split(".")[0] for known in beside)) or list(Config.model_fields)
+        found = " or ".join(f"'{known}'" for known in meant(key, names, keys))
         remedy = f"Did you mean {found}?" if found else f"Sections: {', '.join(Config.model_fields)}."
         raise ValueError(f"There is no setting '{key}'. {remedy}")
     lines = ["settings (key, default, meaning):"]

@@ -129,7 +129,7 @@ def test_prompts_beyond_the_limit_are_dropped_and_told_and_the_others_keep_their
 
 def test_no_prompt_left_is_an_error(tokenizer, tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "long", "answer": 1}])
-    with pytest.raises(ValueError, match="No training prompt is left.*'too_long': 1"):
+    with pytest.raises(ValueError, match="No training prompt is left of 1: 1 have more than"):
         training_prompts(jsonl(path, max_prompt_tokens=3), tokenizer)
 
 

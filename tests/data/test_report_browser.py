@@ -175,6 +175,37 @@ def test_seeds_are_bands_and_what_differs_is_the_legend(browser: Browser, tmp_pa
     browser.click("#bands")
     assert browser.run("plots[0].bands.length") == 0
     assert any("seed=1" in label for label in browser.run("plots[0].series.slice(1).map((one) => one.label)"))
+    assert texts(browser, "#key div") == []
+
+
+def test_runs_of_long_names_are_numbers_in_every_legend_and_named_once(
+    browser: Browser, tmp_path: Path
+) -> None:
+    made = [("a", 0, "long" * 9), ("b", 1, "long" * 9), ("c", 0, "tis")]
+    runs = [make_run(tmp_path / n, seed=s, correction=c) for n, s, c in made]
+    browser.size(400)
+    browser.open(write_report(runs, tmp_path / "all.html").as_uri())
+    legend = "plots[0].series.filter((one) => one.class !== 'extra').slice(1).map((one) => one.label)"
+    assert texts(browser, "#key div") == [f"1 correction={'long' * 9}", "2 correction=tis"]
+    assert browser.run(legend)[0] == "1 eval/policy_accuracy (2 seeds)"
+    browser.click("#bands")
+    assert [text.split()[0] for text in texts(browser, "#key div")] == ["1.1", "1.2", "2"]
+    assert browser.run(legend)[::2] == [f"{mark} eval/policy_accuracy" for mark in ("1.1", "1.2", "2")]
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_policy_has_one_colour_and_a_line_below_another_is_seen(browser: Browser, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    more = JsonLines(run / "metrics.jsonl")
+    for step, value in ((0, 0.1), (30, 0.3)):
+        more.write({"step": step, **{f"eval/hard/{name}_accuracy": value for name in ("actor", "policy")}})
+    more.close()
+    browser.open(write_report([run]).as_uri())
+    hard = "plots.find((plot) => plot.series.some((one) => one.label === 'eval/hard/policy_accuracy'))"
+    assert browser.run(f"{hard}.series.slice(1).map((one) => one.label)")[0] == "eval/hard/policy_accuracy"
+    stroke = "series.slice(1).map((one) => one._stroke || one.stroke())"
+    assert browser.run(f"{hard}.{stroke}") == browser.run(f"plots[0].{stroke}")
+    assert browser.run(f"{hard}.series.slice(1).map((one) => one.dash.length)") == [0, 2]
 
 
 def test_the_served_page_draws_what_the_run_writes_and_keeps_what_was_chosen(

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from megatron_jackpot.config import Parallel, Servers
-from megatron_jackpot.models.convert import checksums, find_model, hf_to_megatron, megatron_to_hf
+from megatron_jackpot.models.convert import checksums, hf_to_megatron, megatron_to_hf
 from megatron_jackpot.models.hf_folder import HFFolder
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.run.provenance import find_model
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.gpus import Placement
 from megatron_jackpot.servers.process import start_servers, stop_servers

@@ -39,6 +39,7 @@ note("server"); child("scheduler"); wait_for("worker")
 if len(list(pids.glob("server-*"))) == 1: print("a bad moment", flush=True); sys.exit(9)
 time.sleep(300)
 """,
+    "slow beside": "note('server'); time.sleep(300)",
     "slow": "note('server'); child('scheduler'); wait_for('scheduler'); time.sleep(300)",
     "stillborn": "print('no such model', flush=True); sys.exit(4)",
 }
@@ -100,11 +101,11 @@ def main() -> int:
         command = [sys.executable, "-c", COMMON + SERVERS[server], str(pids)]
         process = ServerProcess(command, port=free_port(), log_path=Path(folder) / "server-0.log")
         process.start()
-        if server == "beside":
+        if server in ("beside", "slow beside"):
             begin([process.url])
-            while not list(pids.glob("trainer-*")):
-                time.sleep(0.02)
-        if server in ("stillborn", "slow"):
+        while server == "beside" and not list(pids.glob("trainer-*")):
+            time.sleep(0.02)
+        if server in ("stillborn", "slow", "slow beside"):
             process.wait_healthy(60, stopped)
         while not list(pids.glob("scheduler-*")):
             time.sleep(0.02)

@@ -240,6 +240,17 @@ def test_training_is_started_once_and_beside_servers_that_do_not_answer_yet(star
     assert len(list(launch.pids_folder.glob("trainer-*"))) == 1 and launch.alive() == []
 
 
+@pytest.mark.parametrize(("trainer", "code"), [("refuses", "2"), ("exits", "7")])
+def test_training_that_ends_while_servers_start_ends_the_launch_at_once(start, monkeypatch, trainer, code):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch = start("slow beside", trainer, code)
+    # The server never answers, and has 60 s.
+    assert launch.code(limit_s=30) == int(code), launch.text()
+    assert "the servers did not start" not in launch.text() and launch.alive() == []
+    told = {"2": "actor.hf = x: no. Set it.", "7": f"exit code 7; its output is in {launch.folder}/train.log"}
+    assert told[code] in launch.text().splitlines()[-1]
+
+
 def test_a_server_that_does_not_start_is_reported_and_no_training_begins(start):
     launch = start("stillborn", "works")
     assert launch.code(START_LIMIT_S) == 1

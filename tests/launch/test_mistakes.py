@@ -4,7 +4,6 @@ stands and what to do, and leaves nothing behind."""
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,8 @@ from megatron_jackpot.config import ConfigError, describe
 from megatron_jackpot.config.schema import METHOD_KEYS
 from megatron_jackpot.config.suggest import SYNONYMS
 from megatron_jackpot.launch.folder import missing, own_folder, take_back
+from tests.launch.mistakes import MISTAKES, Spoil, write_rows
 from tests.tiny import hf_config, write_tokenizer
-
-Spoil = Callable[[Path], object]
-LINE = "[command line]"
-
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -46,116 +42,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_rows(folder: Path, *rows: object) -> None:
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def in_yaml(key: str, value: object) -> Spoil:
-    """A key in the file itself."""
-
-    def write(folder: Path) -> None:
-        tree = yaml.safe_load((folder / "run.yaml").read_text())
-        section, _, name = key.rpartition(".")
-        (tree[section] if section else tree)[name] = value
-        (folder / "run.yaml").write_text(yaml.safe_dump(tree))
-
-    return write
-
-
-def remove(name: str) -> Spoil:
-    return lambda folder: os.unlink(folder / name)
-
-
-def write(name: str, text: str) -> Spoil:
-    return lambda folder: (folder / name).write_text(text)
-
-
-def own_file_in_the_run(folder: Path) -> None:
-    (folder / "runs" / "first").mkdir(parents=True)
-    (folder / "runs" / "first" / "config.yaml").write_text("# what I changed, and why\n")
-
-
-def same(folder: Path) -> None:
-    """Nothing is spoiled: the mistake is on the command line."""
-
-
-MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
-    ("a key of other trainers", same, ["policy.learning_rate=1e-5"],
-     ["'policy.learning_rate'", "Did you mean 'policy.optimizer.lr'?", LINE]),
-    ("a key without its section", same, ["steps=5"], ["'steps'", "Did you mean 'run.steps'?", LINE]),
-    ("a key in another section", same, ["data.temperature=0.7"],
-     ["'data.temperature'", "Did you mean 'rollout.temperature' or 'evaluation.temperature'?", LINE]),
-    ("an unknown section", in_yaml("trainer", {"num_generations": 4}), [],
-     ["'trainer.num_generations'", "Did you mean 'rollout.samples_per_prompt'?", "[run.yaml]"]),
-    ("a misspelled section", in_yaml("rolout", {"temperature": 1.0}), [],
-     ["'rolout'", "Did you mean 'rollout'?", "[run.yaml]"]),
-    ("a misspelled key", same, ["run.stepz=5"], ["'run.stepz'", "Did you mean 'run.steps'?", LINE]),
-    ("an unknown method", same, ["algorithm.correction=tiss"],
-     ["algorithm.correction.name = 'tiss'", "Did you mean 'tis'?", LINE]),
-    ("a method that is no name", same, ["algorithm.objective=[ppo]"],
-     ["algorithm.objective = ['ppo']", "must be a method's name", "Write it so", LINE]),
-    ("a method's bound", same, ["algorithm.correction={name: tis, cap: 0.5}"],
-     ["algorithm.correction.cap = 0.5", "must be >= 1", "Use .inf", LINE]),
-    ("a number out of its bounds", same, ["run.steps=0"],
-     ["run.steps = 0", "greater than or equal to 1", "default is 100", "launch --help run.steps", LINE]),
-    ("a word for a number", in_yaml("rollout.temperature", "hot"), [],
-     ["rollout.temperature = 'hot'", "valid number", "default is 1.0", "[run.yaml]"]),
-    ("an unknown choice", same, ["sync.method=nccl"],
-     ["sync.method = 'nccl'", "'disk', 'broadcast' or 'ipc'", "default is broadcast", LINE]),
-    ("a value for a section", in_yaml("rollout", 3), [],
-     ["rollout = 3", "must be a section", "Put its keys below it", "[run.yaml]"]),
-    ("a key that is missing", in_yaml("policy", {}), [], ["'policy.hf' is missing", "policy.hf=VALUE"]),
-    ("an override without a value", same, ["run.steps"], ["'run.steps'", "section.key=value", "Write it so"]),
-    ("an override below a value", same, ["run.folder.name=a"], ["'run.folder.name=a'", "Leave out"]),
-    ("no YAML", write("run.yaml", "run: [1"), [], ["run.yaml", "not valid YAML", "Mend"]),
-    ("a base that is not there", in_yaml("base", "none.yaml"), [],
-     ["none.yaml does not exist", "There is run.yaml"]),
-    ("a model that is not there", same, ["policy.hf=missing"],
-     ["policy.hf = missing", "no config.json", "Set it to", LINE]),
-    ("a model without weights", remove("actor/model.safetensors"), [],
-     ["actor.hf = actor", "no weights", "Download", "[run.yaml]"]),
-    ("a model of an unknown kind", write("actor/config.json", '{"architectures": ["MambaForCausalLM"]}'), [],
-     ["actor", "MambaForCausalLM", "Known"]),
-    ("other tokenizers", write("actor/tokenizer.json", "{}"), [], ["tokenizer.json", "."]),
-    ("a model that is on the hub alone", same, ["policy.hf=Qwen/Qwen3-0.6B"],
-     ["policy.hf = Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir", LINE]),
-    ("a file without rows", write("rows.jsonl", "\n\n"), [], ["data.path = rows.jsonl holds no", "Write"]),
-    ("a file in UTF-16", lambda folder: (folder / "rows.jsonl").write_bytes("{}".encode("utf-16")), [],
-     ["rows.jsonl: line 1 begins UTF-16", "iconv"]),
-    ("a list in place of lines", write("rows.jsonl", '[{"prompt": "1="}]'), [],
-     ["rows.jsonl: line 1 begins one JSON list", "jq -c '.[]' rows.jsonl"]),
-    ("braces that are no text", same, ["data.template={question}"],
-     ["data.template = {'question': None}", "put it in quotes", LINE]),
-    ("a reward's file in place of its module", same, ["data.reward=rewards/mine.py:length"],
-     ["data.reward = 'rewards/mine.py:length'", "Write mine:length", "PYTHONPATH", LINE]),
-    ("a data file that is not there", remove("rows.jsonl"), [],
-     ["rows.jsonl: no such file", "Set data.path"]),
-    ("a row without an answer", lambda folder: write_rows(folder, *[{"prompt": "1="}] * 4), [],
-     ["rows.jsonl, line 1", "'answer'"]),
-    ("fewer rows than a step takes", lambda folder: write_rows(folder, {"prompt": "1=", "answer": "1"}), [],
-     ["rollout.prompts_per_step = 4", "1 usable", "Lower it or add data", "[run.yaml]"]),
-    ("a template without a place for the text", same, ["data.template=hello"],
-     ["data.template = 'hello'", "{question}", "Put it", LINE]),
-    ("a reward that is not there", same, ["data.reward=my_rewards:length"],
-     ["data.reward = 'my_rewards:length'", "no package my_rewards", "PYTHONPATH", LINE]),
-    ("a reward that is misspelled", same, ["data.reward=exakt"],
-     ["data.reward = 'exakt'", "must be one of", "Set one", LINE]),
-    ("a layout that does not divide", same, ["parallel.tp=3"],
-     ["parallel.tp = 3", "num_", "Set one that", "[run.yaml]"]),
-    ("sequences longer than a micro-batch", same, ["packing.tokens=100"],
-     ["packing.tokens = 100", "Raise packing.tokens", LINE]),
-    ("an evaluation without problems", same, ["evaluation.size=8"],
-     ["evaluation.size = 8", "data.heldout_path", "Set it", LINE]),
-    ("a run folder that is a file", write("runs", ""), [], ["run.folder = runs/first", "Set", "[run.yaml]"]),
-    ("a resume without a checkpoint", same, ["run.resume=true"],
-     ["run.resume = true", "holds no checkpoint", "run.resume=auto", LINE]),
-    ("a file of one's own where the run writes its own", own_file_in_the_run, [],
-     ["run.folder = runs/first", "config.yaml", "mv runs/first/config.yaml runs/first.yaml", "[run.yaml]"]),
-    ("processes that do not make a mesh", same, ["parallel.pp=2", "--nproc", "3"],
-     ["--nproc 3", "multiple", "Use --nproc 2"]),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("spoil", "words", "parts"), [case[1:] for case in MISTAKES], ids=[c[0] for c in MISTAKES]
 )
@@ -171,6 +57,26 @@ def test_a_mistake_is_told_with_field_value_place_and_remedy_and_leaves_nothing(
     assert any(all(part in line for part in parts) for line in lines), said.err
     assert all(line.startswith("megatron-jackpot: ") for line in lines) and said.out == ""
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["launch", "run.yaml", "--run.steps=5"], "--run.steps=5. Settings are written so: run.steps=5"),
+        (["launch", "run.yaml", "--steps", "5"], "--steps 5. Settings are written so: run.steps=5"),
+        (["plan", "run.yaml", "--gpus", "0"], "0 training processes are no multiple"),
+        (["report", "runs/none"], "runs/none is no folder. Name the folder of a run"),
+    ],
+)
+def test_words_of_other_commands_that_are_wrong_are_told_too(
+    words: list[str], part: str, folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    try:
+        code = cli.main(words)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == cli.EXIT_REFUSED and part in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["launch", "train", "plan", "doctor"])
@@ -251,6 +157,9 @@ def test_help_of_a_section_is_that_section_and_a_word_that_is_none_is_refused(ca
     with pytest.raises(SystemExit) as ended:
         cli.main(["plan", "--help", "evaluations"])
     assert ended.value.code == 2 and "Did you mean 'evaluation'?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help", "algorithm.corection"])
+    assert "Did you mean 'algorithm.correction'?" in capsys.readouterr().err
 
 
 def test_after_an_end_without_a_checkpoint_both_refusals_name_a_way_that_is_accepted(
@@ -265,6 +174,28 @@ def test_after_an_end_without_a_checkpoint_both_refusals_name_a_way_that_is_acce
         assert cli.main(["launch", "run.yaml", f"run.resume={resume}"]) == 2
         assert "run.resume=auto" in capsys.readouterr().err
     assert cli.main(["launch", "run.yaml", "run.resume=auto"]) == 0 and len(started) == 1
+
+
+def test_a_run_whose_steps_are_all_done_starts_nothing_and_says_how_to_train_on(
+    folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    saved, exported = folder / "runs/first/checkpoints/step-000003", folder / "runs/first/hf/step-000003"
+    started = []
+    monkeypatch.setattr("megatron_jackpot.launch.local.run_job", lambda *a, **k: started.append(a) or 0)
+    for model in ("policy", "actor"):
+        (saved / model).mkdir(parents=True)
+        (exported / model).mkdir(parents=True)
+    launch = ["launch", "run.yaml", "run.resume=true"]
+    # Not yet: the models are not written, or steps are left.
+    assert cli.main(launch) == 0 and len(started) == 1
+    for model in ("policy", "actor"):
+        (exported / model / "config.json").touch()
+    assert cli.main([*launch, "run.steps=4"]) == 0 and len(started) == 2
+    assert cli.main(launch) == 0 and len(started) == 2
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "nothing to do: runs/first/checkpoints/step-000003 is after step 3" in said
+    assert "run.steps = 3" in said and said.endswith("raise it: run.steps=6.")
 
 
 def test_what_a_refused_start_made_is_taken_back_and_nothing_else(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_jackpot.config import parse_config
-from megatron_jackpot.train import assembly
+from megatron_jackpot.run.interrupt import StopRequest, was_stopped, write_stop
+from megatron_jackpot.train import assembly, run
 from tests.tiny import write_models, write_tokenizer
 
 
@@ -45,3 +46,25 @@ def test_a_source_and_a_sync_are_closed_where_a_later_part_refuses(
     with pytest.raises(ValueError, match="no"):
         assembly.assemble(parse_config(tree), mesh)
     assert closed == expected
+
+
+def test_a_rank_that_was_told_to_stop_while_it_waited_loads_no_model(tmp_path: Path, monkeypatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("models are loaded")
+
+    tree = dict(
+        run=dict(folder=tmp_path),
+        policy=dict(hf=tmp_path),
+        actor=dict(hf=tmp_path),
+        data=dict(tasks={"chain_sum": {}}, max_prompt_tokens=16),
+        rollout=dict(max_new_tokens=16),
+    )
+    config = parse_config(tree)
+    monkeypatch.setattr(run, "assemble", load)
+    # This rank has heard nothing yet; another one has.
+    mesh = SimpleNamespace(is_main=True, largest=lambda asked: 1)
+    stop = StopRequest(config.run)
+    assert run.run(config, mesh, stop) is False and was_stopped(tmp_path) == "stop"
+    write_stop(tmp_path, "SIGTERM")
+    mesh.largest = lambda asked: asked
+    assert run.run(config, mesh, stop) is False and was_stopped(tmp_path) == "SIGTERM"

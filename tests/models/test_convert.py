@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from megatron_jackpot.models import convert
 from megatron_jackpot.models.convert import (
     checksums,
-    find_model,
     hf_to_megatron,
     megatron_to_hf,
     open_model,
@@ -25,6 +24,7 @@ from megatron_jackpot.models.convert import (
 )
 from megatron_jackpot.models.hf_folder import INDEX, HFFolder
 from megatron_jackpot.monitor.peak_memory import PeakAnonymous
+from megatron_jackpot.run.provenance import find_model
 from tests.models.hf_models import write_hf
 
 ROOT = Path(__file__).parents[2]

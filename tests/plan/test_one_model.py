@@ -9,10 +9,10 @@ from rich.console import Console
 from megatron_jackpot.config import Config, load_config, parse_config
 from megatron_jackpot.config.model_shape import model_shapes
 from megatron_jackpot.launch.preflight import CHECKS, Subject
-from megatron_jackpot.models.convert import find_model
 from megatron_jackpot.plan.formulas import make_plan, num_params
 from megatron_jackpot.plan.seconds import Assumptions
 from megatron_jackpot.plan.tables import show_plan
+from megatron_jackpot.run.provenance import find_model
 from megatron_jackpot.servers.served_folder import served_folder
 from tests.tiny import ACTOR, POLICY, hf_config
 

@@ -78,7 +78,13 @@ def test_settings_are_the_runs_without_what_belongs_to_its_rollouts(run: Path, t
     )
 
 
-def test_named_sets_take_the_place_of_the_runs_own(run: Path, tmp_path: Path) -> None:
+def test_named_sets_take_the_place_of_the_runs_own(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    for name in ("a.jsonl", "b/math.jsonl"):
+        (tmp_path / name).touch()
     config = settings(evaluand(run, None, None), ["aime=a.jsonl", "b/math.jsonl"], [])
     assert {name: str(one.path) for name, one in config.evaluation.sets.items()} == {
         "aime": "a.jsonl",
@@ -95,13 +101,15 @@ def test_all_mistakes_are_told_with_their_places_and_nothing_is_left_behind(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(run.rglob("*"))
-    wrong = ["evaluation.sampels=4", "servers.urls=[http://n:1]", "evaluation.temperature=-1"]
-    assert main(["evaluate", str(run), *wrong]) == 2
+    wrong = ["evaluation.sampels=4", "servers.urls=[http://n:1]", "evaluation.temperature=-1", "run.steps=4"]
+    assert main(["evaluate", str(run), "--data", "aime=none.jsonl", *wrong]) == 2
     told = capsys.readouterr().err
     for part in (
         "Unknown config key 'evaluation.sampels'. Did you mean 'evaluation.samples'? [command line]",
         "evaluation.temperature = -1",
         "servers.urls = ('http://n:1',): evaluate starts servers of its own",
+        "--data aime=none.jsonl: no such file.",
+        "'run.steps=4' says nothing of an evaluation. Leave it out",
     ):
         assert part in told
     assert sorted(run.rglob("*")) == before

@@ -224,7 +224,7 @@ scenario_disaggregated() {  # training on n1, servers on n2; --chain: a second j
   unbroken "$folder" 2
   [[ -e $folder/train-n1.log && -e $folder/servers/n2/server-0.log ]] || die "the roles are on other nodes"
   [[ ! -e $folder/train-n2.log && ! -e $folder/servers/n1 ]] || die "the roles are not apart"
-  grep -h 'resumed after step 2' "$folder/slurm/$last.out" || die "the second job did not find the run done"
+  grep -h 'nothing to do: ' "$folder/slurm/$last.out" || die "the second job did not find the run done"
 }
 
 scenario_by_hand() {  # the script as it stands in slurm/, submitted by sbatch, an array and a dependency included

@@ -58,7 +58,7 @@ FOREIGN: dict[str, set[str]] = {
     "records": {"torch", "numpy"},
     "home": set(),
     "algorithm": {"torch"},
-    "config": {"pydantic", "yaml"},
+    "config": {"pydantic", "pydantic_core", "yaml"},
     "parallel": {"torch", "triton"},
     "run": {"yaml"},
     "servers": {"aiohttp", "numpy", "pydantic_core"},

@@ -65,6 +65,8 @@ def version(folders: Sequence[Path]) -> str:
 
 
 def run_content(folder: Path) -> Tree:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder. Name the folder of a run, run.folder in its configuration.")
     check_run_folder(folder)
     rows = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
     if not rows:

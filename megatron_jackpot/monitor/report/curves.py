@@ -85,7 +85,8 @@ def charts(measured: Iterable[str]) -> list[Chart]:
     ]
     usual = {name for _, _, names in CHARTS for name in names}
     sets: dict[str, list[str]] = {}
-    for name in sorted(here - usual):
+    # Of the two models the policy first, in the colour that it has everywhere.
+    for name in sorted(here - usual, key=lambda name: ("policy_" not in name, name)):
         if parts := re.fullmatch(EVALUATION, name, re.DOTALL):
             sets.setdefault(", ".join(filter(None, parts.groups())) or "pass@k", []).append(name)
     shown += [{"title": f"Evaluation: {what}", "help": "", "metrics": some} for what, some in sets.items()]

@@ -52,7 +52,7 @@ class ReportServer:
 
         try:
             self._server = ThreadingHTTPServer((HOST, port), Handler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise ValueError(
                 f"--port {port} on {HOST} cannot be used: {error}. Name another, or 0 for any that is free."
             ) from error

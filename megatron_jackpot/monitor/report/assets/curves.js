@@ -5,6 +5,7 @@ const COLORS = ["#1f6fb4", "#d95f02", "#1b8a5a", "#c2185b", "#7b4fb5", "#8c6d1f"
 const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]], FRAMES = ["solid", "dashed", "dotted", "double"];
 const chosen = { smooth: 0, bands: true, range: null, hidden: new Set(), metric: "" };
 let plots = [];
+const LONGEST_NAME = 28;  // Letters of a run's name that fit before a metric's in a legend.
 
 // An exponential mean without the bias towards its first value; `weight` in [0, 1).
 function smoothed(values, weight) {
@@ -35,34 +36,38 @@ function over(columns, steps, reduce) {
   });
 }
 
+// What is drawn in a colour of its own: {color, mark, name, members}, seeds together where they are a band. The mark
+// is the name, or a number where names are too long for every legend: 2, and 2.1 for the first seed of the second.
+function drawnRuns(tree) {
+  const drawn = tree.groups.flatMap((group, g) => {
+    const many = group.members.length > 1, own = (i) => tree.runs[i].label || tree.runs[i].name;
+    if (!many || chosen.bands) return [{ color: COLORS[g % COLORS.length], mark: `${g + 1}`, name: group.label, members: group.members }];
+    return group.members.map((i, k) => ({ color: COLORS[i % COLORS.length], mark: `${g + 1}.${k + 1}`, name: own(i), members: [i] }));
+  });
+  const short = drawn.every((one) => one.name.length <= LONGEST_NAME);
+  return drawn.map((one) => (short ? { ...one, mark: one.name } : one));
+}
+
 // Lines of a chart: {label, color, dash, values, faint | bound}, bounds in pairs behind their line.
 function linesOf(tree, metrics, steps) {
-  const lines = [], single = tree.groups.length === 1 && tree.runs.length === 1;
-  tree.groups.forEach((group, g) => metrics.forEach((name, m) => {
-    const members = group.members.filter((i) => tree.runs[i].points[name]);
+  const lines = [], single = tree.runs.length === 1;
+  drawnRuns(tree).forEach((drawn) => metrics.forEach((name, m) => {
+    const members = drawn.members.filter((i) => tree.runs[i].points[name]);
     if (!members.length) return;
     const raw = members.map((i) => aligned(tree.runs[i].points[name], steps));
     const columns = raw.map((column) => (chosen.smooth ? smoothed(column, chosen.smooth) : column));
-    const color = COLORS[(single ? m : g) % COLORS.length], dash = single ? [] : DASHES[m % DASHES.length];
-    const short = metrics.length > 1 || single ? name : "";
-    const many = group.members.length > 1;
-    if (many && chosen.bands) {
-      const label = [group.label, short, `(${members.length} seeds)`].filter(Boolean).join(" ");
-      const mean = over(columns, steps, (v) => v.reduce((a, b) => a + b) / v.length);
-      lines.push({ label, color, dash, values: mean });
-      if (members.length > 1) {
-        lines.push({ label, color, bound: true, values: over(columns, steps, (v) => Math.max(...v)) });
-        lines.push({ label, color, bound: true, values: over(columns, steps, (v) => Math.min(...v)) });
-      }
-      return;
+    const color = single ? COLORS[m % COLORS.length] : drawn.color, short = metrics.length > 1 || single ? name : "";
+    const many = drawn.members.length > 1;
+    const label = [drawn.mark, short, many ? `(${members.length} seeds)` : ""].filter(Boolean).join(" ");
+    const values = over(columns, steps, (v) => v.reduce((a, b) => a + b) / v.length);
+    // One that lies upon another of one run lets it be seen.
+    const hidden = single && lines.some((line) => !line.faint && line.values.join() === values.join());
+    if (chosen.smooth && !many) lines.push({ label, color, faint: true, values: raw[0] });
+    lines.push({ label, color, dash: single ? DASHES[hidden ? 1 : 0] : DASHES[m % DASHES.length], values });
+    if (members.length > 1) {
+      lines.push({ label, color, bound: true, values: over(columns, steps, (v) => Math.max(...v)) });
+      lines.push({ label, color, bound: true, values: over(columns, steps, (v) => Math.min(...v)) });
     }
-    columns.forEach((values, k) => {
-      const run = tree.runs[members[k]];
-      const label = [many ? run.label || run.name : group.label, short].filter(Boolean).join(" ");
-      const own = many ? COLORS[members[k] % COLORS.length] : color;
-      if (chosen.smooth) lines.push({ label, color: own, faint: true, values: raw[k] });
-      lines.push({ label, color: own, dash, values });
-    });
   }));
   return lines;
 }
@@ -158,7 +163,11 @@ function chartsOf(tree) {
     on: { change: () => { chosen.bands = bands.checked; redraw(); } } });
   const whole = make("button", { id: "whole", disabled: chosen.range === null, on: { click: () => zoom(null) } }, "all steps");
   const seeds = tree.groups.some((group) => group.members.length > 1);
+  const key = make("div", { id: "key" });
   function redraw() {
+    const named = drawnRuns(tree).filter((one) => one.mark !== one.name);
+    key.replaceChildren(...named.map((one) => make("div", {},
+      make("i", { class: "square", style: { background: one.color } }), make("b", {}, one.mark), " ", one.name)));
     plots.forEach((plot) => plot.destroy());
     plots = [];
     for (const [chart, one] of cards) {
@@ -173,7 +182,7 @@ function chartsOf(tree) {
     make("small", {}, "Drag across a curve to zoom, in all of them; click a name to hide its line."));
   const other = make("p", { class: "controls" }, choice("another metric", "metric",
     [["", "choose"], ...names.map((name) => [name, name])], chosen.metric, (name) => { chosen.metric = name; showAny(); }));
-  return { element: section("curves", "Curves", controls, places, other, any), redraw };
+  return { element: section("curves", "Curves", controls, key, places, other, any), redraw };
 }
 
 function card(tree, chart) {

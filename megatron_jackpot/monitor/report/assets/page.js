@@ -46,7 +46,9 @@ function phasesOf(tree) {
       make("div", {}, ...parts));
   });
   const heads = ["median seconds", ...(tree.runs.length > 1 ? shown.map((run) => run.label || run.name) : ["", "share"])];
-  const rows = names.map((name) => {
+  // What takes nothing anywhere is no row.
+  const taken = names.filter((name) => shown.some((run) => new Map(run.phases).get(name) >= 0.0005));
+  const rows = taken.map((name) => {
     const values = shown.map((run) => new Map(run.phases).get(name));
     const whole = shown[0].phases.reduce((sum, [, s]) => sum + s, 0) || 1;
     const cells = values.map((value) => number(value));
@@ -55,6 +57,12 @@ function phasesOf(tree) {
     return [make("span", {}, square, name), ...cells];
   });
   return section("phases", "Where a step's time goes", ...bars, table(heads, rows));
+}
+
+// By set and task; of one the policy first.
+function inOrder([one], [other]) {
+  const place = ([set, task, model]) => [set, task, model === "policy" ? "" : model].join("\n");
+  return place(one) < place(other) ? -1 : 1;
 }
 
 // Accuracy of each task, or named set: metrics eval/.../MODEL_accuracy/TASK.
@@ -72,8 +80,7 @@ function tasksOf(tree) {
   });
   if (!found.size) return null;
   const heads = ["set, task", "model", ...tree.runs.map((run) => (tree.runs.length > 1 ? run.label || run.name : "first \u2192 last"))];
-  return section("tasks", "Accuracy per task", table(heads, [...found].sort().map(([key, cells]) => {
-    const [set, task, model] = JSON.parse(key);
+  return section("tasks", "Accuracy per task", table(heads, [...found].map(([key, cells]) => [JSON.parse(key), cells]).sort(inOrder).map(([[set, task, model], cells]) => {
     return [[set, task].filter(Boolean).join(", "), model, ...cells];
   })));
 }
