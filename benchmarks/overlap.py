@@ -38,7 +38,7 @@ from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.plan.timeline import Rates, Work, simulate
 from megatron_jackpot.rollout.loop_thread import LoopThread
-from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
@@ -95,11 +95,11 @@ class Replies:
         self.thread = LoopThread()
         self.turn = self.number = 0
         self.clients = {
-            k: SGLangClient([url], vocab_size=VOCAB, context_length=4096) for k, url in urls.items()
+            k: ClientProcess([url], vocab_size=VOCAB, context_length=4096) for k, url in urls.items()
         }
         self.one = asyncio.Lock()
         for client in self.clients.values():
-            self.thread.wait(client.__aenter__(), 10, "an HTTP session")
+            self.thread.wait(client.__aenter__(), 60, "a client")
 
     def use(self, form: Form) -> tuple[float, int]:
         """From now on these, when the last one of others is there; the thread's processor seconds and the
@@ -130,7 +130,7 @@ class Replies:
     def close(self) -> None:
         self.use(None)
         for client in self.clients.values():
-            self.thread.wait(client.__aexit__(None, None, None), 10, "the session to close")
+            self.thread.wait(client.__aexit__(None, None, None), 60, "a client to end")
         self.thread.close()
 
 

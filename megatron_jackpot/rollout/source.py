@@ -24,7 +24,7 @@ from megatron_jackpot.rollout.collect import (
 )
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.admin import ServerAdmin
-from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling, ServerError
 
 OPEN_LIMIT_S = 60.0
@@ -40,7 +40,7 @@ class ServerSource:
 
     def __init__(
         self,
-        client: Callable[[], SGLangClient],
+        client: Callable[[], ClientProcess],
         pool: Callable[[], RewardPool],
         *,
         sampling: Sampling,
@@ -57,7 +57,7 @@ class ServerSource:
         try:
             self.pool = self.thread.call(pool, 2 * START_TIMEOUT_S, "the reward workers to start")
             self.client = self.thread.call(client, OPEN_LIMIT_S, "the servers' client")
-            self.thread.wait(self.client.__aenter__(), OPEN_LIMIT_S, "an HTTP session")
+            self.thread.wait(self.client.__aenter__(), OPEN_LIMIT_S, "the servers' client to start")
         except BaseException:
             self.thread.close()
             raise
@@ -115,13 +115,13 @@ class ServerSource:
 
     async def hold(self, *, until_quiet: bool) -> None:
         """Begin no request until `use`, and wait until servers have none where that is asked for."""
-        self.client.hold()
+        await self.client.hold()
         if until_quiet:
             await self.client.quiet()
 
     async def use(self, version: int) -> None:
         """Servers hold these weights now: requests begin again."""
-        self.client.use(version)
+        await self.client.use(version)
 
     async def abort(self) -> None:
         """Servers drop what they were asked for: nobody waits for it any more."""
@@ -190,6 +190,6 @@ class ServerSource:
             # First, so that a reward that is cancelled starts no new worker.
             self.thread.call(self.pool.close, OPEN_LIMIT_S, "the reward workers to end")
             self.thread.cancel()
-            self.thread.wait(self.client.__aexit__(None, None, None), OPEN_LIMIT_S, "the session to close")
+            self.thread.wait(self.client.__aexit__(None, None, None), OPEN_LIMIT_S, "the servers' client to end")
         finally:
             self.thread.close()

@@ -75,7 +75,6 @@ class SGLangClient:
         version: int = 0,
         prefix_cache: bool = True,
         backoff_s: float = 0.5,
-        admin_timeout_s: float = 60,
     ) -> None:
         if not urls:
             raise ValueError("No server urls. Set servers.urls, or let `launch` start servers.")
@@ -89,7 +88,6 @@ class SGLangClient:
         self.prefix_cache = prefix_cache
         """Whether servers keep the keys and values of prompts."""
         self.backoff_s = backoff_s
-        self.admin = ServerAdmin([server.url for server in self.servers], timeout_s=admin_timeout_s)
         self._slots = asyncio.Semaphore(concurrency)
         self._open = asyncio.Event()
         self._open.set()

@@ -25,7 +25,7 @@ from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.run.clock import started_at, write_start
-from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling
 from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.sync.broadcast import BroadcastSync
@@ -206,7 +206,7 @@ def make_source(
     """Client, reward pool and sampling of one DP leader."""
     rollout, served = config.rollout, families[config.served]
     client = partial(
-        SGLangClient,
+        ClientProcess,
         config.servers.urls,
         vocab_size=served.vocab_size,
         context_length=served.context_length,
