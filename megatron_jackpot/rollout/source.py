@@ -1,5 +1,5 @@
-"""Where a DP leader gets rollouts: the asyncio client, the reward pool and `collect`, in a thread of their
-own."""
+"""Where a DP leader gets rollouts: `collect` in a thread of its own, over the servers' client and the reward
+pool, which are processes."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +28,9 @@ from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling, ServerError
 
 OPEN_LIMIT_S = 60.0
-ABORT_LIMIT_S = 10.0
-"""For what opens or closes a session, or ends workers."""
+"""For what starts or ends a client, or ends workers."""
+ABORT_LIMIT_S, MEMORY_LIMIT_S = 10.0, 60.0
+"""For servers to abort, and to say what they hold."""
 
 
 class ServerSource:
@@ -43,6 +44,7 @@ class ServerSource:
         client: Callable[[], ClientProcess],
         pool: Callable[[], RewardPool],
         *,
+        urls: Sequence[str],
         sampling: Sampling,
         samples_per_prompt: int,
         num_ids: int,
@@ -50,9 +52,9 @@ class ServerSource:
         decode: Callable[[Sequence[int]], str],
         limit_s: float,
     ) -> None:
-        """`client` and `pool` are made in the thread, which outlives them; `limit_s` is for an evaluation,
-        and for a file's labels."""
-        self.sampling, self.decode, self.limit_s = sampling, decode, limit_s
+        """`client` and `pool` are made in the thread, which outlives them; `urls` are the servers';
+        `limit_s` is for an evaluation, and for a file's labels."""
+        self.urls, self.sampling, self.decode, self.limit_s = urls, sampling, decode, limit_s
         self.thread = LoopThread()
         try:
             self.pool = self.thread.call(pool, 2 * START_TIMEOUT_S, "the reward workers to start")
@@ -127,7 +129,7 @@ class ServerSource:
         """Servers drop what they were asked for: nobody waits for it any more."""
         with suppress(ServerError):
             # One that does not answer samples nothing that anyone could read.
-            await ServerAdmin(self.client.admin.urls, timeout_s=ABORT_LIMIT_S).abort_all()
+            await ServerAdmin(self.urls, timeout_s=ABORT_LIMIT_S).abort_all()
 
     def check_labels(self, prompts: Sequence[Prompt], path: Path) -> None:
         """Raises ValueError naming the lines of `path` whose label no response could match."""
@@ -160,7 +162,8 @@ class ServerSource:
     def server_gib(self) -> float | None:
         """Memory of the fullest server; None where one does not say."""
         try:
-            return max(self.thread.wait(self.client.admin.memory_gib(), self.limit_s, "the servers' memory"))
+            asked = ServerAdmin(self.urls, timeout_s=MEMORY_LIMIT_S).memory_gib()
+            return max(self.thread.wait(asked, self.limit_s, "the servers' memory"))
         except ServerError:
             return None
 
@@ -185,11 +188,12 @@ class ServerSource:
         return [[answer.tolist() for answer in group] for group in asked]
 
     def close(self) -> None:
-        """End requests, the session, the workers and, last, the thread."""
+        """End requests, the client, the workers and, last, the thread."""
         try:
             # First, so that a reward that is cancelled starts no new worker.
             self.thread.call(self.pool.close, OPEN_LIMIT_S, "the reward workers to end")
             self.thread.cancel()
-            self.thread.wait(self.client.__aexit__(None, None, None), OPEN_LIMIT_S, "the servers' client to end")
+            left = self.client.__aexit__(None, None, None)
+            self.thread.wait(left, OPEN_LIMIT_S, "the servers' client to end")
         finally:
             self.thread.close()

@@ -109,7 +109,7 @@ class SGLangClient:
             await self._session.close()
             self._session = None
 
-    def hold(self) -> None:
+    async def hold(self) -> None:
         """Begin no request until `use`; those that servers have go on."""
         self._open.clear()
 
@@ -117,7 +117,7 @@ class SGLangClient:
         """Until servers have no request any more."""
         await self._quiet.wait()
 
-    def use(self, version: int) -> None:
+    async def use(self, version: int) -> None:
         """Servers hold these weights now: begin requests again."""
         self.version = version
         self._open.set()

@@ -3,12 +3,11 @@
 Whoever reads and parses replies holds the interpreter meanwhile, and learning, which launches thousands of
 small operations, waits for it. Here the trainer's side of a reply is one message with arrays.
 
-Messages are an 8-byte length and a pickle: (number, method, args, keywords) of the client, or (number, None,
-(), {}) to cancel that call; back come (number, kind, value).
+What makes the client comes by stdin. Messages are an 8-byte length and a pickle: there goes a Call; back come
+(its number, what it returned or raised), and the bare number where a request is tried again.
 """
 
 import asyncio
-import inspect
 import os
 import pickle
 import socket
@@ -16,41 +15,52 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 
-from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
 
+T = TypeVar("T")
+Asked = Callable[..., Coroutine[object, None, T]]
+"""Of the client."""
+
 END_LIMIT_S = 10.0
 """For the process to end by itself once nobody listens to it."""
-Kind = Literal["result", "error", "retried"]
+
+
+class Call(NamedTuple):
+    number: int
+    asked: Asked[object] | None
+    """None ends the call of this number."""
+    tells: bool = False
+    """It takes `retried`."""
 
 
 class ClientProcess:
-    """An SGLangClient, asked through a socket. Use as `async with ClientProcess(urls, ...) as client`.
+    """An SGLangClient, asked through a socket. Use as `async with ClientProcess(...) as client`.
 
     Calls do and raise what those of SGLangClient do. A process that ends makes all calls raise RuntimeError:
     the rank ends, and `launch` starts it again. A call that is cancelled returns when the client has let go
     of its request.
     """
 
-    def __init__(self, urls: Sequence[str], **settings: Any) -> None:
-        """`settings` are those of SGLangClient."""
-        self._settings = (list(urls), settings)
-        self.admin = ServerAdmin(urls, timeout_s=60)
-        self._calls: dict[int, tuple[asyncio.Future[Any], Callable[[], None]]] = {}
+    def __init__(self, client: Callable[[], SGLangClient]) -> None:
+        """`client` is called in the process, and here for what it raises."""
+        client()
+        self._client = client
+        self._calls: dict[int, tuple[asyncio.Future[object], Callable[[], None] | None]] = {}
         self._numbers = count()
-        self._lost: RuntimeError | None = None
+        self._gone: RuntimeError | None = None
 
     async def __aenter__(self) -> Self:
-        """Raises what making the client raises."""
+        """Starts the process, and does not wait for it: calls do."""
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with theirs:
@@ -58,18 +68,15 @@ class ClientProcess:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_jackpot.servers.client_process", str(theirs.fileno())],
                 env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
+        assert self._process.stdin is not None
+        with self._process.stdin as stdin:
+            stdin.write(pickle.dumps(self._client))
         self._messages = _Messages(self._take, self._end)
         await asyncio.get_running_loop().create_connection(lambda: self._messages, sock=ours)
-        try:
-            urls, settings = self._settings
-            await self._call("", urls, **settings)
-        except BaseException:
-            await self.__aexit__(None, None, None)
-            raise
         return self
 
     async def __aexit__(
@@ -84,15 +91,15 @@ class ClientProcess:
 
     async def hold(self) -> None:
         """Begin no request until `use`; those that servers have go on."""
-        await self._call("hold")
+        await self._call(SGLangClient.hold)
 
     async def quiet(self) -> None:
         """Until servers have no request any more."""
-        await self._call("quiet")
+        await self._call(SGLangClient.quiet)
 
     async def use(self, version: int) -> None:
         """Servers hold these weights now: begin requests again."""
-        await self._call("use", version)
+        await self._call(partial(SGLangClient.use, version=version))
 
     async def generate_group(
         self,
@@ -102,7 +109,8 @@ class ClientProcess:
         *,
         retried: Callable[[], None] = lambda: None,
     ) -> list[Completion]:
-        return await self._call("generate_group", prompt_tokens, n, sampling, retried=retried)
+        asked = partial(SGLangClient.generate_group, prompt_tokens=prompt_tokens, n=n, sampling=sampling)
+        return await self._call(asked, retried)
 
     async def answers(
         self,
@@ -113,31 +121,39 @@ class ClientProcess:
         n: int = 1,
         temperature: float = 0.0,
     ) -> list[np.ndarray]:
-        asked = (prompt_tokens, max_new_tokens, stop_token_ids)
-        return await self._call("answers", *asked, n=n, temperature=temperature)
+        asked = partial(
+            SGLangClient.answers,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            n=n,
+            temperature=temperature,
+        )
+        return await self._call(asked)
 
-    async def _call(self, method: str, *args: Any, **keywords: Any) -> Any:
-        if self._lost is not None:
-            raise self._lost
+    async def _call(self, asked: Asked[T], retried: Callable[[], None] | None = None) -> T:
+        if self._gone is not None:
+            raise self._gone
         number, done = next(self._numbers), asyncio.get_running_loop().create_future()
-        self._calls[number] = done, keywords.pop("retried", lambda: None)
-        self._messages.send((number, method, args, keywords))
+        self._calls[number] = done, retried
+        self._messages.send(Call(number, asked, retried is not None))
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:
-            self._messages.send((number, None, (), {}))
+            self._messages.send(Call(number, None))
             with suppress(Exception):
                 await asyncio.shield(done)
             raise
 
-    def _take(self, message: tuple[int, Kind, Any]) -> None:
-        number, kind, value = message
-        done, retried = self._calls[number]
-        if kind == "retried":
+    def _take(self, message: object) -> None:
+        if isinstance(message, int):
+            _, retried = self._calls[message]
+            assert retried is not None, "it was asked to tell"
             retried()
             return
-        del self._calls[number]
-        if kind == "error":
+        number, value = cast(tuple[int, object], message)
+        done, _ = self._calls.pop(number)
+        if isinstance(value, Exception):
             done.set_exception(value)
         else:
             done.set_result(value)
@@ -145,25 +161,24 @@ class ClientProcess:
     def _end(self) -> None:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
-        self._lost = RuntimeError(
+        self._gone = RuntimeError(
             f"The process of the servers' client, {self._process.pid}, is gone (exit code "
             f"{self._process.returncode}). Its last words are in this rank's log."
         )
         for done, _ in self._calls.values():
-            done.set_exception(self._lost)
+            done.set_exception(self._gone)
         self._calls.clear()
 
 
 class _Messages(asyncio.Protocol):
     """Whole messages to and from the other end of a socket."""
 
-    def __init__(self, take: Callable[[Any], None], end: Callable[[], None]) -> None:
+    def __init__(self, take: Callable[[object], None], end: Callable[[], None]) -> None:
         self._take, self._end = take, end
         self._received = bytearray()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -171,7 +186,7 @@ class _Messages(asyncio.Protocol):
             end = 8 + int.from_bytes(self._received[:8], "big")
             if len(self._received) < end:
                 return
-            with memoryview(self._received)[8:end] as body:
+            with memoryview(self._received) as received, received[8:end] as body:
                 message = pickle.loads(body)
             del self._received[:end]
             self._take(message)
@@ -187,44 +202,36 @@ class _Messages(asyncio.Protocol):
         self._transport.close()
 
 
-async def serve(connection: socket.socket) -> None:
+async def serve(connection: socket.socket, make: Callable[[], SGLangClient]) -> None:
     """Do what the other end asks of a client, until it closes the connection."""
     closed, calls = asyncio.Event(), dict[int, asyncio.Task[None]]()
-    client: SGLangClient | None = None
 
-    async def made(urls: Sequence[str], **settings: Any) -> None:
-        nonlocal client
-        client = await SGLangClient(urls, **settings).__aenter__()
-
-    async def answer(number: int, method: str, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if method == "generate_group":
-            keywords["retried"] = lambda: messages.send((number, "retried", None))
-        reply: tuple[Kind, Any]
+    async def answer(call: Call, asked: Asked[object]) -> None:
+        told = {"retried": lambda: messages.send(call.number)} if call.tells else {}
+        value: object = None
         try:
-            asked = (getattr(client, method) if method else made)(*args, **keywords)
-            reply = "result", await asked if inspect.isawaitable(asked) else asked
+            value = await asked(client, **told)
         except (ServerError, StaleWeights, ValueError) as error:
-            reply = "error", error
+            value = error
         except asyncio.CancelledError:
-            reply = "result", None
+            pass  # That it has ended is what the other end waits for.
         except Exception:
-            reply = "error", RuntimeError("The servers' client failed:\n" + traceback.format_exc())
-        del calls[number]
-        messages.send((number, *reply))
+            value = RuntimeError("The servers' client failed:\n" + traceback.format_exc())
+        del calls[call.number]
+        messages.send((call.number, value))
 
-    def take(message: tuple[int, str | None, tuple[Any, ...], dict[str, Any]]) -> None:
-        number, method, args, keywords = message
-        if method is not None:
-            calls[number] = asyncio.ensure_future(answer(number, method, args, keywords))
-        elif number in calls:  # Else its reply is on the way.
-            calls[number].cancel()
+    def take(message: object) -> None:
+        call = cast(Call, message)
+        if call.asked is not None:
+            calls[call.number] = asyncio.ensure_future(answer(call, call.asked))
+        elif call.number in calls:  # Else its answer is on the way.
+            calls[call.number].cancel()
 
     messages = _Messages(take, closed.set)
-    await asyncio.get_running_loop().create_connection(lambda: messages, sock=connection)
-    await closed.wait()
-    if client is not None:
-        await client.__aexit__(None, None, None)
+    async with make() as client:
+        await asyncio.get_running_loop().create_connection(lambda: messages, sock=connection)
+        await closed.wait()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1])), pickle.load(sys.stdin.buffer)))

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ SETTINGS = dict(vocab_size=VOCAB, context_length=64, retries=1, backoff_s=0.01)
 
 
 def with_client(url: str, use: Callable[[Any], Coroutine[Any, Any, Any]], expected: int = 0) -> Any:
+    client = partial(SGLangClient, [url], **SETTINGS)
+
     async def run() -> Any:
-        async with asyncio.timeout(60), ClientProcess([url], **SETTINGS) as client:
-            return await use(client), client._process
+        async with asyncio.timeout(60), ClientProcess(client) as apart:
+            return await use(apart), apart._process
 
     found, process = asyncio.run(run())
     assert process.returncode == expected, "how it ended when it was left"
@@ -59,6 +62,11 @@ def test_its_groups_and_errors_are_the_clients_and_requests_that_are_tried_again
         own = server.url
     assert str(apart).replace(url, "URL") == str(together).replace(own, "URL")
     assert apart[1:4:2] == [0, 1] and apart[4][0] is ValueError and apart[6][1].count("HTTP 400") == 1
+
+
+def test_what_making_the_client_raises_is_raised_here() -> None:
+    with pytest.raises(ValueError, match="No server urls"):
+        ClientProcess(partial(SGLangClient, [], **SETTINGS))
 
 
 async def until(there: Callable[[], bool]) -> None:
