@@ -1,19 +1,19 @@
 """The quickstart's work by TRL and by this project, in one run on one machine: seconds a step, and ratios.
 
     python benchmarks/peers.py MODELS_FOLDER [--steps 8] [--rounds 2]
+    torchrun --nproc-per-node 2 benchmarks/peers.py MODELS_FOLDER parallel.threads=1
 
 The same policy, problems, samples, lengths, optimizer and clips. TRL (GRPO, one model, generation by
 transformers in the training process) runs in an environment of its own, made once from
 requirements/peers.txt; ours are the joint run with its SGLang server and actor, and a run of one model
-(rollout.model=policy). Rounds take turns, medians are over all of them, and every arm may use as many threads
-as the run's parallel.threads. TRL's reward compares the answer's text, ours is that of the run.
+(rollout.model=policy). Rounds take turns, medians are over all of them, and TRL has as many threads as our
+ranks have together: parallel.threads each. TRL's reward compares the answer's text, ours is that of the run.
 """
 
 import argparse
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -23,14 +23,16 @@ import venv
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.step import RUN, RUNS, assembled, beside
+from benchmarks.step import RUN, RUNS, assembled, beside, from_first
 from megatron_jackpot.config import Config, load_config
 from megatron_jackpot.data.problems import reasoning_gym_problems
 from megatron_jackpot.home import home
 from megatron_jackpot.models.mesh import init_mesh
+from megatron_jackpot.servers.environment import own_environment
 
 ROOT = Path(__file__).parents[1]
 PINS = ROOT / "requirements" / "peers.txt"
@@ -77,7 +79,7 @@ def work(config: Config, steps: int) -> dict[str, Any]:
         lr=policy.lr,
         clip_low=clips["clip_low"],
         clip_high=clips["clip_high"],
-        threads=config.parallel.threads,
+        threads=config.parallel.threads * dist.get_world_size(),
         steps=steps,
         problems=[
             dict(prompt=data.template.format(question=p.question), answer=p.label["answer"]) for p in problems
@@ -97,7 +99,7 @@ def trl(python: Path, policy: Path, asked: dict[str, Any], folder: Path) -> Step
         str(policy),
         str(written),
     ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(asked["threads"])}
+    environment = {**own_environment(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(asked["threads"])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     if done.returncode:
         raise SystemExit(f"TRL ended with exit code {done.returncode}:\n{done.stderr[-3000:]}")
@@ -106,7 +108,7 @@ def trl(python: Path, policy: Path, asked: dict[str, Any], folder: Path) -> Step
 
 
 def ours(folder: Path, overrides: list[str], steps: int, mesh: Any) -> dict[str, Steps]:
-    """A round of both of our runs, step by step in turns."""
+    """A round of both of our runs, step by step in turns; on the first rank alone."""
     with contextlib.ExitStack() as stack:
         trainers = {
             name: stack.enter_context(
@@ -124,6 +126,7 @@ def ours(folder: Path, overrides: list[str], steps: int, mesh: Any) -> dict[str,
             rewards=steps_of["reward/mean"],
         )
         for name, steps_of in found.items()
+        if steps_of
     }
 
 
@@ -164,24 +167,25 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=8, help="steps that count, of each arm and round")
     parser.add_argument("--rounds", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     overrides = [f"policy.hf={args.models}/policy", f"actor.hf={args.models}/actor", *args.overrides]
-    python = peers_python()
+    config = load_config(RUN, overrides)
+    mesh = init_mesh(config.parallel, config.run.seed)
+    python = from_first(peers_python)
+    asked = work(config, args.steps + WARM)
     arms: dict[str, Steps] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        config = load_config(RUN, [f"run.folder={scratch}/unused", *overrides])
-        mesh = init_mesh(config.parallel, config.run.seed)
-        asked = work(config, args.steps + WARM)
         for number in range(args.rounds):
-            folder = Path(scratch, f"round-{number}")
-            folder.mkdir()
-            found = {"TRL": trl(python, args.models / "policy", asked, folder)}
+            folder = Path(from_first(lambda: scratch), f"round-{number}")
+            folder.mkdir(exist_ok=True)
+            found = {"TRL": from_first(lambda: trl(python, args.models / "policy", asked, folder))}  # noqa: B023
             found |= ours(folder, overrides, args.steps, mesh)
             for name, steps in found.items():
                 for key, values in steps.items():
                     arms.setdefault(name, {}).setdefault(key, []).extend(values)
-            print(f"round {number + 1} of {args.rounds}:", flush=True)
-            report(arms)
+            if dist.get_rank() == 0:
+                print(f"round {number + 1} of {args.rounds}:", flush=True)
+                report(arms)
 
 
 if __name__ == "__main__":

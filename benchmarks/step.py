@@ -19,10 +19,12 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -206,13 +208,16 @@ def models_of(trainer) -> list:
 
 
 def beside(trainers: dict, steps: int) -> dict[str, dict[str, list[float]]]:
-    """run -> metric -> its value in each step; the runs take turns, the first step is not counted."""
+    """run -> metric -> its value in each step; the runs take turns, the first step is not counted. Of the
+    first rank: others have no metrics."""
     for trainer in trainers.values():
         trainer.push()
     found: dict[str, dict[str, list[float]]] = {name: {} for name in trainers}
     for step in range(steps + 1):
         for name, trainer in [*trainers.items()][:: 1 if step % 2 else -1]:
             metrics = trainer.step().metrics
+            if dist.get_rank():
+                continue
             metrics["tokens per second"] = metrics["train/tokens"] / metrics["time/step"]
             for metric, value in metrics.items() if step else ():
                 found[name].setdefault(metric, []).append(value)
@@ -241,13 +246,20 @@ def report_beside(trainers: dict, found: dict[str, dict[str, list[float]]], step
     Console().print(table)
 
 
+def from_first(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on every rank."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return made[0]
+
+
 @contextlib.contextmanager
 def assembled(folder: Path, overrides: list[str], mesh: Mesh) -> Iterator:
-    """A run's assembly, with a server of its own."""
+    """A run's assembly, with a server of its own, which the first rank starts."""
     config = load_config(RUN, [f"run.folder={folder}", *overrides])
-    servers = start_model_servers(config)
+    servers = start_model_servers(config) if dist.get_rank() == 0 else []
     try:
-        urls = tuple(server.url for server in servers)
+        urls = from_first(lambda: tuple(server.url for server in servers))
         config = config.model_copy(update={"servers": config.servers.model_copy(update={"urls": urls})})
         assembly = assemble(config, mesh)
         yield assembly

@@ -2,12 +2,14 @@
 
 Of every arm one run's first steps are repeated. Where they come to the recorded numbers, what was written
 otherwise since does not reach the arm, and all its finished runs take this checkout's stamp beside their own.
+A token on the border of a mask falls to its other side by rounding alone: where one run does not repeat, two
+others must.
 """
 
 import json
 import math
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.run.provenance import CONFIG_FILE
 
-TOLERANCE = 1e-6
-"""Relative, or absolute of gaps that are rounding alone; other threads add in another order, no more."""
+TOLERANCE, GAP = 1e-4, 1e-6
+"""Relative, or absolute of gaps that are rounding alone. Layers that add in another order have moved losses
+and gradient norms by 1.2e-5 within ten steps, a token on the other side of IcePop's mask by 4e-2."""
 EVALUATED = ("eval/policy_accuracy", "eval/policy_exact")
 STEPPED = ("loss/policy", "grad_norm/policy", "reward/mean", "weight/ess", "kl/target_server")
 """What must be there on both sides, lest nothing be compared; other names that only one has do not count."""
@@ -37,14 +40,33 @@ def revalidate(plan: Plan, folder: Path, mesh: Mesh, steps: int) -> int:
         if not stale:
             print(f"{arm}: {len(done)} finished runs, none is stale", flush=True)
             continue
-        witness = stale[0]
-        if found := _repeat(plan, witness, folder, mesh, steps):
+        repeated, differed = _witnesses(plan, stale, folder, mesh, steps)
+        for name, found in differed.items():
+            print(f"{arm}: {name} does not repeat: {found}", flush=True)
+        if len(repeated) <= len(differed):
             failed += 1
-            print(f"{arm}: {len(stale)} runs stay stale. {witness.name}: {found}", flush=True)
+            print(f"{arm}: {len(stale)} runs stay stale", flush=True)
             continue
-        stamped = sum(_stamp(plan, run, folder, f"{steps} steps of {witness.name}") for run in stale)
-        print(f"{arm}: {steps} steps repeat, {stamped} of {len(stale)} runs are stamped anew", flush=True)
+        how = f"{steps} steps of {', '.join(repeated)}" + "".join(f", not of {name}" for name in differed)
+        stamped = sum(_stamp(plan, run, folder, how) for run in stale)
+        print(f"{arm}: repeated {how}; {stamped} of {len(stale)} runs are stamped anew", flush=True)
     return failed
+
+
+def _witnesses(
+    plan: Plan, stale: Sequence[Run], folder: Path, mesh: Mesh, steps: int
+) -> tuple[list[str], dict[str, str]]:
+    """(the runs that repeat, those that do not with what differs): the first alone, or it and two others."""
+    repeated: list[str] = []
+    differed: dict[str, str] = {}
+    for run in stale[:3]:
+        if found := _repeat(plan, run, folder, mesh, steps):
+            differed[run.name] = found
+        else:
+            repeated.append(run.name)
+        if not differed or len(differed) == 2:
+            break
+    return repeated, differed
 
 
 def _repeat(plan: Plan, run: Run, folder: Path, mesh: Mesh, steps: int) -> str:
@@ -73,7 +95,7 @@ def first_difference(then: Mapping[str, Any], now: Mapping[str, Any], required: 
     """Example: 'step 3, loss/policy: 0.25 then, 0.26 now'; "" where all that both have is equal."""
     for name in sorted((then.keys() & now.keys()) | set(required)):
         one, other = then.get(name), now.get(name)
-        if one is None or other is None or not math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+        if one is None or other is None or not math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=GAP):
             return f"step {then['step']}, {name}: {one} then, {other} now"
     return ""
 

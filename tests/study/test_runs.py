@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.study_parts import revalidate as revalidation
 from benchmarks.study_parts.plan import BASE, ROOT, WATCHED, Plan, fingerprint, read_plan, run_folder
 from benchmarks.study_parts.report import blocks, finished, put_into, write_report
 from benchmarks.study_parts.revalidate import revalidate
@@ -157,6 +158,20 @@ def test_runs_whose_first_steps_repeat_are_stamped_anew_and_others_stay_stale(
     assert "STALE" not in write_report(plan, folder)
     stamped = json.loads((run_folder(folder, plan.runs[1]) / ORIGIN).read_text())
     assert stamped["code"] == "written otherwise" and stamped["made"]["code"] == made["code"]
+
+
+@pytest.mark.parametrize("differ, stays", [([], 0), ([0], 0), ([0, 1], 1), ([0, 2], 1), ([1], 0)])
+def test_where_one_run_does_not_repeat_two_others_decide(
+    plan, folder, mesh, monkeypatch, differ, stays
+) -> None:
+    runs = [replace(plan.runs[0], seed=seed) for seed in range(4)]
+    names = [runs[number].name for number in differ]
+    monkeypatch.setattr(
+        revalidation, "_repeat", lambda plan, run, *_: "step 6, grad_norm" if run.name in names else ""
+    )
+    repeated, differed = revalidation._witnesses(plan, runs, folder, mesh, 2)
+    assert (len(repeated) <= len(differed)) == bool(stays)
+    assert len(repeated) + len(differed) == (1 if 0 not in differ else 2 if 1 in differ else 3)
 
 
 def test_a_report_takes_the_place_between_its_stages_marks_and_no_other(plan, tmp_path) -> None:
