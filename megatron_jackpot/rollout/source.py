@@ -1,5 +1,5 @@
-"""Where a DP leader gets rollouts: the asyncio client, the reward pool and `collect`, in a thread of their
-own."""
+"""Where a DP leader gets rollouts: `collect` in a thread of its own, over the servers' client and the reward
+pool, which are processes."""
 
 import asyncio
 import logging
@@ -26,14 +26,15 @@ from megatron_jackpot.rollout.collect import (
 )
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.admin import ServerAdmin
-from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling, ServerError
 
 log = logging.getLogger(__name__)
 
 OPEN_LIMIT_S = 60.0
-ABORT_LIMIT_S = 10.0
-"""For what opens or closes a session, or ends workers."""
+"""For what starts or ends a client, or ends workers."""
+ABORT_LIMIT_S, MEMORY_LIMIT_S = 10.0, 60.0
+"""For servers to abort, and to say what they hold."""
 TOLD_EVERY_S = 15.0
 """How often an evaluation that takes longer than that says how far it is."""
 
@@ -46,9 +47,10 @@ class ServerSource:
 
     def __init__(
         self,
-        client: Callable[[], SGLangClient],
+        client: Callable[[], ClientProcess],
         pool: Callable[[], RewardPool],
         *,
+        urls: Sequence[str],
         sampling: Sampling,
         samples_per_prompt: int,
         num_ids: int,
@@ -56,14 +58,14 @@ class ServerSource:
         decode: Callable[[Sequence[int]], str],
         limit_s: float,
     ) -> None:
-        """`client` and `pool` are made in the thread, which outlives them; `limit_s` is for an evaluation,
-        and for a file's labels."""
-        self.sampling, self.decode, self.limit_s = sampling, decode, limit_s
+        """`client` and `pool` are made in the thread, which outlives them; `urls` are the servers';
+        `limit_s` is for an evaluation, and for a file's labels."""
+        self.urls, self.sampling, self.decode, self.limit_s = urls, sampling, decode, limit_s
         self.thread = LoopThread()
         try:
             self.pool = self.thread.call(pool, 2 * START_TIMEOUT_S, "the reward workers to start")
             self.client = self.thread.call(client, OPEN_LIMIT_S, "the servers' client")
-            self.thread.wait(self.client.__aenter__(), OPEN_LIMIT_S, "an HTTP session")
+            self.thread.wait(self.client.__aenter__(), OPEN_LIMIT_S, "the servers' client to start")
         except BaseException:
             self.thread.close()
             raise
@@ -121,19 +123,19 @@ class ServerSource:
 
     async def hold(self, *, until_quiet: bool) -> None:
         """Begin no request until `use`, and wait until servers have none where that is asked for."""
-        self.client.hold()
+        await self.client.hold()
         if until_quiet:
             await self.client.quiet()
 
     async def use(self, version: int) -> None:
         """Servers hold these weights now: requests begin again."""
-        self.client.use(version)
+        await self.client.use(version)
 
     async def abort(self) -> None:
         """Servers drop what they were asked for: nobody waits for it any more."""
         with suppress(ServerError):
             # One that does not answer samples nothing that anyone could read.
-            await ServerAdmin(self.client.admin.urls, timeout_s=ABORT_LIMIT_S).abort_all()
+            await ServerAdmin(self.urls, timeout_s=ABORT_LIMIT_S).abort_all()
 
     def check_labels(self, prompts: Sequence[Prompt], path: Path) -> None:
         """Raises ValueError naming the lines of `path` whose label no response could match."""
@@ -166,7 +168,8 @@ class ServerSource:
     def server_gib(self) -> float | None:
         """Memory of the fullest server; None where one does not say."""
         try:
-            return max(self.thread.wait(self.client.admin.memory_gib(), self.limit_s, "the servers' memory"))
+            asked = ServerAdmin(self.urls, timeout_s=MEMORY_LIMIT_S).memory_gib()
+            return max(self.thread.wait(asked, self.limit_s, "the servers' memory"))
         except ServerError:
             return None
 
@@ -199,11 +202,12 @@ class ServerSource:
         return [[answer.tolist() for answer in group] for group in asked]
 
     def close(self) -> None:
-        """End requests, the session, the workers and, last, the thread."""
+        """End requests, the client, the workers and, last, the thread."""
         try:
             # First, so that a reward that is cancelled starts no new worker.
             self.thread.call(self.pool.close, OPEN_LIMIT_S, "the reward workers to end")
             self.thread.cancel()
-            self.thread.wait(self.client.__aexit__(None, None, None), OPEN_LIMIT_S, "the session to close")
+            left = self.client.__aexit__(None, None, None)
+            self.thread.wait(left, OPEN_LIMIT_S, "the servers' client to end")
         finally:
             self.thread.close()

@@ -31,6 +31,8 @@ ORPHANED = "torchrun has ended"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 ONE_REQUEST_S = 0.5
 """What arrives again this soon is the same request: `timeout` signals its child, and then its group."""
+PARENT_ENDS_S = 1.0
+"""How long a parent may take to end, once it does: a request to stop is heard that much later."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -102,12 +104,25 @@ class StopRequest:
                 continue
             if self.signum or self.orphaned:
                 os._exit(128 + signum)
-            self._signalled = time.monotonic()
-            # The kernel gives a child its new parent before it signals the old one's end.
-            if os.getppid() == parent:
-                self.signum = signum
-            else:
+            if _ends(parent):
                 self.orphaned = True
+            else:
+                self.signum = signum
+            self._signalled = time.monotonic()
+
+
+def _ends(parent: int) -> bool:
+    """Whether the signal that was just heard is the kernel's, of the end of this process's parent.
+
+    It comes when the thread that started this process ends; while others of the parent's are still ending,
+    on a busy machine for a while, the parent stays who it is.
+    """
+    deadline = time.monotonic() + PARENT_ENDS_S
+    while os.getppid() == parent:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 @contextmanager

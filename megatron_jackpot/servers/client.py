@@ -75,7 +75,6 @@ class SGLangClient:
         version: int = 0,
         prefix_cache: bool = True,
         backoff_s: float = 0.5,
-        admin_timeout_s: float = 60,
     ) -> None:
         if not urls:
             raise ValueError("No server urls. Set servers.urls, or let `launch` start servers.")
@@ -89,7 +88,6 @@ class SGLangClient:
         self.prefix_cache = prefix_cache
         """Whether servers keep the keys and values of prompts."""
         self.backoff_s = backoff_s
-        self.admin = ServerAdmin([server.url for server in self.servers], timeout_s=admin_timeout_s)
         self._slots = asyncio.Semaphore(concurrency)
         self._open = asyncio.Event()
         self._open.set()
@@ -111,7 +109,7 @@ class SGLangClient:
             await self._session.close()
             self._session = None
 
-    def hold(self) -> None:
+    async def hold(self) -> None:
         """Begin no request until `use`; those that servers have go on."""
         self._open.clear()
 
@@ -119,7 +117,7 @@ class SGLangClient:
         """Until servers have no request any more."""
         await self._quiet.wait()
 
-    def use(self, version: int) -> None:
+    async def use(self, version: int) -> None:
         """Servers hold these weights now: begin requests again."""
         self.version = version
         self._open.set()

@@ -26,6 +26,7 @@ from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.run.clock import started_at, write_start
 from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling
 from megatron_jackpot.servers.served_folder import served_folder
 from megatron_jackpot.sync.broadcast import BroadcastSync
@@ -223,8 +224,9 @@ def make_source(
     )
 
     return ServerSource(
-        client,
+        partial(ClientProcess, client),
         partial(reward_pool, config.data),
+        urls=config.servers.urls,
         sampling=sampling,
         samples_per_prompt=rollout.samples_per_prompt,
         num_ids=min(family.vocab_size for family in families.values()),

@@ -202,7 +202,8 @@ def soak(folder: Path, args: argparse.Namespace, console: Console) -> bool:
                     run.start()
                 run.wait_steps(2, limit_s=300 if run.popen is launched else START_LIMIT_S)
             except (AssertionError, IndexError, OSError, psutil.Error, subprocess.TimeoutExpired) as error:
-                console.print(f"[red]{name} was not survived[/red]: {error}", highlight=False)
+                # What it quotes may look like rich's markup.
+                console.print(f"{name} was not survived: {error}", style="red", markup=False, highlight=False)
                 return report(counts, run, console)
             counts[name][1] += 1
             counts[name][2] = max(counts[name][2], time.monotonic() - started)

@@ -117,13 +117,16 @@ def test_only_the_first_node_of_a_job_clears_what_was_asked(tmp_path: Path, node
 
 
 ORPHAN = """
-import os, signal, subprocess, sys
+import ctypes, os, signal, subprocess, sys, threading, time
 from pathlib import Path
-if len(sys.argv) == 2:  # torchrun, killed once its rank listens
+if len(sys.argv) == 2:  # torchrun, killed once its rank listens: the thread that started it ends first
     rank = subprocess.Popen([sys.executable, __file__, sys.argv[1], "rank"], stdout=subprocess.PIPE)
     rank.stdout.readline()
-    os.kill(os.getpid(), signal.SIGKILL)
-import time
+    def last():
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Thread(target=last).start()
+    ctypes.CDLL(None).pthread_exit(None)
 from megatron_jackpot.config.run import Run
 from megatron_jackpot.run.interrupt import StopRequest, die_with_parent
 die_with_parent(signal.SIGTERM)

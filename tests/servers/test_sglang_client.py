@@ -295,12 +295,12 @@ def test_requests_carry_the_version_they_begin_with_and_none_begins_while_it_is_
         async with SGLangClient([url], vocab_size=VOCAB, context_length=64, version=3) as client:
             under_way = asyncio.ensure_future(client.generate_group([1, 2], 2, SAMPLING))
             await asyncio.sleep(0.1)
-            client.hold()
+            await client.hold()
             held = asyncio.ensure_future(client.generate_group([1, 2], 2, SAMPLING))
             await client.quiet()
             await under_way
             seen = [held.done()]
-            client.use(4)
+            await client.use(4)
             await held
             return seen
 

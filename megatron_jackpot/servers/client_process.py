@@ -1,0 +1,237 @@
+"""The SGLang client in a process of its own: `python -m megatron_jackpot.servers.client_process SOCKET_FD`.
+
+Whoever reads and parses replies holds the interpreter meanwhile, and learning, which launches thousands of
+small operations, waits for it. Here the trainer's side of a reply is one message with arrays.
+
+What makes the client comes by stdin. Messages are an 8-byte length and a pickle: there goes a Call; back come
+(its number, what it returned or raised), and the bare number where a request is tried again.
+"""
+
+import asyncio
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from types import TracebackType
+from typing import NamedTuple, Self, TypeVar, cast
+
+import numpy as np
+
+from megatron_jackpot.servers.client import SGLangClient
+from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
+
+T = TypeVar("T")
+Asked = Callable[..., Coroutine[object, None, T]]
+"""Of the client."""
+
+END_LIMIT_S = 10.0
+"""For the process to end by itself once nobody listens to it."""
+
+
+class Call(NamedTuple):
+    number: int
+    asked: Asked[object] | None
+    """None ends the call of this number."""
+    tells: bool = False
+    """It takes `retried`."""
+
+
+class ClientProcess:
+    """An SGLangClient, asked through a socket. Use as `async with ClientProcess(...) as client`.
+
+    Calls do and raise what those of SGLangClient do. A process that ends makes all calls raise RuntimeError:
+    the rank ends, and `launch` starts it again. A call that is cancelled returns when the client has let go
+    of its request.
+    """
+
+    def __init__(self, client: Callable[[], SGLangClient]) -> None:
+        """`client` is called in the process, and here for what it raises."""
+        client()
+        self._client = client
+        self._calls: dict[int, tuple[asyncio.Future[object], Callable[[], None] | None]] = {}
+        self._numbers = count()
+        self._gone: RuntimeError | None = None
+
+    async def __aenter__(self) -> Self:
+        """Starts the process, and does not wait for it: calls do."""
+        ours, theirs = socket.socketpair()
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        with theirs:
+            # Its own session: Ctrl-C reaches only the trainer, which ends requests before it ends this.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_jackpot.servers.client_process", str(theirs.fileno())],
+                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None
+        with self._process.stdin as stdin:
+            stdin.write(pickle.dumps(self._client))
+        self._messages = _Messages(self._take, self._end)
+        await asyncio.get_running_loop().create_connection(lambda: self._messages, sock=ours)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._messages.close()
+        deadline = time.monotonic() + END_LIMIT_S
+        while self._process.poll() is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        self._process.kill()
+        self._process.wait()
+
+    async def hold(self) -> None:
+        """Begin no request until `use`; those that servers have go on."""
+        await self._call(SGLangClient.hold)
+
+    async def quiet(self) -> None:
+        """Until servers have no request any more."""
+        await self._call(SGLangClient.quiet)
+
+    async def use(self, version: int) -> None:
+        """Servers hold these weights now: begin requests again."""
+        await self._call(partial(SGLangClient.use, version=version))
+
+    async def generate_group(
+        self,
+        prompt_tokens: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        *,
+        retried: Callable[[], None] = lambda: None,
+    ) -> list[Completion]:
+        asked = partial(SGLangClient.generate_group, prompt_tokens=prompt_tokens, n=n, sampling=sampling)
+        return await self._call(asked, retried)
+
+    async def answers(
+        self,
+        prompt_tokens: Sequence[int],
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int] = (),
+        *,
+        n: int = 1,
+        temperature: float = 0.0,
+    ) -> list[np.ndarray]:
+        asked = partial(
+            SGLangClient.answers,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            n=n,
+            temperature=temperature,
+        )
+        return await self._call(asked)
+
+    async def _call(self, asked: Asked[T], retried: Callable[[], None] | None = None) -> T:
+        if self._gone is not None:
+            raise self._gone
+        number, done = next(self._numbers), asyncio.get_running_loop().create_future()
+        self._calls[number] = done, retried
+        self._messages.send(Call(number, asked, retried is not None))
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            self._messages.send(Call(number, None))
+            with suppress(Exception):
+                await asyncio.shield(done)
+            raise
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, int):
+            _, retried = self._calls[message]
+            assert retried is not None, "it was asked to tell"
+            retried()
+            return
+        number, value = cast(tuple[int, object], message)
+        done, _ = self._calls.pop(number)
+        if isinstance(value, Exception):
+            done.set_exception(value)
+        else:
+            done.set_result(value)
+
+    def _end(self) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        self._gone = RuntimeError(
+            f"The process of the servers' client, {self._process.pid}, is gone (exit code "
+            f"{self._process.returncode}). Its last words are in this rank's log."
+        )
+        for done, _ in self._calls.values():
+            done.set_exception(self._gone)
+        self._calls.clear()
+
+
+class _Messages(asyncio.Protocol):
+    """Whole messages to and from the other end of a socket."""
+
+    def __init__(self, take: Callable[[object], None], end: Callable[[], None]) -> None:
+        self._take, self._end = take, end
+        self._received = bytearray()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while len(self._received) >= 8:
+            end = 8 + int.from_bytes(self._received[:8], "big")
+            if len(self._received) < end:
+                return
+            with memoryview(self._received) as received, received[8:end] as body:
+                message = pickle.loads(body)
+            del self._received[:end]
+            self._take(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end()
+
+    def send(self, message: object) -> None:
+        body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        self._transport.writelines([len(body).to_bytes(8, "big"), body])
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+async def serve(connection: socket.socket, make: Callable[[], SGLangClient]) -> None:
+    """Do what the other end asks of a client, until it closes the connection."""
+    closed, calls = asyncio.Event(), dict[int, asyncio.Task[None]]()
+
+    async def answer(call: Call, asked: Asked[object]) -> None:
+        told = {"retried": lambda: messages.send(call.number)} if call.tells else {}
+        value: object = None
+        try:
+            value = await asked(client, **told)
+        except (ServerError, StaleWeights, ValueError) as error:
+            value = error
+        except asyncio.CancelledError:
+            pass  # That it has ended is what the other end waits for.
+        except Exception:
+            value = RuntimeError("The servers' client failed:\n" + traceback.format_exc())
+        del calls[call.number]
+        messages.send((call.number, value))
+
+    def take(message: object) -> None:
+        call = cast(Call, message)
+        if call.asked is not None:
+            calls[call.number] = asyncio.ensure_future(answer(call, call.asked))
+        elif call.number in calls:  # Else its answer is on the way.
+            calls[call.number].cancel()
+
+    messages = _Messages(take, closed.set)
+    async with make() as client:
+        await asyncio.get_running_loop().create_connection(lambda: messages, sock=connection)
+        await closed.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(socket.socket(fileno=int(sys.argv[1])), pickle.load(sys.stdin.buffer)))
