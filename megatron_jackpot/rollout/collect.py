@@ -257,6 +257,12 @@ def rollouts_of(
     ]
 
 
+def _prefilled_again(rollout: Rollout) -> int:
+    """Tokens that pushes had read a second time: prompt and response before each change of weights."""
+    before = np.flatnonzero(np.diff(rollout.weight_version)) + 1
+    return int((len(rollout.prompt.tokens) + before).sum())
+
+
 def group_metrics(groups: Sequence[Sequence[Rollout]]) -> Sums:
     """(sum, count) metrics of finished groups, however they came together."""
     rollouts = [rollout for group in groups for rollout in group]
@@ -268,5 +274,6 @@ def group_metrics(groups: Sequence[Sequence[Rollout]]) -> Sums:
         "rollout/response_tokens": (tokens, count),
         "rollout/truncated": (sum(r.finish == "length" for r in rollouts), count),
         "rollout/invalid_tokens": (sum(int((~r.valid).sum()) for r in rollouts), tokens),
+        "rollout/prefilled_again": (sum(map(_prefilled_again, rollouts)), tokens),
         "rollout/equal_rewards": (sum(len({r.reward for r in group}) == 1 for group in groups), len(groups)),
     }

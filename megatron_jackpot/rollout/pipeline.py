@@ -185,7 +185,7 @@ class Pipeline:
 
     def hold(self) -> None:
         """Before a push: begin no request; those that servers have are retracted by it, or, where that is
-        asked for, awaited. A stop ends that wait."""
+        asked for, awaited. A stop ends that wait. Raises TimeoutError, and what failed in the source."""
         if self.source is None:
             return
         quiet = self.source.thread.submit(self.source.hold(until_quiet=self.in_flight == "wait"))
@@ -196,7 +196,8 @@ class Pipeline:
                     f"Waited {self.limit_s:g} s for the responses in flight before a push (sync.in_flight = "
                     "'wait')."
                 )
-        quiet.cancel()
+        if not quiet.cancel():
+            quiet.result()  # Or what it failed of.
 
     def pushed(self, version: int) -> None:
         """Servers hold these weights: requests begin again, and what was lost meanwhile is asked again."""

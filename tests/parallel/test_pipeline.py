@@ -40,13 +40,26 @@ class Broken(ScriptedSource):
         return await super().collect(epoch, prompts, **options)
 
 
+class Busy(ScriptedSource):
+    """Its servers have requests for `seconds`, or their client is gone."""
+
+    def __init__(self, seconds: float, error: Exception | None = None) -> None:
+        super().__init__()
+        self.seconds, self.error = seconds, error
+
+    async def hold(self, *, until_quiet: bool) -> None:
+        if self.error is not None:
+            raise self.error
+        await asyncio.sleep(self.seconds if until_quiet else 0)
+
+
 class Made:
     """A leader's pipeline over `source`, its loader and its finished groups."""
 
-    def __init__(self, mesh, config, source, stop=lambda: None) -> None:
+    def __init__(self, mesh, config, source, stop=lambda: None, limit_s=20.0, **options) -> None:
         rollouts = config.rollout.model_copy(update={"max_staleness": 2})
         self.finished, self.source = {}, source
-        self.pipeline = Pipeline(mesh, rollouts, source, stop, self.finished, limit_s=20)
+        self.pipeline = Pipeline(mesh, rollouts, source, stop, self.finished, limit_s=limit_s, **options)
         prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * 4)]
         self.loader = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
 
@@ -135,6 +148,26 @@ def _stop(mesh, config) -> list:
     return [len(made.finished), place]
 
 
+def _wait(mesh, config) -> list:
+    """How long a push waits for servers that are busy for .4 s: with `retract`, with `wait`, and with `wait`
+    where the run is to stop; what it raises where they are busy for longer than a rollout may take, or where
+    their client is gone."""
+    waited, raised = [], []
+    for in_flight, stop in (("retract", None), ("wait", None), ("wait", "test")):
+        made = Made(mesh, config, Busy(0.4), lambda stop=stop: stop, in_flight=in_flight)
+        began = time.monotonic()
+        made.pipeline.hold()
+        waited.append(time.monotonic() - began)
+        made.close()
+    for source in (Busy(20), Busy(0, RuntimeError("gone"))):
+        made = Made(mesh, config, source, limit_s=0.2, in_flight="wait")
+        with pytest.raises((TimeoutError, RuntimeError)) as caught:
+            made.pipeline.hold()
+        raised.append(str(caught.value))
+        made.close()
+    return [waited, raised]
+
+
 def _rollback(mesh, config) -> list:
     """Back to before step 1 with weights of the same number: whose groups step 1 gets."""
     made = Made(mesh, config, ScriptedSource(versioned=True))
@@ -161,6 +194,7 @@ def _all(rank: int, world: int, folder: str) -> dict[str, object]:
         "ages": _ages,
         "unknown": _unknown,
         "stop": _stop,
+        "wait": _wait,
         "rollback": _rollback,
     }
     seen = {}
@@ -203,6 +237,15 @@ def test_groups_of_weights_that_are_not_known_any_more_are_sampled_anew_where_th
 def test_a_stop_keeps_what_is_finished_of_every_step_and_the_place_of_the_first(seen) -> None:
     for rank in seen:
         assert rank["stop"] == [NUM_PROMPTS - 1, 0]
+
+
+def test_a_push_waits_for_responses_in_flight_only_where_that_is_asked_for_and_no_longer_than_a_rollout(
+    seen,
+) -> None:
+    for rank in seen:
+        (retract, wait, stopped), (late, gone) = rank["wait"]
+        assert retract < 0.3 and stopped < 0.3 and 0.4 <= wait < 5
+        assert "Waited 0.2 s for the responses in flight" in late and gone == "gone"
 
 
 def test_after_a_rollback_nothing_of_the_attempt_before_is_trained_on(seen) -> None:

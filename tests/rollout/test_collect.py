@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from megatron_jackpot.rollout.collect import (
     group_metrics,
 )
 from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
+from tests.tiny import rollout
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=4, top_k_logp=2)
 NUM_IDS = 61
@@ -114,6 +116,16 @@ def test_from_an_id_on_that_one_model_has_no_row_for_tokens_are_masked_and_count
     num = len(PROMPTS) * 3
     assert metrics["rollout/unknown_tokens"] == (num * valid.count(False), num * len(valid))
     assert group_metrics(groups)["rollout/invalid_tokens"] == (num * valid.count(False), num * len(valid))
+
+
+def test_what_stands_before_a_change_of_weights_in_a_response_counts_as_read_a_second_time():
+    whole = rollout(7, 0)
+    prompt = len(whole.prompt.tokens)
+    made = [
+        replace(whole, tokens=whole.tokens[:1].repeat(4), weight_version=np.array(versions, np.int32))
+        for versions in ([4, 4, 4, 4], [4, 4, 5, 7], [3, 4, 4, 4])
+    ]
+    assert group_metrics([made])["rollout/prefilled_again"] == (3 * prompt + 2 + 3 + 1, 12)
 
 
 def test_rollouts_come_in_prompt_order_with_reward_and_verdict():
