@@ -187,7 +187,8 @@ def _known(completion: Completion, num_ids: int) -> np.ndarray:
 
 async def _run_all(work: list[Coroutine[None, None, None]], stop: Callable[[], str | None]) -> str | None:
     """All coroutines side by side; the first error, or a reason to stop, cancels the others."""
-    unfinished = {asyncio.ensure_future(one) for one in work}
+    tasks = [asyncio.ensure_future(one) for one in work]
+    unfinished = set(tasks)
     try:
         while unfinished:
             done, unfinished = await asyncio.wait(
@@ -200,7 +201,8 @@ async def _run_all(work: list[Coroutine[None, None, None]], stop: Callable[[], s
     finally:
         for task in unfinished:
             task.cancel()
-        await asyncio.gather(*unfinished, return_exceptions=True)
+        # Those too that failed beside the first: asyncio would write each one's traceback.
+        await asyncio.gather(*tasks, return_exceptions=True)
     return None
 
 

@@ -1,6 +1,7 @@
 """collect: whole groups in order, failures counted up to the limit."""
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,6 +117,17 @@ def test_from_an_id_on_that_one_model_has_no_row_for_tokens_are_masked_and_count
     num = len(PROMPTS) * 3
     assert metrics["rollout/unknown_tokens"] == (num * valid.count(False), num * len(valid))
     assert group_metrics(groups)["rollout/invalid_tokens"] == (num * valid.count(False), num * len(valid))
+
+
+def test_of_failures_at_the_same_moment_one_is_raised_and_none_is_written_to_the_console(caplog):
+    class Down:
+        async def generate_group(self, *_: object, **__: object) -> list[Completion]:
+            raise StaleWeights("old")
+
+    with pytest.raises(ServersLost, match="old"):
+        run(Down())
+    gc.collect()
+    assert not caplog.records
 
 
 def test_what_stands_before_a_change_of_weights_in_a_response_counts_as_read_a_second_time():
