@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_jackpot.config import Servers
 from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.gpus import Placement
 from megatron_jackpot.servers.process import CPU_SHIMS, start_servers, stop_servers
@@ -276,7 +277,9 @@ def test_a_request_given_up_is_ended_while_an_older_one_of_its_length_still_runs
             assert not older.done()
             older.cancel()
             await until_running(rig, 0)
-            await hasty.admin._all("POST", "/flush_cache")  # Refused while a request holds a prefix.
+            await ServerAdmin([rig.url])._all(
+                "POST", "/flush_cache"
+            )  # Refused while a request holds a prefix.
 
     asyncio.run(run())
 
@@ -295,7 +298,7 @@ def test_a_sample_that_was_asked_for_as_a_copy_is_ended_by_its_own_id(rig, monke
         async with client(rig, prefix_cache=False) as open_client:
             group = asyncio.create_task(open_client.generate_group(PROMPT, 3, sampling(400)))
             await until_running(rig, 3)
-            await open_client.admin.abort(posted[0]["rid"][1])
+            await ServerAdmin([rig.url]).abort(posted[0]["rid"][1])
             return await group
 
     assert [completion.finish for completion in asyncio.run(run())] == ["length", "abort", "length"]
