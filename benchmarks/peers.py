@@ -168,7 +168,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps that count, of each arm and round")
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_intermixed_args()
-    overrides = [f"policy.hf={args.models}/policy", f"actor.hf={args.models}/actor", *args.overrides]
+    # Other ranks wait for the first one's TRL, and for its environment.
+    waits = f"parallel.timeout_s={3 * LIMIT_S}"
+    overrides = [waits, f"policy.hf={args.models}/policy", f"actor.hf={args.models}/actor", *args.overrides]
     config = load_config(RUN, overrides)
     mesh = init_mesh(config.parallel, config.run.seed)
     python = from_first(peers_python)

@@ -100,8 +100,10 @@ class LocalServer:
         verdicts = [(reward, reward == 1.0) for reward in rewards]
         return rollouts_of(prompt, epoch, group, verdicts, first=first)
 
-    async def hold(self, *, until_quiet: bool) -> None:
+    async def hold(self) -> None:
         """The thread that hears this samples nothing any more."""
+
+    async def quiet(self) -> None: ...
 
     async def use(self, version: int) -> None:
         """Raises RuntimeError for other weights than it was pushed last."""

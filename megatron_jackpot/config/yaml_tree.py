@@ -1,6 +1,6 @@
 """A run's YAML as a nested mapping, before it is checked: base files, overrides, where each key stands."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,22 @@ def files_of(path: Path) -> Iterator[tuple[Path, Tree]]:
 class _Loader(yaml.SafeLoader):
     """YAML whose mappings have each key once: of two the last would count, and the first be lost unseen."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._checked: dict[int, yaml.MappingNode] = {}
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # As it is written, for `<<` then puts the keys of others before its own; a merged one comes twice.
         seen = set[str]()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        written = () if id(node) in self._checked else node.value
+        for key in (key for key, _ in written if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key '{key.value}' stands here a second time", problem_mark=key.start_mark
                 )
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        self._checked[id(node)] = node
+        super().flatten_mapping(node)
 
 
 def _read(path: Path) -> Tree:
@@ -123,7 +130,7 @@ def apply_override(tree: Tree, override: str) -> None:
             )
         section = node
     try:
-        section[last] = yaml.safe_load(value)
+        section[last] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"Override '{override}' has a value that is not YAML: {' '.join(str(error).split())}. "

@@ -297,12 +297,14 @@ class _Job:
         return self.stopping() or (code is not None and self._is_last(code))
 
     def _is_last(self, code: int) -> bool:
-        return code in (0, EXIT_REFUSED, EXIT_REQUEUE) or not checkpoints(self.folder)
+        restarts = self.config.run.max_restarts
+        return code in (0, EXIT_REFUSED, EXIT_REQUEUE) or not restarts or not checkpoints(self.folder)
 
     def ended_before_servers(self) -> int:
         if self.trainer is None or (code := self.trainer.code()) is None:
             return self.nothing_to_save()
-        return self._ended(code)
+        code = self._ended(code)
+        return code if self._is_last(code) else self._left_to_the_queue()
 
     def nothing_to_save(self) -> int:
         say(f"told to stop ({self._why_stop()}) before training began: {self._left()}")

@@ -72,10 +72,11 @@ def serve(config: Config) -> int:
         signal.signal(signum, lambda *_: ended.set())
     # The trainer saves on it and needs its servers until then.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if finished(config):
+    if done := finished(config):
         # `join` says so, and the script ends this step then; an end before that would count as lost servers.
-        ended.wait()
-        return 0
+        say(f"{place.node}: {done}; no server is started")
+        limit_s = config.servers.start_timeout_s + MEETING_S
+        return 0 if ended.wait(limit_s) else EXIT_NO_START
     try:
         servers = start_model_servers(
             config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})}), ended.is_set

@@ -75,7 +75,9 @@ class Source(Protocol):
         losses: Losses | None = None,
     ) -> Coroutine[object, None, tuple[list[list[Rollout]], Sums]]: ...
 
-    def hold(self, *, until_quiet: bool) -> Coroutine[object, None, None]: ...
+    def hold(self) -> Coroutine[object, None, None]: ...
+
+    def quiet(self) -> Coroutine[object, None, None]: ...
 
     def use(self, version: int) -> Coroutine[object, None, None]: ...
 
@@ -188,15 +190,21 @@ class Pipeline:
         asked for, awaited. A stop ends that wait. Raises TimeoutError, and what failed in the source."""
         if self.source is None:
             return
-        quiet = self.source.thread.submit(self.source.hold(until_quiet=self.in_flight == "wait"))
+        self.source.thread.wait(self.source.hold(), END_LIMIT_S, "requests to be held before a push")
+        if self.in_flight == "retract":
+            return
+        quiet = self.source.thread.submit(self.source.quiet())
         deadline = time.monotonic() + self.limit_s
-        while not futures.wait([quiet], POLL_S).done and self.stop() is None:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"Waited {self.limit_s:g} s for the responses in flight before a push (sync.in_flight = "
-                    "'wait')."
-                )
-        if not quiet.cancel():
+        try:
+            while not futures.wait([quiet], POLL_S).done and self.stop() is None:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"Waited {self.limit_s:g} s for the responses in flight before a push "
+                        "(sync.in_flight = 'wait')."
+                    )
+        finally:
+            left = quiet.cancel()
+        if not left:
             quiet.result()  # Or what it failed of.
 
     def pushed(self, version: int) -> None:

@@ -121,11 +121,13 @@ class ServerSource:
         }
         return {name: offered[name]() for name in self.pool.asks}
 
-    async def hold(self, *, until_quiet: bool) -> None:
-        """Begin no request until `use`, and wait until servers have none where that is asked for."""
+    async def hold(self) -> None:
+        """Begin no request until `use`; those that servers have go on."""
         await self.client.hold()
-        if until_quiet:
-            await self.client.quiet()
+
+    async def quiet(self) -> None:
+        """Until servers have no request any more."""
+        await self.client.quiet()
 
     async def use(self, version: int) -> None:
         """Servers hold these weights now: requests begin again."""

@@ -104,7 +104,7 @@ class StopRequest:
                 continue
             if self.signum or self.orphaned:
                 os._exit(128 + signum)
-            if _ends(parent):
+            if signum == signal.SIGTERM and _ends(parent):
                 self.orphaned = True
             else:
                 self.signum = signum

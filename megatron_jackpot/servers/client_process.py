@@ -10,6 +10,7 @@ What makes the client comes by stdin. Messages are an 8-byte length and a pickle
 import asyncio
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +32,8 @@ T = TypeVar("T")
 Asked = Callable[..., Coroutine[object, None, T]]
 """Of the client."""
 
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""To save and end: who signals a whole job means its ranks. The process ends when its rank has."""
 END_LIMIT_S = 10.0
 """For the process to end by itself once nobody listens to it."""
 
@@ -57,21 +60,26 @@ class ClientProcess:
         self._client = client
         self._calls: dict[int, tuple[asyncio.Future[object], Callable[[], None] | None]] = {}
         self._numbers = count()
+        self._closing = False
         self._gone: RuntimeError | None = None
 
     async def __aenter__(self) -> Self:
         """Starts the process, and does not wait for it: calls do."""
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        with theirs:
-            # Its own session: Ctrl-C reaches only the trainer, which ends requests before it ends this.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_jackpot.servers.client_process", str(theirs.fileno())],
-                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
-                stdin=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+        # A mask is inherited: no moment of the start is without it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "megatron_jackpot.servers.client_process", str(theirs.fileno())],
+                    env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
+                    stdin=subprocess.PIPE,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         assert self._process.stdin is not None
         with self._process.stdin as stdin:
             stdin.write(pickle.dumps(self._client))
@@ -82,6 +90,7 @@ class ClientProcess:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing = True
         self._messages.close()
         deadline = time.monotonic() + END_LIMIT_S
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -159,14 +168,16 @@ class ClientProcess:
             done.set_result(value)
 
     def _end(self) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
+        if not self._closing:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1.0)
         self._gone = RuntimeError(
             f"The process of the servers' client, {self._process.pid}, is gone (exit code "
             f"{self._process.returncode}). Its last words are in this rank's log."
         )
         for done, _ in self._calls.values():
             done.set_exception(self._gone)
+            done.exception()  # Nobody may be left who awaits it: it was told.
         self._calls.clear()
 
 
@@ -204,26 +215,22 @@ class _Messages(asyncio.Protocol):
 
 async def serve(connection: socket.socket, make: Callable[[], SGLangClient]) -> None:
     """Do what the other end asks of a client, until it closes the connection."""
-    closed, calls = asyncio.Event(), dict[int, asyncio.Task[None]]()
+    closed, calls = asyncio.Event(), dict[int, asyncio.Task[object]]()
 
-    async def answer(call: Call, asked: Asked[object]) -> None:
-        told = {"retried": lambda: messages.send(call.number)} if call.tells else {}
-        value: object = None
-        try:
-            value = await asked(client, **told)
-        except (ServerError, StaleWeights, ValueError) as error:
-            value = error
-        except asyncio.CancelledError:
-            pass  # That it has ended is what the other end waits for.
-        except Exception:
-            value = RuntimeError("The servers' client failed:\n" + traceback.format_exc())
-        del calls[call.number]
-        messages.send((call.number, value))
+    def answer(number: int, task: asyncio.Task[object]) -> None:
+        # Also of a call that was cancelled before it began: the other end waits for its end.
+        del calls[number]
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, ServerError | StaleWeights | ValueError):
+            error = RuntimeError("The servers' client failed:\n" + "".join(traceback.format_exception(error)))
+        messages.send((number, error if error is not None or task.cancelled() else task.result()))
 
     def take(message: object) -> None:
         call = cast(Call, message)
         if call.asked is not None:
-            calls[call.number] = asyncio.ensure_future(answer(call, call.asked))
+            told = {"retried": partial(messages.send, call.number)} if call.tells else {}
+            calls[call.number] = asyncio.ensure_future(call.asked(client, **told))
+            calls[call.number].add_done_callback(partial(answer, call.number))
         elif call.number in calls:  # Else its answer is on the way.
             calls[call.number].cancel()
 

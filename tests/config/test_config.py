@@ -6,7 +6,7 @@ import yaml
 from megatron_jackpot import cli
 from megatron_jackpot.config import Config, describe, load_config, parse_config
 from megatron_jackpot.config.load import RENAMED
-from megatron_jackpot.config.yaml_tree import apply_override
+from megatron_jackpot.config.yaml_tree import apply_override, read_tree
 
 
 def tree(**sections: dict) -> dict:
@@ -184,6 +184,21 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
 def test_fields_that_contradict_each_other_are_refused_with_the_remedy(sections, message):
     with pytest.raises(ValueError, match=message):
         parse_config(tree(**sections))
+
+
+MERGED = "defaults: {b: &b {x: 1, y: 2}, nested: &a {<<: *b, x: 3}}\ntop: {<<: *a}\nagain: {<<: *a, y: 4}\n"
+
+
+def test_a_key_of_a_merged_mapping_may_be_given_anew_and_in_one_mapping_stands_once(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MERGED)
+    assert read_tree(path) == yaml.safe_load(MERGED)
+    for broken in (MERGED.replace("y: 2", "y: 2, x: 5"), MERGED.replace("y: 4", "y: 4, y: 5")):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="stands here a second time"):
+            read_tree(path)
+    with pytest.raises(ValueError, match="'cap' stands here a second time"):
+        apply_override({}, "algorithm.correction={name: tis, cap: 2, cap: 3}")
 
 
 def test_missing_required_key_says_how_to_set_it():

@@ -62,7 +62,9 @@ class ScriptedSource:
             for r in group
         ]
 
-    async def hold(self, *, until_quiet: bool) -> None: ...
+    async def hold(self) -> None: ...
+
+    async def quiet(self) -> None: ...
 
     async def use(self, version: int) -> None:
         self.version = version

@@ -96,6 +96,33 @@ def test_none_begins_while_it_is_held_and_one_that_is_cancelled_has_left_its_ser
         assert [body["extra_key"] for body in server.asked("generate")] == ["0", "4"]
 
 
+def test_a_call_that_is_cancelled_while_the_process_still_starts_returns() -> None:
+    async def asked(client: ClientProcess) -> list[bool]:
+        calls = [asyncio.ensure_future(client.hold()), asyncio.ensure_future(client.use(3))]
+        await asyncio.sleep(0.01)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        return [call.cancelled() for call in calls]
+
+    assert with_client("http://127.0.0.1:1", asked) == [True, True]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_signals_that_ask_a_run_to_save_do_not_end_it(begun: bool) -> None:
+    with FakeServer(generate=[ok(group())]) as server:
+
+        async def asked(client: ClientProcess) -> int:
+            if begun:
+                await client.hold()
+                await client.use(0)
+            for signum in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                os.kill(client._process.pid, signum)
+            return len(await client.generate_group([1, 2], 2, SAMPLING))
+
+        assert with_client(server.url, asked) == 2
+
+
 def test_where_the_process_is_killed_all_calls_fail() -> None:
     with FakeServer(generate=[ok(group(), after_s=30)]) as server:
 
