@@ -251,6 +251,19 @@ def test_training_that_ends_while_servers_start_ends_the_launch_at_once(start, m
     assert told[code] in launch.text().splitlines()[-1]
 
 
+def test_training_that_failed_beside_servers_and_would_be_started_again_leaves_a_stop_to_the_queue(
+    start, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch = start("slow beside", "fails", "7")  # It has saved.
+    launch.wait_for("trainer")
+    while any(name.startswith("trainer-") for name in launch.alive()):
+        time.sleep(0.02)
+    launch.popen.send_signal(signal.SIGTERM)
+    assert launch.code(limit_s=30) == EXIT_REQUEUE, launch.text()
+    assert "exit code 7" in launch.text() and "not started again" in launch.text()
+
+
 def test_a_server_that_does_not_start_is_reported_and_no_training_begins(start):
     launch = start("stillborn", "works")
     assert launch.code(START_LIMIT_S) == 1
