@@ -76,7 +76,10 @@ def serve(config: Config) -> int:
         # `join` says so, and the script ends this step then; an end before that would count as lost servers.
         say(f"{place.node}: {done}; no server is started")
         limit_s = config.servers.start_timeout_s + MEETING_S
-        return 0 if ended.wait(limit_s) else EXIT_NO_START
+        if ended.wait(limit_s):
+            return 0
+        say(f"{place.node}: waited {limit_s:g} s for the trainers' step to end this one")
+        return EXIT_NO_START
     try:
         servers = start_model_servers(
             config.model_copy(update={"run": config.run.model_copy(update={"folder": logs})}), ended.is_set

@@ -16,21 +16,19 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import partial, wraps
 from itertools import count
-from types import TracebackType
-from typing import NamedTuple, Self, TypeVar, cast
-
-import numpy as np
+from types import CoroutineType, TracebackType
+from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 from megatron_jackpot.servers.client import SGLangClient
-from megatron_jackpot.servers.protocol import Completion, Sampling, ServerError, StaleWeights
+from megatron_jackpot.servers.protocol import ServerError, StaleWeights
 
+P = ParamSpec("P")
 T = TypeVar("T")
-Asked = Callable[..., Coroutine[object, None, T]]
-"""Of the client."""
+Retried = Callable[[], None] | None
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """To save and end: who signals a whole job means its ranks. The process ends when its rank has."""
@@ -40,10 +38,25 @@ END_LIMIT_S = 10.0
 
 class Call(NamedTuple):
     number: int
-    asked: Asked[object] | None
-    """None ends the call of this number."""
+    method: str
+    """Of the client; "" ends the call of this number."""
+    args: tuple[object, ...] = ()
+    options: Mapping[str, object] = {}
     tells: bool = False
     """It takes `retried`."""
+
+
+def _asked(
+    method: Callable[Concatenate[SGLangClient, P], Coroutine[object, None, T]],
+) -> "Callable[Concatenate[ClientProcess, P], CoroutineType[object, None, T]]":
+    """The client's method, in the process; `retried` is called here."""
+
+    @wraps(method)
+    async def ask(self: "ClientProcess", *args: P.args, **options: P.kwargs) -> T:
+        retried = options.pop("retried", None)
+        return cast(T, await self.call(method.__name__, args, options, cast(Retried, retried)))
+
+    return ask
 
 
 class ClientProcess:
@@ -58,7 +71,7 @@ class ClientProcess:
         """`client` is called in the process, and here for what it raises."""
         client()
         self._client = client
-        self._calls: dict[int, tuple[asyncio.Future[object], Callable[[], None] | None]] = {}
+        self._calls: dict[int, tuple[asyncio.Future[object], Retried]] = {}
         self._numbers = count()
         self._closing = False
         self._gone: RuntimeError | None = None
@@ -98,58 +111,25 @@ class ClientProcess:
         self._process.kill()
         self._process.wait()
 
-    async def hold(self) -> None:
-        """Begin no request until `use`; those that servers have go on."""
-        await self._call(SGLangClient.hold)
+    hold = _asked(SGLangClient.hold)
+    quiet = _asked(SGLangClient.quiet)
+    use = _asked(SGLangClient.use)
+    generate_group = _asked(SGLangClient.generate_group)
+    answers = _asked(SGLangClient.answers)
 
-    async def quiet(self) -> None:
-        """Until servers have no request any more."""
-        await self._call(SGLangClient.quiet)
-
-    async def use(self, version: int) -> None:
-        """Servers hold these weights now: begin requests again."""
-        await self._call(partial(SGLangClient.use, version=version))
-
-    async def generate_group(
-        self,
-        prompt_tokens: Sequence[int],
-        n: int,
-        sampling: Sampling,
-        *,
-        retried: Callable[[], None] = lambda: None,
-    ) -> list[Completion]:
-        asked = partial(SGLangClient.generate_group, prompt_tokens=prompt_tokens, n=n, sampling=sampling)
-        return await self._call(asked, retried)
-
-    async def answers(
-        self,
-        prompt_tokens: Sequence[int],
-        max_new_tokens: int,
-        stop_token_ids: Sequence[int] = (),
-        *,
-        n: int = 1,
-        temperature: float = 0.0,
-    ) -> list[np.ndarray]:
-        asked = partial(
-            SGLangClient.answers,
-            prompt_tokens=prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            n=n,
-            temperature=temperature,
-        )
-        return await self._call(asked)
-
-    async def _call(self, asked: Asked[T], retried: Callable[[], None] | None = None) -> T:
+    async def call(
+        self, method: str, args: tuple[object, ...], options: Mapping[str, object], retried: Retried
+    ) -> object:
+        """What the client's `method` returns or raises."""
         if self._gone is not None:
             raise self._gone
         number, done = next(self._numbers), asyncio.get_running_loop().create_future()
         self._calls[number] = done, retried
-        self._messages.send(Call(number, asked, retried is not None))
+        self._messages.send(Call(number, method, args, options, tells=retried is not None))
         try:
             return await asyncio.shield(done)
         except asyncio.CancelledError:
-            self._messages.send(Call(number, None))
+            self._messages.send(Call(number, ""))
             with suppress(Exception):
                 await asyncio.shield(done)
             raise
@@ -223,13 +203,17 @@ async def serve(connection: socket.socket, make: Callable[[], SGLangClient]) -> 
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, ServerError | StaleWeights | ValueError):
             error = RuntimeError("The servers' client failed:\n" + "".join(traceback.format_exception(error)))
-        messages.send((number, error if error is not None or task.cancelled() else task.result()))
+        try:
+            messages.send((number, error if error is not None or task.cancelled() else task.result()))
+        except Exception as failure:  # Of pickling. The other end would wait for ever.
+            messages.send((number, RuntimeError(f"The client's answer cannot be sent: {failure!r}")))
 
     def take(message: object) -> None:
         call = cast(Call, message)
-        if call.asked is not None:
+        if call.method:
             told = {"retried": partial(messages.send, call.number)} if call.tells else {}
-            calls[call.number] = asyncio.ensure_future(call.asked(client, **told))
+            asked = getattr(client, call.method)(*call.args, **call.options, **told)
+            calls[call.number] = asyncio.ensure_future(asked)
             calls[call.number].add_done_callback(partial(answer, call.number))
         elif call.number in calls:  # Else its answer is on the way.
             calls[call.number].cancel()
