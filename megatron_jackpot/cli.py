@@ -11,9 +11,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
-from megatron_jackpot import __version__
+from megatron_jackpot.arguments import REPORT_PORT, parse
 from megatron_jackpot.config import Config, ConfigError, examine_config, placed
 from megatron_jackpot.launch.folder import REFUSED
 from megatron_jackpot.monitor.messages import let_go_of_output
@@ -23,54 +22,6 @@ log = logging.getLogger("megatron_jackpot.cli")  # By name: a module that is run
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "launch": {
-        "--nproc": dict(type=int, help="training processes; default tp * pp * cp"),
-        "--slurm": dict(action="store_true", help="render a job from the cluster section and submit it"),
-        "--dry-run": dict(action="store_true", help="with --slurm: print the job, submit nothing"),
-        "--chain": dict(
-            type=int,
-            default=1,
-            metavar="N",
-            help="with --slurm: N jobs, each after the end of the one before",
-        ),
-    },
-    "plan": {
-        "--gpus": dict(type=int, help="training GPUs; default those of the cluster section"),
-        "--gpu-memory": dict(type=float, metavar="GIB", help="of a GPU; default cluster.gpu_memory_gib"),
-        "--mean-tokens": dict(type=float, help="prompt and response on average; default the longest"),
-        "--acceptance": dict(type=float, default=0.75, help="share of tokens kept; default 0.75"),
-        "--tflops": dict(type=float, default=400.0, help="achieved per GPU; default 400"),
-        "--tp-gbs": dict(type=float, default=300.0, help="achieved GB/s between tp peers; default 300"),
-        "--server-tps": dict(type=float, help="measured tokens/s of a full server: asks for the timeline"),
-        "--stream-tps": dict(type=float, default=100.0, help="... of one response alone; default 100"),
-        "--push-s": dict(type=float, default=5.0, help="seconds of a push; default 5"),
-        "--spread": dict(type=float, default=0.8, help="sd of log response length; default 0.8"),
-    },
-    "values": {
-        "--samples": dict(type=int, default=8, help="answers of the reference to each prompt; default 8"),
-        "--beta": dict(type=float, default=0.5, help="of V* = beta log mean exp(r / beta); default 0.5"),
-    },
-}
-HELP = "everything, or what one key or section takes: --help rollout, --help algorithm.correction"
-
-
-class _Help(argparse.Action):
-    """--help, or --help KEY."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, args: object, key: object, option: str | None = None
-    ) -> None:
-        from megatron_jackpot.train.settings_help import settings
-
-        try:
-            text = settings("" if key is None else str(key))
-        except ValueError as error:
-            parser.error(str(error))
-        if key is None:
-            parser.print_help()
-        print(text if key is not None else f"\n{text}")
-        parser.exit()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,79 +112,6 @@ def _say_progress(what: str, number: int) -> None:
         print(f"megatron-jackpot: {number} {what} checked", file=sys.stderr, flush=True)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="megatron-jackpot", description=__doc__)
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = {
-        "train": "Run one rank of a training job; started by torchrun.",
-        "launch": "Run a whole job on this machine: SGLang servers and torchrun; or submit it to Slurm.",
-        "plan": "Memory, traffic and FLOPs of a run, by arithmetic: docs/planning.md.",
-        "values": "V* of every training prompt, from SGLang servers of the reference: docs/objectives.md.",
-        "serve": "This node's SGLang servers in a Slurm job; started by launch/jobs/common.sh.",
-        "join": "This node's training processes in a Slurm job; started by launch/jobs/common.sh.",
-    }
-    for name, text in about.items():
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            usage=f"megatron-jackpot {name} CONFIG [key=value ...]" + " [options]" * (name in OPTIONS),
-            add_help=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
-        command.add_argument("-h", "--help", nargs="?", action=_Help, metavar="KEY", help=HELP)
-        for option, arguments in OPTIONS.get(name, {}).items():
-            command.add_argument(option, **arguments)
-    command = commands.add_parser(
-        "doctor",
-        help="Check this machine, and a config where one is given: a line for each thing with its remedy.",
-    )
-    command.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="YAML file")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="override, value in YAML")
-    command.add_argument("--server-python", type=Path, help="interpreter with SGLang; default this one")
-    _add_evaluate(commands)
-    command = commands.add_parser("report", help="A run on one HTML page, or several beside each other.")
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
-    command.add_argument("--out", type=Path, help="the page; default RUN/report.html, of one run")
-    command.add_argument("--serve", action="store_true", help="show the page on loopback while runs go on")
-    command.add_argument("--port", type=int, default=8300, help="with --serve; 0 takes a free one")
-    args, rest = parser.parse_known_args(argv)
-    # argparse takes `key=value ...` only in one run; those after an option arrive here.
-    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and args.command == "report"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}. Settings are written so: run.steps=5")
-    if rest:
-        args.overrides += rest
-    if args.command == "launch" and not args.slurm and (args.dry_run or args.chain != 1):
-        parser.error("--dry-run and --chain go with --slurm")
-    return args
-
-
-def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser(
-        "evaluate",
-        help="A model's answers to named sets, from SGLang servers of its own: docs/evaluation.md.",
-        usage="megatron-jackpot evaluate RUN|CHECKPOINT|MODEL [--data NAME=FILE ...] [key=value ...]",
-    )
-    command.add_argument("what", type=Path, metavar="RUN|CHECKPOINT|MODEL", help="of a run the newest one")
-    command.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="data.*, evaluation.*, servers.*, precision.dtype"
-    )
-    command.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="a set like data.heldout_path, once or more often; default the run's own held-out sets",
-    )
-    command.add_argument("--model", choices=("policy", "actor"), help="of a run's two; default policy")
-    command.add_argument(
-        "--run", type=Path, help="whose settings count and whose record it goes to; default the model's own"
-    )
-
-
 def refuse(mistakes: Iterable[str]) -> int:
     for line in mistakes:
         print(f"{REFUSED}{line}", file=sys.stderr)
@@ -303,7 +181,7 @@ def _report(args: argparse.Namespace) -> int:
 
     try:
         if args.serve:
-            serve(args.runs, args.port)
+            serve(args.runs, REPORT_PORT if args.port is None else args.port)
         else:
             print(write_report(args.runs, args.out))
     except (ValueError, OSError) as error:
@@ -383,11 +261,11 @@ def _plan(config: Config, args: argparse.Namespace) -> int:
     assumed = Assumptions(args.mean_tokens, args.acceptance, args.tflops, args.tp_gbs)
     try:
         gpus, why = (args.gpus, "--gpus") if args.gpus is not None else expected_processes(config)
-        if args.gpu_memory:
+        if args.gpu_memory is not None:
             cluster = config.cluster.model_copy(update={"gpu_memory_gib": args.gpu_memory})
             config = config.model_copy(update={"cluster": cluster})
         plan, fits = show_plan(config, gpus, assumed, why=why)
-        if args.server_tps:
+        if args.server_tps is not None:
             rates = {key: getattr(args, key) for key in ("server_tps", "stream_tps", "push_s", "spread")}
             show_timeline(plan, assumed, Measured(**rates))
         return int(not fits)

@@ -24,7 +24,12 @@ def main() -> None:
     if given.out is None and len(given.folders) > 1:
         parser.error("several runs: name their picture with --out.")
     out = given.out or given.folders[0] / "curves.png"
-    plot_runs(given.folders, out, given.control)
+    if out.suffix != ".png":
+        parser.error(f"--out {out} must be a PNG file. Name it so: {out.with_suffix('.png')}")
+    try:
+        plot_runs(given.folders, out, given.control)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(out)
 
 

@@ -16,11 +16,16 @@ for override in "$@"; do
   case "$override" in
     run.folder=*) folder="${override#run.folder=}" ;;
     parallel.* | --nproc*) ranks=() ;;
+    -h | --help) exec megatron-jackpot launch --help ;;
   esac
 done
 
 models=$(python examples/quickstart/shipped.py)
 folders=("policy.hf=$models/policy" "actor.hf=$models/actor")
 if grep -q '^actor: null' "$config"; then unset 'folders[1]'; fi    # one model: there is no actor
-megatron-jackpot launch "$config" "${folders[@]}" "run.folder=$folder" "${ranks[@]}" "$@"
+megatron-jackpot launch "$config" "${folders[@]}" "run.folder=$folder" "${ranks[@]}" "$@" || {
+  code=$?
+  if [[ -d $folder ]]; then echo "[run.sh] first: cd $PWD && source tools/env.sh" >&2; fi
+  exit "$code"
+}
 megatron-jackpot report "$folder"

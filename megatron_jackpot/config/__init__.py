@@ -9,6 +9,7 @@ from megatron_jackpot.config.models import Actor, Optimizer, Parallel, Policy, P
 from megatron_jackpot.config.run import Guards, Logging, Run
 from megatron_jackpot.config.schema import Config
 from megatron_jackpot.config.servers import Rollouts, Servers, Sync
+from megatron_jackpot.config.yaml_tree import as_yaml
 
 __all__ = [
     "Actor",
@@ -31,6 +32,7 @@ __all__ = [
     "Run",
     "Servers",
     "Sync",
+    "as_yaml",
     "describe",
     "examine_config",
     "load_config",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from megatron_jackpot.algorithm.registry import is_own
 
@@ -45,12 +45,12 @@ class Section(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _from_home(cls, value: Any) -> Any:
+    def _from_home(cls, value: Any, info: ValidationInfo) -> Any:
         """A path's "~" is the home folder, as no shell has seen what stands in YAML or behind key=."""
         try:
             return value.expanduser() if isinstance(value, Path) else value
         except RuntimeError as error:
-            raise ValueError(f"'{value}': {error} Write the path in full.") from error
+            raise ValueError(f"{info.field_name} = '{value}': {error} Write the path in full.") from error
 
 
 def section_of(annotation: object) -> type[Section] | None:

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -12,7 +13,7 @@ from pydantic_core import ErrorDetails
 from megatron_jackpot.config.base import ConfigError, section_of
 from megatron_jackpot.config.schema import METHOD_KEYS, MISTAKES, Config
 from megatron_jackpot.config.suggest import meant
-from megatron_jackpot.config.yaml_tree import Tree, apply_override, place_of, read_tree, spell_out
+from megatron_jackpot.config.yaml_tree import Tree, apply_override, as_yaml, place_of, read_tree, spell_out
 
 NAME = "NAME"
 RENAMED = {"cluster.time": "cluster.minutes"}
@@ -127,6 +128,8 @@ def _explain(item: Any) -> list[str]:
     remedy = "Set one that is" if defaults[known] == "required" else f"Its default is {defaults[known]}"
     if item["type"] == "string_type" and isinstance(item["input"], dict | list):
         remedy = "Braces and brackets make no text in YAML: put it in quotes"
+    elif isinstance(item["input"], date):
+        remedy = "It is a date in YAML: put it in quotes"
     return [f"{where} = {item['input']!r}: {item['msg']}. {remedy}; `launch --help {known}` says what it is."]
 
 
@@ -191,6 +194,8 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[tuple[
         if (below := section_of(field.annotation)) is not None:
             rows += describe(below, f"{key}.{NAME}." if get_origin(field.annotation) is dict else f"{key}.")
         else:
-            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+            default = (
+                "required" if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
+            )
             rows.append((key, default, field.description or ""))
     return rows

@@ -1,11 +1,13 @@
 """A run's YAML as a nested mapping, before it is checked: base files, overrides, where each key stands."""
 
+import sys
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from megatron_jackpot.config.base import ConfigError
 from megatron_jackpot.config.schema import METHOD_KEYS, METHOD_LIST_KEYS
@@ -61,16 +63,18 @@ def _read(path: Path) -> Tree:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
-        there = ", ".join(sorted(found.name for found in path.parent.glob("*.yaml"))[:5])
+        there = ", ".join(sorted(found.name for found in path.parent.glob("[!.]*.yaml"))[:5])
         known = (
             f"There {'are' if ',' in there else 'is'} {there}." if there else "Give the path of a YAML file."
         )
         raise FileNotFoundError(f"{path} does not exist. {known}") from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path} is a folder. Give the path of a YAML file in it.") from error
+    except NotADirectoryError as error:
+        raise ConfigError(f"{path} does not exist: a part of the path is a file. Mend it.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not text in UTF-8: {error}. Save it as UTF-8.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has.
         raise ConfigError(
             f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend it there."
         ) from error
@@ -80,6 +84,17 @@ def _read(path: Path) -> Tree:
             f"{'nothing' if tree is None else type(tree).__name__}. See examples/quickstart/run.yaml."
         )
     return tree
+
+
+def as_yaml(value: object) -> str:
+    """A setting's value as it is written in YAML, on one line: null, false, [], {name: tis}."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    elif isinstance(value, Path):
+        value = str(value)
+    elif isinstance(value, tuple | list):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    return yaml.safe_dump(value, default_flow_style=True, width=sys.maxsize).strip().removesuffix("\n...")
 
 
 def spell_out(tree: Tree) -> Tree:
@@ -94,6 +109,8 @@ def spell_out(tree: Tree) -> Tree:
         given = section.get(last)
         if key in METHOD_KEYS and isinstance(given, str):
             section[last] = {"name": given}
+        elif key in METHOD_LIST_KEYS and isinstance(given, str):
+            section[last] = [{"name": given}]
         elif key in METHOD_LIST_KEYS and isinstance(given, list):
             section[last] = [{"name": one} if isinstance(one, str) else one for one in given]
     return tree
@@ -131,7 +148,7 @@ def apply_override(tree: Tree, override: str) -> None:
         section = node
     try:
         section[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(
             f"Override '{override}' has a value that is not YAML: {' '.join(str(error).split())}. "
             f"Quote it: '{key}=\"...\"'."

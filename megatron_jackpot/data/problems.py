@@ -3,7 +3,7 @@
 import codecs
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,11 @@ def reasoning_gym_problems(tasks: dict[str, dict[str, Any]], seed: int, limit: i
         try:
             datasets.append(create_dataset(task, **options, seed=seed, size=limit))
         except (TypeError, ValueError, AssertionError) as error:
-            raise ValueError(f"data.tasks.{task} = {options}: {error}") from error
+            known = [field.name for field in fields(DATASETS[task][1])]
+            stranger = next((option for option in options if option not in known), None)
+            remedy = nearest(stranger, known) if stranger else "Change it."
+            why = f"there is no option '{stranger}'." if stranger else f"{error}."
+            raise ValueError(f"data.tasks.{task} = {options}: {why} {remedy}") from error
     names = list(tasks)
     for i in range(limit):
         which, row = i % len(names), i // len(names)

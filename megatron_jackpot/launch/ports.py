@@ -10,7 +10,12 @@ from megatron_jackpot.servers.address import LAST_PORT, free_port, port_is_free
 
 def server_mistakes(servers: Servers) -> Iterator[str]:
     """What keeps servers from being started here."""
-    if servers.python is not None and not os.access(servers.python, os.X_OK):
+    if servers.python is not None and servers.python.is_dir():
+        yield (
+            f"servers.python = {servers.python} is a folder. Set it to the interpreter in it: "
+            f"{servers.python / 'bin' / 'python'}."
+        )
+    elif servers.python is not None and not os.access(servers.python, os.X_OK):
         yield f"servers.python = {servers.python} is no program. Set it to the interpreter that has SGLang."
     try:
         free_port(servers.host)

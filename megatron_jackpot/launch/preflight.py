@@ -37,8 +37,8 @@ from megatron_jackpot.run.provenance import versions
 
 Command = Literal["launch", "submit", "plan", "train"]
 METHODS_LIMIT_S = 120
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-"""A model as Hugging Face's hub calls it: OWNER/NAME."""
+HUB_NAME = re.compile(r"(?!(?:models|data|runs|checkpoints|examples)/)[\w-][\w.-]*/[\w.-]+")
+"""A model as Hugging Face's hub calls it, OWNER/NAME; what begins with a usual folder is a place here."""
 READ = (".safetensors", ".distcp")
 """Files of weights in HF's and in Megatron's format."""
 FILE_NAME = re.compile(r"/|\.py:")
@@ -118,8 +118,9 @@ def _folders(s: Subject) -> Iterator[str]:
             yield f"{name}.hf = {folder} is a file. Set it to the folder it is in: {folder.parent}."
             continue
         if not (folder / "config.json").is_file():
-            hub = HUB_NAME.fullmatch(str(folder)) and not folder.exists()
-            fetch = f"; `hf download {folder} --local-dir {folder}` makes one" if hub else ""
+            name_there = folder if HUB_NAME.fullmatch(str(folder)) else "OWNER/NAME"
+            fetch = f"; `hf download {name_there} --local-dir {folder}` makes one"
+            fetch = "" if folder.exists() else fetch
             yield f"{name}.hf = {folder} holds no config.json. Set it to a Hugging Face model folder{fetch}."
             continue
         # safetensors' own writer makes files that only their owner may read: not a container's user, for one.

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -99,11 +100,22 @@ def _told_apart(values: Sequence[object]) -> list[str]:
     return ["/".join(one[head:]) for one in parts]
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """The run's configuration as it stands in its folder; {} where it has none. Raises ValueError for a
+    damaged one."""
+    path = folder / CONFIG_FILE
+    try:
+        held = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged: {' '.join(str(error).split())}. Mend it or move it away."
+        ) from error
+    return held if isinstance(held, dict) else {}
+
+
 def _settings(folder: Path) -> dict[str, object]:
-    """Dotted key -> value of the run's configuration, less its places; {} where it has none."""
-    config = folder / CONFIG_FILE
-    found = _flat(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else {}
-    return {key: value for key, value in found.items() if key not in PLACES}
+    """Dotted key -> value of the run's configuration, less its places."""
+    return {key: value for key, value in _flat(config_of(folder)).items() if key not in PLACES}
 
 
 def _flat(tree: Mapping[str, object], above: str = "") -> dict[str, object]:

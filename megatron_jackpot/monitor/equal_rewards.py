@@ -28,9 +28,9 @@ class EqualRewards:
 
     def _text(self, metrics: Mapping[str, float]) -> str:
         data, rollout = self.config.data, self.config.rollout
+        rewards = " and ".join(f"{key} = '{name}'" for key, name in data.reward_names.items())
         causes = [
-            f"data.reward = '{data.reward}' does not find the answer in a response, or the data writes "
-            "answers in another way",
+            f"{rewards} finds no answer in a response, or the data writes answers in another way",
             f"rollout.max_new_tokens = {rollout.max_new_tokens} cuts responses off before their answer ("
             f"{metrics.get('rollout/truncated', 0.0):.0%} were cut off)",
             "the problems are too hard, or too easy, for the model that samples",

@@ -166,6 +166,11 @@ def find_model(folder: Path, model: str | None) -> Path:
         return folder
     step = next(reversed(checkpoints(folder)), folder)
     found = [name for name in MODELS if (step / name / "config.json").is_file()]
+    if not found and (folder / PROVENANCE_FILE).is_file():
+        raise ValueError(
+            f"{folder} is a run that has saved no model yet. With run.save_every it does; the model that it "
+            f"began with is evaluated as its own folder, with --run {folder}."
+        )
     if not found:
         raise ValueError(
             f"{folder} is neither a model (no config.json) nor a run nor one of its checkpoints."

@@ -15,6 +15,7 @@ from megatron_jackpot.algorithm.distill import DISTILL
 from megatron_jackpot.algorithm.objectives import OBJECTIVES
 from megatron_jackpot.algorithm.registry import fields_of
 from megatron_jackpot.algorithm.selectors import SELECTORS
+from megatron_jackpot.config import as_yaml
 
 CHOICES: dict[str, Mapping[str, type]] = {
     "algorithm.correction": CORRECTIONS,
@@ -62,7 +63,7 @@ def _settings(method: type) -> Iterator[tuple[str, str, str]]:
 def _default(item: Field[object]) -> str:
     if item.default is MISSING:
         return "required"
-    return "null" if item.default is None else str(item.default)
+    return as_yaml(item.default)
 
 
 def _docs(method: type) -> dict[str, str]:

@@ -16,6 +16,8 @@ def settings(key: str = "") -> str:
     Raises ValueError for a key that is none.
     """
     rows = [row for row in describe() if not key or f"{row[0]}.".startswith(f"{key}.")]
+    if not rows and (method := next((known for known in METHOD_KEYS if key.startswith(f"{known}.")), None)):
+        raise ValueError(f"'{key}' is a setting of one of its methods: --help {method}")
     if not rows:
         keys = [known for known, _, _ in describe()]
         above = key.rpartition(".")[0]

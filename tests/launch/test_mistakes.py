@@ -64,7 +64,20 @@ def test_a_mistake_is_told_with_field_value_place_and_remedy_and_leaves_nothing(
     [
         (["launch", "run.yaml", "--run.steps=5"], "--run.steps=5. Settings are written so: run.steps=5"),
         (["launch", "run.yaml", "--steps", "5"], "--steps 5. Settings are written so: run.steps=5"),
-        (["plan", "run.yaml", "--gpus", "0"], "0 training processes are no multiple"),
+        (["plan", "run.yaml", "--gpus", "0"], "'0' is no whole number from 1 on"),
+        (["plan", "run.yaml", "--tflops", "0"], "'0' is no number above 0"),
+        (["plan", "run.yaml", "--acceptance", "1.5"], "'1.5' is no number above 0, at most 1"),
+        (["plan", "run.yaml", "--server-tps", "nan"], "'nan' is no number above 0"),
+        (["launch", "run.yaml/run.yaml"], "a part of the path is a file"),
+        (["launch"], "required: CONFIG\n"),
+        (
+            ["launch", "--help", "algorithm.correction.cap"],
+            "one of its methods: --help algorithm.correction",
+        ),
+        (
+            ["report", "runs/none", "--serve", "--out", "x.html"],
+            "--port goes with --serve",
+        ),
         (["report", "runs/none"], "runs/none is no folder. Name the folder of a run"),
     ],
 )

@@ -6,10 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
 from megatron_jackpot.monitor.console import final_rows
-from megatron_jackpot.monitor.differences import groups, labels, names
+from megatron_jackpot.monitor.differences import config_of, groups, labels, names
 from megatron_jackpot.monitor.evaluations import EVALUATIONS_FILE, evaluation_table, read_evaluations
 from megatron_jackpot.monitor.metrics import METRICS_FILE, Row, read_metrics
 from megatron_jackpot.monitor.outputs import PROMPTS_FILE
@@ -18,7 +16,7 @@ from megatron_jackpot.monitor.report.tokens import Decode, token_view
 from megatron_jackpot.monitor.report.utilisation import flops_per_token, peak_flops
 from megatron_jackpot.monitor.token_log import FOLDER as TOKENS
 from megatron_jackpot.monitor.token_log import records
-from megatron_jackpot.run.provenance import CONFIG_FILE, PROVENANCE_FILE, check_run_folder
+from megatron_jackpot.run.provenance import PROVENANCE_FILE, check_run_folder
 
 MOST_RUNS = 30
 Tree = Row
@@ -139,13 +137,6 @@ def decoder_of(config: Tree) -> Decode:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return lambda token: tokenizer.decode([token])
-
-
-def config_of(folder: Path) -> Tree:
-    """The run's configuration as it stands in its folder; {} where it has none."""
-    path = folder / CONFIG_FILE
-    held = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return held if isinstance(held, dict) else {}
 
 
 def _provenance(folder: Path) -> Tree:

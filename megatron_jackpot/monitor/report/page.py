@@ -23,8 +23,13 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     if out is None and len(folders) > 1:
         raise ValueError("The page of several runs belongs to none of them. Name it with --out FILE.")
     out = out or Path(folders[0]) / REPORT
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder. Name a file: --out {out / REPORT}")
     page = render(content(folders))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be made: {error}. Name another place.") from error
     partial = out.with_name(f".{out.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(out)

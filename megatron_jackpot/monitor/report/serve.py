@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,13 +11,17 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
+from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.monitor.report.content import Tree, content, version
 from megatron_jackpot.monitor.report.page import render
+from megatron_jackpot.run.provenance import CONFIG_FILE
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
 ASK_EVERY_S = 3.0
 REQUEST_LIMIT_S = 10
+FIRST_ROW_LIMIT_S = 900
+"""A run whose servers start and whose models load has no row; one that takes longer has another trouble."""
 
 
 class ReportServer:
@@ -105,7 +110,23 @@ def _name(host: str) -> str | None:
 
 
 def serve(folders: Sequence[Path], port: int) -> None:
-    """Say where the page is, and serve it until Ctrl-C. Raises ValueError as `ReportServer`."""
+    """Say where the page is, and serve it until Ctrl-C; of runs that have begun, from their first row on.
+
+    Raises ValueError as `ReportServer`.
+    """
+    with contextlib.suppress(KeyboardInterrupt):
+        _await_rows(folders)
     with ReportServer(folders, port) as report, contextlib.suppress(KeyboardInterrupt):
         print(f"{report.url} (on this machine alone; Ctrl-C ends it)", flush=True)
         report.serve_forever()
+
+
+def _await_rows(folders: Sequence[Path]) -> None:
+    """Until every run that has begun has its first row, at most FIRST_ROW_LIMIT_S."""
+    begun = time.monotonic()
+    for folder in folders:
+        if not (folder / CONFIG_FILE).is_file() or read_metrics(folder):
+            continue
+        print(f"{folder} has begun and has no row yet: waiting for the first", flush=True)
+        while not read_metrics(folder) and time.monotonic() - begun < FIRST_ROW_LIMIT_S:
+            time.sleep(1)
