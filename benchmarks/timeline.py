@@ -4,7 +4,7 @@
 
 Medians over the steps after the first ones. The rates are those of the first run: a step's tokens over its
 rollout's seconds, its learning, its push. So the first row shows that they add up, and the others what the
-timeline is worth. It knows nothing of cores that servers and trainer share.
+timeline is worth. It knows nothing of cores that servers and trainer share. Runs of one data-parallel leader.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_jackpot.config import Config, load_config
-from megatron_jackpot.plan.timeline import Rates, Timeline, Work, simulate
+from megatron_jackpot.plan.timeline import Rates, Timeline, Work, simulate, slots_of
 
 WARM = 2
 """Steps that are not counted, beside those in which the pipeline fills."""
@@ -50,6 +50,7 @@ def predicted(turns: Run, ahead: int) -> Timeline:
         mean_tokens=measured["rollout/response_tokens"],
         spread=0.0,
         longest=float(config.rollout.max_new_tokens),
+        group=config.rollout.samples_per_prompt,
     )
     tps = work.sequences * work.mean_tokens / measured["time/rollout"] / config.servers.num
     rates = Rates(
@@ -58,7 +59,7 @@ def predicted(turns: Run, ahead: int) -> Timeline:
         learn_s=measured["time/step"] - measured["time/rollout"] - measured["time/sync"],
         push_s=measured["time/sync"],
     )
-    slots = config.rollout.concurrency // config.servers.num
+    slots = slots_of(1, config.rollout.concurrency, config.servers.num)
     return simulate(work, rates, servers=config.servers.num, slots=slots, ahead=ahead)
 
 

@@ -66,7 +66,7 @@ class Rollouts(Section):
     """How many of their most probable ids servers return with each token, as candidates. 0: the sampled
     token's log-prob alone; candidates then come from the trainer's scores: docs/corrections.md."""
     concurrency: int = Field(default=256, ge=1)
-    """Requests in flight per data-parallel leader."""
+    """Requests in flight per data-parallel leader; one asks for all samples of a prompt."""
     request_timeout_s: float = Field(default=1800, gt=0)
     """Time limit of one request."""
     retries: int = Field(default=3, ge=0)

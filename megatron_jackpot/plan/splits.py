@@ -10,7 +10,7 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.plan.formulas import Plan, make_plan
 from megatron_jackpot.plan.seconds import Assumptions, total_seconds
 from megatron_jackpot.plan.tables import memory_troubles
-from megatron_jackpot.plan.timeline import Rates, Timeline, Work, simulate
+from megatron_jackpot.plan.timeline import Rates, Timeline, Work, simulate, slots_of
 
 AHEADS = (0, 1, 2, 4)
 PARTS = 16
@@ -45,10 +45,11 @@ def choose(plan: Plan, servers: int, ahead: int, assumed: Assumptions, measured:
     longest = float(rollout.max_new_tokens)
     fewer = max(1, min(servers, -(-plan.sequences // MOST)))
     work = Work(
-        sequences=plan.sequences // fewer,
+        sequences=max(1, rollout.prompts_per_step // fewer) * rollout.samples_per_prompt,
         mean_tokens=plan.mean_tokens * longest / plan.longest,
         spread=measured.spread,
         longest=longest,
+        group=rollout.samples_per_prompt,
     )
     rates = Rates(
         stream_tps=measured.stream_tps,
@@ -56,7 +57,7 @@ def choose(plan: Plan, servers: int, ahead: int, assumed: Assumptions, measured:
         learn_s=total_seconds(plan, assumed),
         push_s=measured.push_s,
     )
-    slots = max(1, plan.dp * rollout.concurrency // servers)
+    slots = slots_of(plan.dp, rollout.concurrency, servers)
     found = simulate(work, rates, servers=max(1, servers // fewer), slots=slots, ahead=ahead)
     return Choice(plan.gpus, servers, ahead, found)
 

@@ -1,7 +1,9 @@
 """When servers and trainer of a run work and wait: a simulation by events, from rates that somebody measured.
 
 What it knows of a run is rollout/pipeline.py's order: step t's requests begin when step t - ahead does; the
-trainer takes step t when all of them have ended, learns, and pushes; servers stand still during a push.
+trainer takes step t when all of them have ended, learns, and pushes; servers stand still during a push. And
+servers/client.py's: a request is a group, goes to one server, and holds its slot until its last response has
+ended.
 """
 
 import heapq
@@ -9,7 +11,7 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,18 @@ class Work:
     """Standard deviation of the length's logarithm: at 0 all are alike, at 1 a twentieth is above 3 means."""
     longest: float
     """Where responses are cut."""
+    group: int = 1
+    """Responses of a request: the samples of a prompt."""
 
     def lengths(self, step: int) -> list[float]:
         """Of the step's responses: exp of a normal with this mean and spread."""
         rng, middle = random.Random(f"timeline/{step}"), math.log(self.mean_tokens) - self.spread**2 / 2
         return [min(self.longest, rng.lognormvariate(middle, self.spread)) for _ in range(self.sequences)]
+
+    def groups(self, step: int) -> list[list[float]]:
+        """Lengths of the responses of each of the step's requests."""
+        lengths = self.lengths(step)
+        return [lengths[first : first + self.group] for first in range(0, len(lengths), self.group)]
 
 
 @dataclass(frozen=True)
@@ -67,14 +76,29 @@ class Timeline:
 
 
 @dataclass
-class _Request:
+class _Group:
     step: int
+    lengths: list[float]
+    left: int = field(init=False)
+    """Of its responses, those that have not ended."""
+
+    def __post_init__(self) -> None:
+        self.left = len(self.lengths)
+
+
+@dataclass
+class _Response:
+    group: _Group
     tokens: float
     mark: float = 0.0
     """The server's count when the age was last summed."""
     age: float = 0.0
     """Sum over its tokens."""
     oldest: int = 0
+
+    @property
+    def step(self) -> int:
+        return self.group.step
 
 
 class _Server:
@@ -84,20 +108,22 @@ class _Server:
         self.rates, self.slots = rates, slots
         self.now = self.said = self.idle_s = 0.0
         self.version = 0
-        self.running: list[tuple[float, int, _Request]] = []
-        self.waiting: deque[_Request] = deque()
+        self.running: list[tuple[float, int, _Response]] = []
+        self.begun = 0
+        """Groups that hold a slot."""
+        self.waiting: deque[_Group] = deque()
         self.left: Counter[int] = Counter()
-        """Requests of each step that have not ended."""
-        self.ended: list[_Request] = []
+        """Groups of each step that have not ended."""
+        self.ended: list[_Response] = []
         self.number = 0
 
     @property
     def load(self) -> int:
-        return len(self.running) + len(self.waiting)
+        return self.begun + len(self.waiting)
 
-    def ask(self, request: _Request) -> None:
-        self.left[request.step] += 1
-        self.waiting.append(request)
+    def ask(self, group: _Group) -> None:
+        self.left[group.step] += 1
+        self.waiting.append(group)
         self._admit()
 
     def advance(self, to: float) -> None:
@@ -111,15 +137,15 @@ class _Server:
         self.now = to
 
     def finish(self, step: int) -> float:
-        """Go on until the step's last request here has ended; when that is, or was."""
+        """Go on until the step's last group here has ended; when that is, or was."""
         while self.left[step]:
             self._end_one()
         return self.now
 
     def push(self, seconds: float) -> None:
         """Newer weights, and nothing said meanwhile."""
-        for _, _, request in self.running:
-            self._age(request)
+        for _, _, response in self.running:
+            self._age(response)
         self.version += 1
         if not self.running:
             self.idle_s += seconds
@@ -130,26 +156,36 @@ class _Server:
 
     def _end_one(self) -> None:
         self.now, self.said = self._next_end(), self.running[0][0]
-        request = heapq.heappop(self.running)[2]
-        self._age(request)
-        self.left[request.step] -= 1
-        self.ended.append(request)
-        self._admit()
+        response = heapq.heappop(self.running)[2]
+        self._age(response)
+        self.ended.append(response)
+        response.group.left -= 1
+        if not response.group.left:
+            self.left[response.step] -= 1
+            self.begun -= 1
+            self._admit()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.slots:
-            request = self.waiting.popleft()
-            request.mark, request.oldest = self.said, request.step - 1 - self.version
-            self.number += 1
-            heapq.heappush(self.running, (self.said + request.tokens, self.number, request))
+        while self.waiting and self.begun < self.slots:
+            self.begun += 1
+            group = self.waiting.popleft()
+            for tokens in group.lengths:
+                response = _Response(group, tokens, mark=self.said, oldest=group.step - 1 - self.version)
+                self.number += 1
+                heapq.heappush(self.running, (self.said + tokens, self.number, response))
 
-    def _age(self, request: _Request) -> None:
-        request.age += (self.said - request.mark) * (request.step - 1 - self.version)
-        request.mark = self.said
+    def _age(self, response: _Response) -> None:
+        response.age += (self.said - response.mark) * (response.step - 1 - self.version)
+        response.mark = self.said
+
+
+def slots_of(leaders: int, concurrency: int, servers: int) -> int:
+    """Groups that a server runs at once: of each leader's `concurrency`, which all servers share."""
+    return max(1, leaders * concurrency // servers)
 
 
 def simulate(work: Work, rates: Rates, *, servers: int, slots: int, ahead: int, steps: int = 8) -> Timeline:
-    """`steps` of a run after the 3 (ahead + 1) in which it settles; `slots` requests run on a server at once.
+    """`steps` of a run after the 3 (ahead + 1) in which it settles; `slots` groups run on a server at once.
 
     Raises ValueError for no server and no slot.
     """
@@ -164,7 +200,7 @@ def simulate(work: Work, rates: Rates, *, servers: int, slots: int, ahead: int, 
             idle_before = sum(server.idle_s for server in pool)
         while started < step + ahead:
             started += 1
-            _ask(pool, [_Request(started, length) for length in work.lengths(started)])
+            _ask(pool, [_Group(started, lengths) for lengths in work.groups(started)])
         ready = max(now, *(server.finish(step) if server.left[step] else now for server in pool))
         waited += ready - now
         for server in pool:
@@ -182,11 +218,11 @@ def simulate(work: Work, rates: Rates, *, servers: int, slots: int, ahead: int, 
     )
 
 
-def _ask(pool: Sequence[_Server], requests: Sequence[_Request]) -> None:
+def _ask(pool: Sequence[_Server], groups: Sequence[_Group]) -> None:
     """Each of the server that has the fewest."""
     loads = [(server.load, index) for index, server in enumerate(pool)]
     heapq.heapify(loads)
-    for request in requests:
+    for group in groups:
         load, index = loads[0]
-        pool[index].ask(request)
+        pool[index].ask(group)
         heapq.heapreplace(loads, (load + 1, index))

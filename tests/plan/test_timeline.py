@@ -8,6 +8,7 @@ import yaml
 
 from megatron_jackpot.cli import main
 from megatron_jackpot.config import parse_config
+from megatron_jackpot.plan.formulas import make_plan
 from megatron_jackpot.plan.seconds import Assumptions, total_seconds
 from megatron_jackpot.plan.splits import Measured, choose, splits
 from megatron_jackpot.plan.timeline import Rates, Work, simulate
@@ -15,6 +16,7 @@ from tests.tiny import hf_config
 
 EVEN = Work(sequences=64, mean_tokens=1000.0, spread=0.0, longest=4000.0)
 TAIL = Work(sequences=64, mean_tokens=1000.0, spread=1.0, longest=8000.0)
+GROUPS = Work(sequences=64, mean_tokens=1000.0, spread=1.0, longest=8000.0, group=8)
 RATES = Rates(stream_tps=50.0, server_tps=400.0, learn_s=30.0, push_s=2.0)
 ROLLOUT_S = 1000.0 / (400.0 / 16)
 """16 equal responses on each of 4 servers, which share 400 tokens a second."""
@@ -57,6 +59,27 @@ def test_a_full_server_says_its_rate_whatever_the_lengths_are() -> None:
     found = simulate(TAIL, rates, servers=1, slots=1000, ahead=4, steps=40)
     said = sum(sum(TAIL.lengths(step)) for step in range(1, 201)) / 200
     assert found.step_s == pytest.approx(said / 400, rel=0.05)
+
+
+def test_a_group_holds_its_slot_until_its_longest_response_has_ended() -> None:
+    rates = Rates(stream_tps=50.0, server_tps=8 * 50.0, learn_s=1.0, push_s=0.0)
+    found = simulate(GROUPS, rates, servers=1, slots=1, ahead=0, steps=8)
+    groups = [group for step in range(4, 12) for group in GROUPS.groups(step)]
+    assert [len(group) for group in groups] == [8] * 64
+    assert found.step_s == pytest.approx(sum(max(group) for group in groups) / 50 / 8 + 1)
+
+
+def test_a_server_runs_as_many_groups_at_once_as_the_leaders_have_requests_for_it(tmp_path) -> None:
+    assumed = Assumptions(mean_tokens=4000.0)
+    measured = Measured(server_tps=4000.0, stream_tps=100.0, push_s=5.0, spread=0.0)
+    tree = large_pair(tmp_path)
+    tree["rollout"] |= dict(prompts_per_step=16, samples_per_prompt=8, concurrency=2)
+    plan = make_plan(parse_config(tree), 8, 4000.0)
+    assert plan.dp == 2
+    step_s = choose(plan, 2, 0, assumed, measured).timeline.step_s
+    # Two leaders' four requests over two servers: 16 responses on each, none slower than alone, 4 times.
+    alone_s = 4000.0 * 8192 / plan.longest / 100
+    assert step_s == pytest.approx(4 * alone_s + total_seconds(plan, assumed) + 5)
 
 
 def test_lengths_have_their_mean_and_their_spread() -> None:
