@@ -1,6 +1,7 @@
 """The study: arms x learning rates x seeds x mismatches of a plan, resumable, and tables of what is there.
 
     python benchmarks/study.py prepare FOLDER [SEED ...]             problems and warmed models: minutes
+                                       [--task sorting]              those of another family than sums
     python benchmarks/study.py run PLAN.yaml FOLDER --dry-run        what it would take, what it could resolve
     python benchmarks/study.py run PLAN.yaml FOLDER [--limit-s 840]  goes on where an earlier call ended
     python benchmarks/study.py report PLAN.yaml FOLDER [--into docs/evidence.md]    tables and pictures
@@ -20,11 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.study_parts.compare import compare  # noqa: E402
 from benchmarks.study_parts.estimate import estimate  # noqa: E402
+from benchmarks.study_parts.families import FAMILIES  # noqa: E402
 from benchmarks.study_parts.picture import draw  # noqa: E402
 from benchmarks.study_parts.plan import Plan, read_plan, run_folder  # noqa: E402
 from benchmarks.study_parts.report import put_into, write_report  # noqa: E402
 from benchmarks.study_parts.revalidate import revalidate  # noqa: E402
 from benchmarks.study_parts.runner import DONE, FIRST_STEPS, Stale, perform  # noqa: E402
+from benchmarks.study_parts.task import FIRST  # noqa: E402
 from benchmarks.study_parts.warmup import warm_up  # noqa: E402
 from megatron_jackpot.config import Parallel  # noqa: E402
 from megatron_jackpot.models.mesh import init_mesh  # noqa: E402
@@ -61,6 +64,7 @@ def main() -> None:
     prepare = commands.add_parser("prepare")
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("seeds", type=int, nargs="*", default=[0, 1, 2])
+    prepare.add_argument("--task", choices=FAMILIES, default=FIRST)
     for name in ("run", "report", "revalidate", "compare"):
         command = commands.add_parser(name)
         command.add_argument("plan", type=Path)
@@ -83,7 +87,7 @@ def main() -> None:
     if given.command == "prepare":
         mesh = init_mesh(Parallel(threads=1), 0)
         for seed in given.seeds:
-            warm_up(folder, seed, mesh)
+            warm_up(folder, given.task, seed, mesh)
         return
     plan = read_plan(given.plan)
     if given.command == "report":

@@ -42,7 +42,7 @@ def draw(plan: Plan, folder: Path) -> list[Path]:
                 continue
             colour = _band(left, steps, values, arm, f"{arm}, lr {rate:g}")
             right.step(steps, stats.survival(values.tolist()), where="post", color=colour)
-        left.set(xlabel="step", ylabel="share of held-out sums right", title=f"mismatch {block.mismatch}")
+        left.set(xlabel="step", ylabel="share of held-out items right", title=f"mismatch {block.mismatch}")
         right.set(xlabel="step", ylabel="share of runs not collapsed", ylim=(0, 1.05))
         left.legend(fontsize=8)
         paths.append(_save(figure, place / f"{block.mismatch}.png"))
@@ -74,7 +74,7 @@ def _draw_costs(plan: Plan, found: list[Block], path: Path) -> Path:
                 _band(panel, np.array(steps) * price(arm, concurrency), values, arm, arm)
         seeds = f"{len(block.seeds)} seeds"
         panels[0].set(
-            ylabel="share of held-out sums right", title=f"{block.mismatch}, {seeds}", xlabel="step"
+            ylabel="share of held-out items right", title=f"{block.mismatch}, {seeds}", xlabel="step"
         )
         for panel, concurrency in zip(panels[1:], PRICED, strict=True):
             panel.set(title=f"priced as {PAIR}, {concurrency} at once", xlabel="cost, in steps of on-policy")

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from benchmarks.study_parts import task
+from benchmarks.study_parts.families import FAMILIES
 from megatron_jackpot.config import Config, parse_config
 from megatron_jackpot.config.yaml_tree import Tree, apply_override, read_tree
 
@@ -23,7 +24,7 @@ WATCHED = (
     *("megatron_jackpot/algorithm", "megatron_jackpot/train/losses.py", "megatron_jackpot/train/scoring.py"),
     *(f"benchmarks/study_parts/{name}.py" for name in ("decoder", "sampler", "task", "testbed")),
 )
-"""Code that results depend on: another meaning of it makes them stale."""
+"""Code that results depend on, beside their family's: another meaning of it makes them stale."""
 FIELDS = {
     *(
         "stage",
@@ -39,7 +40,7 @@ FIELDS = {
     ),
     *("reference", "contrasts", "assumed_sd", "decision", "budget_h"),
 }
-MAY = {"samples", "problems"}
+MAY = {"samples", "problems", "task"}
 """Fields that a plan need not have."""
 
 
@@ -93,6 +94,8 @@ class Plan:
     """Rollouts at which a run ends, where it has not done `steps` before."""
     problems: int | None = None
     """To train on, the first ones; None for all."""
+    task: str = task.FIRST
+    """A key of FAMILIES."""
 
     @property
     def runs(self) -> list[Run]:
@@ -109,7 +112,8 @@ class Plan:
     def config(self, run: Run, folder: Path) -> Config:
         """The settings of a run whose models and problems lie in `folder`. Raises ConfigError."""
         tree = read_tree(BASE)
-        place, lr = folder / "models" / f"warmup-{run.warmup}", run.lr
+        home, lr = task.home(folder, self.task), run.lr
+        place = home / "models" / f"warmup-{run.warmup}"
         overrides = [
             f"run.folder={run_folder(folder, run)}",
             f"run.seed={run.seed}",
@@ -119,8 +123,8 @@ class Plan:
             f"policy.optimizer.lr={lr!r}",
             f"actor.hf={place / run.mismatch}",
             f"actor.optimizer.lr={lr * self.actor_lr_factor!r}",
-            f"data.path={task.training_file(folder / 'data', self.problems)}",
-            f"data.heldout_path={folder / 'data' / task.HELDOUT}",
+            f"data.path={task.training_file(home / 'data', self.problems)}",
+            f"data.heldout_path={home / 'data' / task.HELDOUT}",
             *(f"{key}={json.dumps(value)}" for key, value in self.arms[run.arm].items()),
         ]
         for override in overrides:
@@ -137,6 +141,8 @@ def read_plan(path: Path) -> Plan:
     plan = Plan(**{**tree, **lists, "contrasts": tuple(tuple(pair) for pair in tree["contrasts"])})
     for arm in {plan.reference, *itertools.chain(*plan.contrasts)} - plan.arms.keys():
         raise ValueError(f"{path}: contrasts or reference name {arm!r}, no arm of {list(plan.arms)}.")
+    if plan.task not in FAMILIES:
+        raise ValueError(f"{path}: task = {plan.task!r} is none of {sorted(FAMILIES)}.")
     if plan.steps % plan.every:
         raise ValueError(f"{path}: steps = {plan.steps} must be a multiple of every = {plan.every}.")
     return plan
@@ -146,11 +152,15 @@ def run_folder(folder: Path, run: Run) -> Path:
     return folder / f"stage_{run.stage}" / run.name
 
 
-def fingerprint(root: Path = ROOT) -> str:
-    """Hash of what WATCHED means: comments, docstrings and layout do not count, names do."""
+def watched(family: str) -> tuple[str, ...]:
+    return (*WATCHED, f"benchmarks/study_parts/tasks/{family}.py")
+
+
+def fingerprint(family: str, root: Path = ROOT) -> str:
+    """Hash of what the watched files mean: comments, docstrings and layout do not count, names do."""
     digest = hashlib.sha256()
-    for watched in WATCHED:
-        place = root / watched
+    for name in watched(family):
+        place = root / name
         for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             digest.update(
                 f"{path.relative_to(root)}\n{_meaning(path.read_text(encoding='utf-8'))}\n".encode()

@@ -55,7 +55,7 @@ def origin(plan: Plan, run: Run, folder: Path) -> dict[str, Any]:
     return {
         "commit": commit,
         "dirty": dirty,
-        "code": fingerprint(),
+        "code": fingerprint(plan.task),
         "settings": _short(
             json.dumps(settings, sort_keys=True, default=str).replace(str(folder), "").encode()
         ),

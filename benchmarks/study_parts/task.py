@@ -1,18 +1,20 @@
-"""The study's problems: three sums or differences of two digits each; the reward is the share that is right,
-or whether all are.
+"""The study's problems, whatever their family: three items each, answered in five characters each; the reward
+is the share that is right, or whether all are.
 
-    47+38,92-19,64+29=   ->   00085,00073,00093
+    47+38,92-19,64+29=   ->   00085,00073,00093        (tasks/sums.py)
 
-The warm-up imitates a careless pupil, as examples/quickstart/corpus.py does: where a sum carries or a
-difference borrows, a share of its answers works digit by digit (47+38 = 75, 92-19 = 87). The policy is large
-enough to learn the carry from rewards; the actors are too small to follow it all the way. Answers are as wide
-as the items, so that what a digit depends on lies equally far away in each: small models learn that soon.
+The warm-up imitates a careless pupil, as examples/quickstart/corpus.py does: a share of its answers takes a
+short cut that is right for half of the items and wrong, always in the same way, for the others. What it
+leaves out the policy is large enough to learn from rewards; the actors are too small to follow all the way.
+Answers are as wide in every item, so that what a character depends on lies equally far away in each: small
+models learn that soon.
 """
 
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +23,56 @@ RESPONSE_TOKENS = ITEMS * (WIDTH + 1)
 """With the end of the text."""
 TRAINING, HELDOUT, DEVELOPMENT = "train.jsonl", "heldout.jsonl", "development.jsonl"
 SIZES = {TRAINING: 6000, HELDOUT: 1024, DEVELOPMENT: 256}
-
-Item = tuple[int, str, int]
-
-
-def question(items: list[Item]) -> str:
-    return ",".join(f"{left}{sign}{right}" for left, sign, right in items) + "="
+FIRST = "sums"
+"""The family whose data and models lie in the study's folder itself; another's lie below its name."""
 
 
-def right(item: Item) -> int:
-    left, sign, other = item
-    return left + other if sign == "+" else left - other
+@dataclass(frozen=True)
+class Family:
+    """What is asked. An item is the text that stands in the question."""
+
+    symbols: str
+    """A guess is one of these."""
+    draw: Callable[[random.Random], str]
+    right: Callable[[str], str]
+    """The item's answer, WIDTH characters without a comma."""
+    careless: Callable[[str], str]
+    """The pupil's, which is the right one for about half of the items."""
+
+    def problems(self, seed: str) -> Iterator[list[str]]:
+        """Endless, ITEMS items each."""
+        rng = random.Random(seed)
+        while True:
+            yield [self.draw(rng) for _ in range(ITEMS)]
+
+    def answer(self, items: list[str], chance: random.Random | None = None, carelessness: float = 0.0) -> str:
+        """The right one, or with `chance` that of a pupil who is careless in a share of the items."""
+        return ",".join(
+            self.careless(item) if chance is not None and chance.random() < carelessness else self.right(item)
+            for item in items
+        )
+
+    def write_problems(self, folder: Path) -> None:
+        """The three files, without a question in two of them."""
+        seen: set[str] = set()
+        for name, size in SIZES.items():
+            rows: list[str] = []
+            for items in self.problems(f"study/{name}"):
+                if len(rows) == size:
+                    break
+                if question(items) not in seen:
+                    seen.add(question(items))
+                    rows.append(json.dumps({"prompt": question(items), "answer": self.answer(items)}))
+            (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def careless(item: Item) -> int:
-    """Digit by digit, without carrying or borrowing."""
-    left, sign, other = item
-    tens, units = (left // 10, other // 10), (left % 10, other % 10)
-    if sign == "+":
-        return sum(tens) * 10 + sum(units) % 10
-    return (tens[0] - tens[1]) * 10 + abs(units[0] - units[1])
+def question(items: list[str]) -> str:
+    return ",".join(items) + "="
 
 
-def answer(items: list[Item], chance: random.Random | None = None, carelessness: float = 0.0) -> str:
-    """The right one, or with `chance` that of a pupil who is careless in a share of the items."""
-    values = [
-        careless(item) if chance is not None and chance.random() < carelessness else right(item)
-        for item in items
-    ]
-    return ",".join(f"{value:0{WIDTH}}" for value in values)
-
-
-def problems(seed: str) -> Iterator[list[Item]]:
-    """Endless; half sums, half differences that are not negative."""
-    rng = random.Random(seed)
-    while True:
-        items = []
-        for _ in range(ITEMS):
-            left, other, sign = rng.randint(10, 99), rng.randint(10, 99), rng.choice("+-")
-            items.append((max(left, other), sign, min(left, other)) if sign == "-" else (left, sign, other))
-        yield items
-
-
-def write_problems(folder: Path) -> None:
-    """The three files, without a question in two of them."""
-    seen: set[str] = set()
-    for name, size in SIZES.items():
-        rows: list[str] = []
-        for items in problems(f"study/{name}"):
-            if len(rows) == size:
-                break
-            if question(items) not in seen:
-                seen.add(question(items))
-                rows.append(json.dumps({"prompt": question(items), "answer": answer(items)}))
-        (folder / name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+def home(folder: Path, family: str) -> Path:
+    """Where in the study's folder a family's data/ and models/ lie."""
+    return folder if family == FIRST else folder / family
 
 
 def training_file(folder: Path, size: int | None) -> Path:

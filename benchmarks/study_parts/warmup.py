@@ -1,7 +1,7 @@
-"""Makes the study's problems and warmed models: a policy and an actor of each mismatch a warm-up seed.
+"""Makes a family's problems and warmed models: a policy and an actor of each mismatch a warm-up seed.
 examples/quickstart trains and writes them.
 
-FOLDER/data/*.jsonl; FOLDER/models/warmup-0/{policy,near,far}/ with policy.json, near.json, far.json beside.
+In task.home: data/*.jsonl; models/warmup-0/{policy,near,far}/ with policy.json, near.json, far.json beside.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ import yaml
 
 from benchmarks.study_parts import task
 from benchmarks.study_parts.decoder import Decoder, greedy
+from benchmarks.study_parts.families import FAMILIES
+from benchmarks.study_parts.task import Family
 from megatron_jackpot.config import Optimizer, Parallel, Precision
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models.engine import MegatronModel
@@ -49,40 +51,42 @@ def read_settings() -> dict[str, Any]:
     return yaml.safe_load((PLANS / "warmup.yaml").read_text(encoding="utf-8"))
 
 
-def warm_up(folder: Path, seed: int, mesh: Mesh) -> None:
-    """Make FOLDER/models/warmup-SEED and, where they are missing, the problems. Minutes of one core."""
-    data = folder / "data"
+def warm_up(folder: Path, family: str, seed: int, mesh: Mesh) -> None:
+    """Make the family's models/warmup-SEED and, where they are missing, its problems. Minutes of one core."""
+    home = task.home(folder, family)
+    data = home / "data"
     if not (data / task.DEVELOPMENT).is_file():
         data.mkdir(parents=True, exist_ok=True)
-        task.write_problems(data)
+        FAMILIES[family].write_problems(data)
     settings = read_settings()
     for name in settings["models"]:
-        place = folder / "models" / f"warmup-{seed}" / name
-        if (place.parent / f"{name}.json").is_file():
+        told = home / "models" / f"warmup-{seed}" / f"{name}.json"
+        if told.is_file():
             continue
-        made = _warm_up_one(name, settings, data, seed, mesh, place)
-        (place.parent / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        made = _warm_up_one(name, settings, family, seed, mesh, home)
+        told.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
         print(f"warm-up {seed}, {name}: {made}", flush=True)
 
 
 def _warm_up_one(
-    name: str, settings: dict[str, Any], data: Path, seed: int, mesh: Mesh, place: Path
+    name: str, settings: dict[str, Any], family: str, seed: int, mesh: Mesh, home: Path
 ) -> dict[str, Any]:
     _, prepare, train, tokenizer = quickstart()
+    data, place = home / "data", home / "models" / f"warmup-{seed}" / name
     knobs = settings["models"][name]
     lr, steps = knobs["lr"], knobs["steps"]
     shape = settings["models"][knobs["from"]]["hf"] if "from" in knobs else knobs["hf"]
     hf_config = prepare.hf_config(shape, tokenizer)
     torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest()))
-    family = family_of(hf_config)
+    shaped = family_of(hf_config)
     model = MegatronModel.load(
         name,
-        family,
+        shaped,
         place.parent / knobs["from"] if "from" in knobs else None,
         mesh=mesh,
         parallel=Parallel(),
         precision=Precision(dtype="float32", fused_linear=False),
-        padded_vocab=family.vocab_size,
+        padded_vocab=shaped.vocab_size,
     )
     model.add_optimizer(
         Optimizer(lr=lr, min_lr=lr / 10, warmup_steps=50, decay="cosine", weight_decay=0.01), steps
@@ -90,7 +94,8 @@ def _warm_up_one(
     packer = Packer(mesh, tokens=settings["packing_tokens"], enabled=True, num_minibatches=1, vpp=None)
     forbidden = task.read_questions(data, task.HELDOUT, task.DEVELOPMENT)
     guesses = knobs.get("guesses", 0.0)
-    corpus = examples(tokenizer, settings["carelessness"], f"{seed}/{name}", forbidden, guesses)
+    carelessness = settings["carelessness"][family]
+    corpus = examples(FAMILIES[family], tokenizer, carelessness, f"{seed}/{name}", forbidden, guesses)
     decoder, last, started = Decoder(hf_config), None, time.perf_counter()
 
     def on_step(progress: Any) -> bool:
@@ -118,26 +123,31 @@ def _warm_up_one(
 
 
 def examples(
-    tokenizer: Any, carelessness: float, seed: str, forbidden: frozenset[str], guesses: float = 0.0
+    family: Family,
+    tokenizer: Any,
+    carelessness: float,
+    seed: str,
+    forbidden: frozenset[str],
+    guesses: float = 0.0,
 ) -> Iterator[Rollout]:
-    """Endless careless answers; none to a question in `forbidden`. Of tens and units a share `guesses` is
-    any digit."""
+    """Endless careless answers; none to a question in `forbidden`. Of the last two characters of an item's
+    answer (tens and units of a sum) a share `guesses` is any symbol."""
     example, *_ = quickstart()
     chance, luck = random.Random(f"{seed}/careless"), random.Random(f"{seed}/guesses")
-    for items in task.problems(f"warm-up/{seed}"):
+    for items in family.problems(f"warm-up/{seed}"):
         question = task.question(items)
         if question not in forbidden:
-            text = _guessed(task.answer(items, chance, carelessness), luck, guesses)
+            text = _guessed(family.answer(items, chance, carelessness), family.symbols, luck, guesses)
             yield example(
                 tokenizer.encode(f"{question}\n"), [*tokenizer.encode(text), tokenizer.eos_token_id]
             )
 
 
-def _guessed(text: str, luck: random.Random, guesses: float) -> str:
+def _guessed(text: str, symbols: str, luck: random.Random, guesses: float) -> str:
     answers = [list(answer) for answer in text.split(",")]
-    for digits, place in itertools.product(answers, (-2, -1)):
+    for characters, place in itertools.product(answers, (-2, -1)):
         if luck.random() < guesses:
-            digits[place] = luck.choice("0123456789")
+            characters[place] = luck.choice(symbols)
     return ",".join(map("".join, answers))
 
 

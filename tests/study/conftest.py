@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study_parts import task
+from benchmarks.study_parts.families import FAMILIES
 from megatron_jackpot.config import Parallel
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from tests.tiny import ACTOR, POLICY, write_model, write_tokenizer
@@ -30,12 +31,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, models: Path) -> Path:
-    """A study's folder after its preparation."""
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "warmup-0").symlink_to(models)
-    (tmp_path / "data").mkdir()
-    for name, size in ((task.TRAINING, 40), (task.HELDOUT, 24)):
-        drawn = itertools.islice(task.problems(name), size)
-        rows = [json.dumps({"prompt": task.question(i), "answer": task.answer(i)}) for i in drawn]
-        (tmp_path / "data" / name).write_text("\n".join(rows) + "\n")
+    """A study's folder after the preparation of every family."""
+    for name, family in FAMILIES.items():
+        home = task.home(tmp_path, name)
+        (home / "models").mkdir(parents=True)
+        (home / "models" / "warmup-0").symlink_to(models)
+        (home / "data").mkdir()
+        for file, size in ((task.TRAINING, 40), (task.HELDOUT, 24)):
+            drawn = itertools.islice(family.problems(file), size)
+            rows = [json.dumps({"prompt": task.question(i), "answer": family.answer(i)}) for i in drawn]
+            (home / "data" / file).write_text("\n".join(rows) + "\n")
     return tmp_path

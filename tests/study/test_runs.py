@@ -8,13 +8,16 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.study_parts import revalidate as revalidation
-from benchmarks.study_parts.plan import BASE, ROOT, WATCHED, Plan, fingerprint, read_plan, run_folder
+from benchmarks.study_parts import task
+from benchmarks.study_parts.families import FAMILIES
+from benchmarks.study_parts.plan import BASE, ROOT, Plan, fingerprint, read_plan, run_folder, watched
 from benchmarks.study_parts.report import blocks, finished, put_into, write_report
 from benchmarks.study_parts.revalidate import revalidate
 from benchmarks.study_parts.runner import LINES, ORIGIN, Stale, perform
 
 SAMPLING = sorted((ROOT / "benchmarks" / "plans").glob("aero*.yaml"))
-PLANS = [*sorted((ROOT / "benchmarks" / "plans").glob("stage_*.yaml")), *SAMPLING]
+SECOND = ROOT / "benchmarks" / "plans" / "second.yaml"
+PLANS = [*sorted((ROOT / "benchmarks" / "plans").glob("stage_*.yaml")), *SAMPLING, SECOND]
 LATER = math.inf
 
 
@@ -101,34 +104,46 @@ def test_arms_end_at_the_same_number_of_rollouts_whatever_a_step_takes(plan, fol
 
 
 def test_code_counts_by_what_it_does_not_by_what_it_says(tmp_path) -> None:
-    for watched in WATCHED:
-        source, to = ROOT / watched, tmp_path / watched
+    for name in {name for family in FAMILIES for name in watched(family)}:
+        source, to = ROOT / name, tmp_path / name
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, to) if source.is_dir() else shutil.copyfile(source, to)
     (tmp_path / BASE.relative_to(ROOT)).parent.mkdir(parents=True)
     shutil.copyfile(BASE, tmp_path / BASE.relative_to(ROOT))
-    assert fingerprint(tmp_path) == fingerprint()
+    assert fingerprint("sums", tmp_path) == fingerprint("sums")
     losses = tmp_path / "megatron_jackpot" / "train" / "losses.py"
     losses.write_text("# Another comment.\n" + losses.read_text())
-    assert fingerprint(tmp_path) == fingerprint()
+    assert fingerprint("sums", tmp_path) == fingerprint("sums")
     obrs = tmp_path / "megatron_jackpot" / "algorithm" / "obrs.py"
     obrs.write_text(obrs.read_text().replace("LOG_RATIO_LIMIT = 20", "LOG_RATIO_LIMIT = 21"))
-    assert fingerprint(tmp_path) != fingerprint()
+    assert fingerprint("sums", tmp_path) != fingerprint("sums")
+
+
+def test_a_familys_file_makes_the_runs_of_that_family_alone_stale(tmp_path) -> None:
+    shutil.copytree(ROOT / "benchmarks" / "study_parts", tmp_path / "benchmarks" / "study_parts")
+    shutil.copytree(ROOT / "benchmarks" / "plans", tmp_path / "benchmarks" / "plans")
+    (tmp_path / "megatron_jackpot").symlink_to(ROOT / "megatron_jackpot")
+    sorting = tmp_path / "benchmarks" / "study_parts" / "tasks" / "sorting.py"
+    sorting.write_text(sorting.read_text().replace('EMPTY = "-"', 'EMPTY = "."'))
+    assert fingerprint("sums", tmp_path) == fingerprint("sums")
+    assert fingerprint("sorting", tmp_path) != fingerprint("sorting")
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_arm_of_a_committed_plan_is_a_configuration(path, folder) -> None:
     plan = read_plan(path)
     for warmup in range(plan.warmups):
-        place = folder / "models" / f"warmup-{warmup}"
+        models = task.home(folder, plan.task) / "models"
         if warmup:
-            place.symlink_to(folder / "models" / "warmup-0")
+            (models / f"warmup-{warmup}").symlink_to(models / "warmup-0")
     first = [run for run in plan.runs if (run.lr, run.seed) == (plan.lrs[0], plan.seeds[0])]
     for run in first:
         config = plan.config(run, folder)
         alone = path in SAMPLING or run.arm == "on_policy"
         assert (config.actor is None) == (config.rollout.model == "policy") == alone
         assert config.evaluation.size >= 1000 and config.run.steps == plan.steps
+        place = folder if plan.task == "sums" else folder / plan.task
+        assert config.policy.hf.parents[2] == config.data.path.parents[1] == place
 
 
 def test_a_plan_with_an_unknown_arm_or_key_is_refused(tmp_path) -> None:
@@ -136,6 +151,7 @@ def test_a_plan_with_an_unknown_arm_or_key_is_refused(tmp_path) -> None:
     for old, new, what in (
         ("reference: on_policy", "reference: nobody", "nobody"),
         ("every: ", "evry: ", "evry"),
+        ("stage: a", "stage: a\ntask: chess", "'chess' is none of"),
     ):
         path = tmp_path / "plan.yaml"
         path.write_text(text.replace(old, new))
@@ -149,7 +165,7 @@ def test_runs_whose_first_steps_repeat_are_stamped_anew_and_others_stay_stale(
     for run in plan.runs:
         assert perform(plan, run, folder, mesh, LATER)
     made = json.loads((run_folder(folder, plan.runs[1]) / ORIGIN).read_text())
-    monkeypatch.setattr("benchmarks.study_parts.runner.fingerprint", lambda: "written otherwise")
+    monkeypatch.setattr("benchmarks.study_parts.runner.fingerprint", lambda family: "written otherwise")
     with monkeypatch.context() as other:
         other.setattr("benchmarks.study_parts.sampler.STREAM", 1 << 61)
         assert revalidate(plan, folder, mesh, 2) >= 1
