@@ -48,7 +48,9 @@ class Server:
     in_flight: int = 0
     rests_until: float = 0.0
     suspect: bool = False
-    """It failed: before it is asked again it must say that it holds the weights that were pushed last."""
+    """Before it is asked again it must say that it holds the weights that were pushed last."""
+    failed: bool = False
+    """And show that it samples."""
 
 
 class SGLangClient:
@@ -88,7 +90,10 @@ class SGLangClient:
         self.prefix_cache = prefix_cache
         """Whether servers keep the keys and values of prompts."""
         self.backoff_s = backoff_s
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = {aside: asyncio.Semaphore(concurrency) for aside in (False, True)}
+        """Of rollouts, and of answers, which the main thread waits for."""
+        self._told = False
+        """Whether `use` was called."""
         self._open = asyncio.Event()
         self._open.set()
         self._quiet = asyncio.Event()
@@ -118,8 +123,15 @@ class SGLangClient:
         await self._quiet.wait()
 
     async def use(self, version: int) -> None:
-        """Servers hold these weights now: begin requests again."""
-        self.version = version
+        """Servers hold these weights now: begin requests again.
+
+        On a first call, and where the run went back, a server that was left out of the push may hold weights
+        of a higher number, from before: each says its version once before it is asked for anything.
+        """
+        if not self._told or version < self.version:
+            for server in self.servers:
+                server.suspect = True
+        self.version, self._told = version, True
         self._open.set()
 
     async def generate_group(
@@ -163,12 +175,15 @@ class SGLangClient:
         n: int = 1,
         temperature: float = 0.0,
     ) -> list[np.ndarray]:
-        """n answers [R] int32 without log-probs, for evaluation; at temperature 0 the most probable one."""
+        """n answers [R] int32 without log-probs, for evaluation; at temperature 0 the most probable one.
+        They do not queue behind the rollouts of steps ahead."""
         self._check(prompt_tokens, max_new_tokens, stop_token_ids)
         body = self._body(
             prompt_tokens, n, stop_token_ids, temperature=temperature, max_new_tokens=max_new_tokens
         )
-        return await self._ask(body, n, lambda content, _: self._parse_answers(content, n, max_new_tokens))
+        return await self._ask(
+            body, n, lambda content, _: self._parse_answers(content, n, max_new_tokens), aside=True
+        )
 
     def _body(
         self, prompt: Sequence[int], n: int, stop_token_ids: Sequence[int], **params: float
@@ -212,28 +227,32 @@ class SGLangClient:
         weight: int,
         parse: Callable[[bytes, int], T],
         retried: Callable[[], None] = lambda: None,
+        aside: bool = False,
     ) -> T:
         """`parse` gets the reply and the version it was asked of. Holds a slot from the first try on."""
         tried: set[str] = set()
         failure: ServerError | StaleWeights | None = None
-        async with self._slots:
+        async with self._slots[aside]:
             for attempt in range(self.retries + 1):
                 if attempt:
                     retried()
                     await asyncio.sleep(min(self.backoff_s * 2 ** (attempt - 1), 10.0))
                 await self._open.wait()
                 server = self._pick(tried)
-                tried.add(server.url)
                 try:
-                    if server.suspect:
+                    while server.suspect:
                         await self._readmit(server)
-                        await self._open.wait()  # A push may have begun meanwhile.
+                        await self._open.wait()
+                        # Many may have waited for this one, and none was counted as its load.
+                        server = self._pick(tried)
                     return await self._count_post(server, weight, body, parse)
                 except RequestRejected:
                     raise
                 except (ServerError, StaleWeights) as error:
                     failure = error
-                    server.suspect, server.rests_until = True, time.monotonic() + REST_S
+                    tried.add(server.url)
+                    server.suspect = server.failed = True
+                    server.rests_until = time.monotonic() + REST_S
         kind = StaleWeights if isinstance(failure, StaleWeights) else ServerError
         raise kind(f"/generate failed {self.retries + 1} times, last: {failure}") from failure
 
@@ -251,16 +270,22 @@ class SGLangClient:
                 self._quiet.set()
 
     async def _readmit(self, server: Server) -> None:
-        """A server that was started anew holds the first weights until the next sync, and must not sample."""
+        """A server that was started anew holds the first weights until the next sync, and must not sample.
+
+        Where a push begins meanwhile it stays suspect, to be asked again.
+        """
         admin = ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S)
         (version,) = await admin.versions()
+        if not self._open.is_set():
+            return
         if version != self.version:
             raise StaleWeights(
                 f"{server.url} holds weight version {version}, not version {self.version}, the last one "
                 "pushed."
             )
-        await admin.samples(timeout_s=HEALTH_LIMIT_S)
-        server.suspect = False
+        if server.failed:
+            await admin.samples(timeout_s=HEALTH_LIMIT_S)
+        server.suspect = server.failed = False
 
     def _pick(self, tried: set[str]) -> Server:
         """Untried before tried, rested before failed, then the least loaded."""

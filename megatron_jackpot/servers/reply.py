@@ -23,7 +23,7 @@ def parse_group(body: bytes, n: int, sampling: Sampling, *, vocab_size: int) -> 
 def parse_samples(body: bytes, n: int) -> list[JsonObject]:
     """JSON body -> n sample objects."""
     try:
-        # Training shares the interpreter, and waits for as long as this takes: a third of json's time.
+        # A third of json's time.
         reply = from_json(body)
     except ValueError as error:
         raise BadReply(

@@ -35,7 +35,7 @@ class StepResult:
     metrics: dict[str, float]
     """On the main rank; empty elsewhere."""
     account: dict[str, Any] | None
-    """What became of the step's prompts (rollout/pipeline.py: account), on DP leaders."""
+    """What became of the step's prompts (rollout/collected.py: account), on DP leaders."""
     wrong: list[Wrong]
     """A few rollouts that missed their answer, on DP leaders."""
 

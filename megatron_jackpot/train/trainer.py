@@ -333,8 +333,7 @@ class Trainer:
             )
 
     def make_room(self) -> None:
-        """After the rollout, where servers share the trainer's GPUs: their memory goes, optimizer state
-        comes."""
+        """After the rollout: servers that lend the trainer memory do so, and optimizer state comes."""
         if self.config.servers.release_memory:
             limit_s = self.config.rollout.request_timeout_s * 2
             self.mesh.wait_for_leaders(f"rollout-{self.state.num_steps}-{self.num_pushes}", limit_s)
@@ -346,11 +345,14 @@ class Trainer:
 
     @contextmanager
     def room_to_save(self) -> Iterator[None]:
-        """After a step: as `make_room` within, and a push ends it where it changed anything."""
+        """After a step: as `make_room` within. Servers that lent their memory get their weights again."""
         self.make_room()
         yield
-        if self.config.servers.release_memory or self.config.parallel.offload_optimizer:
+        if self.config.servers.release_memory:
             self.push()
+        elif self.config.parallel.offload_optimizer:
+            for model in self.state.models.values():
+                model.offload()
 
     def push(self, *, mend: bool = False) -> dict[str, float]:
         """The served model's weights to the servers, stamped with the number of finished steps; with the

@@ -75,7 +75,8 @@ async def until(there: Callable[[], bool]) -> None:
 
 
 def test_none_begins_while_it_is_held_and_one_that_is_cancelled_has_left_its_server() -> None:
-    with FakeServer(generate=[ok(group(), after_s=0.3), ok(group(version="4"), after_s=30)]) as server:
+    replies, info = [ok(group(), after_s=0.3), ok(group(version="4"), after_s=30)], {"weight_version": "4"}
+    with FakeServer(generate=replies, model_info=[ok(info)]) as server:
 
         async def asked(client: Any) -> list[Any]:
             first = asyncio.ensure_future(client.generate_group([1, 2], 2, SAMPLING))
@@ -85,7 +86,7 @@ def test_none_begins_while_it_is_held_and_one_that_is_cancelled_has_left_its_ser
             await client.quiet()
             seen = [len((await first)[0].tokens), len(server.requests)]
             await client.use(4)
-            await until(lambda: len(server.requests) == 2)
+            await until(lambda: len(server.asked("generate")) == 2)
             second.cancel()
             await asyncio.gather(second, return_exceptions=True)
             # It counts as in flight until its connection is closed.
