@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_jackpot.config import Servers
-from megatron_jackpot.servers import api_key
+from megatron_jackpot.servers import api_key, model_files
 from megatron_jackpot.servers.address import free_port, port_is_free, url_of
 from megatron_jackpot.servers.environment import child_environment, own_environment
 from megatron_jackpot.servers.gpus import Device, Placement
@@ -243,6 +243,9 @@ def start_servers(
                 servers, model, port=port, dtype=dtype, device=placement.device, flags=flags
             )
             environment = server_environment(placement.device, folder, url, tp=tp, gpus=seen)
+            if placement.device == "cpu" and not (servers.extra_args or servers.python):
+                # Both may bring another architecture, or another SGLang.
+                environment.setdefault(model_files.VARIABLE, model_files.other_models(model))
             log_path = folder / f"server-{i}.log"
             server = ServerProcess(
                 command, host=servers.host, port=port, log_path=log_path, environment=environment
