@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from megatron_jackpot.monitor.metrics import Row
 from megatron_jackpot.run.provenance import CONFIG_FILE
 
 SEED = "run.seed"
@@ -100,7 +100,7 @@ def _told_apart(values: Sequence[object]) -> list[str]:
     return ["/".join(one[head:]) for one in parts]
 
 
-def config_of(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> Row:
     """The run's configuration as it stands in its folder; {} where it has none. Raises ValueError for a
     damaged one."""
     path = folder / CONFIG_FILE
