@@ -23,7 +23,7 @@ for word in "$@"; do
   esac
 done
 if (( ${#stages[@]} == 0 )); then
-  # The longest first, so that at the end nothing waits for it alone; tests/stages.py puts two before them.
+  # The longest first, so that at the end nothing waits for it alone.
   stages=(parallel e2e faults launch models kernels unit fuzz types rewards study)
   for path in tests/*/; do
     name=$(basename "$path")

@@ -68,7 +68,6 @@ class Stages:
         return any_began
 
     def _start(self, stage: str) -> Running:
-        fresh = stage in FRESH or not self._can_fork()
         log, screen = self.logs / f"{stage}.log", None
         if len(self.jobs) == 1:
             print(f"== tests/{stage}", flush=True)
@@ -78,6 +77,7 @@ class Stages:
         else:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         begun = time.time()
+        fresh = stage in FRESH or not self._can_fork()
         pid = os.fork()
         if pid == 0:
             _become(stage, self.options, out, fresh=fresh)
