@@ -38,6 +38,33 @@ begin=$(date +%s)
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
+run_stage() {  # STAGE: its output into STAGE.log, "STATUS SECONDS" into STAGE.end; neither where no time is left
+  local stage=$1 log="$logs/$1.log" start status left
+  start=$(date +%s)
+  left=$((begin + limit - start))
+  if (( left <= 0 )); then return; fi
+  # SIGINT at the limit, so that pytest still ends the processes its tests started.
+  local command=(timeout --foreground --signal=INT --kill-after=60 "$left" python -m pytest "tests/$stage" $full)
+  if (( jobs > 1 )); then
+    "${command[@]}" >"$log" 2>&1
+    status=$?
+    { flock 9; echo "== tests/$stage"; cat "$log"; } 9>"$logs/lock"  # One stage's output after another's.
+  else
+    echo "== tests/$stage"
+    "${command[@]}" 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]}
+  fi
+  echo "$status $(($(date +%s) - start))" >"$logs/$stage.end"
+}
+work() {  # STAGE...: those of them that no other has begun
+  local stage
+  for stage in "$@"; do
+    if mkdir "$logs/$stage.begun" 2>/dev/null; then run_stage "$stage"; fi
+  done
+}
+export -f run_stage work
+export logs begin limit jobs full
+
 # Those with several processes at a time come one after another, beside those that have one or wait: two of
 # them at once would be four ranks and more on two cores.
 chosen=() several=() single=()
@@ -46,7 +73,9 @@ for stage in "${stages[@]}"; do
   chosen+=("$stage")
   case $stage in parallel | e2e | faults) several+=("$stage") ;; *) single+=("$stage") ;; esac
 done
-python -m tests.stages "$logs" "$jobs" "$((begin + limit))" "${several[*]}" "${single[*]}" $full
+for (( job = 0; job < jobs; job++ )); do
+  if (( job == 0 )); then echo "${several[*]} ${single[*]}"; else echo "${single[*]} ${several[*]}"; fi
+done | xargs -P "$jobs" -I '{}' bash -c 'work {}' || true
 
 count() {  # STAGE WORD: the number before it in pytest's closing line
   grep -aE '^=+ .* in [0-9.]+s' "$logs/$1.log" | tail -n 1 | grep -oE "[0-9]+ $2" | grep -oE '[0-9]+' || echo 0

@@ -7,8 +7,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
 from typing import Any
 
@@ -57,35 +55,6 @@ def start_ranks(fn: Callable[..., Any], world: int, timeout_s: float, folder: st
         join=False,
         start_method="forkserver",
     )
-
-
-def fork_server() -> None:
-    """The server that ranks are forked from, a fork of this process, which has imported what it needs
-    and done nothing else. Otherwise the first `run_ranks` starts an interpreter that imports it again."""
-    start = util.spawnv_passfds
-
-    def fork(path: bytes, args: list[str], passed: list[int]) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        try:
-            for fd in map(int, os.listdir("/proc/self/fd")):
-                # The other end of what tells the server that nobody needs it any more is among them.
-                if fd > 2 and fd not in passed:
-                    with suppress(OSError):
-                        os.close(fd)
-            exec(args[-1])
-        finally:
-            os._exit(1)
-
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    # By a new interpreter, as ever.
-    resource_tracker.ensure_running()
-    util.spawnv_passfds = fork
-    try:
-        forkserver.ensure_running()
-    finally:
-        util.spawnv_passfds = start
 
 
 def _wait(context: Any, folder: Path, deadline: float, timeout_s: float, name: str) -> None:
