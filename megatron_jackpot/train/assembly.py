@@ -52,10 +52,12 @@ class Assembly:
 
     def close(self) -> None:
         """End reward workers, HTTP sessions and the weight group."""
-        if self.trainer.source is not None:
-            self.trainer.source.close()
-        if self.trainer.sync is not None:
-            self.trainer.sync.close()
+        try:
+            if self.trainer.source is not None:
+                self.trainer.source.close()
+        finally:
+            if self.trainer.sync is not None:
+                self.trainer.sync.close()
 
 
 def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda: None) -> Assembly:
