@@ -1,7 +1,8 @@
 """Rewards in worker processes: every item has a time limit, and nothing a response does can hang the trainer.
 
 Workers are plain subprocesses behind a socket pair rather than multiprocessing's, which would import the
-trainer's main module (torch, Megatron) into each of them. The pool serves any event loop, also another one later.
+trainer's main module (torch, Megatron) into each of them. The pool serves any event loop, also another one
+later.
 """
 
 import asyncio
