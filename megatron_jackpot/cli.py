@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from megatron_jackpot.arguments import REPORT_PORT, parse
 from megatron_jackpot.config import Config, ConfigError, examine_config, placed
+from megatron_jackpot.launch.arguments import REPORT_PORT, parse
 from megatron_jackpot.launch.folder import REFUSED
 from megatron_jackpot.monitor.messages import let_go_of_output
 from megatron_jackpot.run.interrupt import ending_when_asked, forget_stop
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     began = time.monotonic()
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = parse(sys.argv[1:] if argv is None else argv, _settings)
         return _run(args, began)
     except KeyboardInterrupt:
         print("megatron-jackpot: interrupted; nothing was started", file=sys.stderr)
@@ -41,6 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     finally:
         let_go_of_output()
+
+
+def _settings(key: str) -> str:
+    from megatron_jackpot.train.settings_help import settings
+
+    return settings(key)
 
 
 def _run(args: argparse.Namespace, began: float) -> int:

@@ -7,6 +7,7 @@ from megatron_jackpot import cli
 from megatron_jackpot.config import Config, describe, load_config, parse_config
 from megatron_jackpot.config.load import RENAMED
 from megatron_jackpot.config.yaml_tree import apply_override, read_tree
+from megatron_jackpot.launch.arguments import parse
 
 
 def tree(**sections: dict) -> dict:
@@ -252,13 +253,13 @@ def test_a_missing_file_ends_with_code_2(tmp_path, capsys):
 
 
 def test_overrides_may_stand_on_both_sides_of_an_option():
-    args = cli.parse(["launch", "run.yaml", "a=1", "--nproc", "2", "b=2"])
+    args = parse(["launch", "run.yaml", "a=1", "--nproc", "2", "b=2"], str)
     assert (args.overrides, args.nproc) == (["a=1", "b=2"], 2)
 
 
 def test_words_that_are_neither_option_nor_override_are_refused(capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.parse(["launch", "run.yaml", "--nprocs", "2"])
+        parse(["launch", "run.yaml", "--nprocs", "2"], str)
     assert ended.value.code == 2
     assert "--nprocs" in capsys.readouterr().err
 

@@ -24,10 +24,9 @@ ERRORS = {"models": 43, "parallel": 18, "sync": 7}
 """Folder or module -> errors that it may have; none where it is absent. A number may fall, never rise."""
 ANY = {
     "algorithm": 7,
-    "arguments.py": 1,
     "config": 15,
     "data": 19,
-    "launch": 14,
+    "launch": 15,
     "models": 53,
     "monitor": 1,
     "parallel": 6,
@@ -70,7 +69,7 @@ def test_the_checker_finds_nothing_in_a_typed_package_and_no_more_than_before_el
 
 def test_the_packages_that_train_and_start_a_run_have_no_errors_to_spare() -> None:
     trains = {"algorithm", "train", "rollout", "servers", "monitor", "run"}
-    assert not (trains | {"config", "launch", "plan", "arguments.py", "cli.py"}) & {*ERRORS}
+    assert not (trains | {"config", "launch", "plan", "cli.py"}) & {*ERRORS}
 
 
 def sources() -> list[tuple[str, str]]:

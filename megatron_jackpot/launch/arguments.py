@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from megatron_jackpot import __version__
 
 REPORT_PORT = 8300
+Settings = Callable[[str], str]
+"""A dotted key, or "" for all of them -> what to print. Raises ValueError for one that is none."""
 
 
 def _positive(text: str, most: float = math.inf) -> float:
@@ -75,13 +78,13 @@ HELP = "everything, or what one key or section takes: --help rollout, --help alg
 class _Help(argparse.Action):
     """--help, or --help KEY."""
 
+    settings: Settings
+
     def __call__(
         self, parser: argparse.ArgumentParser, args: object, key: object, option: str | None = None
     ) -> None:
-        from megatron_jackpot.train.settings_help import settings
-
         try:
-            text = settings("" if key is None else str(key))
+            text = self.settings("" if key is None else str(key))
         except ValueError as error:
             parser.error(str(error))
         if key is None:
@@ -90,7 +93,9 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str], settings: Settings) -> argparse.Namespace:
+    """`settings` says what --help says of a key, or of all. Ends the process for words that cannot be."""
+    helps = type("_HelpOfSettings", (_Help,), {"settings": staticmethod(settings)})
     parser = argparse.ArgumentParser(prog="megatron-jackpot", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -113,7 +118,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
         command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
         command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=OVERRIDE)
-        command.add_argument("-h", "--help", nargs="?", action=_Help, metavar="KEY", help=HELP)
+        command.add_argument("-h", "--help", nargs="?", action=helps, metavar="KEY", help=HELP)
         for option, arguments in OPTIONS.get(name, {}).items():
             command.add_argument(option, **arguments)
     command = commands.add_parser(
