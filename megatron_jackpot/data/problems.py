@@ -13,6 +13,8 @@ from megatron_jackpot.data.tables import Row, files_behind, is_table, table_rows
 
 ASKING = ("user", "tool", "system", "developer", "function", "ipython")
 """Roles of a message that the assistant may answer. Its own has other names, too: model, gpt, Assistant."""
+RESERVED = {"seed", "size"}
+"""Options of a reasoning-gym task that data.seed and data.size set."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,14 @@ def reasoning_gym_problems(tasks: dict[str, dict[str, Any]], seed: int, limit: i
             raise ValueError(
                 f"data.tasks: reasoning_gym has no task '{task}'. {nearest(task, list(DATASETS))}"
             )
-        if reserved := {"seed", "size"} & options.keys():
+        if reserved := RESERVED & options.keys():
             raise ValueError(
                 f"data.tasks.{task}: '{reserved.pop()}' is set by data.seed and data.size. Remove it."
             )
         try:
             datasets.append(create_dataset(task, **options, seed=seed, size=limit))
         except (TypeError, ValueError, AssertionError) as error:
-            known = [field.name for field in fields(DATASETS[task][1])]
+            known = [field.name for field in fields(DATASETS[task][1]) if field.name not in RESERVED]
             stranger = next((option for option in options if option not in known), None)
             remedy = nearest(stranger, known) if stranger else "Change it."
             why = f"there is no option '{stranger}'." if stranger else f"{error}."

@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "--slurm": dict(action="store_true", help="render a job from the cluster section and submit it"),
         "--dry-run": dict(action="store_true", help="with --slurm: print the job, submit nothing"),
         "--chain": dict(
-            type=_count,
+            type=int,
             default=1,
             metavar="N",
             help="with --slurm: N jobs, each after the end of the one before",
