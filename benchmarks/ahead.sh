@@ -8,17 +8,9 @@
 # written to FOLDER/table.md, the picture to FOLDER/ahead.png. Three to four minutes a run on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ $# -ge 1 ]] || { echo "usage: bash benchmarks/ahead.sh FOLDER [SEED ...] [key=value ...]" >&2; exit 2; }
-out=$1
-shift
-seeds=() overrides=()
-for word in "$@"; do
-  if [[ $word == *=* ]]; then overrides+=("$word"); else seeds+=("$word"); fi
-done
-(( ${#seeds[@]} )) || seeds=(0 1 2)
-source tools/env.sh
+seeds=(0 1 2)
+source benchmarks/seeds.sh "$@"
 
-models=$(python examples/quickstart/shipped.py)
 for seed in "${seeds[@]}"; do
   for correction in jackpot tis none; do
     for ahead in 0 4; do

@@ -17,8 +17,6 @@ HEAD = (
     *("acceptance", "staleness, mean and largest", "end - in turn, by seed", "mean"),
 )
 
-Curve = tuple[list[int], list[float]]
-
 
 def rows_of(folder: Path, arm: str, ahead: int, seeds: list[int]) -> list[list[dict[str, Any]]]:
     return [read_metrics(folder / f"{arm}-{ahead}-seed{seed}") for seed in seeds]

@@ -10,17 +10,9 @@
 # the picture to FOLDER/quickstart.png, of the runs that are named. Five minutes a run on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[[ $# -ge 1 ]] || { echo "usage: bash benchmarks/quickstart.sh FOLDER [SEED[:RANKSxTHREADS] ...] [key=value ...]" >&2; exit 2; }
-out=$1
-shift
-seeds=() overrides=()
-for word in "$@"; do
-  if [[ $word == *=* ]]; then overrides+=("$word"); else seeds+=("$word"); fi
-done
-(( ${#seeds[@]} )) || seeds=(0 1 2 3 4 0:1x2 1:1x2)
-source tools/env.sh
+seeds=(0 1 2 3 4 0:1x2 1:1x2)
+source benchmarks/seeds.sh "$@"
 
-models=$(python examples/quickstart/shipped.py)
 runs=()
 for run in "${seeds[@]}"; do
   seed=${run%%:*} layout=2x1

@@ -96,7 +96,9 @@ class _Help(argparse.Action):
 def parse(argv: list[str], settings: Settings) -> argparse.Namespace:
     """`settings` says what --help says of a key, or of all. Ends the process for words that cannot be."""
     helps = type("_HelpOfSettings", (_Help,), {"settings": staticmethod(settings)})
-    parser = argparse.ArgumentParser(prog="megatron-jackpot", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="megatron-jackpot", description="A policy learns from another model's rollouts."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     about = {
