@@ -47,8 +47,8 @@ def make_scores(
     policy: logp [M, T], server_ids_logp [M, T, K], topk_logp and topk_ids [M, T, K], and entropy [M, T]
     where it was read. served, of the model
     that servers hold: topk_logp [M, T, K] at the policy's part of the candidates, logp [M, T] of an actor,
-    exact_overlap [M, T] where it was asked for. `versions` are those of its weights that were scored, each
-    token by the one that produced it.
+    exact_overlap [M, T] where it was asked for. `versions` are those of its weights whose scores tell q, each
+    token by the one that produced it: all that were scored, or none where servers compute with other numbers.
     """
     target_MTC = torch.cat([policy["server_ids_logp"], policy["topk_logp"]], dim=-1)
     server_MTC = _server_logp(batch, served["topk_logp"], versions)

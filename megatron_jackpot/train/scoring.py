@@ -50,12 +50,16 @@ class Scorer:
         keep_head: bool = False,
         ring: WeightRing | None = None,
         reference: Reference | None = None,
+        servers_alike: bool = True,
     ) -> None:
-        """`ring` has the weights that older tokens were sampled with, where q is taken from scores."""
+        """`ring` has the weights that older tokens were sampled with, where q is taken from scores.
+        `servers_alike`: servers sample with the numbers that the same weights are scored with; where they
+        do not, no score stands in for q."""
         self.policy = policy
         self.ring = ring
         self.actor = actor
         self.reference = reference
+        self.servers_alike = servers_alike
         self.top_k = top_k
         self.temperature = temperature
         self.keep_head = keep_head
@@ -88,7 +92,7 @@ class Scorer:
     ) -> Scores | None:
         """What policy and actor say."""
         versions = self._versions(batch, served_version, exact_lam)
-        made = partial(make_scores, versions=versions, step=step)
+        made = partial(make_scores, versions=versions if self.servers_alike else (), step=step)
         if self.actor is None and len(versions) == 1:
             return self._score_one(batch, exact_lam, versions, made)
         kept: dict[int, FrozenHead] = {}

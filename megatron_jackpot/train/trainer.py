@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_jackpot.algorithm.diagnostics import diagnostics, mean_over
 from megatron_jackpot.config import Config
+from megatron_jackpot.config.agreement import other_numbers
 from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.models.build import DTYPES
 from megatron_jackpot.models.engine import Loss
@@ -71,12 +72,8 @@ class Trainer:
     ) -> None:
         mesh = state.mesh
         self.config, self.state, self.mesh = config, state, mesh
-        self.policy, self.actor, self.methods, self.guard = (
-            state.policy,
-            state.actor,
-            state.methods,
-            state.guard,
-        )
+        self.policy, self.actor = state.policy, state.actor
+        self.methods, self.guard = state.methods, state.guard
         self.source, self.sync, self.stop = source, sync, stop
         age = config.rollout.max_staleness
         asked = config.rollout.top_k_logp == 0 or state.methods.exact_lam is not None
@@ -104,6 +101,7 @@ class Trainer:
             keep_head=state.methods.keeps_logits,
             reference=state.reference,
             ring=self.ring,
+            servers_alike=not other_numbers(config),
         )
         self.packer = Packer(
             mesh,

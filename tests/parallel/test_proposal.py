@@ -46,6 +46,18 @@ def _scored(folder: str, one_model: bool) -> dict[str, object]:
     return dict(own=own, told=told, other=other, logp_MTV=logp_MTV)
 
 
+def _with_servers(folder: str, dtype: str | None, one_model: bool) -> Scores:
+    """Of rollouts with the servers' top-k, by weights that produced them, where servers have this dtype."""
+    config = make_config(Layout(one_model=one_model), Path(folder))
+    servers = config.servers.model_copy(update={"dtype": dtype})
+    trainer = load_trainer(config.model_copy(update={"servers": servers}))
+    batch = trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K)
+    version = int(batch.weight_version_MT[batch.mask_MT].unique().item())
+    scores = trainer.scorer(batch, step=0, served_version=version)
+    destroy_mesh()
+    return scores
+
+
 def _logp(model, batch) -> torch.Tensor:
     """[M, T, V] of one rank."""
     logits_MTV = model.score(batch, lambda logits, m: {"all": logits[:]})["all"]
@@ -132,7 +144,12 @@ CASES = AGED | {ON_TWO: Layout(top_k=0, dp=2, overlap=True)}
 def _all(rank: int, world: int, folder: str) -> dict[object, object]:
     found = {one_model: _scored(folder, one_model) for one_model in (False, True)}
     aged = {name: _aged(folder, replace(layout, correction=EXACT)) for name, layout in AGED.items()}
-    return found | aged | {"trained": _trained(folder)}
+    servers = {
+        (dtype, one_model): _with_servers(folder, dtype, one_model)
+        for dtype in (None, "bfloat16")
+        for one_model in (False, True)
+    }
+    return found | aged | {"trained": _trained(folder), "servers": servers}
 
 
 def _aged_on_two(rank: int, world: int, folder: str) -> dict[str, object]:
@@ -168,6 +185,21 @@ def test_the_served_models_top_k_takes_the_place_of_the_servers(scored: dict, on
 def test_of_tokens_of_other_weights_no_candidate_is_known(scored: dict, one_model: bool) -> None:
     other = scored[one_model]["other"]
     assert (other.candidate_server_logp_MTK == -math.inf).all()
+
+
+@pytest.mark.parametrize("one_model", [False, True], ids=["joint", "one model"])
+def test_of_servers_with_other_numbers_no_score_tells_q(scored: dict, one_model: bool) -> None:
+    """What they returned stays; of ids that only the policy lists nothing is known."""
+    alike, other = (scored["servers"][dtype, one_model] for dtype in (None, "bfloat16"))
+    told, listed = (alike.candidate_server_logp_MTK, alike.candidate_ids_MTK[..., TOP_K:] >= 0)
+    only_MTK = listed & alike.batch.mask_MT[..., None]
+    assert only_MTK.any() and told[..., TOP_K:][only_MTK].isfinite().all()
+    assert (other.candidate_server_logp_MTK[..., TOP_K:] == -math.inf).all()
+    assert torch.equal(other.candidate_server_logp_MTK[..., :TOP_K], told[..., :TOP_K])
+    for item in fields(Scores):
+        one, two = (getattr(scores, item.name) for scores in (alike, other))
+        if isinstance(one, torch.Tensor) and item.name != "candidate_server_logp_MTK":
+            assert torch.equal(one, two), item.name
 
 
 @pytest.fixture(scope="module")
