@@ -26,7 +26,7 @@ METRICS = {
     "rollout/unknown_tokens": "share of tokens masked from the first id on that one model has no row for",
     "rollout/failed_groups": "share of groups lost to failed requests",
     "rollout/equal_rewards": "share of groups whose rewards are all equal, so that they teach nothing",
-    "rollout/tokens_per_s": "response tokens per second of rollout",
+    "rollout/tokens_per_s": "response tokens per second in which servers are asked for any",
     "train/tokens": "prompt and response tokens trained on",
     "jackpot/acceptance": "share of tokens accepted by the draw",
     "jackpot/acceptance_expected": "mean acceptance probability",

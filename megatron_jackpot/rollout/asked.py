@@ -50,7 +50,6 @@ class Asked:
     """What of another leader is not there yet."""
     work: "futures.Future[Unfinished | None] | None" = None
     sums: Sums = field(default_factory=dict)
-    seconds: float = 0.0
 
     @property
     def batch(self) -> Batch:

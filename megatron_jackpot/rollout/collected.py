@@ -38,8 +38,6 @@ class Collected:
     """All that were sampled."""
     sums: Sums
     """Of all requests, repeated ones included; and how long trainer and servers had nothing to do."""
-    seconds: float
-    """Spent asking the servers."""
     epoch: int
     trained: list[int]
     """Ids of the loader's prompts that came back with a group."""

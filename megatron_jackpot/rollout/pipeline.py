@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent import futures
-from dataclasses import dataclass
 from itertools import count
 from typing import Literal, Protocol
 
@@ -41,7 +40,7 @@ from megatron_jackpot.rollout.collect import (
 from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.rollout.finished_groups import Groups
 from megatron_jackpot.rollout.loop_thread import LoopThread
-from megatron_jackpot.rollout.stopwatch import Stopwatch
+from megatron_jackpot.rollout.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +127,7 @@ class Pipeline:
         self._attempt = 0
         """Counts, alike on every rank, what makes words of leaders to each other void."""
         self._interrupted: str | None = None
-        self._asking = Stopwatch()
-        self._since = _Mark(time.perf_counter(), 0.0)
+        self._pace = Pace()
 
     def start(self, step: int, loader: PromptLoader | None) -> None:
         """Begin to ask for the groups of `step`, on a leader; nothing where that was begun before."""
@@ -240,12 +238,15 @@ class Pipeline:
 
     async def _collect(self, source: Source, batch: Asked) -> Unfinished | None:
         """Fill `finished` with a batch's missing groups, in the source's thread; why some are not there."""
-        unfinished, started, losses = None, time.perf_counter(), Losses(0)
+        unfinished, losses = None, Losses(0)
 
         def keep(group: list[Rollout]) -> None:
-            self.finished[batch.key(group[0].prompt)] = group
+            key = batch.key(group[0].prompt)
+            # Of a prompt that gets rounds, an earlier one's are there.
+            self._pace.came(group, self.finished.get(key, []))
+            self.finished[key] = group
 
-        with self._asking:
+        with self._pace.asking:
             try:
                 for number in count():
                     asked = await batch.ask_for(number, self.finished, lambda: self._interrupted)
@@ -262,7 +263,6 @@ class Pipeline:
             except Unfinished as error:
                 unfinished = error
                 batch.add(error.metrics)
-        batch.seconds += time.perf_counter() - started
         return unfinished
 
     def _wait(self, batch: Asked) -> tuple[int, BaseException | None]:
@@ -334,18 +334,13 @@ class Pipeline:
             committed = batch.committed()
             trained = [group for group in sampled if group[0].prompt.id in committed]
         self._observe(batch, batch.observed(found))
-        now = _Mark(time.perf_counter(), self._asking.seconds())
-        period, waited = now.time - self._since.time, now.time - started
-        idle = period - (now.asked - self._since.asked)
-        self._since = now
         batch.add({"rollout/stale_groups": (0, len(batch.prompts))})
         batch.add(batch.measured(sampled, trained))
-        batch.add({"idle/trainer": (waited, period), "idle/servers": (max(idle, 0.0), period)})
+        batch.add(self._pace.taken(started, self.mesh.dp))
         return Collected(
             groups=trained,
             sampled=sampled,
             sums=batch.sums,
-            seconds=batch.seconds,
             epoch=batch.epoch,
             trained=[prompt.id for prompt in batch.prompts if found[prompt.id]],
             lost=[prompt.id for prompt in batch.prompts if not found[prompt.id]],
@@ -375,14 +370,6 @@ def ending(batch: Asked) -> tuple[int, BaseException | None]:
     if unfinished is None:
         return COMPLETE, None
     return STOPPED if isinstance(unfinished, Interrupted) else LOST, unfinished
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """When a step was taken, and for how long servers had been asked by then."""
-
-    time: float
-    asked: float
 
 
 def _raise_everywhere(outcome: int, error: BaseException | None) -> None:

@@ -76,6 +76,7 @@ class SGLangClient:
         retries: int = 3,
         version: int = 0,
         prefix_cache: bool = True,
+        through_pushes: bool = False,
         backoff_s: float = 0.5,
     ) -> None:
         if not urls:
@@ -89,6 +90,8 @@ class SGLangClient:
         """Of the weights that were pushed last."""
         self.prefix_cache = prefix_cache
         """Whether servers keep the keys and values of prompts."""
+        self.through_pushes = through_pushes
+        """Whether a push may fall within a response, whose reply then says which weights made which token."""
         self.backoff_s = backoff_s
         self._slots = {aside: asyncio.Semaphore(concurrency) for aside in (False, True)}
         """Of rollouts, and of answers, which the main thread waits for."""
@@ -325,7 +328,7 @@ class SGLangClient:
         await asyncio.gather(*(end(rid) for rid in rids))
 
     def _parse_group(self, content: bytes, n: int, sampling: Sampling, version: int) -> list[Completion]:
-        group = reply.parse_group(content, n, sampling, vocab_size=self.vocab_size)
+        group = reply.parse_group(content, n, sampling, vocab_size=self.vocab_size, spans=self.through_pushes)
         oldest = min((int(c.weight_version.min()) for c in group if len(c.tokens)), default=version)
         if oldest < version:
             raise StaleWeights(

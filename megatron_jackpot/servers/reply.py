@@ -15,9 +15,15 @@ LARGEST_LOGP = 1e-3
 """Rounding may lift a log-prob of certainty above 0; more than this is no log-prob."""
 
 
-def parse_group(body: bytes, n: int, sampling: Sampling, *, vocab_size: int) -> list[Completion]:
-    """The n completions of one reply. Raises BadReply."""
-    return [parse_completion(sample, sampling, vocab_size=vocab_size) for sample in parse_samples(body, n)]
+def parse_group(
+    body: bytes, n: int, sampling: Sampling, *, vocab_size: int, spans: bool = False
+) -> list[Completion]:
+    """The n completions of one reply; with `spans` it must say for each token which weights made it. Raises
+    BadReply."""
+    return [
+        parse_completion(sample, sampling, vocab_size=vocab_size, spans=spans)
+        for sample in parse_samples(body, n)
+    ]
 
 
 def parse_samples(body: bytes, n: int) -> list[JsonObject]:
@@ -38,7 +44,9 @@ def parse_samples(body: bytes, n: int) -> list[JsonObject]:
     return samples
 
 
-def parse_completion(sample: JsonObject, sampling: Sampling, *, vocab_size: int) -> Completion:
+def parse_completion(
+    sample: JsonObject, sampling: Sampling, *, vocab_size: int, spans: bool = False
+) -> Completion:
     meta = sample["meta_info"]
     finish = parse_finish(meta)
     tokens = parse_tokens(sample, finish, sampling.max_new_tokens, vocab_size=vocab_size)
@@ -52,7 +60,8 @@ def parse_completion(sample: JsonObject, sampling: Sampling, *, vocab_size: int)
         topk_ids=topk_ids,
         topk_logp=topk_logp,
         valid=valid,
-        weight_version=_weight_versions(meta, len(tokens)),
+        # What was aborted is sampled anew, and SGLang sends no spans where its own time limits end it.
+        weight_version=_weight_versions(meta, len(tokens), wanted=spans and finish != "abort"),
         finish=finish,
         num_dropped_topk=num_dropped,
     )
@@ -192,9 +201,16 @@ def _nested_topk(entries: list[Any], rows: int, k: int) -> tuple[np.ndarray, np.
     return ids, logp
 
 
-def _weight_versions(meta: JsonObject, rows: int) -> np.ndarray:
-    """[R] int32 from the spans of the reply, or its one version where a server sends no spans."""
+def _weight_versions(meta: JsonObject, rows: int, *, wanted: bool) -> np.ndarray:
+    """[R] int32 from the spans of the reply; without any, unless they are wanted, its one version, which is
+    that of its end."""
     spans = meta.get("weight_versions")
+    if spans is None and wanted:
+        raise BadReply(
+            "meta_info has no weight_versions, but a push may fall within a response (rollout.ahead > 0): "
+            "nobody knows which weights made which token. SGLang 0.5.23 sends them: use it, or set "
+            "rollout.ahead=0"
+        )
     if spans is None:
         return np.full(rows, parse_version(meta.get("weight_version")), dtype=np.int32)
     versions, end = np.empty(rows, dtype=np.int32), 0

@@ -217,6 +217,7 @@ def make_source(
         request_timeout_s=rollout.request_timeout_s,
         retries=rollout.retries,
         prefix_cache=config.servers.prefix_cache,
+        through_pushes=rollout.ahead > 0,
     )
     sampling = Sampling(
         temperature=rollout.temperature,

@@ -96,12 +96,9 @@ class StepMetrics:
     def note_rollouts(self, collected: Collected, trained: Trained, dp: int) -> None:
         """What a leader's rollouts were, and what of them trains; `dp` leaders share the step."""
         self.wrong = wrong_rollouts(collected.sampled)
-        rollouts = [r for group in collected.sampled for r in group]
-        tokens = float(sum(len(r.tokens) for r in rollouts))
         learned = float(sum(r.num_tokens for group in trained.groups for r in group))
         pairs: Mapping[str, tuple[float, float]] = {
             "train/tokens": (learned, 1 / dp),
-            "rollout/tokens_per_s": (tokens, collected.seconds / dp),
             **group_metrics(collected.sampled),
             **collected.sums,
             **trained.sums,

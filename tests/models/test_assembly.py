@@ -48,6 +48,25 @@ def test_a_source_and_a_sync_are_closed_where_a_later_part_refuses(
     assert closed == expected
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_ahead_of_training_the_client_expects_the_versions_of_every_token(
+    ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = dict(
+        run=dict(folder=tmp_path),
+        policy=dict(hf=tmp_path),
+        actor=dict(hf=tmp_path),
+        data=dict(tasks={"chain_sum": {}}, max_prompt_tokens=16),
+        rollout=dict(ahead=ahead, max_staleness=2, max_new_tokens=16),
+        servers=dict(urls=["http://127.0.0.1:1"]),
+    )
+    monkeypatch.setattr(assembly, "ServerSource", lambda process, *_, **settings: process)
+    families = dict.fromkeys(("policy", "actor"), SimpleNamespace(vocab_size=61, context_length=64))
+    process = assembly.make_source(parse_config(tree), families, (), str)
+    (client,) = process.args
+    assert client().through_pushes is (ahead > 0)
+
+
 def test_a_rank_that_was_told_to_stop_while_it_waited_loads_no_model(tmp_path: Path, monkeypatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("models are loaded")

@@ -138,7 +138,7 @@ def load_trainer(config: Config, total_steps: int = 10) -> Trainer:
 
 def collected(groups: list) -> Collected:
     """A leader's groups as a rollout brings them."""
-    return Collected(groups=groups, sampled=groups, sums={}, seconds=0.0, epoch=0, trained=[], lost=[])
+    return Collected(groups=groups, sampled=groups, sums={}, epoch=0, trained=[], lost=[])
 
 
 def run_layout(layout: Layout, folder: Path, steps: int = 1) -> dict | None:

@@ -53,8 +53,8 @@ def ask(
     return asyncio.run(run())
 
 
-def parse(reply: list[dict[str, Any]]) -> list[Completion]:
-    return parse_group(json.dumps(reply).encode(), len(reply), SAMPLING, vocab_size=VOCAB)
+def parse(reply: list[dict[str, Any]], *, spans: bool = False) -> list[Completion]:
+    return parse_group(json.dumps(reply).encode(), len(reply), SAMPLING, vocab_size=VOCAB, spans=spans)
 
 
 def test_flat_base64_top_k_equals_nested_json():
@@ -125,6 +125,22 @@ def test_weight_versions_are_per_token():
     spans = [{"version": "default", "start": 0, "end": 1}, {"version": "6", "start": 1, "end": 4}]
     reply["meta_info"]["weight_versions"] = spans
     assert parse([reply])[0].weight_version.tolist() == [0, 6, 6, 6]
+
+
+def test_a_reply_without_spans_is_of_one_version_or_an_error_where_a_push_may_fall_within_it():
+    """What a server names then is the version at the end of the response. An aborted one is not read."""
+    bare, aborted = sample(version="6"), sample(version="6", finish="abort")
+    for one in (bare, aborted):
+        del one["meta_info"]["weight_versions"]
+    assert parse([bare])[0].weight_version.tolist() == [6] * 4
+    assert parse([aborted], spans=True)[0].finish == "abort"
+    with pytest.raises(BadReply, match="no weight_versions.* SGLang 0.5.23 sends them.* rollout.ahead=0"):
+        parse([bare], spans=True)
+    with FakeServer(generate=[ok([bare])]) as server:
+        completions, _ = ask([server], n=1, version=6)
+        assert completions[0].weight_version.tolist() == [6] * 4
+        with pytest.raises(ServerError, match=f"{server.url}: meta_info has no weight_versions"):
+            ask([server], n=1, version=6, through_pushes=True, retries=0)
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
