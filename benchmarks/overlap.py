@@ -4,9 +4,9 @@
 
 Tiny models on one rank, scripted rollouts without a server: a batch takes as long as an update, which is
 measured first. "even": one batch after the other, as on servers that are full. "heavy tail": a batch's groups
-side by side, each as long as a Pareto draw of its prompt says, the longest of 8 about as long as an update.
-Prints medians, their ratio to taking turns, what `plan`'s timeline has for the even shape, and the mean
-response length, which must not depend on `ahead`.
+side by side, each as long, in seconds and in tokens, as a Pareto draw of its prompt says, the longest of 8
+about as long as an update. Prints medians, their ratio to taking turns, what `plan`'s timeline has for the
+even shape, and the lengths that were trained on, mean and quantiles, which must not depend on `ahead`.
 
 "replies": how much slower learning is while the rollouts' thread asks a server in another process as often
 as one of a 0.6B model answers, and reads and parses what comes, with and without top-k. The forms take turns
@@ -44,7 +44,7 @@ from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
-from tests.rollout.sources import ScriptedSource
+from tests.rollout.sources import HeavyTail, ScriptedSource
 from tests.servers.fake_server import VOCAB, FakeServer, group, raw
 from tests.tiny import groups, rollout, write_models
 
@@ -62,22 +62,23 @@ Form = int | None
 """top-k of the replies, or none at all."""
 
 
-class Timed(ScriptedSource):
-    """Rollouts that take `batch_s` a batch, of one shape or the other."""
+class Even(ScriptedSource):
+    """Rollouts that take `batch_s` a batch, one after the other."""
 
-    def __init__(self, shape: str, batch_s: float) -> None:
+    def __init__(self, batch_s: float) -> None:
         super().__init__()
-        self.shape, self.batch_s, self.servers = shape, batch_s, asyncio.Lock()
+        self.batch_s, self.servers = batch_s, asyncio.Lock()
 
     async def collect(self, epoch, prompts, **options):
-        if self.shape == "even":
-            async with self.servers:
-                await asyncio.sleep(self.batch_s)
-        else:
-            draws = [random.Random(f"{epoch}/{prompt.id}").paretovariate(2.0) for prompt in prompts]
-            # The mean of the longest of 8 draws is about 5.
-            await asyncio.gather(*(asyncio.sleep(self.batch_s * draw / 5) for draw in draws))
+        async with self.servers:
+            await asyncio.sleep(self.batch_s)
         return await super().collect(epoch, prompts, **options)
+
+
+class Step(NamedTuple):
+    metrics: dict[str, float]
+    lengths: list[int]
+    """Of the responses that it trained on."""
 
 
 def reply(k: int) -> bytes:
@@ -138,15 +139,23 @@ class Replies:
         self.thread.close()
 
 
-def _steps(shape: str, batch_s: float, ahead: int, steps: int, folder: Path) -> list[dict[str, float]]:
-    """Metrics of each step."""
+def _steps(shape: str, batch_s: float, ahead: int, steps: int, folder: Path) -> list[Step]:
     config = make_config(Layout(), folder)
     rollouts = config.rollout.model_copy(update={"ahead": ahead, "max_staleness": max(ahead, 1)})
     trainer = load_trainer(config.model_copy(update={"rollout": rollouts}))
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * 4)]
     trainer.state.loader = PromptLoader(prompts, NUM_PROMPTS, 0, 1, 5)
-    trainer.source = trainer.pipeline.source = Timed(shape, batch_s)
-    rows = [trainer.step().metrics for _ in range(steps + WARM)][WARM:]
+    source = Even(batch_s) if shape == "even" else HeavyTail(batch_s / 5)
+    trainer.source = trainer.pipeline.source = source
+    take, lengths = trainer.pipeline.take, list[list[int]]()
+
+    def noted(*args):
+        taken = take(*args)
+        lengths.append([len(r.tokens) for group in taken.groups for r in group])
+        return taken
+
+    trainer.pipeline.take = noted
+    rows = [Step(trainer.step().metrics, lengths[-1]) for _ in range(steps + WARM)][WARM:]
     trainer.pipeline.interrupt("the end")
     trainer.source.close()
     destroy_mesh()
@@ -197,7 +206,7 @@ def _measure(rank: int, world: int, steps: int, rounds: int, folder: str, urls: 
     found = {}
     if steps:
         alone = _steps("even", 0.0, 0, steps, Path(folder))
-        update_s = statistics.median(row["time/step"] for row in alone)
+        update_s = statistics.median(row.metrics["time/step"] for row in alone)
         found = {s: {a: _steps(s, update_s, a, steps, Path(folder)) for a in AHEAD} for s in SHAPES}
     return found, _learning(Path(folder), urls, rounds)
 
@@ -225,7 +234,7 @@ def main() -> None:
     print(f"load of the last minute {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
 
 
-def _of_shapes(found: dict[str, dict[int, list[dict[str, float]]]], steps: int) -> Table:
+def _of_shapes(found: dict[str, dict[int, list[Step]]], steps: int) -> Table:
     table = Table(title=f"median over {steps} steps")
     for column in (
         "rollouts",
@@ -235,22 +244,25 @@ def _of_shapes(found: dict[str, dict[int, list[dict[str, float]]]], steps: int) 
         "timeline",
         "trainer idle",
         "servers idle",
-        "tokens",
+        "mean tokens",
+        "50, 90, 99, 100%",
         "age",
     ):
         table.add_column(column, justify="left" if column == "rollouts" else "right")
     for shape, runs in found.items():
-        serial = statistics.median(row["time/step"] for row in runs[0])
-        for ahead, rows in runs.items():
+        serial = statistics.median(step.metrics["time/step"] for step in runs[0])
+        for ahead, taken in runs.items():
+            rows = [step.metrics for step in taken]
             step, trainer, servers = (
                 statistics.median(row[name] for row in rows)
                 for name in ("time/step", "idle/trainer", "idle/servers")
             )
-            tokens = statistics.mean(row["rollout/response_tokens"] for row in rows)
+            lengths = sorted(length for step in taken for length in step.lengths)
+            shares = ", ".join(str(lengths[int(q * (len(lengths) - 1))]) for q in (0.5, 0.9, 0.99, 1))
             age = max(row["staleness/max"] for row in rows)
             by_plan = f"{timeline_s(serial / 2, ahead):.3f}" if shape == "even" else ""
             cells = (f"{step:.3f}", f"{step / serial:.2f}", by_plan, f"{trainer:.0%}", f"{servers:.0%}")
-            table.add_row(shape, str(ahead), *cells, f"{tokens:.4f}", f"{age:.0f}")
+            table.add_row(shape, str(ahead), *cells, f"{statistics.mean(lengths):.4f}", shares, f"{age:.0f}")
     return table
 
 

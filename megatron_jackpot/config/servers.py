@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from megatron_jackpot.config.base import Method, Section
 
@@ -92,6 +92,18 @@ class Sync(Section):
     in_flight: Literal["retract", "wait"] = "retract"
     """What a push does to responses under way (rollout.ahead > 0): they are prefilled again and go on with
     the new weights, or the push waits for them to end."""
+
+    @field_validator("in_flight", mode="before")
+    @classmethod
+    def _of_one_law(cls, value: object) -> object:
+        if value == "in_place":
+            raise ValueError(
+                "sync.in_flight = 'in_place': a response would go on with the keys and values of older "
+                "weights, so that no version says what its tokens were drawn from. Set sync.in_flight=retract, "
+                "which computes them anew, or wait."
+            )
+        return value
+
     timeout_s: float = Field(default=120, gt=0)
     """Time limit of one update."""
     checksums_every: int = Field(default=1, ge=1)

@@ -133,6 +133,10 @@ def test_malformed_override_is_quoted_in_the_message(config_file, override):
         ),
         ({"rollout": {"ahead": 2}}, "Set rollout.max_staleness=2, or lower ahead"),
         (
+            {"sync": {"in_flight": "in_place"}},
+            "sync.in_flight = 'in_place': .*no version says what its tokens were drawn from. Set sync",
+        ),
+        (
             {"rollout": {"ahead": 1}, "servers": {"release_memory": True}},
             "rollout.ahead = 1 has servers sample while the trainer learns",
         ),

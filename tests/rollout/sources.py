@@ -1,6 +1,7 @@
 """Sources of rollouts without servers, each with a thread of its own as the real one has."""
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Keep, Losses, Sums
+from megatron_jackpot.rollout.finished_groups import PER_TOKEN
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.protocol import Completion, Sampling
 from tests.tiny import groups
@@ -78,6 +80,38 @@ class ScriptedSource:
         self.thread.close()
 
 
+class HeavyTail(ScriptedSource):
+    """A step's groups side by side, each as long, in tokens and seconds, as a Pareto draw of its prompt."""
+
+    LONGEST = 16
+    """Tokens, where a response is cut."""
+
+    def __init__(self, unit_s: float) -> None:
+        """`unit_s` are the seconds of the shortest; the longest of 8 draws is about 5 times it on average."""
+        super().__init__()
+        self.unit_s = unit_s
+
+    def draw(self, epoch: int, prompt: Prompt) -> float:
+        return random.Random(f"{epoch}/{prompt.id}").paretovariate(2.0)
+
+    async def collect(self, epoch: int, prompts: Sequence[Prompt], **options: Any) -> tuple[list, Sums]:
+        collect = super().collect
+
+        async def one(prompt: Prompt) -> list[list[Rollout]]:
+            await asyncio.sleep(self.unit_s * self.draw(epoch, prompt))
+            made, _ = await collect(epoch, [prompt], **options)
+            return made
+
+        return [group for made in await asyncio.gather(*map(one, prompts)) for group in made], {}
+
+    def make(self, epoch: int, prompt: Prompt, version: int) -> list[Rollout]:
+        length = min(self.LONGEST, round(3 * self.draw(epoch, prompt)))
+        return [
+            replace(r, **{name: _resized(getattr(r, name), length) for name in PER_TOKEN})
+            for r in super().make(epoch, prompt, version)
+        ]
+
+
 class JudgedSource(ScriptedSource):
     """Rounds as the real source makes them; a prompt's verdicts are a text of 0 and 1, by its id.
 
@@ -139,6 +173,10 @@ class Requests:
         first = self.sampled[number]
         self.sampled[number] += n
         return [_numbered(sample) for sample in range(first, first + n)]
+
+
+def _resized(rows: np.ndarray, length: int) -> np.ndarray:
+    return np.resize(rows, (length, *rows.shape[1:]))
 
 
 def _numbered(sample: int) -> Completion:
