@@ -149,8 +149,8 @@ def _steps(shape: str, batch_s: float, ahead: int, steps: int, folder: Path) -> 
     trainer.source = trainer.pipeline.source = source
     take, lengths = trainer.pipeline.take, list[list[int]]()
 
-    def noted(*args):
-        taken = take(*args)
+    def noted(*args, **options):
+        taken = take(*args, **options)
         lengths.append([len(r.tokens) for group in taken.groups for r in group])
         return taken
 
@@ -229,8 +229,8 @@ def main() -> None:
         urls = {k: server.url for k, server in fake.items()}
         found, learning = run_ranks(_measure, 1, 600, args.steps, args.rounds, folder, urls)[0]
     if found:
-        Console().print(_of_shapes(found, args.steps))
-    Console().print(_of_learning(learning))
+        Console(width=110).print(_of_shapes(found, args.steps))
+    Console(width=110).print(_of_learning(learning))
     print(f"load of the last minute {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
 
 
@@ -245,7 +245,7 @@ def _of_shapes(found: dict[str, dict[int, list[Step]]], steps: int) -> Table:
         "trainer idle",
         "servers idle",
         "mean tokens",
-        "50, 90, 99, 100%",
+        "50/90/99/100%",
         "age",
     ):
         table.add_column(column, justify="left" if column == "rollouts" else "right")
@@ -258,7 +258,7 @@ def _of_shapes(found: dict[str, dict[int, list[Step]]], steps: int) -> Table:
                 for name in ("time/step", "idle/trainer", "idle/servers")
             )
             lengths = sorted(length for step in taken for length in step.lengths)
-            shares = ", ".join(str(lengths[int(q * (len(lengths) - 1))]) for q in (0.5, 0.9, 0.99, 1))
+            shares = "/".join(str(lengths[int(q * (len(lengths) - 1))]) for q in (0.5, 0.9, 0.99, 1))
             age = max(row["staleness/max"] for row in rows)
             by_plan = f"{timeline_s(serial / 2, ahead):.3f}" if shape == "even" else ""
             cells = (f"{step:.3f}", f"{step / serial:.2f}", by_plan, f"{trainer:.0%}", f"{servers:.0%}")

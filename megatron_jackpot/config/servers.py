@@ -99,8 +99,8 @@ class Sync(Section):
         if value == "in_place":
             raise ValueError(
                 "sync.in_flight = 'in_place': a response would go on with the keys and values of older "
-                "weights, so that no version says what its tokens were drawn from. Set sync.in_flight=retract, "
-                "which computes them anew, or wait."
+                "weights, so that no version says what its tokens were drawn from. Set sync.in_flight="
+                "retract, which computes them anew, or wait."
             )
         return value
 
