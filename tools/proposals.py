@@ -84,6 +84,7 @@ def overlaps(r: Rows, asked: argparse.Namespace) -> dict[str, Tensor]:
         "trainer's top-k": _z(own, r.target, r.actor, lam),
         "trainer's top-k, scaled by the sampled token": scaled,
         "server's top-k": _z(both, r.target, joined, lam),
+        "server's top-k, 0 at the policy's own": _z(servers, r.target, r.server, lam),
     }
     true = exact_overlap_mass(r.target, r.server, lam)
     accepted = {name: true.mean() / (r.server.exp() * z).sum(-1).mean() for name, z in found.items()}
