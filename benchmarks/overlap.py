@@ -6,8 +6,8 @@ Tiny models on one rank, scripted rollouts without a server: a batch takes as lo
 measured first. "even": one batch after the other, as on servers that are full. "heavy tail": a batch's groups
 side by side, each as long, in seconds and in tokens, as a Pareto draw of its prompt says, the longest of 8
 about as long as an update. Prints medians, their ratio to taking turns, what `plan`'s timeline has for the
-even shape, and the lengths that were trained on, mean and 50, 90, 99 and 100%
-quantiles, which must not depend on `ahead`.
+even shape, and the lengths that were trained on, which must not depend on `ahead`: their mean, and their
+quantiles at 50, 90, 99 and 100%.
 
 "replies": how much slower learning is while the rollouts' thread asks a server in another process as often
 as one of a 0.6B model answers, and reads and parses what comes, with and without top-k. The forms take turns
