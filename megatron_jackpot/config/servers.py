@@ -91,7 +91,7 @@ class Sync(Section):
     """Weights are sent in buckets of about this size."""
     in_flight: Literal["retract", "wait"] = "retract"
     """What a push does to responses under way (rollout.ahead > 0): they are prefilled again and go on with
-    the new weights, or the push waits for them to end."""
+    the new weights, or the push waits for them to end. SGLang's in_place is refused: docs/pipeline.md."""
 
     @field_validator("in_flight", mode="before")
     @classmethod
