@@ -1,6 +1,7 @@
 """A stage of the study as its YAML says it: which runs, in which order, judged by what, made from which code.
 
-A plan is committed before its runs begin. A seed starts from warm-up `first_warmup + seed % warmups`, in every arm alike.
+A plan is committed before its runs begin. In every arm alike a seed starts from warm-up
+`first_warmup + seed % warmups`.
 """
 
 import ast
