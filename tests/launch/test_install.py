@@ -16,9 +16,28 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
 PARTS = ("setup.py", "README.md", "LICENSE")
 HOWS = {
-    "pip": [sys.executable, "-m", "pip", "--python", "{python}", "install", "--no-build-isolation"],
-    "pip -e": [sys.executable, "-m", "pip", "--python", "{python}", "install", "--no-build-isolation", "-e"],
-    "uv": ["uv", "pip", "install", "--python", "{python}", "--no-build-isolation", "--offline"],
+    "pip": [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        "{python}",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+    ],
+    "pip -e": [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        "{python}",
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "-e",
+    ],
+    "uv": ["uv", "pip", "install", "--python", "{python}", "--offline", "--no-deps", "--no-build-isolation"],
 }
 
 
@@ -58,7 +77,7 @@ def test_an_installed_command_works_from_any_folder_and_lacks_no_file(how, sourc
     site.joinpath("of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [part.format(python=python) for part in HOWS[how]]
-    subprocess.run([*command, "--no-deps", source], check=True, env=env, cwd=elsewhere)
+    subprocess.run([*command, source], check=True, env=env, cwd=elsewhere)
     if how != "pip -e":
         assert files(site / "megatron_jackpot") == files(source / "megatron_jackpot")
     models = [f"{name}.hf={QUICKSTART / 'models' / name}" for name in ("policy", "actor")]
