@@ -220,3 +220,16 @@ def test_finished_runs_that_are_kept_make_the_same_report_elsewhere_and_are_not_
     shutil.rmtree(run_folder(other, plan.runs[0]))
     with pytest.raises(ValueError, match="lacks 1 runs"):
         keep(plan, other, kept)
+
+
+def test_a_run_without_an_actor_is_done_once_for_all_mismatches(plan, folder, mesh) -> None:
+    models = folder / "models" / "warmup-0"
+    (models.resolve() / "far").exists() or (models.resolve() / "far").symlink_to(models.resolve() / "near")
+    plan = replace(plan, mismatches=("near", "far"))
+    alone, joint = ([run for run in plan.runs if run.arm == arm] for arm in ("on_policy", "jackpot"))
+    for run in (*alone, joint[0]):
+        assert perform(plan, run, folder, mesh, LATER)
+    near, far = (lines(folder, run) for run in alone)
+    assert [{**row, "mismatch": "far"} for row in near] == far
+    assert not (run_folder(folder, alone[1]) / "provenance.json").exists()
+    assert not perform(plan, joint[1], folder, mesh, 0.0), "another actor makes another run"
