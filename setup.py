@@ -20,7 +20,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.13",
     # Namespace packages too: servers/cpu_server is a folder for PYTHONPATH, launch/jobs one of shell scripts.
     packages=find_namespace_packages(
         include=["megatron_jackpot", "megatron_jackpot.*"], exclude=["*.__pycache__", "*.__pycache__.*"]

@@ -1,11 +1,12 @@
 """The study: arms x learning rates x seeds x mismatches of a plan, resumable, and tables of what is there.
 
-    python benchmarks/study.py prepare FOLDER [SEED ...]             problems and warmed models: minutes
-                                       [--task sorting]              those of another family than sums
+    python benchmarks/study.py prepare FOLDER [SEED ...]             problems, warmed models and the runs of
+                                       [--task sorting]              benchmarks/kept; another family than sums
     python benchmarks/study.py run PLAN.yaml FOLDER --dry-run        what it would take, what it could resolve
     python benchmarks/study.py run PLAN.yaml FOLDER [--limit-s 840]  goes on where an earlier call ended
     python benchmarks/study.py report PLAN.yaml FOLDER [--into docs/evidence.md]    tables and pictures
     python benchmarks/study.py revalidate PLAN.yaml FOLDER           whether stale runs would come out so
+    python benchmarks/study.py keep PLAN.yaml FOLDER                 its finished runs into benchmarks/kept
     python benchmarks/study.py compare PLAN.yaml FOLDER --arm tis --seed 0    the same run on SGLang
 
 Of several callers with one FOLDER each takes runs that no other is at. One core each: OMP_NUM_THREADS=1.
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.study_parts.compare import compare  # noqa: E402
 from benchmarks.study_parts.estimate import estimate  # noqa: E402
 from benchmarks.study_parts.families import FAMILIES  # noqa: E402
+from benchmarks.study_parts.kept import keep, take_out  # noqa: E402
 from benchmarks.study_parts.picture import draw  # noqa: E402
 from benchmarks.study_parts.plan import Plan, read_plan, run_folder  # noqa: E402
 from benchmarks.study_parts.report import put_into, write_report  # noqa: E402
@@ -65,7 +67,7 @@ def main() -> None:
     prepare.add_argument("folder", type=Path)
     prepare.add_argument("seeds", type=int, nargs="*", default=[0, 1, 2])
     prepare.add_argument("--task", choices=FAMILIES, default=FIRST)
-    for name in ("run", "report", "revalidate", "compare"):
+    for name in ("run", "report", "revalidate", "keep", "compare"):
         command = commands.add_parser(name)
         command.add_argument("plan", type=Path)
         command.add_argument("folder", type=Path)
@@ -85,6 +87,7 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.folder.resolve()
     if given.command == "prepare":
+        print(f"{take_out(folder)} finished runs of benchmarks/kept put into {folder}", flush=True)
         mesh = init_mesh(Parallel(threads=1), 0)
         for seed in given.seeds:
             warm_up(folder, given.task, seed, mesh)
@@ -99,6 +102,8 @@ def main() -> None:
                 shutil.copy(picture, given.into.with_name(f"study_{plan.stage}.png"))
     elif given.command == "revalidate":
         sys.exit(min(1, revalidate(plan, folder, init_mesh(Parallel(threads=1), 0), given.steps)))
+    elif given.command == "keep":
+        print(keep(plan, folder))
     elif given.command == "compare":
         compare(plan, folder, given.arm, given.seed, given.steps or plan.steps)
     else:

@@ -1,6 +1,7 @@
 """A stage of the study as its YAML says it: which runs, in which order, judged by what, made from which code.
 
-A plan is committed before its runs begin. A seed starts from warm-up `seed % warmups`, in every arm alike.
+A plan is committed before its runs begin. In every arm alike a seed starts from warm-up
+`first_warmup + seed % warmups`.
 """
 
 import ast
@@ -40,7 +41,7 @@ FIELDS = {
     ),
     *("reference", "contrasts", "assumed_sd", "decision", "budget_h"),
 }
-MAY = {"samples", "problems", "task"}
+MAY = {"samples", "problems", "task", "first_warmup"}
 """Fields that a plan need not have."""
 
 
@@ -94,6 +95,8 @@ class Plan:
     """Rollouts at which a run ends, where it has not done `steps` before."""
     problems: int | None = None
     """To train on, the first ones; None for all."""
+    first_warmup: int = 0
+    """Of the plan's `warmups`: models that no other plan has chosen by."""
     task: str = task.FIRST
     """A key of FAMILIES."""
 
@@ -104,7 +107,7 @@ class Plan:
             self.seeds[begin : begin + self.warmups] for begin in range(0, len(self.seeds), self.warmups)
         ]
         return [
-            Run(self.stage, arm, mismatch, lr, seed, seed % self.warmups)
+            Run(self.stage, arm, mismatch, lr, seed, self.first_warmup + seed % self.warmups)
             for lr, seeds, mismatch in itertools.product(self.lrs, rounds, self.mismatches)
             for seed, arm in itertools.product(seeds, self.arms)
         ]

@@ -13,6 +13,7 @@ from benchmarks.study_parts import stats
 from benchmarks.study_parts.plan import Plan, Run, run_folder
 from benchmarks.study_parts.runner import DONE, LINES, ORIGIN, difference, origin
 from benchmarks.study_parts.spending import spending
+from benchmarks.study_parts.symptoms import symptoms
 
 WORTH, CLOSE = 0.02, 0.05
 """A smaller mean difference makes no arm better; an interval above -CLOSE is close to the reference."""
@@ -61,6 +62,10 @@ class Block:
         """(measure [U] at the rate that is best, by "last", for the other units; the best rate's index)."""
         chosen, best = stats.cross_fitted(self.measured(arm, "last"))
         return self.measured(arm, measure)[chosen, np.arange(len(self.seeds))], best
+
+    def rows(self, arm: str, rate: int) -> list[list[dict[str, Any]]]:
+        """The lines of each seed at the rate of that index."""
+        return [curve.rows for curve in self.curves[arm][self.rates[rate]].values()]
 
 
 def _measure(curve: Curve, measure: str) -> float:
@@ -121,10 +126,9 @@ def write_report(plan: Plan, folder: Path) -> str:
     lines += [f"Commits: {dict(commits)}. Decision rule: {plan.decision.strip()}", ""]
     for block in found:
         lines += _tables(plan, block)
+        lines += symptoms({arm: block.rows(arm, block.judged(arm, "last")[1]) for arm in plan.arms})
         if plan.samples is not None:
-            of_arm = {arm: [*rates[block.rates[0]].values()] for arm, rates in block.curves.items()}
-            rows = {arm: [curve.rows for curve in curves] for arm, curves in of_arm.items()}
-            lines += spending(rows, block.warmups, _against(plan))
+            lines += spending({arm: block.rows(arm, 0) for arm in plan.arms}, block.warmups, _against(plan))
     text = "\n".join(lines)
     (folder / f"stage_{plan.stage}" / "report.md").write_text(text + "\n", encoding="utf-8")
     return text

@@ -4,11 +4,13 @@ import fcntl
 import hashlib
 import json
 import math
+import shutil
 import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from benchmarks.study_parts.plan import ROOT, Plan, Run, fingerprint, run_folder
 from benchmarks.study_parts.testbed import Testbed, build, model_files
 from megatron_jackpot.monitor.metrics import JsonLines, read_metrics
 from megatron_jackpot.parallel.context import Mesh
-from megatron_jackpot.run.provenance import checkpoints, git_commit, record
+from megatron_jackpot.run.provenance import CONFIG_FILE, checkpoints, git_commit, record
 from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.checkpoint import Saver
 from megatron_jackpot.train.guard import RollBack
@@ -82,6 +84,8 @@ def perform(plan: Plan, run: Run, folder: Path, mesh: Mesh, deadline: float) -> 
             now = json.loads((place / ORIGIN).read_text(encoding="utf-8"))
             if others := difference(now, origin(plan, run, folder)):
                 raise Stale(f"{place} was begun with other {' and '.join(others)}. Remove it to begin anew.")
+        elif _taken_from_twin(plan, run, folder, now):
+            return True
         bed = build(plan.config(run, folder), mesh)
         saved = bool(checkpoints(place))
         if saved:
@@ -154,6 +158,27 @@ def _perform(
             return False
     (place / DONE).touch()
     return True
+
+
+def _taken_from_twin(plan: Plan, run: Run, folder: Path, now: dict[str, Any]) -> bool:
+    """Whether the run is done at another mismatch: without an actor it is the same, bit for bit."""
+    twins = (replace(run, mismatch=other) for other in plan.mismatches if other != run.mismatch)
+    for place in (run_folder(folder, twin) for twin in twins):
+        if not (place / DONE).is_file():
+            continue
+        origin_of_twin = json.loads((place / ORIGIN).read_text(encoding="utf-8"))
+        if difference(origin_of_twin, now):
+            continue
+        own = run_folder(folder, run)
+        for name in (CONFIG_FILE, FIRST, ORIGIN):
+            shutil.copy(place / name, own / name)
+        rows = [
+            json.loads(line) | run.key for line in (place / LINES).read_text(encoding="utf-8").splitlines()
+        ]
+        (own / LINES).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        (own / DONE).touch()
+        return True
+    return False
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.study_parts import revalidate as revalidation
 from benchmarks.study_parts import task
 from benchmarks.study_parts.families import FAMILIES
+from benchmarks.study_parts.kept import keep, take_out
 from benchmarks.study_parts.plan import BASE, ROOT, Plan, fingerprint, read_plan, run_folder, watched
 from benchmarks.study_parts.report import blocks, finished, put_into, write_report
 from benchmarks.study_parts.revalidate import revalidate
@@ -17,7 +18,8 @@ from benchmarks.study_parts.runner import LINES, ORIGIN, Stale, perform
 
 SAMPLING = sorted((ROOT / "benchmarks" / "plans").glob("aero*.yaml"))
 SECOND = ROOT / "benchmarks" / "plans" / "second.yaml"
-PLANS = [*sorted((ROOT / "benchmarks" / "plans").glob("stage_*.yaml")), *SAMPLING, SECOND]
+REMEDY = sorted((ROOT / "benchmarks" / "plans").glob("remedy*.yaml"))
+PLANS = [*sorted((ROOT / "benchmarks" / "plans").glob("stage_*.yaml")), *REMEDY, *SAMPLING, SECOND]
 LATER = math.inf
 
 
@@ -132,10 +134,9 @@ def test_a_familys_file_makes_the_runs_of_that_family_alone_stale(tmp_path) -> N
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_arm_of_a_committed_plan_is_a_configuration(path, folder) -> None:
     plan = read_plan(path)
-    for warmup in range(plan.warmups):
-        models = task.home(folder, plan.task) / "models"
-        if warmup:
-            (models / f"warmup-{warmup}").symlink_to(models / "warmup-0")
+    models = task.home(folder, plan.task) / "models"
+    for warmup in {run.warmup for run in plan.runs} - {0}:
+        (models / f"warmup-{warmup}").symlink_to(models / "warmup-0")
     first = [run for run in plan.runs if (run.lr, run.seed) == (plan.lrs[0], plan.seeds[0])]
     for run in first:
         config = plan.config(run, folder)
@@ -201,3 +202,34 @@ def test_a_report_takes_the_place_between_its_stages_marks_and_no_other(plan, tm
     document.write_text("above\n<!-- stage b: begin -->\n<!-- stage b: end -->\n")
     with pytest.raises(ValueError, match="Write both"):
         put_into(document, plan, "third")
+
+
+def test_finished_runs_that_are_kept_make_the_same_report_elsewhere_and_are_not_dropped(
+    plan, folder, mesh, tmp_path, monkeypatch
+) -> None:
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    for run in plan.runs:
+        assert perform(plan, run, folder, mesh, LATER)
+    shutil.copytree((folder / "models").resolve(), kept / "models")
+    keep(plan, folder, kept)
+    assert take_out(other, kept) == 2 and take_out(other, kept) == 0
+    shutil.copytree(folder / "data", other / "data")
+    assert write_report(plan, other) == write_report(plan, folder)
+    monkeypatch.setattr("benchmarks.study_parts.runner.fingerprint", lambda family: "written otherwise")
+    assert revalidate(plan, other, mesh, 2) == 0 and finished(plan, other)[0].stale == []
+    shutil.rmtree(run_folder(other, plan.runs[0]))
+    with pytest.raises(ValueError, match="lacks 1 runs"):
+        keep(plan, other, kept)
+
+
+def test_a_run_without_an_actor_is_done_once_for_all_mismatches(plan, folder, mesh) -> None:
+    models = folder / "models" / "warmup-0"
+    (models.resolve() / "far").exists() or (models.resolve() / "far").symlink_to(models.resolve() / "near")
+    plan = replace(plan, mismatches=("near", "far"))
+    alone, joint = ([run for run in plan.runs if run.arm == arm] for arm in ("on_policy", "jackpot"))
+    for run in (*alone, joint[0]):
+        assert perform(plan, run, folder, mesh, LATER)
+    near, far = (lines(folder, run) for run in alone)
+    assert [{**row, "mismatch": "far"} for row in near] == far
+    assert not (run_folder(folder, alone[1]) / "provenance.json").exists()
+    assert not perform(plan, joint[1], folder, mesh, 0.0), "another actor makes another run"

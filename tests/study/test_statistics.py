@@ -6,6 +6,7 @@ import pytest
 from benchmarks.study_parts import stats
 from benchmarks.study_parts.picture import price
 from benchmarks.study_parts.report import verdict
+from benchmarks.study_parts.symptoms import symptoms
 
 
 def test_quantiles_of_t_are_those_in_the_tables() -> None:
@@ -78,3 +79,15 @@ def test_curves_are_priced_as_the_cost_table_has_it() -> None:
     assert price("on_policy", 128) == 1.0
     # docs/evidence.md, from `cost.py` and `cost.py --concurrency 16`.
     assert [round(price("jackpot_paper", n), 2) for n in (128, 16)] == [1.03, 0.59]
+
+
+def test_symptoms_are_the_means_of_the_first_and_the_last_window() -> None:
+    def line(step: int, kl: float, policy: float, actor: float) -> dict[str, float]:
+        evaluated = {"eval/policy_accuracy": policy, "eval/actor_accuracy": actor}
+        return {"step": step, **evaluated, **({"kl/target_server": kl} if step else {})}
+
+    one = [line(0, 9, 0.5, 0.6), line(30, 0.1, 0.5, 0.4), line(60, 0.3, 0.5, 0.6)]
+    other = [line(0, 9, 0.5, 0.6), line(30, 0.2, 0.5, 0.5), line(60, 0.5, 0.5, 0.9)]
+    table = symptoms({"tis": [one, other], "on_policy": [[{"step": 0, "eval/policy_accuracy": 0.5}]]})
+    assert table[4].split(" | ")[1] == "0.150 -> 0.400" and table[4].endswith("| -0.050 -> 0.250 |")
+    assert set(table[5].split("|")[2:-1]) == {"  "}
