@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Keep, Losses, Sums
+from megatron_jackpot.rollout.finished_groups import Groups, load_groups
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.protocol import Completion, Sampling
 from tests.tiny import groups
@@ -25,6 +27,7 @@ class ScriptedSource:
         self.versioned, self.samples, self.version = versioned, samples, 0
         self.asked: list[tuple[int, int]] = []
         """(epoch, prompt id) of every group that was made."""
+        self.made: Groups = {}
         self.slow: set[tuple[int, int]] = set()
         """(epoch, prompt id) of groups that do not end by themselves."""
         self.calls = 0
@@ -46,6 +49,7 @@ class ScriptedSource:
                 continue
             made.append(self.make(epoch, prompt, version))
             self.asked.append((epoch, prompt.id))
+            self.made[epoch, prompt.id] = made[-1]
             keep(made[-1])
         while len(made) < len(prompts):
             await asyncio.sleep(0.005)
@@ -76,6 +80,18 @@ class ScriptedSource:
 
     def close(self) -> None:
         self.thread.close()
+
+
+class RecordedSource(ScriptedSource):
+    """Plays what was sampled in a run, each token with its version of then: what servers answer, and how old
+    it is when it is trained on, does not depend on when they are asked."""
+
+    def __init__(self, recorded: Path, prompts: Sequence[Prompt]) -> None:
+        super().__init__()
+        self.recorded = load_groups(recorded, {prompt.id: prompt for prompt in prompts})
+
+    def make(self, epoch: int, prompt: Prompt, version: int) -> list[Rollout]:
+        return self.recorded[epoch, prompt.id]
 
 
 class JudgedSource(ScriptedSource):
