@@ -91,7 +91,7 @@ class SGLangClient:
         """Whether servers keep the keys and values of prompts."""
         self.backoff_s = backoff_s
         self._slots = {aside: asyncio.Semaphore(concurrency) for aside in (False, True)}
-        """Of rollouts, and of answers, which the main thread waits for."""
+        """Of rollouts, and of probes and answers, which the main thread waits for."""
         self._told = False
         """Whether `use` was called."""
         self._open = asyncio.Event()
@@ -141,8 +141,10 @@ class SGLangClient:
         sampling: Sampling,
         *,
         retried: Callable[[], None] = lambda: None,
+        aside: bool = False,
     ) -> list[Completion]:
         """n samples of one prompt from one server; `retried` is called when the request is tried again.
+        `aside` they do not queue behind the rollouts of steps ahead.
 
         Raises ValueError, ServerError or StaleWeights.
         """
@@ -163,7 +165,7 @@ class SGLangClient:
         if sampling.top_k_logp:
             body |= {"return_flat_raw_output_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
         return await self._ask(
-            body, n, lambda content, version: self._parse_group(content, n, sampling, version), retried
+            body, n, lambda content, version: self._parse_group(content, n, sampling, version), retried, aside
         )
 
     async def answers(

@@ -81,6 +81,7 @@ class Engine(Protocol):
         sampling: Sampling,
         *,
         retried: Callable[[], None] = lambda: None,
+        aside: bool = False,
     ) -> list[Completion]: ...
 
     async def answers(

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jackpot.models.hf_folder import write_hf_folder
+from megatron_jackpot.run.interrupt import Stop, never
+from megatron_jackpot.run.limits import attempt_s
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.memory_saver import MemorySaver
@@ -37,7 +39,7 @@ from megatron_jackpot.sync.proof import (
     same_weights,
     wait,
 )
-from megatron_jackpot.sync.retry import Stop, never, retry, wait_for_healthy
+from megatron_jackpot.sync.retry import retry, wait_for_healthy
 
 T = TypeVar("T")
 Backend = Literal["nccl", "gloo"]
@@ -142,7 +144,8 @@ class BroadcastSync:
         """
         if mend:
             self.proof.distrust()
-        return retry(lambda: self._push(named_tensors, version))
+        limit_s = attempt_s(self.patience_s, self.timeout_s)
+        return retry(lambda: self._push(named_tensors, version), limit_s)
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         self._leave_out_absent()

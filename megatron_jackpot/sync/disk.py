@@ -8,10 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_jackpot.models.hf_folder import write_hf_folder
+from megatron_jackpot.run.interrupt import Stop, never
+from megatron_jackpot.run.limits import attempt_s
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.sync.memory_saver import MemorySaver
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
-from megatron_jackpot.sync.retry import Stop, never, retry, wait_for_healthy
+from megatron_jackpot.sync.retry import retry, wait_for_healthy
 
 KEPT_VERSIONS = 2
 
@@ -51,7 +53,8 @@ class DiskSync:
         does."""
         if mend:
             self.proof.distrust()
-        return retry(lambda: self._push(named_tensors, version))
+        limit_s = attempt_s(self.patience_s, self.admin.timeout_s)
+        return retry(lambda: self._push(named_tensors, version), limit_s)
 
     def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
         present = wait_for_healthy(self.urls, self.patience_s, self.stop)

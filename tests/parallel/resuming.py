@@ -10,7 +10,8 @@ import torch
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.rollout.finished_groups import save_groups
-from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
+from megatron_jackpot.rollout.outcome import StopRun
+from megatron_jackpot.rollout.pipeline import Pipeline
 from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.state import TrainState

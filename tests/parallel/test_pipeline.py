@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.rewards.failures import RewardsFailing
-from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
+from megatron_jackpot.rollout.outcome import StopRun
+from megatron_jackpot.rollout.pipeline import Pipeline
 from tests.parallel.layouts import NUM_PROMPTS, Layout, make_config
 from tests.parallel.spawn import run_ranks
 from tests.rollout.sources import ScriptedSource

@@ -52,11 +52,11 @@ def test_tasks_count_where_there_are_several_and_not_too_many() -> None:
 class Judge:
     """A server whose i-th answer to a prompt is (id, i), right where i is at least the prompt's id."""
 
-    def answers(self, prompts, max_new_tokens, *, samples, temperature):
+    def answers(self, prompts, max_new_tokens, *, samples, temperature, stop=None):
         self.asked = (max_new_tokens, samples, temperature)
         return [[[prompt.id, i] for i in range(samples)] for prompt in prompts]
 
-    def verdicts(self, answers, prompts):
+    def verdicts(self, answers, prompts, stop=None):
         assert [answer[0] for answer in answers] == [prompt.id for prompt in prompts]
         return [answer[1] >= answer[0] for answer in answers], 0.0
 
@@ -70,11 +70,17 @@ class Judge:
 def test_every_set_is_asked_for_its_samples_and_keeps_its_first_answers() -> None:
     served = SimpleNamespace(name="actor")
     mesh = SimpleNamespace(
-        dp=1, dp_rank=0, is_leader=True, is_main=True, dp_group=None, wait_for_leaders=lambda *_: None
+        dp=1,
+        dp_rank=0,
+        is_leader=True,
+        is_main=True,
+        dp_group=None,
+        wait_for_leaders=lambda *_: None,
+        largest=lambda value: value,
     )
     state = SimpleNamespace(mesh=mesh, served=served, models={"actor": served, "policy": None}, num_steps=3)
     evaluation = Evaluation(samples=4, temperature=0.6, policy="off", keep=1, max_new_tokens=7)
-    config = SimpleNamespace(evaluation=evaluation, rollout=SimpleNamespace(request_timeout_s=1))
+    config = SimpleNamespace(evaluation=evaluation, run=SimpleNamespace(phase_timeout_s=1))
     judge = Judge()
     sets = {"": prompts("a", "a", "a"), "hard": prompts(None, None, None, None, None), "none": []}
     metrics, samples = Evaluator(config, state, judge, sets, stop_ids=(), packing_tokens=8)()
