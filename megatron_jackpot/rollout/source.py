@@ -72,8 +72,11 @@ class ServerSource:
             self.pool = self.thread.call(pool, 2 * START_TIMEOUT_S, "the reward workers to start")
             self.client = self.thread.call(client, OPEN_LIMIT_S, "the servers' client")
             self.thread.wait(self.client.__aenter__(), OPEN_LIMIT_S, "the servers' client to start")
-        except BaseException:
-            self.thread.close()
+        except BaseException as error:
+            try:
+                self.thread.close()
+            except TimeoutError as late:
+                error.add_note(f"While cleaning up: {late}")
             raise
         self.sampler = GroupSampler(
             client=self.client,
