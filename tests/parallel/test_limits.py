@@ -11,9 +11,12 @@ import pytest
 
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
+from megatron_jackpot.rollout.collect import Interrupted
+from megatron_jackpot.rollout.outcome import StopRun
 from megatron_jackpot.rollout.pipeline import Pipeline
 from megatron_jackpot.run import limits
 from megatron_jackpot.run.limits import behind, watched
+from megatron_jackpot.train import evaluation as evaluation_module
 from megatron_jackpot.train.evaluation import Evaluator
 from megatron_jackpot.train.probe import Prober
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
@@ -36,9 +39,22 @@ class Silent(ScriptedSource):
         return self.thread.wait(asyncio.sleep(600), LIMIT_S, f"answers to {len(prompts)} prompts")
 
 
+class Stopped(ScriptedSource):
+    """It hears a stop while it waits; `aside` notes how it was asked."""
+
+    aside = False
+
+    async def collect(self, epoch, prompts, *, samples, stop, aside):
+        self.aside = aside
+        raise Interrupted(stop(), [], {})
+
+    def answers(self, prompts, max_new_tokens, *, samples, temperature, stop):
+        raise Interrupted(stop(), [], {})
+
+
 def _seen(call) -> tuple[str, float]:
     began = time.monotonic()
-    with pytest.raises((TimeoutError, OSError)) as caught:
+    with pytest.raises((TimeoutError, OSError, StopRun)) as caught:
         call()
     return f"{type(caught.value).__name__}: {caught.value}", time.monotonic() - began
 
@@ -67,14 +83,38 @@ def _silent(rank: int, world: int, folder: str) -> dict[str, tuple[str, float]]:
         "probe": _seen(probe),
         "evaluate": _seen(evaluate),
     }
-    if source is not None:
-        source.close()
+    stopped = Stopped() if mesh.is_leader else None
+    # The other rank has not heard of it.
+    heard = dict(stop=lambda: "SIGTERM" if mesh.is_leader else None)
+    seen["a probe that is stopped"] = _seen(Prober(config, state, None, stopped, PROMPTS, **heard))
+    evaluate = Evaluator(config, state, stopped, sets, stop_ids=(), packing_tokens=8, **heard)
+    seen["an evaluation that is stopped"] = _seen(evaluate)
+    whole = config.model_copy(update={"evaluation": evaluation.model_copy(update={"policy": "greedy"})})
+    state.models = {"policy": SimpleNamespace(vocab=lambda: None)}
+    recompute = Evaluator(whole, state, source, sets, stop_ids=(), packing_tokens=8, **heard)
+    evaluation_module.greedy = lambda *given, each, **options: each()
+    seen["a recomputation that is stopped"] = _seen(recompute)
+    for one in (source, stopped):
+        if one is not None:
+            one.close()
+    assert stopped is None or stopped.aside
     destroy_mesh()
     return seen
 
 
-def test_what_a_leader_waited_for_is_said_on_every_rank_that_waits_for_it(folder) -> None:
-    leader, other = run_ranks(_silent, 2, 60, str(folder))
+@pytest.fixture(scope="module")
+def ended(folder: Path) -> list[dict[str, tuple[str, float]]]:
+    return run_ranks(_silent, 2, 60, str(folder))
+
+
+def test_a_stop_that_a_leader_hears_in_a_probe_or_an_evaluation_is_every_ranks(ended) -> None:
+    for rank in ended:
+        for what in ("a probe", "an evaluation", "a recomputation"):
+            assert rank[f"{what} that is stopped"][0] == "StopRun: "
+
+
+def test_what_a_leader_waited_for_is_said_on_every_rank_that_waits_for_it(ended) -> None:
+    leader, other = ended
     said = {
         "take": "for the rollouts of step 1 (run.phase_timeout_s).",
         "probe": "for the completions of a probe.",

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_jackpot.config import Evaluation
+from megatron_jackpot.config import Evaluation, Sync
 from megatron_jackpot.records import Prompt
-from megatron_jackpot.train.evaluation import Evaluator, Scored, pass_at, tasks_of
+from megatron_jackpot.rollout.outcome import StopRun
+from megatron_jackpot.train.evaluation import Evaluated, Evaluator, Scored, pass_at, tasks_of
+from megatron_jackpot.train.run import _judge
 
 
 def prompts(*tasks: str | None) -> list[Prompt]:
@@ -103,3 +105,20 @@ def test_every_set_is_asked_for_its_samples_and_keeps_its_first_answers() -> Non
 
 def test_a_bare_off_in_yaml_is_off() -> None:
     assert Evaluation(policy=False).policy == "off"
+
+
+def test_a_step_whose_evaluation_a_stop_ended_is_reported_without_it_and_says_how_it_is_made_up_for(
+    caplog,
+) -> None:
+    def stopped() -> Evaluated:
+        raise StopRun
+
+    stopped.sets = {"": prompts("a")}
+    config = SimpleNamespace(
+        evaluation=Evaluation(every=2), sync=Sync(probe_every=2), run=SimpleNamespace(folder="RUN")
+    )
+    trainer = SimpleNamespace(config=config, mesh=SimpleNamespace(is_main=True))
+    assembly = SimpleNamespace(trainer=trainer, probe=lambda: {"probe/max": 0.5}, evaluate=stopped)
+    assert _judge(assembly, 2, last=False) == ({"probe/max": 0.5}, [])
+    assert "step 2 has no evaluation. `megatron-jackpot evaluate RUN` makes up for it" in caplog.text
+    assert _judge(assembly, 3, last=False) == ({}, [])

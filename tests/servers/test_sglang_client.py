@@ -349,14 +349,18 @@ def test_requests_carry_the_version_they_begin_with_and_none_begins_while_it_is_
         assert [body["extra_key"] for body in server.asked("generate")] == ["3", "4"]
 
 
-def test_answers_do_not_queue_behind_rollouts():
+@pytest.mark.parametrize("what", ["an evaluation's answers", "a probe's groups"])
+def test_what_the_main_thread_waits_for_does_not_queue_behind_rollouts(what: str):
     async def beside(url: str) -> list[bool]:
         settings = {"vocab_size": VOCAB, "context_length": 64, "concurrency": 1, "prefix_cache": False}
         async with SGLangClient([url], **settings) as client:
             rollouts = [asyncio.ensure_future(client.generate_group([1, 2], 2, SAMPLING)) for _ in range(2)]
             while not server.requests:
                 await asyncio.sleep(0.01)
-            await client.answers((1, 2), 4, n=2)
+            if what == "a probe's groups":
+                await client.generate_group([1, 2], 2, SAMPLING, aside=True)
+            else:
+                await client.answers((1, 2), 4, n=2)
             done = [rollout.done() for rollout in rollouts]
             for rollout in rollouts:
                 rollout.cancel()
