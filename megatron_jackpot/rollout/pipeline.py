@@ -168,11 +168,13 @@ class Pipeline:
         if not left:
             quiet.result()  # Or what it failed of.
 
-    def pushed(self, version: int) -> None:
-        """Servers hold these weights: requests begin again, and what was lost meanwhile is asked again."""
+    def pushed(self, version: int, attempt: str) -> None:
+        """Servers hold these weights, of this attempt of the run: requests begin again, and what was lost
+        meanwhile is asked again."""
         if self.source is None:
             return
-        self.source.thread.wait(self.source.use(version), END_LIMIT_S, "requests to begin after a push")
+        begun = self.source.use(version, attempt)
+        self.source.thread.wait(begun, END_LIMIT_S, "requests to begin after a push")
         for batch in self.batches:
             if batch.work is None or (batch.work.done() and ending(batch)[0] == LOST):
                 self._ask(batch)
@@ -185,8 +187,7 @@ class Pipeline:
             raise TimeoutError(f"Waited {END_LIMIT_S:g} s for requests to end: {reason}.")
 
     def drop(self) -> None:
-        """Before an older checkpoint is loaded: what is in flight ends, on servers too, and is forgotten, so
-        that no reply of this attempt is taken for one of the next, whose versions have the same numbers."""
+        """Before an older checkpoint is loaded: what is in flight ends, on servers too, and is forgotten."""
         self.interrupt("the run goes back to a checkpoint")
         if self.source is not None:
             self.source.thread.wait(self.source.abort(), END_LIMIT_S, "servers to abort their requests")

@@ -140,9 +140,9 @@ class ServerSource:
         """Until servers have no request any more."""
         await self.client.quiet()
 
-    async def use(self, version: int) -> None:
-        """Servers hold these weights now: requests begin again."""
-        await self.client.use(version)
+    async def use(self, version: int, attempt: str) -> None:
+        """Servers hold these weights of this attempt now: requests begin again."""
+        await self.client.use(version, attempt)
 
     async def abort(self) -> None:
         """Servers drop what they were asked for: nobody waits for it any more."""
@@ -232,7 +232,7 @@ class ServerSource:
             self.thread.close()
 
 
-async def _all_of(work: list[Coroutine[None, None, T]], stop: Stop) -> list[T]:
+async def _all_of(work: Sequence[Coroutine[object, None, T]], stop: Stop) -> list[T]:
     """What each gives, in their order. Raises Interrupted, and the first error; the others end then."""
     tasks = [asyncio.ensure_future(one) for one in work]
     whole = asyncio.gather(*tasks)

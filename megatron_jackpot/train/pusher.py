@@ -1,6 +1,7 @@
 """A push as all ranks take part in it: requests are held, weights go out, requests begin again."""
 
 import logging
+import uuid
 from typing import Protocol
 
 from megatron_jackpot.config import Config
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 class Push(Protocol):
     """How weights get to the servers, on the main rank."""
 
-    def push(self, named_tensors: WeightStream, version: int, *, mend: bool) -> SyncReport: ...
+    def push(self, named_tensors: WeightStream, version: int, *, attempt: str, mend: bool) -> SyncReport: ...
 
     def release(self) -> None: ...
 
@@ -44,11 +45,18 @@ class Pusher:
         self.config, self.state, self.mesh = config, state, state.mesh
         self.pipeline, self.watchdog, self.sync, self.ring = pipeline, watchdog, sync, ring
         self.num_pushes = 0
+        self.attempt = ""
+        self.renew()
+
+    def renew(self) -> None:
+        """From here on versions may come again: at a start, and where the run goes back. Broadcasts: 2 over
+        the world."""
+        self.attempt = self.mesh.from_main(uuid.uuid4().hex[:8])
 
     def __call__(self, *, mend: bool) -> dict[str, float]:
-        """The served model's weights to the servers, stamped with the number of finished steps; with the
-        whole proof where it is to `mend` something. Metrics on the main rank, none where the run was asked to
-        stop and no server answered."""
+        """The served model's weights to the servers, labelled with the number of finished steps and the
+        attempt; with the whole proof where it is to `mend` something. Metrics on the main rank, none where
+        the run was asked to stop and no server answered."""
         self.num_pushes += 1
         version, servers = self.state.num_steps, self.config.servers
         self.hold(f"hold-{version}-{self.num_pushes}")
@@ -73,7 +81,7 @@ class Pusher:
             if self.ring is not None:
                 self.ring.push(version)
             self.mesh.wait_for_leaders(f"sync-{version}-{self.num_pushes}", behind(limit_s))
-        self.pipeline.pushed(version)
+        self.pipeline.pushed(version, self.attempt)
         return metrics
 
     def hold(self, what: str) -> None:
@@ -90,7 +98,7 @@ class Pusher:
         if self.sync is None:
             return {}
         try:
-            report = self.sync.push(weights, version=version, mend=mend)
+            report = self.sync.push(weights, version=version, attempt=self.attempt, mend=mend)
         except PushInterrupted as error:
             # The step is done; whoever goes on from its checkpoint pushes first.
             log.warning(error)

@@ -245,6 +245,7 @@ def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
     """Load the newest checkpoint that did not lead here already. Raises `error` where there is none."""
     run, state = trainer.config.run, trainer.state
     trainer.pipeline.drop()
+    trainer.pusher.renew()
     saver.wait()
     names = state.mesh.from_main([folder.name for folder in checkpoints(run.folder)])
     found = [name for name in names if name not in saver.bad_checkpoints]

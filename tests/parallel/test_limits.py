@@ -89,7 +89,7 @@ def _silent(rank: int, world: int, folder: str) -> dict[str, tuple[str, float]]:
     seen["a probe that is stopped"] = _seen(Prober(config, state, None, stopped, PROMPTS, **heard))
     evaluate = Evaluator(config, state, stopped, sets, stop_ids=(), packing_tokens=8, **heard)
     seen["an evaluation that is stopped"] = _seen(evaluate)
-    whole = config.model_copy(update={"evaluation": evaluation.model_copy(update={"policy": "greedy"})})
+    whole = config.model_copy(update={"evaluation": evaluation.model_copy(update={"policy": "recompute"})})
     state.models = {"policy": SimpleNamespace(vocab=lambda: None)}
     recompute = Evaluator(whole, state, source, sets, stop_ids=(), packing_tokens=8, **heard)
     evaluation_module.greedy = lambda *given, each, **options: each()

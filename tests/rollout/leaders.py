@@ -92,7 +92,7 @@ class Run:
         number = self.steps + 1
         for later in range(number, number + self.ahead + 1):
             self.pipeline.start(later, self.loader)
-        taken = self.pipeline.take(number, self.loader, recover=lambda: self.pipeline.pushed(0))
+        taken = self.pipeline.take(number, self.loader, recover=lambda: self.pipeline.pushed(0, "test"))
         assert taken is not None
         self.steps = number
         return taken

@@ -31,6 +31,8 @@ class ScriptedSource:
         self.slow: set[tuple[int, int]] = set()
         """(epoch, prompt id) of groups that do not end by themselves."""
         self.calls = 0
+        self.attempts: list[str] = []
+        """Of the weights it was told to use, each once, in their order."""
 
     async def collect(
         self,
@@ -70,8 +72,10 @@ class ScriptedSource:
 
     async def quiet(self) -> None: ...
 
-    async def use(self, version: int) -> None:
+    async def use(self, version: int, attempt: str) -> None:
         self.version = version
+        if attempt not in self.attempts:
+            self.attempts.append(attempt)
 
     async def abort(self) -> None: ...
 
