@@ -56,7 +56,9 @@ class LocalServer:
         self.seconds = 0.0
         self.thread = LoopThread()
 
-    def push(self, named_tensors: WeightStream, version: int, *, mend: bool = False) -> SyncReport:
+    def push(
+        self, named_tensors: WeightStream, version: int, *, attempt: str, mend: bool = False
+    ) -> SyncReport:
         started = time.perf_counter()
         tensors: Mapping[str, Tensor] = dict(named_tensors)
         self.decoder.load(tensors)
@@ -105,7 +107,7 @@ class LocalServer:
 
     async def quiet(self) -> None: ...
 
-    async def use(self, version: int) -> None:
+    async def use(self, version: int, attempt: str) -> None:
         """Raises RuntimeError for other weights than it was pushed last."""
         if self.version != version:
             raise RuntimeError(f"the sampler holds weight version {self.version}, not {version}.")

@@ -41,8 +41,8 @@ class Run(Section):
     stop_margin_s: float = Field(default=300, ge=0)
     """How long before a time limit the run interrupts its rollout, saves and ends."""
     phase_timeout_s: float = Field(default=3600, gt=0)
-    """Time limit of one phase of a step, or of one save; past it every thread's stack is written and the rank
-    ends."""
+    """Time limit of what is waited for in one phase of a step, or of one save; two minutes past it every
+    thread's stack is written and the rank ends."""
     max_restarts: int = Field(default=3, ge=0)
     """How often `launch` starts training again from the last checkpoint after it failed."""
 

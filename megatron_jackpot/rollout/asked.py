@@ -20,6 +20,7 @@ from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.rollout.collect import Interrupted, Sums, Unfinished
 from megatron_jackpot.rollout.collected import Allocated
 from megatron_jackpot.rollout.finished_groups import Groups
+from megatron_jackpot.run.interrupt import Stop
 
 Further = Callable[[int, int, int, Collection[int]], list[Prompt]]
 """(step, round, number, ids without) -> so many prompts beside a step's or fewer, alike on all leaders."""
@@ -93,9 +94,7 @@ class Asked:
         begun = {prompt.id: finished.get(self.key(prompt), []) for prompt in prompts}
         return {"more": self.more, "begun": begun}
 
-    async def ask_for(
-        self, number: int, finished: Groups, stop: Callable[[], str | None]
-    ) -> tuple[int, list[Prompt]] | None:
+    async def ask_for(self, number: int, finished: Groups, stop: Stop) -> tuple[int, list[Prompt]] | None:
         """(epoch, this leader's prompts) of a round, of which another leader may have all; None where the one
         before was the last. That one must be in `finished`.
 
@@ -122,9 +121,7 @@ class Asked:
         self.fetched = [*self.fetched, *new[leader::dp]]
         return self.further_epoch, new[leader::dp]
 
-    async def _all_live(
-        self, number: int, finished: Groups, stop: Callable[[], str | None]
-    ) -> dict[int, bool]:
+    async def _all_live(self, number: int, finished: Groups, stop: Stop) -> dict[int, bool]:
         """`live` after a round, from every leader's word on its own groups."""
         own = [(prompt.id, finished.get(self.key(prompt))) for prompt in (*self.prompts, *self.fetched)]
         mine = [(name, self.allocation.live(group)) for name, group in own if group is not None]

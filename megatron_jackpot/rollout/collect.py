@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rewards.pool import Verdict
+from megatron_jackpot.run.interrupt import Stop, never
 from megatron_jackpot.servers.protocol import Completion, Engine, Sampling, ServerError, StaleWeights
 
 POLL_S = 0.25
@@ -86,12 +87,14 @@ class GroupSampler:
     """Ids 0 .. num_ids - 1 have a row in the embedding of both models."""
     max_failed_groups: float
     """Share of a step's groups that may be lost to failed requests."""
+    aside: bool = False
+    """Requests do not queue behind those of other steps."""
 
     async def collect(
         self,
         epoch: int,
         prompts: Sequence[Prompt],
-        stop: Callable[[], str | None] = lambda: None,
+        stop: Stop = never,
         keep: Keep = lambda group: None,
         more: More | None = None,
         begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
@@ -156,7 +159,7 @@ class GroupSampler:
         """A group of which nothing was aborted. Raises ServerError and StaleWeights."""
         for _ in range(MAX_ABORTS):
             completions = await self.client.generate_group(
-                prompt.tokens, number, self.sampling, retried=tally.note_retry
+                prompt.tokens, number, self.sampling, retried=tally.note_retry, aside=self.aside
             )
             if all(completion.finish != "abort" for completion in completions):
                 return completions
@@ -185,7 +188,7 @@ def _known(completion: Completion, num_ids: int) -> np.ndarray:
     return np.logical_and.accumulate(completion.tokens < num_ids)
 
 
-async def _run_all(work: list[Coroutine[None, None, None]], stop: Callable[[], str | None]) -> str | None:
+async def _run_all(work: list[Coroutine[None, None, None]], stop: Stop) -> str | None:
     """All coroutines side by side; the first error, or a reason to stop, cancels the others."""
     tasks = [asyncio.ensure_future(one) for one in work]
     unfinished = set(tasks)

@@ -45,22 +45,33 @@ class LoopThread:
 
     def cancel(self) -> None:
         """End what is under way. Raises TimeoutError where that does not let itself be ended."""
+        self.wait(self._cancel_all(), 2 * CLOSE_LIMIT_S, "requests and rewards to be cancelled")
 
-        async def cancel_all() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        self.wait(cancel_all(), CLOSE_LIMIT_S, "requests and rewards to be cancelled")
+    async def _cancel_all(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        left = (await asyncio.wait(others, timeout=CLOSE_LIMIT_S))[1] if others else set()
+        if left:
+            raise TimeoutError(
+                f"Waited {CLOSE_LIMIT_S:g} s for {len(left)} requests or rewards to be cancelled."
+            )
 
     def close(self) -> None:
-        """Cancel what is under way, and end the thread. Raises TimeoutError when it does not end."""
-        try:
-            self.cancel()
-        finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_LIMIT_S)
+        """Cancel what is under way, and end the thread. Raises TimeoutError when it does not end.
+
+        One that is busy for longer than this waits for it still lets what it does clean up, before it ends.
+        """
+        ended = self.submit(self._end())
+        self._thread.join(2 * CLOSE_LIMIT_S)
         if self._thread.is_alive():
-            raise TimeoutError(f"Waited {CLOSE_LIMIT_S:g} s for the thread of the rollouts to end.")
+            raise TimeoutError(f"Waited {2 * CLOSE_LIMIT_S:g} s for the thread of the rollouts to end.")
         self._loop.close()
+        ended.result()
+
+    async def _end(self) -> None:
+        try:
+            await self._cancel_all()
+        finally:
+            # Not before this has come to its end.
+            self._loop.call_soon(self._loop.stop)

@@ -10,10 +10,11 @@ token is older than `ahead` when it is trained on.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable
 from concurrent import futures
+from contextlib import AbstractContextManager, nullcontext
 from itertools import count
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -22,71 +23,34 @@ from megatron_jackpot.config import Rollouts
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.exchange import Exchange
-from megatron_jackpot.parallel.reduce import raise_on_all_ranks
-from megatron_jackpot.records import Prompt, Rollout
-from megatron_jackpot.rewards.failures import RewardsFailing
+from megatron_jackpot.records import Rollout
 from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.rollout.asked import Asked
-from megatron_jackpot.rollout.collect import (
-    NOTHING_BEGUN,
-    POLL_S,
-    Interrupted,
-    Keep,
-    Losses,
-    More,
-    Sums,
-    Unfinished,
-)
+from megatron_jackpot.rollout.collect import POLL_S, Losses, Unfinished
 from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.rollout.finished_groups import Groups
-from megatron_jackpot.rollout.loop_thread import LoopThread
+from megatron_jackpot.rollout.outcome import (
+    COMPLETE,
+    FAILED,
+    LOST,
+    REFUSED,
+    STOPPED,
+    StopRun,
+    agree,
+    outcome_of,
+)
 from megatron_jackpot.rollout.pace import Pace
+from megatron_jackpot.rollout.protocol import Source
+from megatron_jackpot.run.interrupt import Stop
+from megatron_jackpot.run.limits import END_LIMIT_S
 
 log = logging.getLogger(__name__)
 
 MAX_RECOVERIES = 3
 """How often a step's rollout may be rescued by giving the servers their weights again."""
-END_LIMIT_S = 60.0
-"""For requests to end that were told to."""
-COMPLETE, LOST, STOPPED, REFUSED, FAILED = range(5)
-"""How asking the servers ended; the worst of all leaders counts."""
 
-Stop = Callable[[], str | None]
-"""Asked all the time while the main thread waits: a reason to save and end, or None."""
-
-
-class Source(Protocol):
-    """Where rollouts come from, on a DP leader: coroutines for its thread. `collect` is told `more` and
-    `begun` where prompts get different numbers alone."""
-
-    thread: LoopThread
-
-    def collect(
-        self,
-        epoch: int,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int | None = None,
-        stop: Stop = lambda: None,
-        keep: Keep = lambda group: None,
-        more: More | None = None,
-        begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
-        losses: Losses | None = None,
-    ) -> Coroutine[object, None, tuple[list[list[Rollout]], Sums]]: ...
-
-    def hold(self) -> Coroutine[object, None, None]: ...
-
-    def quiet(self) -> Coroutine[object, None, None]: ...
-
-    def use(self, version: int) -> Coroutine[object, None, None]: ...
-
-    def abort(self) -> Coroutine[object, None, None]: ...
-
-    def close(self) -> None: ...
-
-
-class StopRun(Exception):
-    """The run is to save and end; raised on every rank alike."""
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Of the watchdog, by its name."""
 
 
 class Pipeline:
@@ -108,11 +72,12 @@ class Pipeline:
         in_flight: Literal["retract", "wait"] = "retract",
         known_since: Callable[[], int] = lambda: 0,
         allocation: Allocation | None = None,
+        phase: Phase = lambda what: nullcontext(),
     ) -> None:
         """`limit_s` is for one step's rollout; `in_flight` what a push does to responses under way;
         `known_since` the oldest version whose weights are still known, where they are to be scored; without
-        an `allocation` every prompt gets the same."""
-        self.mesh, self.config, self.source, self.stop = mesh, config, source, stop
+        an `allocation` every prompt gets the same; `phase` is told what is waited for."""
+        self.mesh, self.config, self.source, self.stop, self.phase = mesh, config, source, stop, phase
         self.limit_s, self.in_flight, self.known_since = limit_s, in_flight, known_since
         self.finished = finished
         """Finished groups of steps that are not trained yet: what a checkpoint saves of them. Changed in
@@ -155,21 +120,17 @@ class Pipeline:
         """
         batch = self.batches[0] if self.batches else None
         assert batch is None or batch.step == step, f"step {batch.step} comes before {step}"
-        # A leader gives up at its own limit; ranks that have nothing to ask for wait for it from here on.
-        limit_s = max(self.config.request_timeout_s * (self.config.retries + 2), self.limit_s + END_LIMIT_S)
         started, error = time.perf_counter(), None
         for attempt in range(MAX_RECOVERIES + 1):
-            outcome, error = (COMPLETE, None) if batch is None else self._wait(batch)
-            if batch is not None and self._exchange is not None and outcome != COMPLETE:
-                self._exchange.end(batch.batch, str(error))
-            self.mesh.wait_for_leaders(f"rollout-{step - 1}-{attempt}", limit_s)
-            worst = self.mesh.largest(outcome)
+            with self.phase(f"wait for the rollouts of step {step}"):
+                outcome, error = (COMPLETE, None) if batch is None else self._wait(batch)
+                if batch is not None and self._exchange is not None and outcome != COMPLETE:
+                    self._exchange.end(batch.batch, str(error))
+                worst = agree(self.mesh, f"rollout-{step - 1}-{attempt}", self.limit_s, outcome, error)
             if worst == COMPLETE:
                 return None if batch is None else self._taken(batch, loader, started)
             if worst == STOPPED:
                 raise StopRun
-            if worst >= REFUSED:
-                _raise_everywhere(worst, error if outcome == worst else None)
             if error is not None:
                 log.warning(f"step {step}: {error} Sending the weights again.")
             self._attempt += 1
@@ -205,11 +166,13 @@ class Pipeline:
         if not left:
             quiet.result()  # Or what it failed of.
 
-    def pushed(self, version: int) -> None:
-        """Servers hold these weights: requests begin again, and what was lost meanwhile is asked again."""
+    def pushed(self, version: int, attempt: str) -> None:
+        """Servers hold these weights, of this attempt of the run: requests begin again, and what was lost
+        meanwhile is asked again."""
         if self.source is None:
             return
-        self.source.thread.wait(self.source.use(version), END_LIMIT_S, "requests to begin after a push")
+        begun = self.source.use(version, attempt)
+        self.source.thread.wait(begun, END_LIMIT_S, "requests to begin after a push")
         for batch in self.batches:
             if batch.work is None or (batch.work.done() and ending(batch)[0] == LOST):
                 self._ask(batch)
@@ -222,8 +185,7 @@ class Pipeline:
             raise TimeoutError(f"Waited {END_LIMIT_S:g} s for requests to end: {reason}.")
 
     def drop(self) -> None:
-        """Before an older checkpoint is loaded: what is in flight ends, on servers too, and is forgotten, so
-        that no reply of this attempt is taken for one of the next, whose versions have the same numbers."""
+        """Before an older checkpoint is loaded: what is in flight ends, on servers too, and is forgotten."""
         self.interrupt("the run goes back to a checkpoint")
         if self.source is not None:
             self.source.thread.wait(self.source.abort(), END_LIMIT_S, "servers to abort their requests")
@@ -267,8 +229,8 @@ class Pipeline:
 
     def _wait(self, batch: Asked) -> tuple[int, BaseException | None]:
         """Until a batch is there and young enough: how that ended, and what went wrong."""
+        deadline = time.monotonic() + self.limit_s
         for _ in range(MAX_RECOVERIES + 1):
-            deadline = time.monotonic() + self.limit_s
             assert batch.work is not None
             while not futures.wait([batch.work], POLL_S).done:
                 if self._interrupted is None:
@@ -363,19 +325,5 @@ class Pipeline:
 def ending(batch: Asked) -> tuple[int, BaseException | None]:
     """How asking for a step ended, once it has."""
     assert batch.work is not None
-    error = batch.work.exception()
-    if error is not None:
-        return REFUSED if isinstance(error, RewardsFailing) else FAILED, error
-    unfinished = batch.work.result()
-    if unfinished is None:
-        return COMPLETE, None
-    return STOPPED if isinstance(unfinished, Interrupted) else LOST, unfinished
-
-
-def _raise_everywhere(outcome: int, error: BaseException | None) -> None:
-    """A leader's error on every rank: itself there, RewardsFailing or OSError elsewhere."""
-    if outcome == REFUSED and error is None:
-        error = RewardsFailing("Rewards failed on another rank, whose log says how.")
-    with raise_on_all_ranks():
-        if error is not None:
-            raise error
+    error = batch.work.exception() or batch.work.result()
+    return outcome_of(error), error

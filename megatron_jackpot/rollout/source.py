@@ -4,11 +4,12 @@ pool, which are processes."""
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +18,9 @@ from megatron_jackpot.rewards.failures import Counts, failure_sums
 from megatron_jackpot.rewards.pool import START_TIMEOUT_S, RewardPool, Verdict
 from megatron_jackpot.rollout.collect import (
     NOTHING_BEGUN,
+    POLL_S,
     GroupSampler,
+    Interrupted,
     Keep,
     Losses,
     More,
@@ -25,9 +28,12 @@ from megatron_jackpot.rollout.collect import (
     Unfinished,
 )
 from megatron_jackpot.rollout.loop_thread import LoopThread
+from megatron_jackpot.run.interrupt import Stop, never
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling, ServerError
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +72,11 @@ class ServerSource:
             self.pool = self.thread.call(pool, 2 * START_TIMEOUT_S, "the reward workers to start")
             self.client = self.thread.call(client, OPEN_LIMIT_S, "the servers' client")
             self.thread.wait(self.client.__aenter__(), OPEN_LIMIT_S, "the servers' client to start")
-        except BaseException:
-            self.thread.close()
+        except BaseException as error:
+            try:
+                self.thread.close()
+            except TimeoutError as late:
+                error.add_note(f"While cleaning up: {late}")
             raise
         self.sampler = GroupSampler(
             client=self.client,
@@ -84,22 +93,24 @@ class ServerSource:
         prompts: Sequence[Prompt],
         *,
         samples: int | None = None,
-        stop: Callable[[], str | None] = lambda: None,
+        stop: Stop = never,
         keep: Keep = lambda group: None,
         more: More | None = None,
         begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
         losses: Losses | None = None,
+        aside: bool = False,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Groups in the order of `prompts` (failed ones left out, up to the allowed share, see
         GroupSampler) and the metrics of requests and rewards; `samples` of each in place of the usual number,
-        or what `more` asks for.
+        or what `more` asks for. `aside` they do not queue behind the requests of other steps.
 
         Raises Interrupted or ServersLost, with the groups that were finished, when the rollout ended early,
         and RewardsFailing.
         """
         counts = self.pool.failures.begin()
         samples = self.sampler.samples_per_prompt if samples is None else samples
-        sampler = replace(self.sampler, samples_per_prompt=samples, reward=partial(self.reward, counts))
+        reward = partial(self.reward, counts)
+        sampler = replace(self.sampler, samples_per_prompt=samples, reward=reward, aside=aside)
         try:
             groups, sums = await sampler.collect(epoch, prompts, stop, keep, more, begun, losses)
         except Unfinished as unfinished:
@@ -129,9 +140,9 @@ class ServerSource:
         """Until servers have no request any more."""
         await self.client.quiet()
 
-    async def use(self, version: int) -> None:
-        """Servers hold these weights now: requests begin again."""
-        await self.client.use(version)
+    async def use(self, version: int, attempt: str) -> None:
+        """Servers hold these weights of this attempt now: requests begin again."""
+        await self.client.use(version, attempt)
 
     async def abort(self) -> None:
         """Servers drop what they were asked for: nobody waits for it any more."""
@@ -144,28 +155,29 @@ class ServerSource:
         self.thread.wait(self.pool.check_labels(prompts, path), self.limit_s, f"the labels of {path}")
 
     def verdicts(
-        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
+        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt], stop: Stop = never
     ) -> tuple[list[bool], float]:
         """Which answers are correct, and the number of rewards that failed, whose answers are not. Raises
-        RewardsFailing."""
-        judged = self._judged(answers, prompts)
+        RewardsFailing, and Interrupted."""
+        judged = self._judged(answers, prompts, stop)
         return [one is not None and one[1] for one in judged], judged.count(None)
 
     def rewards(self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[float | None]:
         """The reward of each answer, None where it failed. Raises RewardsFailing."""
-        return [None if one is None else one[0] for one in self._judged(answers, prompts)]
+        return [None if one is None else one[0] for one in self._judged(answers, prompts, never)]
 
-    def _judged(self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[Verdict | None]:
+    def _judged(
+        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt], stop: Stop
+    ) -> list[Verdict | None]:
         counts = self.pool.failures.begin()
 
-        async def score() -> list[Verdict | None]:
-            judged = (
-                self.pool.judge(self.decode(a), p.label, counts, self._seen(a, p))
-                for a, p in zip(answers, prompts, strict=True)
+        async def judge(answer: Sequence[int], prompt: Prompt) -> Verdict | None:
+            return await self.pool.judge(
+                self.decode(answer), prompt.label, counts, self._seen(answer, prompt)
             )
-            return await asyncio.gather(*judged)
 
-        return self.thread.wait(score(), self.limit_s, f"verdicts on {len(prompts)} answers")
+        work = [judge(a, p) for a, p in zip(answers, prompts, strict=True)]
+        return self.thread.wait(_all_of(work, stop), self.limit_s, f"verdicts on {len(prompts)} answers")
 
     def server_gib(self) -> float | None:
         """Memory of the fullest server; None where one does not say."""
@@ -180,16 +192,23 @@ class ServerSource:
         return self.decode(tokens)
 
     def answers(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, *, samples: int, temperature: float
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        *,
+        samples: int,
+        temperature: float,
+        stop: Stop = never,
     ) -> list[list[list[int]]]:
-        """Of the servers' model, `samples` to each prompt; at temperature 0 the most probable one."""
+        """Of the servers' model, `samples` to each prompt; at temperature 0 the most probable one. Raises
+        Interrupted."""
 
-        stop, done, told_at = self.sampling.stop_token_ids, 0, time.monotonic()
+        ends, done, told_at = self.sampling.stop_token_ids, 0, time.monotonic()
 
         async def answered(prompt: Prompt) -> list[np.ndarray]:
             nonlocal done, told_at
             group = await self.client.answers(
-                prompt.tokens, max_new_tokens, stop, n=samples, temperature=temperature
+                prompt.tokens, max_new_tokens, ends, n=samples, temperature=temperature
             )
             done += 1
             if time.monotonic() - told_at > TOLD_EVERY_S and done < len(prompts):
@@ -197,10 +216,8 @@ class ServerSource:
                 log.info(f"{done} of {len(prompts)} problems answered")
             return group
 
-        async def ask() -> list[list[np.ndarray]]:
-            return await asyncio.gather(*map(answered, prompts))
-
-        asked = self.thread.wait(ask(), self.limit_s, f"answers to {len(prompts)} prompts")
+        work = _all_of([answered(prompt) for prompt in prompts], stop)
+        asked = self.thread.wait(work, self.limit_s, f"answers to {len(prompts)} prompts")
         return [[answer.tolist() for answer in group] for group in asked]
 
     def close(self) -> None:
@@ -213,3 +230,18 @@ class ServerSource:
             self.thread.wait(left, OPEN_LIMIT_S, "the servers' client to end")
         finally:
             self.thread.close()
+
+
+async def _all_of(work: Sequence[Coroutine[object, None, T]], stop: Stop) -> list[T]:
+    """What each gives, in their order. Raises Interrupted, and the first error; the others end then."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    whole = asyncio.gather(*tasks)
+    try:
+        while not (await asyncio.wait([whole], timeout=POLL_S))[0]:
+            if (reason := stop()) is not None:
+                raise Interrupted(reason, [], {})
+        return whole.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(whole, *tasks, return_exceptions=True)

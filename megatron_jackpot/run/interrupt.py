@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,13 @@ ONE_REQUEST_S = 0.5
 PARENT_ENDS_S = 1.0
 """How long a parent may take to end, once it does: a request to stop is heard that much later."""
 _PR_SET_PDEATHSIG = 1
+
+Stop = Callable[[], str | None]
+"""Asked all the time while something waits: a reason for which the run is to save and end, or None."""
+
+
+def never() -> None:
+    """The `Stop` of what nobody interrupts."""
 
 
 class StopRequest:

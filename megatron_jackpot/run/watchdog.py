@@ -1,6 +1,7 @@
 """What a rank is doing, for everyone to read in RUN/doing/rank-N, and a time limit on it.
 
-Past the limit the phase's name and every thread's stack are written and the rank ends.
+Past the limit the phase's name and every thread's stack are written and the rank ends. Waits within a phase
+have limits of their own, whose messages say more: the watchdog comes after them (run/limits.py).
 """
 
 import faulthandler
@@ -11,7 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_jackpot.run.limits import watched
 
 EXIT_STUCK = 70
 """Exit code of a rank that was stuck (EX_SOFTWARE of sysexits.h)."""
@@ -20,24 +24,37 @@ DOING = "doing"
 _LINE_BYTES = 256
 
 
+@dataclass
+class _Phase:
+    what: str
+    limit_s: float
+    deadline: float
+    thread: int
+
+
 class Watchdog:
-    """`with watchdog.phase("rollout"): ...` on any thread; phases may nest, each has its own limit."""
+    """`with watchdog.phase("rollout"): ...` on any thread. Phases may nest: the time of an inner one is none
+    of the outer one's, whose clock stands still."""
 
     def __init__(self, folder: Path, rank: int, limit_s: float) -> None:
+        """`limit_s`: the longest that anything in a phase waits, run.phase_timeout_s."""
         self.file = Path(folder) / f"stacks-rank-{rank}.txt"
         self.rank, self.limit_s = rank, limit_s
         self.doing = Path(folder) / DOING / f"rank-{rank}"
         self._doing_fd: int | None = None
         self._lock = threading.Lock()
-        self._phases: dict[object, tuple[str, float]] = {}
+        self._phases: dict[object, _Phase] = {}
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def phase(self, what: str) -> Iterator[None]:
-        """Within, `what` may take `limit_s` seconds; longer ends this process with EXIT_STUCK."""
-        key = object()
+    def phase(self, what: str, at_least_s: float = 0.0) -> Iterator[None]:
+        """Within, `what` may wait for `limit_s` seconds, or where that is more for `at_least_s`; when the
+        time for it to say so is over too, this process ends with EXIT_STUCK."""
+        key, began, limit_s = object(), time.monotonic(), max(self.limit_s, at_least_s)
         with self._lock:
-            self._phases[key] = what, time.monotonic() + self.limit_s
+            own = threading.get_ident()
+            outer = [phase for phase in self._phases.values() if phase.thread == own]
+            self._phases[key] = _Phase(what, limit_s, began + watched(limit_s), own)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
                 self._thread.start()
@@ -47,6 +64,8 @@ class Watchdog:
         finally:
             with self._lock:
                 del self._phases[key]
+                for phase in outer:
+                    phase.deadline += time.monotonic() - began
                 self._tell()
 
     def _tell(self) -> None:
@@ -55,7 +74,7 @@ class Watchdog:
         One write into a file that stays open: many ranks on a shared disk can afford it many times a step.
         """
         who = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {platform.node()}:{os.getpid()}"
-        line = f"{who} {'; '.join(what for what, _ in self._phases.values())}"
+        line = f"{who} {'; '.join(phase.what for phase in self._phases.values())}"
         # A full disk must not end a run that only tells what it does.
         with suppress(OSError):
             if self._doing_fd is None:
@@ -75,11 +94,15 @@ class Watchdog:
         while True:
             time.sleep(POLL_S)
             now = time.monotonic()
-            for what, deadline in self._under_way():
-                if now > deadline:
-                    self.dump(f"'{what}' has run for {self.limit_s:g} s, the limit of run.phase_timeout_s.")
+            for phase in self._innermost():
+                if now > phase.deadline:
+                    self.dump(
+                        f"'{phase.what}' has run for {watched(phase.limit_s):g} s. What waits in it has at "
+                        f"most {phase.limit_s:g} s (run.phase_timeout_s) and has not said what for."
+                    )
                     os._exit(EXIT_STUCK)
 
-    def _under_way(self) -> list[tuple[str, float]]:
+    def _innermost(self) -> list[_Phase]:
+        """Of each thread."""
         with self._lock:
-            return list(self._phases.values())
+            return [*{phase.thread: phase for phase in self._phases.values()}.values()]

@@ -12,8 +12,8 @@ from typing import Literal
 import aiohttp
 
 from megatron_jackpot.servers import api_key
-from megatron_jackpot.servers.protocol import JsonObject, ServerError
-from megatron_jackpot.servers.reply import parse_version
+from megatron_jackpot.servers.protocol import JsonObject, Label, ServerError
+from megatron_jackpot.servers.reply import parse_label
 
 PauseMode = Literal["abort", "retract"]
 
@@ -45,9 +45,9 @@ class ServerAdmin:
     async def model_info(self) -> list[JsonObject]:
         return await self._all("GET", "/model_info")
 
-    async def versions(self) -> list[int]:
-        """Weight version of each server; "default" counts as 0."""
-        return [parse_version(info.get("weight_version")) for info in await self.model_info()]
+    async def labels(self) -> list[Label]:
+        """What each server says its weights are; "default" counts as version 0."""
+        return [parse_label(info.get("weight_version")) for info in await self.model_info()]
 
     async def tp_sizes(self) -> list[int]:
         return [int(info["tp_size"]) for info in await self._all("GET", "/server_info")]
@@ -79,11 +79,11 @@ class ServerAdmin:
         """On every server that answers, whatever another one does."""
         await self._all("POST", "/abort_request", {"abort_all": True}, until_all=True)
 
-    async def update_from_disk(self, path: str, version: int | None = None) -> None:
+    async def update_from_disk(self, path: str, label: Label | None = None) -> None:
         # Named, because a server may have been started with weights of the format "dummy".
         body: JsonObject = {"model_path": path, "load_format": "auto", "flush_cache": True}
-        if version is not None:
-            body["weight_version"] = str(version)
+        if label is not None:
+            body["weight_version"] = str(label)
         await self._all("POST", "/update_weights_from_disk", body)
 
     async def begin_update(self) -> None:
@@ -116,7 +116,6 @@ class ServerAdmin:
         shapes: Sequence[Sequence[int]],
         *,
         group: str,
-        version: int | None = None,
         load_format: str | None = None,
         flush: bool = False,
     ) -> None:
@@ -132,8 +131,6 @@ class ServerAdmin:
             "flush_cache": flush,
             "load_format": load_format,
         }
-        if version is not None:
-            body["weight_version"] = str(version)
         await self._all("POST", "/update_weights_from_distributed", body)
 
     async def update_from_tensor(self, serialised: Sequence[Sequence[str]], *, flush: bool = False) -> None:
@@ -151,8 +148,8 @@ class ServerAdmin:
         state."""
         await self._all("POST", "/resume_memory_occupation", {"tags": list(tags)})
 
-    async def set_version(self, version: int) -> None:
-        body = {"new_version": str(version), "abort_all_requests": False}
+    async def set_label(self, label: Label) -> None:
+        body = {"new_version": str(label), "abort_all_requests": False}
         await self._all("POST", "/update_weight_version", body)
 
     async def checksums(self) -> list[dict[str, dict[str, str]]]:

@@ -19,7 +19,14 @@ import numpy as np
 from megatron_jackpot.config.servers import CONTEXT_MARGIN
 from megatron_jackpot.servers import api_key, reply
 from megatron_jackpot.servers.admin import ServerAdmin
-from megatron_jackpot.servers.protocol import Completion, JsonObject, Sampling, ServerError, StaleWeights
+from megatron_jackpot.servers.protocol import (
+    Completion,
+    JsonObject,
+    Label,
+    Sampling,
+    ServerError,
+    StaleWeights,
+)
 
 T = TypeVar("T")
 
@@ -88,15 +95,15 @@ class SGLangClient:
         self.retries = retries
         self.version = version
         """Of the weights that were pushed last."""
+        self.attempt: str | None = None
+        """That pushed them; None before the first `use`."""
         self.prefix_cache = prefix_cache
         """Whether servers keep the keys and values of prompts."""
         self.through_pushes = through_pushes
         """Whether a push may fall within a response, whose reply then says which weights made which token."""
         self.backoff_s = backoff_s
         self._slots = {aside: asyncio.Semaphore(concurrency) for aside in (False, True)}
-        """Of rollouts, and of answers, which the main thread waits for."""
-        self._told = False
-        """Whether `use` was called."""
+        """Of rollouts, and of probes and answers, which the main thread waits for."""
         self._open = asyncio.Event()
         self._open.set()
         self._quiet = asyncio.Event()
@@ -125,16 +132,16 @@ class SGLangClient:
         """Until servers have no request any more."""
         await self._quiet.wait()
 
-    async def use(self, version: int) -> None:
+    async def use(self, version: int, attempt: str = "") -> None:
         """Servers hold these weights now: begin requests again.
 
-        On a first call, and where the run went back, a server that was left out of the push may hold weights
-        of a higher number, from before: each says its version once before it is asked for anything.
+        Versions of one attempt only grow. In a new one a server that was left out of the push may hold
+        weights of any number, from before: each says what it has once before it is asked for anything.
         """
-        if not self._told or version < self.version:
+        if attempt != self.attempt:
             for server in self.servers:
                 server.suspect = True
-        self.version, self._told = version, True
+        self.version, self.attempt = version, attempt
         self._open.set()
 
     async def generate_group(
@@ -144,8 +151,10 @@ class SGLangClient:
         sampling: Sampling,
         *,
         retried: Callable[[], None] = lambda: None,
+        aside: bool = False,
     ) -> list[Completion]:
         """n samples of one prompt from one server; `retried` is called when the request is tried again.
+        `aside` they do not queue behind the rollouts of steps ahead.
 
         Raises ValueError, ServerError or StaleWeights.
         """
@@ -166,7 +175,7 @@ class SGLangClient:
         if sampling.top_k_logp:
             body |= {"return_flat_raw_output_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
         return await self._ask(
-            body, n, lambda content, version: self._parse_group(content, n, sampling, version), retried
+            body, n, lambda content, version: self._parse_group(content, n, sampling, version), retried, aside
         )
 
     async def answers(
@@ -185,7 +194,10 @@ class SGLangClient:
             prompt_tokens, n, stop_token_ids, temperature=temperature, max_new_tokens=max_new_tokens
         )
         return await self._ask(
-            body, n, lambda content, _: self._parse_answers(content, n, max_new_tokens), aside=True
+            body,
+            n,
+            lambda content, version: self._parse_answers(content, n, max_new_tokens, version),
+            aside=True,
         )
 
     def _body(
@@ -278,13 +290,13 @@ class SGLangClient:
         Where a push begins meanwhile it stays suspect, to be asked again.
         """
         admin = ServerAdmin([server.url], timeout_s=HEALTH_LIMIT_S)
-        (version,) = await admin.versions()
+        (label,) = await admin.labels()
         if not self._open.is_set():
             return
-        if version != self.version:
+        pushed = Label(self.version, label.attempt if self.attempt is None else self.attempt)
+        if label != pushed:
             raise StaleWeights(
-                f"{server.url} holds weight version {version}, not version {self.version}, the last one "
-                "pushed."
+                f"{server.url} holds weight version {label}, not version {pushed}, the last one pushed."
             )
         if server.failed:
             await admin.samples(timeout_s=HEALTH_LIMIT_S)
@@ -299,7 +311,7 @@ class SGLangClient:
         assert self._session is not None, "use the client inside `async with`"
         rids, version = [uuid.uuid4().hex for _ in body["input_ids"]], self.version
         # Cached prefixes are those of requests with the same key: none crosses versions.
-        body = body | {"rid": rids, "extra_key": str(version)}
+        body = body | {"rid": rids, "extra_key": str(Label(version, self.attempt or ""))}
         try:
             async with asyncio.timeout(self.request_timeout_s):
                 async with self._session.post(f"{url}/generate", json=body) as answer:
@@ -328,20 +340,37 @@ class SGLangClient:
         await asyncio.gather(*(end(rid) for rid in rids))
 
     def _parse_group(self, content: bytes, n: int, sampling: Sampling, version: int) -> list[Completion]:
-        group = reply.parse_group(content, n, sampling, vocab_size=self.vocab_size, spans=self.through_pushes)
-        oldest = min((int(c.weight_version.min()) for c in group if len(c.tokens)), default=version)
-        if oldest < version:
-            raise StaleWeights(
-                f"meta_info.weight_version = {oldest}, older than version {version}, the last one pushed "
-                "when it was asked. The server missed a weight update."
-            )
+        group = reply.parse_group(
+            content,
+            n,
+            sampling,
+            vocab_size=self.vocab_size,
+            attempt=self.attempt,
+            spans=self.through_pushes,
+        )
+        for completion in group:
+            _check_age(completion.weight_version, version)
         return group
 
-    def _parse_answers(self, content: bytes, n: int, max_new_tokens: int) -> list[np.ndarray]:
-        return [self._parse_answer(sample, max_new_tokens) for sample in reply.parse_samples(content, n)]
+    def _parse_answers(self, content: bytes, n: int, max_new_tokens: int, version: int) -> list[np.ndarray]:
+        samples = reply.parse_samples(content, n)
+        return [self._parse_answer(sample, max_new_tokens, version) for sample in samples]
 
-    def _parse_answer(self, sample: JsonObject, max_new_tokens: int) -> np.ndarray:
+    def _parse_answer(self, sample: JsonObject, max_new_tokens: int, version: int) -> np.ndarray:
         finish = reply.parse_finish(sample["meta_info"])
         if finish == "abort":
             raise reply.BadReply("the server aborted the request")
-        return reply.parse_tokens(sample, finish, max_new_tokens, vocab_size=self.vocab_size)
+        tokens = reply.parse_tokens(sample, finish, max_new_tokens, vocab_size=self.vocab_size)
+        if self.attempt is not None:
+            _check_age(reply.parse_versions(sample["meta_info"], len(tokens), self.attempt), version)
+        return tokens
+
+
+def _check_age(versions: np.ndarray, version: int) -> None:
+    """Raises StaleWeights where tokens are older than `version`, the last one pushed when they were asked
+    for."""
+    if len(versions) and versions.min() < version:
+        raise StaleWeights(
+            f"meta_info.weight_version = {versions.min()}, older than version {version}, the last one pushed "
+            "when it was asked. The server missed a weight update."
+        )

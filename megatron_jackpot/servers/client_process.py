@@ -77,27 +77,22 @@ class ClientProcess:
         self._gone: RuntimeError | None = None
 
     async def __aenter__(self) -> Self:
-        """Starts the process, and does not wait for it: calls do."""
+        """Starts the process, and does not wait for it: calls do. Where that fails, or is given up, it is
+        ended again."""
         ours, theirs = socket.socketpair()
-        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        # A mask is inherited: no moment of the start is without it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+        self._process = _started(theirs)
         try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "megatron_jackpot.servers.client_process", str(theirs.fileno())],
-                    env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
-                    stdin=subprocess.PIPE,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        assert self._process.stdin is not None
-        with self._process.stdin as stdin:
-            stdin.write(pickle.dumps(self._client))
-        self._messages = _Messages(self._take, self._end)
-        await asyncio.get_running_loop().create_connection(lambda: self._messages, sock=ours)
+            assert self._process.stdin is not None
+            with self._process.stdin as stdin:
+                stdin.write(pickle.dumps(self._client))
+            self._messages = _Messages(self._take, self._end)
+            await asyncio.get_running_loop().create_connection(lambda: self._messages, sock=ours)
+        except BaseException:
+            self._closing = True
+            ours.close()
+            self._process.kill()
+            self._process.wait()
+            raise
         return self
 
     async def __aexit__(
@@ -159,6 +154,24 @@ class ClientProcess:
             done.set_exception(self._gone)
             done.exception()  # Nobody may be left who awaits it: it was told.
         self._calls.clear()
+
+
+def _started(theirs: socket.socket) -> "subprocess.Popen[bytes]":
+    """The process, which speaks through `theirs`."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    # A mask is inherited: no moment of the start is without it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    try:
+        with theirs:
+            return subprocess.Popen(
+                [sys.executable, "-m", "megatron_jackpot.servers.client_process", str(theirs.fileno())],
+                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path},
+                stdin=subprocess.PIPE,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class _Messages(asyncio.Protocol):

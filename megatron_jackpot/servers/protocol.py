@@ -5,7 +5,7 @@ Shapes: R response tokens of one completion, K top-k entries per token.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +23,18 @@ class BadReply(ServerError):
 
 class StaleWeights(RuntimeError):
     """A server without the weights that were pushed last: it must be given them before it samples."""
+
+
+class Label(NamedTuple):
+    """What servers say their weights are. A version comes again where a run goes back or is started again, a
+    label does not. Example: str(Label(7, "3f2a91c0")) == "7@3f2a91c0"."""
+
+    version: int
+    attempt: str = ""
+    """Of the run, which pushed them; "" where nobody says."""
+
+    def __str__(self) -> str:
+        return f"{self.version}@{self.attempt}" if self.attempt else str(self.version)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +93,7 @@ class Engine(Protocol):
         sampling: Sampling,
         *,
         retried: Callable[[], None] = lambda: None,
+        aside: bool = False,
     ) -> list[Completion]: ...
 
     async def answers(

@@ -9,19 +9,32 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
-from megatron_jackpot.servers.protocol import BadReply, Completion, JsonObject, Sampling
+from megatron_jackpot.servers.protocol import (
+    BadReply,
+    Completion,
+    JsonObject,
+    Label,
+    Sampling,
+    StaleWeights,
+)
 
 LARGEST_LOGP = 1e-3
 """Rounding may lift a log-prob of certainty above 0; more than this is no log-prob."""
 
 
 def parse_group(
-    body: bytes, n: int, sampling: Sampling, *, vocab_size: int, spans: bool = False
+    body: bytes,
+    n: int,
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    attempt: str | None = None,
+    spans: bool = False,
 ) -> list[Completion]:
     """The n completions of one reply; with `spans` it must say for each token which weights made it. Raises
-    BadReply."""
+    BadReply, and StaleWeights where a token is of weights of another attempt; None takes them as well."""
     return [
-        parse_completion(sample, sampling, vocab_size=vocab_size, spans=spans)
+        parse_completion(sample, sampling, vocab_size=vocab_size, attempt=attempt, spans=spans)
         for sample in parse_samples(body, n)
     ]
 
@@ -45,7 +58,12 @@ def parse_samples(body: bytes, n: int) -> list[JsonObject]:
 
 
 def parse_completion(
-    sample: JsonObject, sampling: Sampling, *, vocab_size: int, spans: bool = False
+    sample: JsonObject,
+    sampling: Sampling,
+    *,
+    vocab_size: int,
+    attempt: str | None = None,
+    spans: bool = False,
 ) -> Completion:
     meta = sample["meta_info"]
     finish = parse_finish(meta)
@@ -61,7 +79,7 @@ def parse_completion(
         topk_logp=topk_logp,
         valid=valid,
         # What was aborted is sampled anew, and SGLang sends no spans where its own time limits end it.
-        weight_version=_weight_versions(meta, len(tokens), wanted=spans and finish != "abort"),
+        weight_version=parse_versions(meta, len(tokens), attempt, wanted=spans and finish != "abort"),
         finish=finish,
         num_dropped_topk=num_dropped,
     )
@@ -89,17 +107,20 @@ def parse_tokens(sample: JsonObject, finish: str, max_new_tokens: int, *, vocab_
     return tokens
 
 
-def parse_version(version: object) -> int:
-    """Weight version string -> int. A server that was never updated says "default", which is version 0."""
-    if version == "default":
-        return 0
+def parse_label(said: object) -> Label:
+    """What a server says its weights are. One that was never updated says "default", which is version 0."""
+    if said == "default":
+        return Label(0)
+    version, _, attempt = str(said).partition("@")
     try:
-        number = int(version) if isinstance(version, str | int) else -1
+        number = int(version)
     except ValueError:
         number = -1
     if not 0 <= number < 2**31:
-        raise BadReply(f"weight_version = {version!r}: expected an int32 from 0 on, or 'default'")
-    return number
+        raise BadReply(
+            f"weight_version = {said!r}: expected an int32 from 0 on, or one with @ATTEMPT, or 'default'"
+        )
+    return Label(number, attempt)
 
 
 def _integers(values: object, field: str) -> np.ndarray:
@@ -201,9 +222,9 @@ def _nested_topk(entries: list[Any], rows: int, k: int) -> tuple[np.ndarray, np.
     return ids, logp
 
 
-def _weight_versions(meta: JsonObject, rows: int, *, wanted: bool) -> np.ndarray:
+def parse_versions(meta: JsonObject, rows: int, attempt: str | None, *, wanted: bool = False) -> np.ndarray:
     """[R] int32 from the spans of the reply; without any, unless they are wanted, its one version, which is
-    that of its end."""
+    that of its end. Raises as `parse_group`."""
     spans = meta.get("weight_versions")
     if spans is None and wanted:
         raise BadReply(
@@ -212,19 +233,29 @@ def _weight_versions(meta: JsonObject, rows: int, *, wanted: bool) -> np.ndarray
             "rollout.ahead=0"
         )
     if spans is None:
-        return np.full(rows, parse_version(meta.get("weight_version")), dtype=np.int32)
+        return np.full(rows, _version(meta.get("weight_version"), attempt), dtype=np.int32)
     versions, end = np.empty(rows, dtype=np.int32), 0
     try:
         for span in spans:
             if span["start"] != end or not end < span["end"] <= rows:
                 raise ValueError
-            versions[end : span["end"]] = parse_version(span["version"])
+            versions[end : span["end"]] = _version(span["version"], attempt)
             end = span["end"]
         if end != rows:
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise BadReply(f"meta_info.weight_versions = {str(spans)[:200]}: must cover 0 .. {rows}") from None
     return versions
+
+
+def _version(said: object, attempt: str | None) -> int:
+    label = parse_label(said)
+    if attempt is not None and label.attempt != attempt:
+        raise StaleWeights(
+            f"meta_info says weights {label}, not of attempt {attempt!r}, the one under way. The server "
+            "missed its weight updates."
+        )
+    return label.version
 
 
 def _empty(finish: str, k: int) -> Completion:

@@ -23,8 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_jackpot.models.hf_folder import write_hf_folder
+from megatron_jackpot.run.interrupt import Stop, never
+from megatron_jackpot.run.limits import attempt_s
 from megatron_jackpot.servers.admin import ServerAdmin
-from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.servers.protocol import Label, ServerError
 from megatron_jackpot.sync.memory_saver import MemorySaver
 from megatron_jackpot.sync.prefetcher import BucketPrefetcher, FlatBucket
 from megatron_jackpot.sync.proof import (
@@ -37,7 +39,7 @@ from megatron_jackpot.sync.proof import (
     same_weights,
     wait,
 )
-from megatron_jackpot.sync.retry import Stop, never, retry, wait_for_healthy
+from megatron_jackpot.sync.retry import retry, wait_for_healthy
 
 T = TypeVar("T")
 Backend = Literal["nccl", "gloo"]
@@ -130,10 +132,15 @@ class BroadcastSync:
         self.proved = proof_folder is None
 
     def push(
-        self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, mend: bool = False
+        self,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: int,
+        *,
+        attempt: str = "",
+        mend: bool = False,
     ) -> SyncReport:
-        """HF-named tensors, which can be read again, -> all servers that answer; where they are to `mend`
-        something, with the whole proof.
+        """HF-named tensors, which can be read again, -> all servers that answer, which from then on call them
+        `version` of `attempt`; where they are to `mend` something, with the whole proof.
 
         A server that is gone is left out, and joins again in a later push. Raises SyncError or ServerError
         after several attempts; no wait in one exceeds timeout_s, the first answer of any server patience_s.
@@ -142,9 +149,11 @@ class BroadcastSync:
         """
         if mend:
             self.proof.distrust()
-        return retry(lambda: self._push(named_tensors, version))
+        limit_s = attempt_s(self.patience_s, self.timeout_s)
+        label = Label(version, attempt)
+        return retry(lambda: self._push(named_tensors, label), limit_s)
 
-    def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+    def _push(self, named_tensors: Iterable[tuple[str, Tensor]], label: Label) -> SyncReport:
         self._leave_out_absent()
         started, sent, proved = time.monotonic(), SentTensors(), False
         watched = sent.watch(named_tensors)
@@ -160,12 +169,12 @@ class BroadcastSync:
                 if not self.proved:
                     self._prove(watched)
                     self.proved = proved = True
-                wait(self.admin.set_version(version))
-                checksum = self.proof.check(sent, version)
+                wait(self.admin.set_label(label))
+                checksum = self.proof.check(sent, label)
         except BaseException as error:
             self._leave_broken(error)
             raise
-        return SyncReport(version, time.monotonic() - started, sent.num_bytes, checksum, proved)
+        return SyncReport(label.version, time.monotonic() - started, sent.num_bytes, checksum, proved)
 
     def close(self) -> None:
         """Dissolve the group."""

@@ -8,10 +8,13 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_jackpot.models.hf_folder import write_hf_folder
+from megatron_jackpot.run.interrupt import Stop, never
+from megatron_jackpot.run.limits import attempt_s
 from megatron_jackpot.servers.admin import ServerAdmin
+from megatron_jackpot.servers.protocol import Label
 from megatron_jackpot.sync.memory_saver import MemorySaver
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncReport, paused, wait
-from megatron_jackpot.sync.retry import Stop, never, retry, wait_for_healthy
+from megatron_jackpot.sync.retry import retry, wait_for_healthy
 
 KEPT_VERSIONS = 2
 
@@ -45,28 +48,35 @@ class DiskSync:
         self.memory_saver = MemorySaver(self.admin, enabled=release_memory)
 
     def push(
-        self, named_tensors: Iterable[tuple[str, Tensor]], version: int, *, mend: bool = False
+        self,
+        named_tensors: Iterable[tuple[str, Tensor]],
+        version: int,
+        *,
+        attempt: str = "",
+        mend: bool = False,
     ) -> SyncReport:
         """HF-named tensors, which can be read again, -> all servers that answer, as BroadcastSync.push
         does."""
         if mend:
             self.proof.distrust()
-        return retry(lambda: self._push(named_tensors, version))
+        limit_s = attempt_s(self.patience_s, self.admin.timeout_s)
+        label = Label(version, attempt)
+        return retry(lambda: self._push(named_tensors, label), limit_s)
 
-    def _push(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> SyncReport:
+    def _push(self, named_tensors: Iterable[tuple[str, Tensor]], label: Label) -> SyncReport:
         present = wait_for_healthy(self.urls, self.patience_s, self.stop)
         self.proof.begin(present)
         self.admin.urls = list(present)
         started, sent = time.monotonic(), SentTensors()
-        path = self.folder / f"weights-v{version}"
+        path = self.folder / f"weights-v{label.version}"
         write_hf_folder(path, sent.watch(named_tensors), self.hf_folder, bucket_bytes=self.bucket_bytes)
         with paused(self.admin):
             self.memory_saver.resume_weights()
             self.memory_saver.resume_cache()
-            wait(self.admin.update_from_disk(str(path), version))
-            checksum = self.proof.check(sent, version)
+            wait(self.admin.update_from_disk(str(path), label))
+            checksum = self.proof.check(sent, label)
         self._drop_old()
-        return SyncReport(version, time.monotonic() - started, sent.num_bytes, checksum, proved=False)
+        return SyncReport(label.version, time.monotonic() - started, sent.num_bytes, checksum, proved=False)
 
     def release(self) -> None:
         """The servers give back their memory until the next push; nothing where that was not asked for."""

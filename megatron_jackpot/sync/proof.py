@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_jackpot.config.model_folder import read_hf_config
 from megatron_jackpot.models.families import family_of
 from megatron_jackpot.servers.admin import ServerAdmin
-from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.servers.protocol import Label, ServerError
 from megatron_jackpot.sync.fp8 import SCALE, quantised_shapes
 from megatron_jackpot.sync.prefetcher import FlatBucket
 
@@ -140,46 +140,46 @@ class Proof:
         """The next push is one after a fault."""
         self._left_behind = None
 
-    def check(self, sent: SentTensors, version: int) -> str | None:
+    def check(self, sent: SentTensors, label: Label) -> str | None:
         """Checksum of the servers, where it is this push's turn. Raises SyncError."""
         check_names(sent.shapes, self.expected, self.may_differ)
-        versions, answers = wait(self._read_back())
-        for url, found in zip(self.admin.urls, versions, strict=True):
-            if found != version:
+        labels, answers = wait(self._read_back())
+        for url, found in zip(self.admin.urls, labels, strict=True):
+            if found != label:
                 raise SyncError(
-                    f"Server {url} reports weight version {found} after a push of version {version}."
+                    f"Server {url} reports weight version {found} after a push of version {label}."
                 )
         self._unseen = sent.digest
         if answers is None:
-            self._end(version, self._left - 1)
+            self._end(label, self._left - 1)
             return None
         checksums = self._equal(answers)
         if self._digest not in (None, sent.digest) and checksums == self._checksums:
             raise SyncError(
-                f"The weights sent as version {version} differ from the push before, but the servers' "
+                f"The weights sent as version {label} differ from the push before, but the servers' "
                 f"checksums did not move: {self.admin.urls[0]} still serves the old weights."
             )
         if self._digest == sent.digest and self._proved:
             assert self._checksums is not None
             same_weights(
-                self._checksums, checksums, "the push before", f"version {version}, the same weights again"
+                self._checksums, checksums, "the push before", f"version {label}, the same weights again"
             )
         elif self._digest == sent.digest and checksums != self._checksums:
             log.warning("The push before this one had not reached the servers; this one has.")
         self._digest, self._checksums, self._unseen, self._proved = sent.digest, checksums, None, True
         # After a fault the next one too: what a server had before is unknown, so only that shows it move.
-        self._end(version, 0 if self._fault else self.checksums_every - 1)
+        self._end(label, 0 if self._fault else self.checksums_every - 1)
         return _overall(checksums)
 
-    async def _read_back(self) -> tuple[list[int], list[Checksums] | None]:
+    async def _read_back(self) -> tuple[list[Label], list[Checksums] | None]:
         """Versions, and checksums where it is this push's turn: a server's front answers the one, its
         scheduler the other."""
         if self._left:
-            return await self.admin.versions(), None
-        return await asyncio.gather(self.admin.versions(), self.admin.checksums())
+            return await self.admin.labels(), None
+        return await asyncio.gather(self.admin.labels(), self.admin.checksums())
 
-    def _end(self, version: int, left: int) -> None:
-        self._left, self._left_behind = left, dict.fromkeys(self.admin.urls, str(version))
+    def _end(self, label: Label, left: int) -> None:
+        self._left, self._left_behind = left, dict.fromkeys(self.admin.urls, str(label))
 
     def equal_checksums(self) -> Checksums:
         """The checksums of the servers, which must be equal."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from megatron_jackpot.run.interrupt import Stop, never
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.proof import Present, SyncError, wait
@@ -23,16 +24,8 @@ BUSY_LIMIT_S = 30.0
 POLL_S = 1.0
 
 
-Stop = Callable[[], str | None]
-"""A reason for which the run is to save and end, or None."""
-
-
 class PushInterrupted(Exception):
     """The run was asked to save and end while no server answered: nothing was sent."""
-
-
-def never() -> None:
-    """The `stop` of a push that nobody interrupts."""
 
 
 def wait_for_healthy(urls: Sequence[str], patience_s: float, stop: Stop = never) -> Present:
@@ -52,13 +45,15 @@ def wait_for_healthy(urls: Sequence[str], patience_s: float, stop: Stop = never)
         time.sleep(POLL_S)
 
 
-def retry(push: Callable[[], T]) -> T:
-    """`push()`, again when it breaks off, ATTEMPTS times in all; then its error."""
+def retry(push: Callable[[], T], within_s: float) -> T:
+    """`push()`, again when it breaks off, ATTEMPTS times in all, none of them begun after `within_s`;
+    then its error."""
+    deadline = time.monotonic() + within_s
     for left in reversed(range(ATTEMPTS)):
         try:
             return push()
         except (ServerError, SyncError) as error:
-            if not left:
+            if not left or time.monotonic() > deadline:
                 raise
             log.warning(f"a weight update broke off and is tried again: {error}")
     raise AssertionError("unreachable")

@@ -25,6 +25,7 @@ from megatron_jackpot.records import Prompt
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rollout.source import ServerSource
 from megatron_jackpot.run.clock import started_at, write_start
+from megatron_jackpot.run.interrupt import Stop, never
 from megatron_jackpot.servers.client import SGLangClient
 from megatron_jackpot.servers.client_process import ClientProcess
 from megatron_jackpot.servers.protocol import Sampling
@@ -60,7 +61,7 @@ class Assembly:
                 self.trainer.sync.close()
 
 
-def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda: None) -> Assembly:
+def assemble(config: Config, mesh: Mesh, stop: Stop = never) -> Assembly:
     """`stop` gives a reason to interrupt a rollout, or None. Raises ValueError or FileNotFoundError naming
     the field for anything that cannot work."""
     config = with_number(config, mesh)
@@ -101,7 +102,14 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
         if sync is not None:
             opened.callback(sync.close)
         trainer = Trainer(config, state, source=source, sync=sync, stop=stop)
-        probe = Prober(config, state, trainer.scorer, source, training.prompts[: config.sync.probe_prompts])
+        probe = Prober(
+            config,
+            state,
+            trainer.scorer,
+            source,
+            training.prompts[: config.sync.probe_prompts],
+            stop,
+        )
         evaluate = Evaluator(
             config,
             state,
@@ -109,6 +117,7 @@ def assemble(config: Config, mesh: Mesh, stop: Callable[[], str | None] = lambda
             {"": heldout.prompts, **sets},
             stop_ids=stop_ids,
             packing_tokens=trainer.packer.tokens,
+            stop=stop,
         )
         opened.pop_all()  # Whole: from here on it is `close` that ends them.
     return Assembly(trainer, probe, evaluate)
@@ -262,10 +271,10 @@ class SyncSettings(TypedDict):
     patience_s: float
     release_memory: bool
     checksums_every: int
-    stop: Callable[[], str | None]
+    stop: Stop
 
 
-def make_sync(config: Config, stop: Callable[[], str | None] = lambda: None) -> DiskSync | BroadcastSync:
+def make_sync(config: Config, stop: Stop = never) -> DiskSync | BroadcastSync:
     """The way of the served model's weights to the servers."""
     sync, servers, folder = config.sync, config.servers, config.run.folder / "sync"
     shared = SyncSettings(

@@ -12,6 +12,10 @@ from megatron_jackpot.monitor.metrics import Row
 from megatron_jackpot.parallel.reduce import reduce_metrics
 from megatron_jackpot.parallel.vocab import vocab_parallel_argmax
 from megatron_jackpot.records import Metrics, Pair, Prompt
+from megatron_jackpot.rollout.collect import Interrupted
+from megatron_jackpot.rollout.outcome import asking
+from megatron_jackpot.run.interrupt import Stop, never
+from megatron_jackpot.run.limits import evaluation_s
 from megatron_jackpot.train.greedy import greedy
 from megatron_jackpot.train.samples import answer_row, task_of
 from megatron_jackpot.train.state import TrainState
@@ -28,11 +32,17 @@ class Judge(Protocol):
     """Answers of the servers, verdicts on answers, their text; on DP leaders."""
 
     def answers(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, *, samples: int, temperature: float
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        *,
+        samples: int,
+        temperature: float,
+        stop: Stop = never,
     ) -> Answers: ...
 
     def verdicts(
-        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt]
+        self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt], stop: Stop = never
     ) -> tuple[list[bool], float]: ...
 
     def text(self, tokens: Sequence[int]) -> str: ...
@@ -60,34 +70,37 @@ class Evaluator:
         *,
         stop_ids: tuple[int, ...],
         packing_tokens: int,
+        stop: Stop = never,
     ) -> None:
-        self.config, self.state, self.judge = config, state, judge
+        self.config, self.state, self.judge, self.stop = config, state, judge, stop
         self.sets = {name: prompts for name, prompts in sets.items() if prompts}
         self.stop_ids, self.packing_tokens = stop_ids, packing_tokens
 
     def __call__(self) -> Evaluated:
         """eval/MODEL_accuracy of every model, of each task where there are several, pass@k where answers are
-        several, all under eval/SET/ for a named set; and eval/failed_rewards. Every rank must call it."""
+        several, all under eval/SET/ for a named set; and eval/failed_rewards. Every rank must call it. Raises
+        StopRun where it was interrupted."""
         mesh = self.state.mesh
         pairs: Metrics = {}
         samples: list[Row] = []
         failed = counted = 0.0
-        # All of it before servers are asked: ranks that ask none wait in the store, not in a collective.
-        recomputed = {name: self._recomputed(mine) for name, (mine, _) in self._parts().items()}
-        for name, (mine, prompts) in self._parts().items():
-            if self.judge is None:
-                continue
-            given = recomputed[name] | {self.state.served.name: self._served(mine, self.judge)}
-            for model, answers in given.items():
-                right, lost = judged(mine, answers, self.judge)
-                failed, counted = failed + lost, counted + sum(map(len, answers))
-                scored = Scored(f"eval/{name}/{model}" if name else f"eval/{model}", mine, right)
-                pairs |= scored.metrics(tasks_of(prompts)) | scored.passes(self._samples(model))
-                first = self.config.evaluation.keep
-                samples += kept(name, model, mine[:first], answers, right, self.judge)
-        if self.judge is not None:
-            pairs["eval/failed_rewards"] = pair(failed, counted)
-        mesh.wait_for_leaders(f"eval-{self.state.num_steps}", self.config.rollout.request_timeout_s * 2)
+        limit_s = evaluation_s(self.config.run.phase_timeout_s, len(self.sets))
+        with asking(mesh, f"eval-{self.state.num_steps}", limit_s):
+            # All of it before servers are asked: ranks that ask none wait in the store, not in a collective.
+            recomputed = {name: self._recomputed(mine) for name, (mine, _) in self._parts().items()}
+            for name, (mine, prompts) in self._parts().items():
+                if self.judge is None:
+                    continue
+                given = recomputed[name] | {self.state.served.name: self._served(mine, self.judge)}
+                for model, answers in given.items():
+                    right, lost = judged(mine, answers, self.judge, self.stop)
+                    failed, counted = failed + lost, counted + sum(map(len, answers))
+                    scored = Scored(f"eval/{name}/{model}" if name else f"eval/{model}", mine, right)
+                    pairs |= scored.metrics(tasks_of(prompts)) | scored.passes(self._samples(model))
+                    first = self.config.evaluation.keep
+                    samples += kept(name, model, mine[:first], answers, right, self.judge)
+            if self.judge is not None:
+                pairs["eval/failed_rewards"] = pair(failed, counted)
         metrics = reduce_metrics(pairs, mesh.dp_group) if mesh.is_leader else {}
         if not mesh.is_main:
             return Evaluated({}, [])
@@ -107,8 +120,18 @@ class Evaluator:
     def _served(self, prompts: list[Prompt], judge: Judge) -> Answers:
         wanted = self.config.evaluation
         return judge.answers(
-            prompts, wanted.max_new_tokens, samples=wanted.samples, temperature=wanted.temperature
+            prompts,
+            wanted.max_new_tokens,
+            samples=wanted.samples,
+            temperature=wanted.temperature,
+            stop=self.stop,
         )
+
+    def _go_on(self) -> None:
+        """Raises Interrupted, on every rank of this copy of the models alike."""
+        reason = self.state.mesh.from_leader(self.stop())
+        if reason is not None:
+            raise Interrupted(reason, [], {})
 
     def _recomputed(self, prompts: list[Prompt]) -> dict[str, Answers]:
         """Greedy answers of the models that no server holds; {} where they are left out."""
@@ -124,16 +147,19 @@ class Evaluator:
                     max_new_tokens=self.config.evaluation.max_new_tokens,
                     stop_ids=self.stop_ids,
                     packing_tokens=self.packing_tokens,
+                    each=self._go_on,
                 )
                 found[name] = [[answer] for answer in answers]
         return found
 
 
-def judged(prompts: Sequence[Prompt], answers: Answers, judge: Judge) -> tuple[list[list[bool]], float]:
+def judged(
+    prompts: Sequence[Prompt], answers: Answers, judge: Judge, stop: Stop = never
+) -> tuple[list[list[bool]], float]:
     """Verdicts in the shape of `answers`, and the number of rewards that failed."""
     flat = [answer for group in answers for answer in group]
     asked = [prompt for prompt, group in zip(prompts, answers, strict=True) for _ in group]
-    right, failed = judge.verdicts(flat, asked)
+    right, failed = judge.verdicts(flat, asked, stop)
     verdicts = iter(right)
     return [[next(verdicts) for _ in group] for group in answers], failed
 

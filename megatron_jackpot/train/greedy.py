@@ -36,8 +36,10 @@ def greedy(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     packing_tokens: int,
+    each: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
-    """Greedy answers, stop token included. `argmax` maps logits [T, V/TP] to ids [T] on the last stage.
+    """Greedy answers, stop token included. `argmax` maps logits [T, V/TP] to ids [T] on the last stage;
+    `each` is called before each token, to end it by raising.
 
     Every rank of one copy of the model must call it with the same prompts; copies may differ.
     """
@@ -46,6 +48,7 @@ def greedy(
     for _ in range(max_new_tokens):
         if not running:
             break
+        each()
         sequences = [[*prompts[i], *answers[i]] for i in running]
         for i, token in zip(running, _next_tokens(model, sequences, argmax, packing_tokens), strict=True):
             answers[i].append(token)

@@ -11,7 +11,9 @@ from megatron_jackpot.data.packing import Packer
 from megatron_jackpot.parallel.linear import Logits
 from megatron_jackpot.parallel.vocab import vocab_parallel_gather_logp
 from megatron_jackpot.records import Batch, Prompt, Rollout
-from megatron_jackpot.rollout.pipeline import Source
+from megatron_jackpot.rollout.outcome import asking
+from megatron_jackpot.rollout.protocol import Source
+from megatron_jackpot.run.interrupt import Stop, never
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
 
@@ -27,10 +29,11 @@ class Prober:
         scorer: Scorer,
         source: Source | None,
         prompts: list[Prompt],
+        stop: Stop = never,
     ) -> None:
         """`source` exists on DP leaders; a completion of each of `prompts` is compared."""
         self.config, self.state, self.scorer, self.source = config, state, scorer, source
-        self.prompts = prompts
+        self.prompts, self.stop = prompts, stop
         self.packer = Packer(
             state.mesh,
             tokens=config.packing.size,
@@ -43,16 +46,17 @@ class Prober:
         """probe/max, mean and quantile99, the same on every rank; every rank must call it.
 
         Raises RuntimeError when the gap exceeds the bounds of config.sync for the trainer's dtype: the
-        numbers of server and trainer then do not speak of the same model.
+        numbers of server and trainer then do not speak of the same model. StopRun where it was interrupted.
         """
         mesh, config = self.state.mesh, self.config
         groups: list[list[Rollout]] | None = None
-        if self.source is not None:
-            asked = self.source.collect(0, self.prompts[mesh.dp_rank :: mesh.dp], samples=1)
-            limit_s = config.run.phase_timeout_s
-            groups, _ = self.source.thread.wait(asked, limit_s, "the completions of a probe")
         self.state.num_probes += 1
-        mesh.wait_for_leaders(f"probe-{self.state.num_probes}", config.rollout.request_timeout_s * 2)
+        limit_s = config.run.phase_timeout_s
+        with asking(mesh, f"probe-{self.state.num_probes}", limit_s):
+            if self.source is not None:
+                mine = self.prompts[mesh.dp_rank :: mesh.dp]
+                asked = self.source.collect(0, mine, samples=1, stop=self.stop, aside=True)
+                groups, _ = self.source.thread.wait(asked, limit_s, "the completions of a probe")
         gaps = self._gaps(self.packer.pack(groups, config.rollout.top_k_logp))
         summary = torch.zeros(3, dtype=torch.float64, device=mesh.device)
         if gaps is not None:

@@ -10,13 +10,12 @@ from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.models.deterministic import be_deterministic
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.console import print_report
-from megatron_jackpot.monitor.metrics import Row
 from megatron_jackpot.monitor.outputs import Outputs
 from megatron_jackpot.monitor.peak_memory import trainer_mib
 from megatron_jackpot.monitor.profile import profiled
 from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rewards.failures import RewardsFailing
-from megatron_jackpot.rollout.pipeline import StopRun
+from megatron_jackpot.rollout.outcome import StopRun
 from megatron_jackpot.run.interrupt import StopRequest
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.servers.process import await_servers
@@ -24,6 +23,7 @@ from megatron_jackpot.sync.stream import export_hf
 from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.assembly import Assembly, assemble
 from megatron_jackpot.train.checkpoint import Saver
+from megatron_jackpot.train.evaluation import Evaluated
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.kept import check_measured, measured
 from megatron_jackpot.train.samples import wrong_row
@@ -182,12 +182,8 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
         result = trainer.step()
     metrics, step, last = dict(result.metrics), result.step, result.step == config.run.steps
     metrics["memory/trainer_gib"] = trainer.mesh.largest(trainer_mib()) / 1024
-    samples: list[Row] = []
-    if step % config.sync.probe_every == 0:
-        metrics |= assembly.probe()
-    if assembly.evaluate.sets and (step % config.evaluation.every == 0 or last):
-        evaluated = assembly.evaluate()
-        metrics, samples = metrics | evaluated.metrics, evaluated.samples
+    evaluated = _judge(assembly, step, last)
+    metrics, samples = metrics | evaluated.metrics, evaluated.samples
     trainer.state.measured = measured(config.run, metrics)
     after = StepMetrics(step, trainer.watchdog)
     with after.timer("save"):
@@ -213,6 +209,24 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
                 log.warning(f"the run goes on: {error}")
 
 
+def _judge(assembly: Assembly, step: int, last: bool) -> Evaluated:
+    """The probe and the evaluation that are due after a step; nothing of what a stop ended. The step itself
+    is done: the loop ends the run after its report."""
+    config, metrics = assembly.trainer.config, dict[str, float]()
+    due = bool(assembly.evaluate.sets) and (step % config.evaluation.every == 0 or last)
+    try:
+        if step % config.sync.probe_every == 0:
+            metrics = assembly.probe()
+        if due:
+            evaluated = assembly.evaluate()
+            return Evaluated(metrics | evaluated.metrics, evaluated.samples)
+    except StopRun:
+        if due and assembly.trainer.mesh.is_main:
+            made_up = f"megatron-jackpot evaluate {config.run.folder}"
+            log.warning(f"asked to stop: step {step} has no evaluation. `{made_up}` makes up for it.")
+    return Evaluated(metrics, [])
+
+
 def _export(trainer: Trainer) -> None:
     """Every model as an HF folder. Raises OSError, on every rank, when they cannot be written."""
     step = trainer.state.num_steps
@@ -231,6 +245,7 @@ def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
     """Load the newest checkpoint that did not lead here already. Raises `error` where there is none."""
     run, state = trainer.config.run, trainer.state
     trainer.pipeline.drop()
+    trainer.pusher.renew()
     saver.wait()
     names = state.mesh.from_main([folder.name for folder in checkpoints(run.folder)])
     found = [name for name in names if name not in saver.bad_checkpoints]

@@ -1,11 +1,10 @@
 """step(): the paper, in order."""
 
-import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,37 +14,26 @@ from megatron_jackpot.algorithm.diagnostics import diagnostics, mean_over
 from megatron_jackpot.config import Config
 from megatron_jackpot.config.agreement import other_numbers
 from megatron_jackpot.data.packing import Packer
-from megatron_jackpot.models.build import DTYPES
 from megatron_jackpot.models.engine import Loss
 from megatron_jackpot.models.weight_ring import WeightRing
 from megatron_jackpot.monitor.token_log import TokenLog
 from megatron_jackpot.parallel.reduce import make_number_alike, make_sum_over
 from megatron_jackpot.records import Aggregated, Batch, Correction, Rollout, Scores
 from megatron_jackpot.rollout.collected import Collected, account
-from megatron_jackpot.rollout.pipeline import Pipeline, Source, StopRun
+from megatron_jackpot.rollout.outcome import StopRun
+from megatron_jackpot.rollout.pipeline import Pipeline
+from megatron_jackpot.rollout.protocol import Source
+from megatron_jackpot.run.interrupt import Stop, never
+from megatron_jackpot.run.limits import behind
 from megatron_jackpot.run.watchdog import Watchdog
-from megatron_jackpot.sync.proof import SyncReport
-from megatron_jackpot.sync.retry import PushInterrupted
-from megatron_jackpot.sync.stream import WeightStream
 from megatron_jackpot.train.curator import Trained
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, actor_loss, policy_loss
+from megatron_jackpot.train.pusher import Push, Pusher
 from megatron_jackpot.train.reward_kl import with_kl_in_rewards
 from megatron_jackpot.train.scoring import Scorer
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import Agreed, StepMetrics, StepResult, staleness
-
-log = logging.getLogger(__name__)
-
-
-class Push(Protocol):
-    """How weights get to the servers, on the main rank."""
-
-    def push(self, named_tensors: WeightStream, version: int, *, mend: bool) -> SyncReport: ...
-
-    def release(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class MiniBatch(NamedTuple):
@@ -68,7 +56,7 @@ class Trainer:
         *,
         source: Source | None = None,
         sync: Push | None = None,
-        stop: Callable[[], str | None] = lambda: None,
+        stop: Stop = never,
     ) -> None:
         mesh = state.mesh
         self.config, self.state, self.mesh = config, state, mesh
@@ -79,6 +67,7 @@ class Trainer:
         asked = config.rollout.top_k_logp == 0 or state.methods.exact_lam is not None
         self.ring = WeightRing(state.served, age + 1) if asked and age else None
         """What older tokens were sampled with, where q is taken from scores."""
+        self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
         self.pipeline = Pipeline(
             mesh,
             config.rollout,
@@ -89,8 +78,10 @@ class Trainer:
             in_flight=config.sync.in_flight,
             allocation=state.methods.allocation,
             known_since=lambda: self.ring.versions[0] if self.ring is not None and self.ring.versions else 0,
+            phase=self.watchdog.phase,
         )
-        self.watchdog = Watchdog(config.run.folder, dist.get_rank(), config.run.phase_timeout_s)
+        shared = (config, state, self.pipeline, self.watchdog)
+        self.pusher = Pusher(*shared, sync=sync, ring=self.ring)
         here = mesh.is_last_stage and mesh.tp_rank == 0 and mesh.dp_rank == 0
         self.tokens = TokenLog(config.run.folder, config.logging, here=here)
         self.scorer = Scorer(
@@ -113,7 +104,6 @@ class Trainer:
         )
         self.sum_over_batch = make_sum_over(mesh.dp_group)
         self.number_alike = make_number_alike(mesh.dp_group)
-        self.num_pushes = 0
 
     def step(self) -> StepResult:
         """One rollout batch: collect it, begin a later one, score, correct, update every model, sync."""
@@ -333,8 +323,8 @@ class Trainer:
     def make_room(self) -> None:
         """After the rollout: servers that lend the trainer memory do so, and optimizer state comes."""
         if self.config.servers.release_memory:
-            limit_s = self.config.rollout.request_timeout_s * 2
-            self.mesh.wait_for_leaders(f"rollout-{self.state.num_steps}-{self.num_pushes}", limit_s)
+            phase_s = self.config.run.phase_timeout_s
+            self.mesh.wait_for_leaders(f"room-{self.state.num_steps}", behind(phase_s))
             if self.sync is not None:
                 self.sync.release()
             self.mesh.barrier()
@@ -353,45 +343,5 @@ class Trainer:
                 model.offload()
 
     def push(self, *, mend: bool = False) -> dict[str, float]:
-        """The served model's weights to the servers, stamped with the number of finished steps; with the
-        whole proof where it is to `mend` something. Metrics on the main rank, none where the run was asked to
-        stop and no server answered."""
-        self.num_pushes += 1
-        sync, servers, version = self.config.sync, self.config.servers, self.state.num_steps
-        limit_s = servers.start_timeout_s + sync.timeout_s * 12
-        self.pipeline.hold()
-        if self.config.rollout.ahead:
-            # A push that breaks off leaves mixed weights for a while: nobody may begin a request then.
-            self.mesh.wait_for_leaders(f"hold-{version}-{self.num_pushes}", self.config.run.phase_timeout_s)
-        if self.config.parallel.offload_optimizer:
-            for model in self.state.models.values():
-                model.offload()
-        weights = WeightStream(
-            self.state.served,
-            f"export-{self.num_pushes}",
-            dtype=servers.dtype and DTYPES[servers.dtype],
-            fp8=servers.quantization is not None,
-            timeout_s=limit_s,
-        )
-        metrics: dict[str, float] = {}
-        if not self.mesh.is_main:
-            weights.take_part()
-        elif self.sync is not None:
-            try:
-                report = self.sync.push(weights, version=version, mend=mend)
-                metrics = {
-                    "sync/version": float(version),
-                    "sync/server_version": float(report.version),
-                    "sync/seconds": report.seconds,
-                    "sync/bytes": float(report.num_bytes),
-                }
-            except PushInterrupted as error:
-                # The step is done; whoever goes on from its checkpoint pushes first.
-                log.warning(error)
-        if self.mesh.is_main:
-            weights.finish()
-        if self.ring is not None:
-            self.ring.push(version)
-        self.mesh.wait_for_leaders(f"sync-{version}-{self.num_pushes}", limit_s)
-        self.pipeline.pushed(version)
-        return metrics
+        """The served model's weights to the servers, as `Pusher` does it."""
+        return self.pusher(mend=mend)

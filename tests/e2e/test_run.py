@@ -157,10 +157,10 @@ def test_the_probe_refuses_a_trainer_that_disagrees_with_the_server(folder: Path
 
 
 def test_a_server_with_a_key_turns_strangers_away(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asyncio.run(ServerAdmin([server]).versions())
+    assert asyncio.run(ServerAdmin([server]).labels())
     monkeypatch.delenv(api_key.VARIABLE)
     with pytest.raises(ServerError, match="HTTP 401"):
-        asyncio.run(ServerAdmin([server]).versions())
+        asyncio.run(ServerAdmin([server]).labels())
 
 
 @pytest.mark.parametrize(("host", "made"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])

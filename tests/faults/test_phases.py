@@ -15,8 +15,9 @@ import pytest
 from megatron_jackpot.config import load_config
 from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.plan import microbatch
-from megatron_jackpot.records import Prompt
+from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rollout.collected import Collected
+from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
 from megatron_jackpot.run.provenance import checkpoints
 from megatron_jackpot.train import assembly
 from megatron_jackpot.train.curator import Trained
@@ -37,16 +38,24 @@ RANKS = 2
 LIMIT_S = 60
 PACKED, AUTO = 256, ("packing.tokens=auto",)
 """Tokens per micro-batch of harness.make_models, and what else may say them."""
-NOISY = {"rollout/tokens_per_s", "sync/seconds", "idle/trainer", "idle/servers"}
+NOISY = {
+    *("rollout/tokens_per_s", "sync/seconds", "idle/trainer", "idle/servers"),
+    # Which is of a run that goes on alone.
+    "rollout/begun_anew",
+}
+AHEAD = [0, pytest.param(2, marks=pytest.mark.full)]
 
 
 class Scripted(ScriptedSource):
-    """Rollouts that are a function of the prompt and the epoch; the batch of the n-th call with n in `bad`,
-    useless."""
+    """Rollouts that are a function of the prompt and the epoch, and where a run was `recorded` as old as they
+    were there, whenever they are asked for."""
 
-    def __init__(self, bad: tuple[int, ...] = ()) -> None:
+    def __init__(self, recorded: Groups) -> None:
         super().__init__(samples=3)
-        self.bad = bad
+        self.recorded = recorded
+
+    def make(self, epoch: int, prompt: Prompt, version: int) -> list[Rollout]:
+        return self.recorded.get((epoch, prompt.id)) or super().make(epoch, prompt, version)
 
     async def collect(self, epoch: int, prompts: Sequence[Prompt], **options) -> tuple[list, dict]:
         await asyncio.sleep(0.01)
@@ -61,26 +70,36 @@ def _train(
     steps: int,
     bad: tuple[int, ...] = (),
     more: tuple[str, ...] = (),
-) -> int:
-    """A whole run, but without servers: how often it asked for rollouts."""
+) -> tuple[int, list[str]]:
+    """A whole run, but without servers, as old as that in the folder `whole` if it is there: how many steps
+    it trained, those with a number in `bad` on useless batches; and its attempts."""
     # As on another card: from the first checkpoint on `auto` would take other micro-batches.
     microbatch.CPU_TOKENS = 1024 if checkpoints(Path(run)) else PACKED
-    source = Scripted(bad)
+    record, steps_trained = Path(run).parent / "whole" / f"recorded-{rank}.npz", 0
+    source = Scripted({})
     assembly.make_source = lambda *_: source
     assembly.make_sync = lambda *_: None
     Prober.__call__ = lambda _: {}
     Evaluator.__call__ = lambda _: Evaluated({}, [])
-    curate = Trainer.curate
+    curate, collect = Trainer.curate, Trainer.collect
+
+    def played(trainer: Trainer) -> Collected | None:
+        if record.exists() and not source.recorded:
+            assert trainer.state.loader is not None
+            source.recorded |= load_groups(record, {p.id: p for p in trainer.state.loader.prompts})
+        return collect(trainer)
 
     def spoiled(trainer: Trainer, collected: Collected | None) -> Trained | None:
+        nonlocal steps_trained
+        steps_trained += 1
         made = curate(trainer, collected)
-        if made is None or source.calls not in source.bad:
+        if made is None or steps_trained not in bad:
             return made
         # As from broken numerics further on: rewards and advantages that are none are refused.
         spoilt = [[dataclasses.replace(r, advantage=math.nan) for r in group] for group in made.groups]
         return dataclasses.replace(made, groups=spoilt)
 
-    Trainer.curate = spoiled
+    Trainer.curate, Trainer.collect = spoiled, played
     overrides = [
         f"run.folder={run}",
         f"run.steps={steps}",
@@ -90,7 +109,9 @@ def _train(
     ]
     guard = ["guard.rollback=true", "guard.max_skipped=1"]
     assert run_training(load_config(Path(yaml_file), [*overrides, "rollout.top_k_logp=8", *guard, *more]))
-    return source.calls
+    if not record.exists():
+        save_groups(record, source.made)
+    return steps_trained, source.attempts
 
 
 def numbers(run: Path) -> list[dict]:
@@ -114,9 +135,9 @@ def another_checkpoint(run: Path) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def yaml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_models(tmp_path_factory.mktemp("phases"))
+@pytest.fixture(scope="module", params=AHEAD, ids=lambda ahead: f"{ahead} ahead")
+def yaml_file(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return make_models(tmp_path_factory.mktemp("phases"), ahead=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +187,10 @@ def test_a_run_goes_back_from_gradients_that_are_none_to_a_checkpoint_that_leads
     # is known.
     for name, bad, more in (("once", (3, 4), 2), ("twice", (3, 4, 5, 6), 5)):
         run = yaml_file.parent / name
-        asked = run_ranks(_train, RANKS, 120, str(yaml_file), str(run), steps, bad)
-        assert asked == [steps + more] * RANKS and check_account(run) == steps
+        (trained, attempts), other = run_ranks(_train, RANKS, 120, str(yaml_file), str(run), steps, bad)
+        assert other == (trained, attempts) and trained == steps + more and check_account(run) == steps
+        # Versions come again, what servers call them does not.
+        assert len(set(attempts)) == len(bad) // 2 + 1
         assert numbers(run) == numbers(whole)[: steps + 1]
         assert weights(run, steps) == weights(whole, steps)
         assert (run / "prompts.jsonl").read_text().splitlines() == prompts

@@ -20,6 +20,7 @@ from tests.faults.harness import (
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+AHEAD = pytest.mark.parametrize("ahead", [0, 2])
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,9 @@ def yaml_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.full
-def test_one_run_survives_server_rank_and_launcher_deaths_and_a_hang(yaml_file: Path) -> None:
+@AHEAD
+def test_one_run_survives_server_rank_and_launcher_deaths_and_a_hang(tmp_path: Path, ahead: int) -> None:
+    yaml_file = make_models(tmp_path, ahead=ahead)
     with FaultRun(yaml_file, ranks=2) as run:
         run.wait_steps(2)
         run.hit(run.servers()[0], signal.SIGKILL)
@@ -54,12 +57,13 @@ def test_one_run_survives_server_rank_and_launcher_deaths_and_a_hang(yaml_file: 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
+@AHEAD
 def test_one_run_survives_a_rank_killed_in_every_phase_and_its_server_in_the_middle_of_an_update(
-    tmp_path,
+    tmp_path, ahead: int
 ) -> None:
     table = []
     heard = 'servers.extra_args=["--log-level-http", "info"]'
-    with FaultRun(make_models(tmp_path), heard, ranks=2) as run:
+    with FaultRun(make_models(tmp_path, ahead=ahead), heard, ranks=2) as run:
         run.wait_steps(2)
         for number, phase in enumerate(["server", *PHASES]):
             run.note_children()
@@ -79,15 +83,16 @@ def test_one_run_survives_a_rank_killed_in_every_phase_and_its_server_in_the_mid
     assert [row["sync/server_version"] for row in rows[1:]] == list(range(1, done + 1))
     for row in rows[1:]:
         assert all(math.isfinite(row[name]) for name in ("loss/policy", "loss/actor", "grad_norm/policy"))
-        assert row["grad_norm/actor"] > 0 and row["staleness/mean"] == 0, row
+        assert row["grad_norm/actor"] > 0 and row["staleness/max"] <= ahead, row
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
+@AHEAD
 def test_groups_of_a_server_killed_in_a_rollout_come_from_the_other_and_of_both_after_they_are_back(
-    tmp_path,
+    tmp_path, ahead: int
 ) -> None:
-    with FaultRun(make_models(tmp_path), "servers.num=2", ranks=2) as run:
+    with FaultRun(make_models(tmp_path, ahead=ahead), "servers.num=2", ranks=2) as run:
         run.wait_steps(2)
         doing = run.folder / "doing" / "rank-0"
         steps = run.steps()
@@ -109,7 +114,8 @@ def test_groups_of_a_server_killed_in_a_rollout_come_from_the_other_and_of_both_
             )
         run.wait_steps(2, limit_s=2 * STEP_LIMIT_S)
         print(f"both: steps {steps} -> {run.steps()}, {time.monotonic() - started:.0f} s", flush=True)
-        assert "Sending the weights again" in run.text()
+        # Ahead of training the next push may ask for them again, before their step is taken.
+        assert ahead or "Sending the weights again" in run.text()
         assert run.stop(signal.SIGTERM) == EXIT_REQUEUE, run.text()[-3000:]
     done = check_account(run.folder)
     rows = [json.loads(line) for line in (run.folder / "prompts.jsonl").read_text().splitlines()]

@@ -69,23 +69,31 @@ def test_a_pause_outlives_a_checkpoint():
 STUCK = """
 import sys, time
 from pathlib import Path
+from megatron_jackpot.run import limits
 from megatron_jackpot.run.watchdog import Watchdog
-dog = Watchdog(Path(sys.argv[1]), 3, 1.0)
+limits.MARGIN_S = 0.1
+dog = Watchdog(Path(sys.argv[1]), 3, 0.8)
 def stuck_here(): time.sleep(60)
 with dog.phase("step 7"):
-    for _ in range(4):
-        with dog.phase("score of step 7"): time.sleep(0.1)
-    with dog.phase("update_policy of step 7"): stuck_here()
+    for _ in range(6):
+        with dog.phase("score of step 7"): time.sleep(0.4)
+    with dog.phase("push of version 7", at_least_s=3.0): time.sleep(2.0)
+    print("within limits", flush=True)
+    if sys.argv[2] == "within":
+        with dog.phase("update_policy of step 7"): stuck_here()
+    stuck_here()
 """
 
 
-def test_a_stuck_phase_is_named_with_every_stack_and_ends_the_process(tmp_path: Path):
+@pytest.mark.parametrize(("where", "what"), [("within", "update_policy of step 7"), ("outside", "step 7")])
+def test_a_stuck_phase_is_named_with_every_stack_and_ends_the_process(tmp_path: Path, where: str, what: str):
+    """The time of phases within another one, each with its own limit, is none of that one's."""
     done = subprocess.run(
-        [sys.executable, "-c", STUCK, str(tmp_path)], capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", STUCK, str(tmp_path), where], capture_output=True, text=True, timeout=30
     )
-    assert done.returncode == EXIT_STUCK
+    assert done.returncode == EXIT_STUCK and done.stdout == "within limits\n"
     written = (tmp_path / "stacks-rank-3.txt").read_text()
-    assert written.startswith("rank 3: 'step 7' has run for 1 s, the limit of run.phase_timeout_s.")
+    assert written.startswith(f"rank 3: '{what}' has run for 1 s. What waits in it has at most 0.8 s")
     assert "stuck_here" in written and "stuck_here" in done.stderr and "Thread" in written
 
 

@@ -1,115 +1,21 @@
 """N steps are k steps, a checkpoint, a new process and N - k steps: bit for bit, and on another layout to
-rounding."""
+rounding. With rollouts ahead of training: test_resume_ahead.py."""
 
 import json
 import shutil
-import time
-from concurrent import futures
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_jackpot.data.loader import PromptLoader
-from megatron_jackpot.models.mesh import destroy_mesh
-from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
 from megatron_jackpot.run.formats import FORMATS, current
-from megatron_jackpot.sync.stream import export
 from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.digests import digest
-from megatron_jackpot.train.state import TrainState
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
+from tests.parallel.resuming import BEGUN_ANEW, STEERED, same, train
 from tests.parallel.spawn import run_ranks
-from tests.rollout.sources import ScriptedSource
 from tests.tiny import rollout
-
-NOISY = {"rollout/tokens_per_s", "sync/seconds", "idle/trainer", "idle/servers"}
-BEGUN_ANEW = "rollout/begun_anew"
-"""A resumed run alone has it."""
-STEERED = Layout(correction=(("name", "jackpot"), ("target_acceptance", 0.8)))
-
-
-def _train(
-    rank: int, world: int, folder: str, run: str, layout: Layout, steps: int, options: dict
-) -> tuple | None:
-    """Steps on deterministic rollouts; (per-step numbers, weights, correction, troubles, prompts asked,
-    settings of the policy's optimizer) on rank 0."""
-    config = make_config(layout, Path(folder))
-    knobs = config.policy.optimizer.model_copy(update=options.get("optimizer", {}))
-    config = config.model_copy(update={"policy": config.policy.model_copy(update={"optimizer": knobs})})
-    if refresh := options.get("refresh"):
-        held = config.policy.reference.model_copy(update={"hf": None, **refresh})
-        config = config.model_copy(update={"policy": config.policy.model_copy(update={"reference": held})})
-    saving = config.run.model_copy(
-        update={
-            "folder": Path(run),
-            "keep": 2,
-            "keep_every": options.get("keep_every"),
-            "steps": options.get("run_steps", config.run.steps),
-        }
-    )
-    if ahead := options.get("ahead"):
-        rollouts = config.rollout.model_copy(update={"ahead": ahead, "max_staleness": ahead})
-        config = config.model_copy(update={"rollout": rollouts})
-    trainer = load_trainer(config.model_copy(update={"run": saving}), options.get("total", 10))
-    mesh, state, stop_at = trainer.mesh, trainer.state, options.get("stop_at")
-    prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * options.get("per_epoch", 2))]
-    state.loader = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
-    source = ScriptedSource(versioned=options.get("versioned", False))
-    trainer.source = trainer.pipeline.source = source
-    trainer.pipeline.stop = lambda: "test" if state.num_steps == stop_at else None
-    troubles = checkpoint.resume(state, Path(run)) if options.get("resume") else []
-    if stop_at is not None:
-        # Of each step after that one, this leader finishes one group and no more.
-        order = PromptLoader(prompts, NUM_PROMPTS, mesh.dp_rank, mesh.dp, 5)
-        given = [order.next() for _ in range(steps)]
-        source.slow = {(epoch, p.id) for epoch, mine in given[stop_at:] for p in mine[1:]}
-    saver = checkpoint.Saver(state, saving, trainer.watchdog)
-    trainer.push()
-    if options.get("late"):
-        _write_late(saver, state)
-    numbers = []
-    try:
-        while state.num_steps < steps:
-            metrics = trainer.step().metrics
-            numbers.append({k: v for k, v in metrics.items() if k not in NOISY and not k.startswith("time/")})
-            saver.poll()
-            if state.num_steps in options.get("save_at", range(steps + 1)) and options.get("save"):
-                wait_until_finished(trainer.pipeline)
-                saver.save(background=options["save"] == "background")
-    except StopRun:
-        trainer.pipeline.interrupt("test")
-        saver.save(background=False)
-    saver.wait()
-    trainer.pipeline.interrupt("the end")
-    weights = {name: export(model) for name, model in state.models.items()}
-    destroy_mesh()
-    settings = {**state.policy.optimizer.param_groups[0], "clip": state.policy.optimizer.config.clip_grad}
-    settings.pop("params")
-    made = (numbers, weights, trainer.methods.correction, troubles, source.asked, settings)
-    return made if rank == 0 else None
-
-
-def wait_until_finished(pipeline: Pipeline) -> None:
-    """What is in flight at a save is then all in the checkpoint."""
-    under_way = [batch.work for batch in pipeline.batches]
-    assert not futures.wait(under_way, 60).not_done
-
-
-def _write_late(saver: checkpoint.Saver, state: TrainState) -> None:
-    """Each save's thread does nothing before training has finished two more steps."""
-    write = saver.write
-
-    def late(writing) -> None:
-        while state.num_steps < writing.state["num_steps"] + 2:
-            time.sleep(0.01)
-        write(writing)
-
-    saver.write = late
-
-
-def train(folder: Path, run: Path, layout: Layout, steps: int, **options):
-    return run_ranks(_train, layout.world, 200, str(folder), str(run), layout, steps, options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -123,31 +29,6 @@ def copy_without_last(run: Path, to: Path) -> Path:
     shutil.copytree(run, to)
     shutil.rmtree(sorted((to / "checkpoints").glob("step-*"))[-1])
     return to
-
-
-def same(got: tuple, want: tuple, exact: bool, steps: int) -> None:
-    (numbers, weights, correction, *_), (all_numbers, all_weights, all_correction, *_) = got, want
-    assert len(numbers) == steps
-    for mine, theirs in zip(numbers, all_numbers[-steps:], strict=True):
-        if exact:
-            assert {name: value for name, value in mine.items() if name != BEGUN_ANEW} == theirs
-        else:
-            for name in (
-                "loss/policy",
-                "loss/actor",
-                "grad_norm/policy",
-                "jackpot/acceptance",
-                "jackpot/lam",
-            ):
-                assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
-    assert correction.lam == pytest.approx(all_correction.lam, rel=0 if exact else 1e-4)
-    assert correction.lam != 1.0
-    for model, tensors in all_weights.items():
-        for name, tensor in tensors.items():
-            if exact:
-                assert torch.equal(weights[model][name], tensor), (model, name)
-            else:
-                assert ((weights[model][name] - tensor).abs() > 1e-5).float().mean() < 0.05, (model, name)
 
 
 def test_resumed_on_the_same_layout_it_is_the_uninterrupted_run_bit_for_bit(saved, folder, tmp_path) -> None:
@@ -223,38 +104,6 @@ def test_an_interrupted_step_keeps_its_groups_and_no_prompt_is_asked_twice(
         assert len(second[4]) == NUM_PROMPTS - 2 and not {*first[4]} & {*second[4]}
         assert second[0][0][BEGUN_ANEW] == 1 - 2 / NUM_PROMPTS
         assert {*second[4]} < {*whole}
-
-
-@pytest.mark.parametrize("ahead", [pytest.param(1, marks=pytest.mark.full), 3])
-def test_with_rollouts_ahead_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    folder, tmp_path, ahead
-) -> None:
-    """Tokens depend on the weights that sampled them: those in flight at the save are in the checkpoint."""
-    how = dict(ahead=ahead, versioned=True)
-    whole = train(folder, tmp_path / "whole", STEERED, 6, **how)
-    assert [row["staleness/max"] for row in whole[0]] == [min(i, ahead) for i in range(6)]
-    run = tmp_path / "run"
-    train(folder, run, STEERED, 2, save="now", save_at=[2], **how)
-    newest = run / "checkpoints" / "step-000002"
-    assert list(newest.glob("rollouts-*.npz"))
-    same(train(folder, run, STEERED, 6, resume=True, **how), whole, exact=True, steps=4)
-
-
-def test_with_rollouts_ahead_an_interrupted_run_keeps_what_was_finished_of_every_step_in_flight(
-    folder, tmp_path
-) -> None:
-    """Tokens are the same whoever samples them; of two epochs' steps in flight nothing is mixed up."""
-    how = dict(ahead=3, run_steps=6)
-    run = tmp_path / "run"
-    first = train(folder, run, STEERED, 6, stop_at=2, per_epoch=4, **how)
-    second = train(folder, run, STEERED, 6, resume=True, per_epoch=4, **how)
-    assert len(first[0]) == 2 and len(second[0]) == 4
-    anew = [row.get(BEGUN_ANEW) for row in second[0]]
-    assert anew == [1 - 1 / NUM_PROMPTS] * 4  # All four had been begun, and each had one group.
-    # Two steps, and a group of each of the four in flight, of two epochs.
-    assert len(first[4]) == 2 * NUM_PROMPTS + 4
-    asked = [*first[4], *second[4]]
-    assert len(asked) == len(set(asked)) == 6 * NUM_PROMPTS
 
 
 @pytest.mark.full

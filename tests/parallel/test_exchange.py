@@ -57,7 +57,7 @@ def _lost(mesh: Mesh, folder: Path) -> Any:
     decided = steps(run, 1)
     while last and not (run.pipeline.batches[0].work or futures.Future()).done():
         time.sleep(0.01)
-    run.pipeline.pushed(0)
+    run.pipeline.pushed(0, "test")
     return _closed(run, lambda run: [decided + steps(run, STEPS - 1), run.pipeline.batches[-1].attempt])
 
 

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh, init_mesh
 from megatron_jackpot.rewards.failures import RewardsFailing
-from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
+from megatron_jackpot.rollout.outcome import StopRun
+from megatron_jackpot.rollout.pipeline import Pipeline
 from tests.parallel.layouts import NUM_PROMPTS, Layout, make_config
 from tests.parallel.spawn import run_ranks
 from tests.rollout.sources import ScriptedSource
@@ -109,11 +110,11 @@ def _ages(mesh, config) -> list:
     made.start(1, 2, 3)
     for step in (1, 2, 3):
         made.take(step)
-    made.pipeline.pushed(3 if mesh.dp_rank == 0 else 0)
+    made.pipeline.pushed(3 if mesh.dp_rank == 0 else 0, "test")
     made.start(4)
     while len(made.finished) < NUM_PROMPTS // 2:
         time.sleep(0.01)
-    made.pipeline.pushed(3)
+    made.pipeline.pushed(3, "test")
     taken = made.take(4)
     made.close()
     versions = {int(v) for group in taken.groups for r in group for v in r.weight_version}
@@ -126,11 +127,11 @@ def _unknown(mesh, config) -> list:
     made.start(1, 2, 3)
     for step in (1, 2, 3):
         made.take(step)
-    made.pipeline.pushed(2)
+    made.pipeline.pushed(2, "test")
     made.start(4)
     while len(made.finished) < NUM_PROMPTS // 2:
         time.sleep(0.01)
-    made.pipeline.pushed(3)
+    made.pipeline.pushed(3, "test")
     made.pipeline.known_since = lambda: 3
     taken = made.take(4)
     made.close()
@@ -181,7 +182,7 @@ def _rollback(mesh, config) -> list:
     left = len(made.finished), len(made.pipeline.batches)
     made.loader.load_state_dict(before)
     asked = len(made.source.asked)
-    made.pipeline.pushed(0)
+    made.pipeline.pushed(0, "test")
     made.start(1)
     trained = made.take(1).trained
     made.close()

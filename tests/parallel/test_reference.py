@@ -12,8 +12,8 @@ from megatron_jackpot.train import checkpoint
 from megatron_jackpot.train.reference import content_digest
 from megatron_jackpot.train.trainer import Trainer
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
+from tests.parallel.resuming import STEERED, same, train
 from tests.parallel.spawn import run_ranks
-from tests.parallel.test_checkpoint import STEERED, same, train
 from tests.tiny import groups
 
 HELD = (("weight", 0.1),)

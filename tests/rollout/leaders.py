@@ -18,7 +18,8 @@ from megatron_jackpot.records import Prompt
 from megatron_jackpot.rollout.allocation import Allocation
 from megatron_jackpot.rollout.collected import Collected
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
-from megatron_jackpot.rollout.pipeline import Pipeline, StopRun
+from megatron_jackpot.rollout.outcome import StopRun
+from megatron_jackpot.rollout.pipeline import Pipeline
 from tests.rollout.sources import JudgedSource
 
 PROMPTS = [Prompt(id=i, tokens=(1, 10, i), label=None) for i in range(40)]
@@ -91,7 +92,7 @@ class Run:
         number = self.steps + 1
         for later in range(number, number + self.ahead + 1):
             self.pipeline.start(later, self.loader)
-        taken = self.pipeline.take(number, self.loader, recover=lambda: self.pipeline.pushed(0))
+        taken = self.pipeline.take(number, self.loader, recover=lambda: self.pipeline.pushed(0, "test"))
         assert taken is not None
         self.steps = number
         return taken

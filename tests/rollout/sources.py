@@ -4,13 +4,14 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_jackpot.records import Prompt, Rollout
 from megatron_jackpot.rollout.collect import GroupSampler, Interrupted, Keep, Losses, Sums
-from megatron_jackpot.rollout.finished_groups import PER_TOKEN
+from megatron_jackpot.rollout.finished_groups import PER_TOKEN, Groups, load_groups
 from megatron_jackpot.rollout.loop_thread import LoopThread
 from megatron_jackpot.servers.protocol import Completion, Sampling
 from tests.tiny import groups
@@ -27,9 +28,12 @@ class ScriptedSource:
         self.versioned, self.samples, self.version = versioned, samples, 0
         self.asked: list[tuple[int, int]] = []
         """(epoch, prompt id) of every group that was made."""
+        self.made: Groups = {}
         self.slow: set[tuple[int, int]] = set()
         """(epoch, prompt id) of groups that do not end by themselves."""
         self.calls = 0
+        self.attempts: list[str] = []
+        """Of the weights it was told to use, each once, in their order."""
 
     async def collect(
         self,
@@ -48,6 +52,7 @@ class ScriptedSource:
                 continue
             made.append(self.make(epoch, prompt, version))
             self.asked.append((epoch, prompt.id))
+            self.made[epoch, prompt.id] = made[-1]
             keep(made[-1])
         while len(made) < len(prompts):
             await asyncio.sleep(0.005)
@@ -68,8 +73,10 @@ class ScriptedSource:
 
     async def quiet(self) -> None: ...
 
-    async def use(self, version: int) -> None:
+    async def use(self, version: int, attempt: str) -> None:
         self.version = version
+        if attempt not in self.attempts:
+            self.attempts.append(attempt)
 
     async def abort(self) -> None: ...
 
@@ -110,6 +117,18 @@ class HeavyTail(ScriptedSource):
             replace(r, **{name: _resized(getattr(r, name), length) for name in PER_TOKEN})
             for r in super().make(epoch, prompt, version)
         ]
+
+
+class RecordedSource(ScriptedSource):
+    """Plays what was sampled in a run, each token with its version of then: what servers answer, and how old
+    it is when it is trained on, does not depend on when they are asked."""
+
+    def __init__(self, recorded: Path, prompts: Sequence[Prompt]) -> None:
+        super().__init__()
+        self.recorded = load_groups(recorded, {prompt.id: prompt for prompt in prompts})
+
+    def make(self, epoch: int, prompt: Prompt, version: int) -> list[Rollout]:
+        return self.recorded[epoch, prompt.id]
 
 
 class JudgedSource(ScriptedSource):

@@ -169,7 +169,7 @@ def test_dynamic_sampling_that_was_stopped_in_any_round_goes_on_with_the_same_de
 def test_where_no_other_prompts_are_left_equal_groups_fill_the_step(
     runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_jackpot.rollout.pipeline.raise_on_all_ranks", nullcontext)
+    monkeypatch.setattr("megatron_jackpot.rollout.outcome.raise_on_all_ranks", nullcontext)
     run = runs(DynamicSampling(over_sample=3, max_rounds=99), lambda number: "0000")
     taken = run.step()
     assert [g[0].prompt.id for g in taken.groups] == taken.trained

@@ -48,7 +48,13 @@ class ScriptedEngine:
         self.aborts = failures.get("aborts", {})
 
     async def generate_group(
-        self, prompt_tokens: Sequence[int], n: int, sampling: Sampling, *, retried: Callable[[], None]
+        self,
+        prompt_tokens: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        *,
+        retried: Callable[[], None],
+        aside: bool,
     ) -> list[Completion]:
         which = prompt_tokens[1]
         await asyncio.sleep(0.001 * (10 - which))

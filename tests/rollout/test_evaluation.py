@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_jackpot.config import Evaluation
+from megatron_jackpot.config import Evaluation, Sync
 from megatron_jackpot.records import Prompt
-from megatron_jackpot.train.evaluation import Evaluator, Scored, pass_at, tasks_of
+from megatron_jackpot.rollout.outcome import StopRun
+from megatron_jackpot.train.evaluation import Evaluated, Evaluator, Scored, pass_at, tasks_of
+from megatron_jackpot.train.run import _judge
 
 
 def prompts(*tasks: str | None) -> list[Prompt]:
@@ -52,11 +54,11 @@ def test_tasks_count_where_there_are_several_and_not_too_many() -> None:
 class Judge:
     """A server whose i-th answer to a prompt is (id, i), right where i is at least the prompt's id."""
 
-    def answers(self, prompts, max_new_tokens, *, samples, temperature):
+    def answers(self, prompts, max_new_tokens, *, samples, temperature, stop=None):
         self.asked = (max_new_tokens, samples, temperature)
         return [[[prompt.id, i] for i in range(samples)] for prompt in prompts]
 
-    def verdicts(self, answers, prompts):
+    def verdicts(self, answers, prompts, stop=None):
         assert [answer[0] for answer in answers] == [prompt.id for prompt in prompts]
         return [answer[1] >= answer[0] for answer in answers], 0.0
 
@@ -70,11 +72,17 @@ class Judge:
 def test_every_set_is_asked_for_its_samples_and_keeps_its_first_answers() -> None:
     served = SimpleNamespace(name="actor")
     mesh = SimpleNamespace(
-        dp=1, dp_rank=0, is_leader=True, is_main=True, dp_group=None, wait_for_leaders=lambda *_: None
+        dp=1,
+        dp_rank=0,
+        is_leader=True,
+        is_main=True,
+        dp_group=None,
+        wait_for_leaders=lambda *_: None,
+        largest=lambda value: value,
     )
     state = SimpleNamespace(mesh=mesh, served=served, models={"actor": served, "policy": None}, num_steps=3)
     evaluation = Evaluation(samples=4, temperature=0.6, policy="off", keep=1, max_new_tokens=7)
-    config = SimpleNamespace(evaluation=evaluation, rollout=SimpleNamespace(request_timeout_s=1))
+    config = SimpleNamespace(evaluation=evaluation, run=SimpleNamespace(phase_timeout_s=1))
     judge = Judge()
     sets = {"": prompts("a", "a", "a"), "hard": prompts(None, None, None, None, None), "none": []}
     metrics, samples = Evaluator(config, state, judge, sets, stop_ids=(), packing_tokens=8)()
@@ -97,3 +105,20 @@ def test_every_set_is_asked_for_its_samples_and_keeps_its_first_answers() -> Non
 
 def test_a_bare_off_in_yaml_is_off() -> None:
     assert Evaluation(policy=False).policy == "off"
+
+
+def test_a_step_whose_evaluation_a_stop_ended_is_reported_without_it_and_says_how_it_is_made_up_for(
+    caplog,
+) -> None:
+    def stopped() -> Evaluated:
+        raise StopRun
+
+    stopped.sets = {"": prompts("a")}
+    config = SimpleNamespace(
+        evaluation=Evaluation(every=2), sync=Sync(probe_every=2), run=SimpleNamespace(folder="RUN")
+    )
+    trainer = SimpleNamespace(config=config, mesh=SimpleNamespace(is_main=True))
+    assembly = SimpleNamespace(trainer=trainer, probe=lambda: {"probe/max": 0.5}, evaluate=stopped)
+    assert _judge(assembly, 2, last=False) == ({"probe/max": 0.5}, [])
+    assert "step 2 has no evaluation. `megatron-jackpot evaluate RUN` makes up for it" in caplog.text
+    assert _judge(assembly, 3, last=False) == ({}, [])

@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from megatron_jackpot.servers.protocol import BadReply, Completion, Sampling, Se
 from megatron_jackpot.servers.reply import parse_group
 from tests.servers.fake_server import (
     VOCAB,
-    Answer,
     FakeServer,
     cut_off,
     error,
@@ -261,33 +259,6 @@ def test_a_server_that_was_started_anew_is_left_out_for_one_with_new_weights(mon
         assert len(good.asked("generate")) == 3
 
 
-def test_where_version_numbers_begin_again_a_server_with_weights_from_before_is_not_asked():
-    """It was left out of the push that went back: of its tokens the number alone is young enough."""
-
-    async def go_back(urls: list[str]) -> None:
-        settings = {"request_timeout_s": 5, "backoff_s": 0.01}
-        async with SGLangClient(urls, vocab_size=VOCAB, context_length=64, **settings) as client:
-            for version in (7, 5, 6):
-                await client.use(version)
-                await asyncio.gather(*(client.generate_group([1, 2], 2, SAMPLING) for _ in urls))
-
-    def says(version: str) -> Answer:
-        return ok({"weight_version": version})
-
-    def sampled(handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> None:
-        ok(group(version=body["extra_key"]))(handler, body)
-
-    with (
-        FakeServer(generate=[ok(group(version="7"))], model_info=[says("7")]) as left_out,
-        FakeServer(generate=[sampled], model_info=[says("7"), says("5")]) as pushed,
-    ):
-        asyncio.run(go_back([left_out.url, pushed.url]))
-        assert {body["extra_key"] for body in left_out.asked("generate")} == {"7"}
-        assert [body["extra_key"] for body in pushed.asked("generate")][-4:] == ["5", "5", "6", "6"]
-        # A server that did not fail has nothing else to show: a start and a rollback take no token.
-        assert not pushed.asked("health_generate")
-
-
 def test_a_refused_request_is_not_repeated():
     with FakeServer(generate=[error(400)]) as server:
         with pytest.raises(ServerError, match="HTTP 400"):
@@ -365,14 +336,18 @@ def test_requests_carry_the_version_they_begin_with_and_none_begins_while_it_is_
         assert [body["extra_key"] for body in server.asked("generate")] == ["3", "4"]
 
 
-def test_answers_do_not_queue_behind_rollouts():
+@pytest.mark.parametrize("what", ["an evaluation's answers", "a probe's groups"])
+def test_what_the_main_thread_waits_for_does_not_queue_behind_rollouts(what: str):
     async def beside(url: str) -> list[bool]:
         settings = {"vocab_size": VOCAB, "context_length": 64, "concurrency": 1, "prefix_cache": False}
         async with SGLangClient([url], **settings) as client:
             rollouts = [asyncio.ensure_future(client.generate_group([1, 2], 2, SAMPLING)) for _ in range(2)]
             while not server.requests:
                 await asyncio.sleep(0.01)
-            await client.answers((1, 2), 4, n=2)
+            if what == "a probe's groups":
+                await client.generate_group([1, 2], 2, SAMPLING, aside=True)
+            else:
+                await client.answers((1, 2), 4, n=2)
             done = [rollout.done() for rollout in rollouts]
             for rollout in rollouts:
                 rollout.cancel()

@@ -13,7 +13,7 @@ pytest.importorskip("aiohttp")
 
 from megatron_jackpot.models.hf_folder import buckets, write_hf_folder
 from megatron_jackpot.servers.admin import ServerAdmin
-from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.servers.protocol import Label, ServerError
 from megatron_jackpot.sync.broadcast import address_towards, side_by_side
 from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncError, check_names, hf_shapes, paused
@@ -76,16 +76,16 @@ def test_proof_wants_equal_servers_moved_checksums_and_the_version(tmp_path):
     one = {"model_info": [ok(info("1")), ok(info("2"))]}
     with FakeServer(**one, weights_checker=[ok(checksums("x"))]) as left:
         proof = Proof(ServerAdmin([left.url]), folder)
-        proof.check(sent(folder), 1)
-        proof.check(sent(folder), 2)
+        proof.check(sent(folder), Label(1))
+        proof.check(sent(folder), Label(2))
         with pytest.raises(SyncError, match="checksums did not move"):
-            proof.check(sent(folder, scale=1.5), 2)
+            proof.check(sent(folder, scale=1.5), Label(2))
         with pytest.raises(SyncError, match=f"{left.url} reports weight version 2 after a push of version 3"):
-            proof.check(sent(folder), 3)
+            proof.check(sent(folder), Label(3))
         with FakeServer(model_info=[ok(info("2"))], weights_checker=[ok(checksums("y"))]) as right:
             both = Proof(ServerAdmin([left.url, right.url]), folder)
             with pytest.raises(SyncError, match=f"{left.url} and {right.url} in 1 tensors: tp0 pp0 w"):
-                both.check(sent(folder), 2)
+                both.check(sent(folder), Label(2))
 
 
 class Holder(FakeServer):

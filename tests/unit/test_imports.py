@@ -26,8 +26,10 @@ OURS: dict[str, set[str]] = {
     "data": {"records", "config", "parallel", "algorithm.registry"},
     "models": {"records", "config", "parallel", "run.provenance"},
     "monitor": {"records", "config", "run"},
-    "rollout": {"records", "algorithm.allocators_base", "config", "parallel", "rewards", "data", "servers"},
-    "sync": {"config", "parallel", "models", "servers"},
+    "rollout": {
+        *{"records", "algorithm.allocators_base", "config", "parallel", "rewards", "run", "servers", "data"},
+    },
+    "sync": {"config", "parallel", "run", "models", "servers"},
     "plan": {"config", "parallel.block_sizes", "data.bins"},
     "train": {
         "records",
