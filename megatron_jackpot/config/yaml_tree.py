@@ -34,7 +34,12 @@ def files_of(path: Path) -> Iterator[tuple[Path, Tree]]:
         above.append(path.resolve())
         tree = _read(path)
         if (name := tree.pop("base", None)) is not None:
-            base = path.parent / str(name)
+            if not isinstance(name, str):
+                raise ConfigError(
+                    f"{path}: base = {name!r} must be the path of a YAML file, from this one's folder. "
+                    "Give it, or remove the key."
+                )
+            base = path.parent / name
         yield path, spell_out(tree)
 
 

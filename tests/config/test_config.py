@@ -268,6 +268,13 @@ def test_words_that_are_neither_option_nor_override_are_refused(capsys):
     assert "--nprocs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("base", ["false", "7", "[a.yaml]", "{a: b}"])
+def test_a_base_that_is_no_path_is_named(tmp_path, base):
+    (tmp_path / "run.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ValueError, match="base = .* must be the path of a YAML file"):
+        load_config(tmp_path / "run.yaml", [])
+
+
 def test_a_base_file_counts_where_the_file_itself_has_no_key(tmp_path):
     tree = {
         "run": {"folder": "a", "steps": 5},

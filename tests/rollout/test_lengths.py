@@ -33,7 +33,7 @@ def _lengths(source: HeavyTail, ahead: int) -> list[list[int]]:
             pipeline.start(later, loader)
         taken = pipeline.take(step, loader, lambda: None)
         found.append([len(r.tokens) for group in taken.groups for r in group])
-        pipeline.pushed(step)
+        pipeline.pushed(step, "attempt")
     return found
 
 

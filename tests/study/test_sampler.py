@@ -69,12 +69,12 @@ def test_reported_log_probs_are_the_scorers_at_sampled_tokens_and_in_the_top_k(m
     scores = scorer(batch, step=1, served_version=1)
     assert scores is not None and int(batch.mask_MT.sum()) > 60
     gap = (scores.policy_logp_MT - batch.server_logp_MT)[batch.mask_MT].abs()
-    assert float(gap.max()) < 1e-5
+    assert float(gap.max()) < 2e-5
     # Both top-k lists are of one model: the union has nothing that the server's lacks.
     k, inside = DRAWS.top_k, batch.mask_MT
     assert bool((scores.candidate_ids_MTK[inside][:, k:] == -1).all())
     pairs = (scores.candidate_target_logp_MTK[inside][:, :k], batch.topk_logp_MTK[inside])
-    torch.testing.assert_close(*pairs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*pairs, atol=2e-5, rtol=0)
 
 
 def test_pairs_of_tokens_are_drawn_as_often_as_the_model_says(decoder) -> None:
