@@ -52,6 +52,8 @@ class PeakAnonymous:
     ) -> None:
         self._end.set()
         self._thread.join()
+        # What came after the thread's last look.
+        self.peak = max(self.peak, anonymous_bytes())
 
     @property
     def added(self) -> int:
