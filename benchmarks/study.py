@@ -57,6 +57,8 @@ def run_all(plan: Plan, folder: Path, mesh: Mesh, limit_s: float) -> int:
             continue
         what = "done" if done else "saved at the limit"
         print(f"{run.name}: {what}, {time.monotonic() - started:.0f} s", flush=True)
+        if not done:
+            return 3
     return 4 if waiting else 0
 
 
