@@ -48,7 +48,10 @@ def take_out(folder: Path, kept: Path = KEPT) -> int:
     for model in sorted(kept.glob("models/*/*")):
         place = folder / model.relative_to(kept)
         if model.is_dir() and not place.exists():
-            shutil.copytree(model, place)
+            aside = place.with_suffix(".part")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(model, aside)
+            os.replace(aside, place)
         elif model.is_file() and not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(model, place)
@@ -56,7 +59,8 @@ def take_out(folder: Path, kept: Path = KEPT) -> int:
     for path in sorted(kept.glob("stage_*.jsonl.xz")):
         for name, row in _read(path).items():
             place = folder / path.name.partition(".")[0] / name
-            if not place.exists():
+            # A runner that was told to stop may have left an empty one.
+            if not (place / ORIGIN).exists():
                 _write(place, row, folder)
                 put += 1
     return put
@@ -79,13 +83,14 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write(place: Path, row: dict[str, Any], folder: Path) -> None:
-    place.mkdir(parents=True)
+    place.mkdir(parents=True, exist_ok=True)
     settings = row[CONFIG_FILE].replace(ANYWHERE, str(folder))
     (place / CONFIG_FILE).write_text(settings, encoding="utf-8")
     for name in (LINES, FIRST):
         (place / name).write_text("".join(f"{json.dumps(one)}\n" for one in row[name]), encoding="utf-8")
-    (place / ORIGIN).write_text(json.dumps(row[ORIGIN], indent=1) + "\n", encoding="utf-8")
     (place / DONE).touch()
+    # Last: where it is, all of it is.
+    (place / ORIGIN).write_text(json.dumps(row[ORIGIN], indent=1) + "\n", encoding="utf-8")
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,7 @@ class LocalServer:
         more: More | None = None,
         begun: Mapping[int, list[Rollout]] = NOTHING_BEGUN,
         losses: Losses | None = None,
+        aside: bool = False,
     ) -> tuple[list[list[Rollout]], Sums]:
         """Whole groups, in the order of `prompts`, all that are in a round at once; it is over too soon to be
         stopped."""

@@ -72,6 +72,7 @@ class MegatronModel:
         self.folder: Path | None = None
         """Where config.json and the tokenizer are."""
         self.offloaded = False
+        self._fresh = False
         self.optimizer: MegatronOptimizer | None = None
         self.scheduler: OptimizerParamScheduler | None = None
         self.optimizer_settings: dict[str, Any] = {}
@@ -236,13 +237,20 @@ class MegatronModel:
         """Within, every parameter is the one the last optimizer step produced.
 
         overlap_param_gather leaves shards of other ranks stale until the next training forward gathers them.
+        The gathering is over the data-parallel ranks: all must enter. Within another one there is none, so
+        that copies of the model may score different numbers of batches in it.
         """
         overlapped = self.optimizer is not None and self.ddp_config.overlap_param_gather
-        if overlapped:
-            for chunk in self.chunks:
-                chunk.disable_forward_pre_hook(param_sync=True)
-        yield
-        if overlapped:
+        if not overlapped or self._fresh:
+            yield
+            return
+        for chunk in self.chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        self._fresh = True
+        try:
+            yield
+        finally:
+            self._fresh = False
             for chunk in self.chunks:
                 chunk.enable_forward_pre_hook()
 

@@ -1,6 +1,7 @@
 """How asking servers ended, on one leader and on all: ranks learn of it together, and none waits for another
 that has given up."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,8 @@ from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rewards.failures import RewardsFailing
 from megatron_jackpot.rollout.collect import Interrupted, Unfinished
 from megatron_jackpot.run.limits import behind
+
+log = logging.getLogger(__name__)
 
 COMPLETE, LOST, STOPPED, REFUSED, FAILED = range(5)
 """The worst of all leaders counts."""
@@ -58,6 +61,9 @@ def asking(mesh: Mesh, what: str, limit_s: float) -> Iterator[None]:
     except Exception as caught:
         error = caught
     outcome = outcome_of(error)
+    if error is not None and outcome != STOPPED:
+        # Whatever the others do now: this rank may give up waiting for them.
+        log.error(f"{what}: {type(error).__name__}: {error}")
     # Groups that are lost here are asked for by nobody again.
     if agree(mesh, what, limit_s, FAILED if outcome == LOST else outcome, error) == STOPPED:
         raise StopRun

@@ -38,6 +38,6 @@ def push_s(start_timeout_s: float, timeout_s: float) -> float:
     return 2 * attempt_s(start_timeout_s, timeout_s)
 
 
-def evaluation_s(phase_s: float, num_sets: int) -> float:
-    """Of a leader's answers to every set, and of the verdicts on them."""
-    return 2 * phase_s * num_sets
+def evaluation_s(phase_s: float, num_sets: int, num_models: int) -> float:
+    """Of a leader: the servers' answers to every set, and the verdicts on those of each model."""
+    return (1 + num_models) * phase_s * num_sets

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
 
 from megatron_jackpot.config import Config
+from megatron_jackpot.models.engine import MegatronModel
 from megatron_jackpot.monitor.metrics import Row
 from megatron_jackpot.parallel.reduce import reduce_metrics
 from megatron_jackpot.parallel.vocab import vocab_parallel_argmax
@@ -84,10 +86,11 @@ class Evaluator:
         pairs: Metrics = {}
         samples: list[Row] = []
         failed = counted = 0.0
-        limit_s = evaluation_s(self.config.run.phase_timeout_s, len(self.sets))
-        with asking(mesh, f"eval-{self.state.num_steps}", limit_s):
-            # All of it before servers are asked: ranks that ask none wait in the store, not in a collective.
-            recomputed = {name: self._recomputed(mine) for name, (mine, _) in self._parts().items()}
+        # Before servers are asked: ranks that ask none wait in the store then, not in a model's collective.
+        recomputed, stopped = self._recomputed()
+        with asking(mesh, f"eval-{self.state.num_steps}", self.limit_s):
+            if stopped is not None:
+                raise stopped
             for name, (mine, prompts) in self._parts().items():
                 if self.judge is None:
                     continue
@@ -107,6 +110,11 @@ class Evaluator:
         if self.judge is not None and (held := self.judge.server_gib()) is not None:
             metrics["memory/server_gib"] = held
         return Evaluated(metrics, samples)
+
+    @property
+    def limit_s(self) -> float:
+        """How long a leader may be at its servers and rewards."""
+        return evaluation_s(self.config.run.phase_timeout_s, len(self.sets), len(self.state.models))
 
     def _parts(self) -> dict[str, tuple[list[Prompt], list[Prompt]]]:
         """(this rank's part, the whole) of every set."""
@@ -133,24 +141,34 @@ class Evaluator:
         if reason is not None:
             raise Interrupted(reason, [], {})
 
-    def _recomputed(self, prompts: list[Prompt]) -> dict[str, Answers]:
-        """Greedy answers of the models that no server holds; {} where they are left out."""
-        if self.config.evaluation.policy == "off":
-            return {}
-        found = {}
-        for name, model in self.state.models.items():
-            if model is not self.state.served:
-                answers = greedy(
-                    model,
-                    [prompt.tokens for prompt in prompts],
-                    partial(vocab_parallel_argmax, vocab=model.vocab()),
-                    max_new_tokens=self.config.evaluation.max_new_tokens,
-                    stop_ids=self.stop_ids,
-                    packing_tokens=self.packing_tokens,
-                    each=self._go_on,
-                )
-                found[name] = [[answer] for answer in answers]
-        return found
+    def _recomputed(self) -> tuple[dict[str, dict[str, Answers]], Interrupted | None]:
+        """Greedy answers to every set of the models that no server holds, none where they are left out; and
+        what this copy of the models was stopped by."""
+        state, left_out = self.state, self.config.evaluation.policy == "off"
+        models = {} if left_out else {n: m for n, m in state.models.items() if m is not state.served}
+        found: dict[str, dict[str, Answers]] = {name: {} for name in self.sets}
+        with ExitStack() as fresh:
+            # Once for all: copies come to different numbers of tokens, and not all hear a stop at the same.
+            for model in models.values():
+                fresh.enter_context(model.fresh_parameters())
+            try:
+                for name, (mine, _) in self._parts().items():
+                    found[name] = {model: self._greedy(models[model], mine) for model in models}
+            except Interrupted as stopped:
+                return found, stopped
+        return found, None
+
+    def _greedy(self, model: MegatronModel, prompts: list[Prompt]) -> Answers:
+        answers = greedy(
+            model,
+            [prompt.tokens for prompt in prompts],
+            partial(vocab_parallel_argmax, vocab=model.vocab()),
+            max_new_tokens=self.config.evaluation.max_new_tokens,
+            stop_ids=self.stop_ids,
+            packing_tokens=self.packing_tokens,
+            each=self._go_on,
+        )
+        return [[answer] for answer in answers]
 
 
 def judged(

@@ -41,7 +41,8 @@ def greedy(
     """Greedy answers, stop token included. `argmax` maps logits [T, V/TP] to ids [T] on the last stage;
     `each` is called before each token, to end it by raising.
 
-    Every rank of one copy of the model must call it with the same prompts; copies may differ.
+    Every rank of one copy of the model must call it with the same prompts; copies may differ within the
+    model's `fresh_parameters`.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))

@@ -163,9 +163,10 @@ def _begin(assembly: Assembly, outputs: Outputs | None, resumed: bool) -> None:
     trainer.refuse_stop()
     trainer.push(mend=True)  # It may follow a rollback.
     trainer.refuse_stop()
-    metrics = assembly.probe()
+    with trainer.watchdog.phase("probe"):
+        metrics = assembly.probe()
     if not resumed:
-        evaluated = assembly.evaluate()
+        evaluated = _evaluated(assembly)
         check_measured(trainer.config.run, trainer.mesh.from_main(list(evaluated.metrics)))
         if outputs is not None:
             outputs.report(0, metrics | evaluated.metrics)
@@ -182,14 +183,14 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
         result = trainer.step()
     metrics, step, last = dict(result.metrics), result.step, result.step == config.run.steps
     metrics["memory/trainer_gib"] = trainer.mesh.largest(trainer_mib()) / 1024
-    evaluated = _judge(assembly, step, last)
+    evaluated, stopped = _judge(assembly, step, last)
     metrics, samples = metrics | evaluated.metrics, evaluated.samples
     trainer.state.measured = measured(config.run, metrics)
     after = StepMetrics(step, trainer.watchdog)
     with after.timer("save"):
         saver.poll()
         due = config.run.save_every and step % config.run.save_every == 0 and not trainer.guard.in_doubt
-        if due or (config.run.save_every and last):
+        if due or (last and (config.run.save_every or stopped)):
             with trainer.room_to_save():
                 saver.save(background=config.run.save_in_background and not last)
     if outputs is not None:
@@ -209,22 +210,30 @@ def _one_step(assembly: Assembly, saver: Saver, outputs: Outputs | None) -> None
                 log.warning(f"the run goes on: {error}")
 
 
-def _judge(assembly: Assembly, step: int, last: bool) -> Evaluated:
-    """The probe and the evaluation that are due after a step; nothing of what a stop ended. The step itself
-    is done: the loop ends the run after its report."""
+def _judge(assembly: Assembly, step: int, last: bool) -> tuple[Evaluated, bool]:
+    """The probe and the evaluation that are due after a step, nothing of what a stop ended; and whether one
+    did. The step itself is done: the loop ends the run after its report, and the last one's models are saved
+    for what makes up for the evaluation."""
     config, metrics = assembly.trainer.config, dict[str, float]()
     due = bool(assembly.evaluate.sets) and (step % config.evaluation.every == 0 or last)
     try:
         if step % config.sync.probe_every == 0:
-            metrics = assembly.probe()
+            with assembly.trainer.watchdog.phase("probe"):
+                metrics = assembly.probe()
         if due:
-            evaluated = assembly.evaluate()
-            return Evaluated(metrics | evaluated.metrics, evaluated.samples)
+            evaluated = _evaluated(assembly)
+            return Evaluated(metrics | evaluated.metrics, evaluated.samples), False
     except StopRun:
         if due and assembly.trainer.mesh.is_main:
             made_up = f"megatron-jackpot evaluate {config.run.folder}"
             log.warning(f"asked to stop: step {step} has no evaluation. `{made_up}` makes up for it.")
-    return Evaluated(metrics, [])
+        return Evaluated(metrics, []), True
+    return Evaluated(metrics, []), False
+
+
+def _evaluated(assembly: Assembly) -> Evaluated:
+    with assembly.trainer.watchdog.phase("evaluation", at_least_s=assembly.evaluate.limit_s):
+        return assembly.evaluate()
 
 
 def _export(trainer: Trainer) -> None:

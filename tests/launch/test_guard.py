@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,26 @@ def test_a_stuck_phase_is_named_with_every_stack_and_ends_the_process(tmp_path: 
     written = (tmp_path / "stacks-rank-3.txt").read_text()
     assert written.startswith(f"rank 3: '{what}' has run for 1 s. What waits in it has at most 0.8 s")
     assert "stuck_here" in written and "stuck_here" in done.stderr and "Thread" in written
+
+
+def test_the_time_of_a_phase_counts_once_in_none_of_those_around_it(tmp_path: Path):
+    dog = Watchdog(tmp_path, 3, 100.0)
+
+    def deadlines() -> list[float]:
+        return [phase.deadline for phase in dog._phases.values()]
+
+    with dog.phase("step"), dog.phase("rollout"):
+        before = deadlines()
+        with dog.phase("wait"):
+            time.sleep(0.2)
+        rollout = deadlines()[1] - before[1]
+    assert 0.2 <= rollout < 0.35
+    with dog.phase("step"):
+        step = deadlines()[0]
+        began = time.monotonic()
+        with dog.phase("rollout"), dog.phase("wait"):
+            time.sleep(0.2)
+        assert deadlines()[0] - step < time.monotonic() - began + 0.02
 
 
 def test_what_a_rank_is_doing_can_be_read_while_it_does(tmp_path: Path):

@@ -4,6 +4,7 @@ it and before the watchdog ends it."""
 import ast
 import asyncio
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +91,7 @@ def _silent(rank: int, world: int, folder: str) -> dict[str, tuple[str, float]]:
     evaluate = Evaluator(config, state, stopped, sets, stop_ids=(), packing_tokens=8, **heard)
     seen["an evaluation that is stopped"] = _seen(evaluate)
     whole = config.model_copy(update={"evaluation": evaluation.model_copy(update={"policy": "recompute"})})
-    state.models = {"policy": SimpleNamespace(vocab=lambda: None)}
+    state.models = {"policy": SimpleNamespace(vocab=lambda: None, fresh_parameters=nullcontext)}
     recompute = Evaluator(whole, state, source, sets, stop_ids=(), packing_tokens=8, **heard)
     evaluation_module.greedy = lambda *given, each, **options: each()
     seen["a recomputation that is stopped"] = _seen(recompute)
@@ -168,3 +169,5 @@ def test_a_rank_that_waits_for_another_gives_up_behind_it_and_the_watchdog_last(
     found = waits()
     assert len(found) > 3 and all(limit.startswith("behind(") for _, limit in found), found
     assert 5 < behind(5) < watched(5)
+    # Of two sets the servers' answers, and verdicts on those of two models.
+    assert limits.evaluation_s(10, 2, 2) == 2 * (10 + 2 * 10)

@@ -1,6 +1,7 @@
 """What an evaluation makes of verdicts: avg@k, pass@k, tasks, named sets, the answers it keeps."""
 
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -113,12 +114,13 @@ def test_a_step_whose_evaluation_a_stop_ended_is_reported_without_it_and_says_ho
     def stopped() -> Evaluated:
         raise StopRun
 
-    stopped.sets = {"": prompts("a")}
+    stopped.sets, stopped.limit_s = {"": prompts("a")}, 1.0
     config = SimpleNamespace(
         evaluation=Evaluation(every=2), sync=Sync(probe_every=2), run=SimpleNamespace(folder="RUN")
     )
-    trainer = SimpleNamespace(config=config, mesh=SimpleNamespace(is_main=True))
+    watchdog = SimpleNamespace(phase=lambda what, at_least_s=0.0: nullcontext())
+    trainer = SimpleNamespace(config=config, mesh=SimpleNamespace(is_main=True), watchdog=watchdog)
     assembly = SimpleNamespace(trainer=trainer, probe=lambda: {"probe/max": 0.5}, evaluate=stopped)
-    assert _judge(assembly, 2, last=False) == ({"probe/max": 0.5}, [])
+    assert _judge(assembly, 2, last=False) == (({"probe/max": 0.5}, []), True)
     assert "step 2 has no evaluation. `megatron-jackpot evaluate RUN` makes up for it" in caplog.text
-    assert _judge(assembly, 3, last=False) == ({}, [])
+    assert _judge(assembly, 3, last=False) == (({}, []), False)
