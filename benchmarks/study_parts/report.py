@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study_parts import stats
+from benchmarks.study_parts.markdown import head, row
 from benchmarks.study_parts.plan import Plan, Run, run_folder
 from benchmarks.study_parts.runner import DONE, LINES, ORIGIN, difference, origin
 from benchmarks.study_parts.spending import spending
@@ -149,8 +150,8 @@ def put_into(document: Path, plan: Plan, text: str) -> None:
 def _tables(plan: Plan, block: Block) -> list[str]:
     rates = ", ".join(f"{rate:g}" for rate in block.rates)
     lines = [f"### Mismatch {block.mismatch}: seeds {block.seeds}, learning rates {rates}", ""]
-    head = ("arm", "best lr", "last, mean [95%]", "lowest-highest", "area [95%]", "actor, last")
-    lines += [_row((*head, "collapsed", "drawdown", "failed", "s a step")), _row(["---"] * 10)]
+    names = ("arm", "best lr", "last, mean [95%]", "lowest-highest", "area [95%]", "actor, last")
+    lines += head((*names, "collapsed", "drawdown", "failed", "s a step"))
     for arm in plan.arms:
         last, best = block.judged(arm, "last")
         surface, _ = block.judged(arm, "area")
@@ -169,22 +170,21 @@ def _tables(plan: Plan, block: Block) -> list[str]:
             str(sum(curve.failed for curve in at_best)),
             f"{seconds:.2f}",
         ]
-        lines.append(_row(cells))
+        lines.append(row(cells))
     start = np.mean([curve.values()[0] for curve in block.curves[plan.reference][block.rates[0]].values()])
     lines += [
         "",
         f"At step 0 the policy has {start:.3f}. Paired differences of the accuracy at the last step:",
         "",
     ]
-    head = ("arm", "against", "mean [95%]", "wins", "resolvable, 80% power", "verdict")
-    lines += [_row(head), _row(["---"] * len(head))]
+    lines += head(("arm", "against", "mean [95%]", "wins", "resolvable, 80% power", "verdict"))
     for one, other in _against(plan):
         gaps = block.judged(one, "last")[0] - block.judged(other, "last")[0]
         sd = float(gaps.std(ddof=1)) if len(gaps) > 1 else plan.assumed_sd
         smallest = stats.resolvable(sd, len(gaps))
         wins = f"{int((gaps > 0).sum())} of {len(gaps)}"
         found = verdict(gaps, block.warmups, smallest, close=other == plan.reference)
-        lines.append(_row((one, other, _interval(gaps, block.warmups), wins, f"{smallest:.3f}", found)))
+        lines.append(row((one, other, _interval(gaps, block.warmups), wins, f"{smallest:.3f}", found)))
     return [*lines, ""]
 
 
@@ -215,7 +215,3 @@ def _interval(values: np.ndarray, warmups: Sequence[int]) -> str:
         return f"{values.mean():.3f}"
     low, high = stats.bootstrap(values, warmups)
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.study_parts import stats
+from benchmarks.study_parts.markdown import head, row
 
 JUDGED = ("eval/policy_exact", "eval/policy_avg@8", "eval/policy_pass@8")
 SHOWN = (
@@ -43,18 +44,18 @@ def spending(
     """Markdown: means over seeds of each arm, then paired differences. `runs`: arm -> each seed's lines."""
     found = {arm: [spent_of(rows) for rows in seeds] for arm, seeds in runs.items()}
     lines = ["After as many rollouts, means over the seeds (lowest-highest); processor seconds:", ""]
-    lines += [_row(["arm", *SHOWN]), _row(["---"] * (1 + len(SHOWN)))]
+    lines += head(["arm", *SHOWN])
     for arm, accounts in found.items():
-        lines.append(_row([arm, *(_cell(name, [one[name] for one in accounts]) for name in SHOWN)]))
+        lines.append(row([arm, *(_cell(name, [one[name] for one in accounts]) for name in SHOWN)]))
     heads = ["arm", "against", *RATIOS, *GAPS]
     lines += ["", "Paired: ratios, and differences with 95% by bootstrap and wins:", ""]
-    lines += [_row(heads), _row(["---"] * len(heads))]
+    lines += head(heads)
     for one, other in contrasts:
         pairs = list(zip(found[one], found[other], strict=True))
         ratios = [np.mean([a[name] / b[name] for a, b in pairs]) for name in RATIOS]
         gaps = [np.array([a[name] - b[name] for a, b in pairs]) for name in GAPS]
         cells = [f"{ratio:.2f}" for ratio in ratios] + [_gap(gap, warmups) for gap in gaps]
-        lines.append(_row([one, other, *cells]))
+        lines.append(row([one, other, *cells]))
     return [*lines, ""]
 
 
@@ -68,7 +69,3 @@ def _cell(name: str, values: Sequence[float]) -> str:
 def _gap(gaps: np.ndarray, warmups: Sequence[int]) -> str:
     low, high = stats.bootstrap(gaps, warmups)
     return f"{gaps.mean():+.3f} [{low:+.3f}, {high:+.3f}], {int((gaps > 0).sum())} of {len(gaps)}"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.study_parts.markdown import head, row
+
 LOGGED = {
     "KL(target, server)": "kl/target_server",
     "ESS": "weight/ess",
@@ -20,13 +22,12 @@ LEAD = "actor - policy"
 
 def symptoms(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[str]:
     """Markdown; `runs`: arm -> the lines of each seed. Means over seeds, first window -> last."""
-    heads = ["arm", *LOGGED, LEAD]
     lines = ["What the logs show, means of the first window of steps -> of the last:", ""]
-    lines += [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
+    lines += head(["arm", *LOGGED, LEAD])
     for arm, seeds in runs.items():
         cells = [arm, *(_change([_ends(rows, name) for rows in seeds]) for name in LOGGED.values())]
         cells.append(_change([_leads(rows) for rows in seeds]))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(cells))
     return [*lines, ""]
 
 

@@ -5,8 +5,8 @@
 
 A folder is written as .step-000040.unfinished and renamed when its manifest (size and sha256 of every file)
 is on disk; a later crash leaves at most an unfinished folder. Random draws are functions of (seed, step,
-rollout), so that no generator needs saving. `rollouts-*` are the finished groups of all
-steps in flight, `reference/` is there where it is refreshed.
+rollout), so that no generator needs saving. `rollouts-*` are the finished groups of all steps in flight,
+`reference/` is there where it is refreshed.
 """
 
 import datetime

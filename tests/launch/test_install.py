@@ -15,29 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
 PARTS = ("setup.py", "README.md", "LICENSE")
+ALONE = ("--no-deps", "--no-build-isolation")
+PIP = (sys.executable, "-m", "pip", "--python", "{python}", "install", *ALONE)
 HOWS = {
-    "pip": [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        "{python}",
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-    ],
-    "pip -e": [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        "{python}",
-        "install",
-        "--no-deps",
-        "--no-build-isolation",
-        "-e",
-    ],
-    "uv": ["uv", "pip", "install", "--python", "{python}", "--offline", "--no-deps", "--no-build-isolation"],
+    "pip": PIP,
+    "pip -e": (*PIP, "-e"),
+    "uv": ("uv", "pip", "install", "--python", "{python}", "--offline", *ALONE),
 }
 
 

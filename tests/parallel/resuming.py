@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_jackpot.config import Config
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.models.mesh import destroy_mesh
 from megatron_jackpot.rollout.finished_groups import save_groups
@@ -31,24 +32,9 @@ def _train(
 ) -> tuple | None:
     """Steps on deterministic rollouts; (per-step numbers and account, weights, correction, troubles, prompts
     asked, settings of the policy's optimizer) on rank 0."""
-    config = make_config(layout, Path(folder))
-    knobs = config.policy.optimizer.model_copy(update=options.get("optimizer", {}))
-    config = config.model_copy(update={"policy": config.policy.model_copy(update={"optimizer": knobs})})
-    if refresh := options.get("refresh"):
-        held = config.policy.reference.model_copy(update={"hf": None, **refresh})
-        config = config.model_copy(update={"policy": config.policy.model_copy(update={"reference": held})})
-    saving = config.run.model_copy(
-        update={
-            "folder": Path(run),
-            "keep": 2,
-            "keep_every": options.get("keep_every"),
-            "steps": options.get("run_steps", config.run.steps),
-        }
-    )
-    if ahead := options.get("ahead"):
-        rollouts = config.rollout.model_copy(update={"ahead": ahead, "max_staleness": ahead})
-        config = config.model_copy(update={"rollout": rollouts})
-    trainer = load_trainer(config.model_copy(update={"run": saving}), options.get("total", 10))
+    config = _config(folder, run, layout, options)
+    saving = config.run
+    trainer = load_trainer(config, options.get("total", 10))
     mesh, state, stop_at = trainer.mesh, trainer.state, options.get("stop_at")
     slow_after = options.get("slow_after", stop_at)
     prompts = [rollout(p, 0).prompt for p in range(NUM_PROMPTS * options.get("per_epoch", 2))]
@@ -94,6 +80,21 @@ def _train(
     settings.pop("params")
     made = (numbers, weights, trainer.methods.correction, troubles, source.asked, settings)
     return made if rank == 0 else None
+
+
+def _config(folder: str, run: str, layout: Layout, options: dict) -> Config:
+    config = make_config(layout, Path(folder))
+    knobs = config.policy.optimizer.model_copy(update=options.get("optimizer", {}))
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"optimizer": knobs})})
+    if refresh := options.get("refresh"):
+        held = config.policy.reference.model_copy(update={"hf": None, **refresh})
+        config = config.model_copy(update={"policy": config.policy.model_copy(update={"reference": held})})
+    if ahead := options.get("ahead"):
+        rollouts = config.rollout.model_copy(update={"ahead": ahead, "max_staleness": ahead})
+        config = config.model_copy(update={"rollout": rollouts})
+    saving = {"folder": Path(run), "keep": 2, "keep_every": options.get("keep_every")}
+    saving["steps"] = options.get("run_steps", config.run.steps)
+    return config.model_copy(update={"run": config.run.model_copy(update=saving)})
 
 
 def _record_of(folder: str, leader: int) -> Path:
