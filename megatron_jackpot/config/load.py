@@ -128,9 +128,12 @@ def _explain(item: Any) -> list[str]:
     remedy = "Set one that is" if defaults[known] == "required" else f"Its default is {defaults[known]}"
     if item["type"] == "string_type" and isinstance(item["input"], dict | list):
         remedy = "Braces and brackets make no text in YAML: put it in quotes"
-    elif isinstance(item["input"], date):
-        remedy = "It is a date in YAML: put it in quotes"
-    return [f"{where} = {item['input']!r}: {item['msg']}. {remedy}; `launch --help {known}` says what it is."]
+    given = repr(item["input"])
+    if isinstance(item["input"], date):
+        given, remedy = str(item["input"]), "It is a date in YAML: put it in quotes"
+    # Its own words name the type of Python.
+    rule = "must be a path" if item["type"] == "path_type" else item["msg"]
+    return [f"{where} = {given}: {rule}. {remedy}; `launch --help {known}` says what it is."]
 
 
 def _unknown(where: str, above: tuple[int | str, ...], value: object) -> list[str]:

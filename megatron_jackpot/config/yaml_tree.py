@@ -80,9 +80,8 @@ def _read(path: Path) -> Tree:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not text in UTF-8: {error}. Save it as UTF-8.") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has.
-        raise ConfigError(
-            f"{path} is not valid YAML: {' '.join(str(error).split())}. Mend it there."
-        ) from error
+        said = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+        raise ConfigError(f"{path} is not valid YAML: {said}. Mend it there.") from error
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{path} must hold a mapping of sections, got "

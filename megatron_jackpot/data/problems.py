@@ -160,7 +160,9 @@ def _of_line(index: int, line: bytes) -> Problem:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
+        raise ValueError(
+            f"not JSON: {error}. Write an object with double quotes on a line of its own."
+        ) from error
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {type(row).__name__}.")
     answer = row.get("answer")

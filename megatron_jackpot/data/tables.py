@@ -83,7 +83,7 @@ def _batches(file: Path) -> Iterator[list[Row]]:
                 for batch in pyarrow.ipc.open_stream(mapped):
                     yield batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {error}. Write it anew, as {ENDING} or jsonl.") from error
 
 
 def _without_nulls(value: object) -> object:

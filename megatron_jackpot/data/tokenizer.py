@@ -106,7 +106,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         # The tokenizers library raises bare Exception for a file that it cannot read.
-        raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        raise _unreadable(folder, error) from error
     # Prompts have limits of their own, and none is made longer than it is.
     _unlimited(tokenizer.backend_tokenizer)
     # It would turn "1 , 2" into "1, 2" and "a .5" into "a.5" before an answer is graded.
@@ -156,13 +156,20 @@ def _check_there(folder: Path) -> None:
         raise FileNotFoundError(f"Tokenizer folder {folder} {problem}. Save one there with save_pretrained.")
 
 
+def _unreadable(folder: Path, error: Exception) -> ValueError:
+    said = str(error).rstrip(".")
+    return ValueError(
+        f"{folder / 'tokenizer.json'} cannot be read: {said}. Copy it anew, from where the model is from."
+    )
+
+
 def _backend(folder: Path) -> Tokenizer:
     _check_there(folder)
     try:
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:
         # The library raises bare Exception for a file that it cannot read.
-        raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        raise _unreadable(folder, error) from error
     _unlimited(backend)
     return backend
 

@@ -8,8 +8,32 @@ from pathlib import Path
 
 import yaml
 
+from tests.tiny import hf_config, write_tokenizer
+
 Spoil = Callable[[Path], object]
+Mistake = tuple[str, Spoil, list[str], list[str]]
+"""What it is, what spoils the run, words of the command line, parts of the line that tells it."""
 LINE = "[command line]"
+
+
+def run_that_could_start(folder: Path) -> None:
+    """Fills the folder: run.yaml, two models of 61 ids, eight rows."""
+    for name in ("policy", "actor"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(hf_config()))
+        (folder / name / "model.safetensors").touch()
+        write_tokenizer(folder / name)
+    write_rows(folder, *({"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(8)))
+    tree = dict(
+        run=dict(folder="runs/first", steps=3),
+        policy=dict(hf="policy"),
+        actor=dict(hf="actor"),
+        data=dict(source="jsonl", path="rows.jsonl", max_prompt_tokens=100),
+        rollout=dict(max_new_tokens=100, prompts_per_step=4),
+        packing=dict(tokens=256),
+        evaluation=dict(size=0),
+    )
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
 
 
 def write_rows(folder: Path, *rows: object) -> None:
@@ -57,7 +81,7 @@ def same(folder: Path) -> None:
     """Nothing is spoiled: the mistake is on the command line."""
 
 
-MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
+MISTAKES: list[Mistake] = [
     ("a key of other trainers", same, ["policy.learning_rate=1e-5"],
      ["'policy.learning_rate'", "Did you mean 'policy.optimizer.lr'?", LINE]),
     ("a key without its section", same, ["steps=5"], ["'steps'", "Did you mean 'run.steps'?", LINE]),
@@ -85,7 +109,8 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
     ("a key that is missing", in_yaml("policy", {}), [], ["'policy.hf' is missing", "policy.hf=VALUE"]),
     ("an override without a value", same, ["run.steps"], ["'run.steps'", "section.key=value", "Write it so"]),
     ("an override below a value", same, ["run.folder.name=a"], ["'run.folder.name=a'", "Leave out"]),
-    ("no YAML", write("run.yaml", "run: [1"), [], ["run.yaml", "not valid YAML", "Mend"]),
+    ("no YAML", write("run.yaml", "run: [1"), [],
+     ["run.yaml", "not valid YAML", "in line 1, column 6", "Mend"]),
     ("a base that is not there", in_yaml("base", "none.yaml"), [],
      ["none.yaml does not exist", "There is run.yaml"]),
     ("a model that is not there", same, ["policy.hf=missing"],
@@ -94,7 +119,8 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
      ["actor.hf = actor", "no weights", "Download", "[run.yaml]"]),
     ("a model of an unknown kind", write("actor/config.json", '{"architectures": ["MambaForCausalLM"]}'), [],
      ["actor", "MambaForCausalLM", "Known"]),
-    ("other tokenizers", write("actor/tokenizer.json", "{}"), [], ["tokenizer.json", "."]),
+    ("a broken tokenizer", write("actor/tokenizer.json", "{}"), [],
+     ["actor/tokenizer.json cannot be read", "Copy it anew"]),
     ("a model that is on the hub alone", same, ["policy.hf=Qwen/Qwen3-0.6B"],
      ["policy.hf = Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir", LINE]),
     ("a file without rows", write("rows.jsonl", "\n\n"), [], ["data.path = rows.jsonl holds no", "Write"]),
@@ -147,7 +173,7 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
     ("columns of other names", lambda folder: write_rows(folder, *[{"question": "1=", "gold": "1"}] * 4), [],
      ["rows.jsonl, line 1", "needs either 'prompt' or 'messages'", "['gold', 'question']", "Rename"]),
     ("Python's quotes", write("rows.jsonl", "{'prompt': '1=', 'answer': '1'}\n"), [],
-     ["rows.jsonl, line 1: not JSON", "double quotes"]),
+     ["rows.jsonl, line 1: not JSON", "Write an object with double quotes"]),
     ("no prompt that is short enough", same, ["data.max_prompt_tokens=1"],
      ["No training prompt is left of 8: 8 have more than data.max_prompt_tokens = 1", "Raise it"]),
     ("weights of another format", other_weights, [],
@@ -165,7 +191,7 @@ MISTAKES: list[tuple[str, Spoil, list[str], list[str]]] = [
     ("a model's place that has not been filled", same, ["policy.hf=models/Qwen3-0.6B"],
      ["policy.hf = models/Qwen3-0.6B", "hf download OWNER/NAME --local-dir models/Qwen3-0.6B", LINE]),
     ("a date for a name", same, ["run.folder=2026-11-28"],
-     ["run.folder = datetime.date(2026, 11, 28)", "It is a date in YAML: put it in quotes", LINE]),
+     ["run.folder = 2026-11-28: must be a path", "It is a date in YAML: put it in quotes", LINE]),
     ("a date that is none", same, ["run.folder=2026-13-45"],
      ["'run.folder=2026-13-45'", "month must be in 1..12", "Quote it"]),
     ("a task's option that is misspelled", same,

@@ -1,7 +1,6 @@
 """A list of the mistakes of a first day: each is told before anything starts, with field, value, where it
 stands and what to do, and leaves nothing behind."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -14,31 +13,14 @@ from megatron_jackpot.config import ConfigError, describe
 from megatron_jackpot.config.schema import METHOD_KEYS
 from megatron_jackpot.config.suggest import SYNONYMS
 from megatron_jackpot.launch.folder import missing, own_folder, take_back
-from tests.launch.mistakes import MISTAKES, Spoil, write_rows
-from tests.tiny import hf_config, write_tokenizer
+from tests.launch.mistakes import MISTAKES, Spoil, run_that_could_start, write_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run that could start: two models of 61 ids, eight rows."""
-    for name in ("policy", "actor"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(hf_config()))
-        (tmp_path / name / "model.safetensors").touch()
-        write_tokenizer(tmp_path / name)
-    write_rows(tmp_path, *({"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(8)))
-    tree = dict(
-        run=dict(folder="runs/first", steps=3),
-        policy=dict(hf="policy"),
-        actor=dict(hf="actor"),
-        data=dict(source="jsonl", path="rows.jsonl", max_prompt_tokens=100),
-        rollout=dict(max_new_tokens=100, prompts_per_step=4),
-        packing=dict(tokens=256),
-        evaluation=dict(size=0),
-    )
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    run_that_could_start(tmp_path)
     return tmp_path
 
 
