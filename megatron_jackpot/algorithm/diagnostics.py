@@ -7,7 +7,7 @@ log rho = log p - log q with the server's q.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_jackpot.algorithm.divergence import k3
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, log_ratio, masked_sum
 from megatron_jackpot.algorithm.tokens import SumOverBatch, segment_reduce, trainable
-from megatron_jackpot.records import Correction, Metrics, Pair, Scores
+from megatron_jackpot.records import Batch, Correction, Metrics, Pair, Scores
 
 TOP_EDGES = 1 << 15
 """Of bins from 1e-6 to 1e5, each 0.08% wide."""
@@ -39,31 +39,37 @@ def diagnostics(scores: Scores, correction: Correction, sum_over_batch: SumOverB
         models["actor"] = s.actor_logp_MT
     known_MT = trainable(mask_MT, *models.values())
     logp = {**models, "server": batch.server_logp_MT}
-    metrics: Metrics = {}
-    for model in models:
-        log_rho_MT = log_ratio(logp[model], logp["server"])
-        metrics[f"kl/server_{model}_k1"] = mean_over(-log_rho_MT, known_MT)
-        metrics[f"kl/server_{model}_k3"] = mean_over(k3(log_rho_MT), known_MT)
-    rho_MT = log_ratio(s.policy_logp_MT, batch.server_logp_MT).double().exp()
-    metrics["policy/chi2"] = mean_over(rho_MT.square() - 1, known_MT)
-    metrics |= _of_responses(log_ratio(s.policy_logp_MT, batch.server_logp_MT), known_MT, batch.segment_MT)
-    for model, value in logp.items():
-        metrics[f"{model}/log_ppl"] = mean_over(-value, known_MT)
+    log_rho = {model: log_ratio(logp[model], logp["server"]) for model in models}
+    of_known: dict[str, Tensor] = {}
+    for model, log_rho_MT in log_rho.items():
+        of_known[f"kl/server_{model}_k1"] = -log_rho_MT
+        of_known[f"kl/server_{model}_k3"] = k3(log_rho_MT)
+    of_known |= {f"{model}/log_ppl": -value for model, value in logp.items()}
+    for a, b in itertools.combinations(logp, 2):
+        of_known[f"gap/{a}_{b}"] = (logp[a] - logp[b]).abs()
+    metrics = means_over(of_known, known_MT)
+    chi2_MT = log_rho["policy"].double().exp().square() - 1
+    metrics["policy/chi2"] = mean_over(chi2_MT, known_MT)
+    metrics |= _of_responses(log_rho["policy"], known_MT, batch.segment_MT)
     if s.entropy_MT is not None:
         metrics["policy/entropy"] = mean_over(s.entropy_MT, mask_MT)
-    for a, b in itertools.combinations(logp, 2):
-        metrics[f"gap/{a}_{b}"] = mean_over((logp[a] - logp[b]).abs(), known_MT)
     used_MT = torch.where(correction.keep_MT, correction.weight_MT, 0.0).double()
-    metrics["weight/mean"] = mean_over(used_MT, mask_MT)
-    metrics["weight/mean_square"] = mean_over(used_MT.square(), mask_MT)
+    metrics |= means_over({"weight/mean": used_MT, "weight/mean_square": used_MT.square()}, mask_MT)
     metrics |= _extremes(correction.weight_MT, correction.keep_MT, sum_over_batch)
-    rejected_MT = ~correction.keep_MT
-    metrics["rejected/positive"] = mean_over(rejected_MT, mask_MT & (batch.advantage_MT > 0))
-    metrics["rejected/negative"] = mean_over(rejected_MT, mask_MT & (batch.advantage_MT < 0))
-    metrics["rejected/correct"] = mean_over(rejected_MT, mask_MT & batch.correct_MT)
-    metrics["rejected/wrong"] = mean_over(rejected_MT, mask_MT & ~batch.correct_MT)
+    metrics |= _rejected(correction.keep_MT, batch)
     metrics["kl/target_server"] = correction.kl
     return metrics
+
+
+def _rejected(keep_MT: Tensor, batch: Batch) -> Metrics:
+    """The share of the tokens that keep removes, by the sign of their advantage and by their verdict."""
+    right_MT, advantage_MT = batch.correct_MT, batch.advantage_MT
+    kinds = dict(positive=advantage_MT > 0, negative=advantage_MT < 0, correct=right_MT, wrong=~right_MT)
+    kind_4MT = torch.stack(list(kinds.values())) & batch.mask_MT
+    removed_4, count_4 = (
+        one_4MT.sum((1, 2), dtype=torch.float64) for one_4MT in (kind_4MT & ~keep_MT, kind_4MT)
+    )
+    return {f"rejected/{kind}": (removed_4[i], count_4[i]) for i, kind in enumerate(kinds)}
 
 
 def _of_responses(log_rho_MT: Tensor, mask_MT: Tensor, segment_MT: Tensor) -> Metrics:
@@ -143,4 +149,13 @@ def running_sum(histogram: Tensor) -> Tensor:
 
 def mean_over(value: Tensor, mask: Tensor) -> Pair:
     """(sum of value over the mask, size of the mask), float64 scalars."""
-    return masked_sum(value, mask), mask.double().sum()
+    return masked_sum(value, mask), mask.sum(dtype=torch.float64)
+
+
+def means_over(values: Mapping[str, Tensor], mask: Tensor) -> Metrics:
+    """`mean_over` of each, of the mask's shape, at once: on a GPU every operation on one is a launch. Whole
+    numbers below 2^24 and truths stay exact; one in float64 makes all of them so."""
+    stacked = torch.stack([one if one.is_floating_point() else one.float() for one in values.values()])
+    sums = torch.where(mask, stacked, 0).flatten(1).sum(1, dtype=torch.float64)
+    count = mask.sum(dtype=torch.float64)
+    return {name: (total, count) for name, total in zip(values, sums.unbind(), strict=True)}

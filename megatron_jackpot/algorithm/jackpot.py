@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod, corrected
-from megatron_jackpot.algorithm.diagnostics import global_quantiles, mean_over
+from megatron_jackpot.algorithm.diagnostics import global_quantiles, mean_over, means_over
 from megatron_jackpot.algorithm.divergence import candidate_kl_after
 from megatron_jackpot.algorithm.obrs import (
     accept_prob,
@@ -176,9 +176,10 @@ class Jackpot(Normaliser):
         logp = sampled_logp(scores)
         accept_MT, drawn_MT = self.accepted(logp, scores)
         z_MT, z_k_MT, z_metrics = self.overlap(accept_MT, drawn_MT, scores, sum_over_batch)
-        rho_MT = jackpot_weight(logp.target, logp.server, z_MT, self.lam, self.cap, self.clip_order)
+        capped_MT = jackpot_weight(logp.target, logp.server, z_MT, self.lam, self.cap, self.clip_order)
+        rho_MT = capped_MT
         if self.policy_cap is not None:
-            rho_MT = rho_MT * drift_weight(logp.policy, logp.target, self.policy_cap)
+            rho_MT = capped_MT * drift_weight(logp.policy, logp.target, self.policy_cap)
         used_MT = drawn_MT.to(accept_MT) if self.draws else accept_MT
         keep_MT = used_MT > 0
         return corrected(
@@ -190,22 +191,18 @@ class Jackpot(Normaliser):
             metrics={
                 **overlap_metrics(self.lam, accept_MT, drawn_MT, z_MT, z_k_MT, scores, sum_over_batch),
                 **z_metrics,
-                **self._cap_fractions(logp, z_MT, keep_MT),
+                **self._cap_fractions(logp, z_MT, capped_MT, keep_MT),
             },
         )
 
-    def _cap_fractions(self, logp: SampledLogp, z_MT: Tensor, keep_MT: Tensor) -> Metrics:
-        """Shares of the kept tokens whose weight was lowered by c1, and by c2."""
-        args = (logp.target, logp.server, z_MT, self.lam)
-        over_cap_MT = jackpot_weight(*args, math.inf, self.clip_order) > jackpot_weight(
-            *args, self.cap, self.clip_order
-        )
+    def _cap_fractions(self, logp: SampledLogp, z_MT: Tensor, capped_MT: Tensor, keep_MT: Tensor) -> Metrics:
+        """Shares of the kept tokens whose weight was lowered by c1, to `capped_MT`, and by c2."""
+        uncapped_MT = jackpot_weight(logp.target, logp.server, z_MT, self.lam, math.inf, self.clip_order)
+        over_cap_MT = uncapped_MT > capped_MT
         policy_cap = math.inf if self.policy_cap is None else self.policy_cap
         over_policy_cap_MT = log_ratio(logp.policy, logp.target).exp() > policy_cap
-        return {
-            "jackpot/cap_fraction": mean_over(over_cap_MT, keep_MT),
-            "jackpot/policy_cap_fraction": mean_over(over_policy_cap_MT, keep_MT),
-        }
+        shares = {"jackpot/cap_fraction": over_cap_MT, "jackpot/policy_cap_fraction": over_policy_cap_MT}
+        return means_over(shares, keep_MT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,14 +245,17 @@ def overlap_metrics(
     levels = {"jackpot/z_p01": 0.01, "jackpot/z_p05": 0.05, "jackpot/z_p50": 0.5}
     quantiles = global_quantiles(z_MT, mask_MT, list(levels.values()), sum_over_batch)
     one = torch.ones([], dtype=torch.float64, device=z_MT.device)
+    means = {
+        "jackpot/acceptance": drawn_MT,
+        "jackpot/acceptance_expected": accept_MT,
+        "jackpot/z": z_MT,
+        "jackpot/z_topk": z_k_MT,
+        "jackpot/z_zero_fraction": z_MT == 0,
+        "jackpot/kl_after": candidate_kl_after(*candidates, lam),
+    }
     return {
-        "jackpot/acceptance": mean_over(drawn_MT, mask_MT),
-        "jackpot/acceptance_expected": mean_over(accept_MT, mask_MT),
+        **means_over(means, mask_MT),
         "jackpot/lam": (one * lam, one),
-        "jackpot/z": mean_over(z_MT, mask_MT),
-        "jackpot/z_topk": mean_over(z_k_MT, mask_MT),
-        "jackpot/z_zero_fraction": mean_over(z_MT == 0, mask_MT),
-        "jackpot/kl_after": mean_over(candidate_kl_after(*candidates, lam), mask_MT),
         **{name: (value, one) for name, value in zip(levels, quantiles, strict=True)},
     }
 

@@ -212,7 +212,7 @@ def precise(tensor: Tensor) -> Tensor:
 
 def masked_sum(value: Tensor, mask: Tensor) -> Tensor:
     """Sum of value [...] where mask [...], float64 scalar; what lies outside the mask may be NaN."""
-    return torch.where(mask, value.double(), 0.0).sum()
+    return torch.where(mask, value, 0).sum(dtype=torch.float64)
 
 
 def check_lam(lam: float) -> None:
@@ -276,10 +276,13 @@ _WORD = 0xFFFFFFFF
 
 
 def _multiply(constant: int, word: Word) -> tuple[Word, Word]:
-    """(high, low) 32-bit words of constant * word, through 16-bit halves: nothing exceeds 2^49 in int64."""
-    low = constant * (word & 0xFFFF)
-    high = constant * (word >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """(high, low) 32-bit words of constant * word, for a constant of 32 bits whose first is 1.
+
+    Less 2^32 it is negative and above -2^31, so that its product stays within int64; the word counts once
+    more in the high half. Few operations: on a GPU each is a launch.
+    """
+    product = (constant - 2**32) * word
+    return (product >> 32) + word, product & _WORD
 
 
 def _philox(counter: tuple[Word, ...], key: tuple[Word, ...]) -> tuple[Word, ...]:

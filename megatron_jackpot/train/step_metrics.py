@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import record_function
 
+from megatron_jackpot.algorithm.diagnostics import means_over
 from megatron_jackpot.algorithm.reward_parts import PART_METRIC
 from megatron_jackpot.models.engine import UpdateReport
 from megatron_jackpot.parallel.context import Mesh
@@ -90,8 +91,9 @@ class StepMetrics:
     def add(self, pairs: Metrics) -> None:
         """Sums and counts travel; the division happens once, in `reduced`."""
         for key, (total, count) in pairs.items():
-            before = self.sums.get(key, (0.0, 0.0))
-            self.sums[key] = (before[0] + total, before[1] + count)
+            before = self.sums.get(key)
+            # Nothing is added to nothing: on a GPU that would be two launches for each metric.
+            self.sums[key] = (total, count) if before is None else (before[0] + total, before[1] + count)
 
     def note_rollouts(self, collected: Collected, trained: Trained, dp: int) -> None:
         """What a leader's rollouts were, and what of them trains; `dp` leaders share the step."""
@@ -138,10 +140,9 @@ class StepMetrics:
 def staleness(batch: Batch, version: int, largest: int) -> Metrics:
     """Versions between the weights that were synced last and those that wrote each token: their mean, and the
     share of each from 0 to `largest`, of which `reduced` makes quantiles."""
-    behind = (version - batch.weight_version_MT)[batch.mask_MT]
-    count = batch.mask_MT.sum().double()
-    shares = {f"{AGE}{age}": ((behind == age).sum().double(), count) for age in range(largest + 1)}
-    return {"staleness/mean": (behind.sum().double(), count), **shares}
+    behind_MT = version - batch.weight_version_MT
+    shares = {f"{AGE}{age}": behind_MT == age for age in range(largest + 1)}
+    return means_over({"staleness/mean": behind_MT, **shares}, batch.mask_MT)
 
 
 def _quantiles_of_age(shares: Mapping[str, float]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_jackpot.algorithm.corrections import CORRECTIONS
+from megatron_jackpot.algorithm.corrections import CORRECTIONS, make_correction
 from megatron_jackpot.config import Parallel
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.train.guard import RollBack
@@ -31,6 +31,7 @@ def _on_one_rank(rank: int, world: int, folder: str) -> dict:
         "plain": _plain_grpo(trainer),
         "scale": _loss_of_one_micro_batch_against_four(trainer),
         "numerics": _scored_and_trained_log_probs(trainer),
+        "operations": _operations_of_corrections(trainer),
         "reads": [_reads_of_the_device(trainer, replicas) for replicas in (1, 3)],
     }
 
@@ -67,6 +68,39 @@ def _reads_of_the_device(trainer, replicas: int) -> dict[str, int]:
     with _Reads() as reads:
         trainer.learn(replace(batch, **repeated, num_minibatches=1), trainer.measurements())
     return dict(reads.asked)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what a GPU would launch: no views, no scalars of the host."""
+
+    VIEWS = frozenset(
+        "alias detach expand lift_fresh permute scalar_tensor select slice split squeeze t unbind unsqueeze "
+        "view _local_scalar_dense _unsafe_view".split()
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in self.VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def _operations_of_corrections(trainer) -> dict[str, int]:
+    """Of everything between scoring and the first update of a mini-batch, by method."""
+    scores = trainer.scorer(trainer.packer.pack(groups(range(NUM_PROMPTS)), TOP_K), step=0, served_version=0)
+    own, counted = trainer.methods.correction, {}
+    for name in CORRECTIONS:
+        trainer.methods.correction = make_correction(name, {}, 0)
+        with _Operations() as operations:
+            correction = trainer.correct(scores)
+            aggregated = trainer.aggregate(scores, correction)
+            trainer.measure(scores, correction, aggregated, trainer.measurements())
+            trainer.agree(scores, correction, aggregated)
+        counted[name] = operations.count
+    trainer.methods.correction = own
+    return counted
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +225,15 @@ def test_no_number_is_asked_of_the_device_for_each_micro_batch(one_rank: dict) -
     once, thrice = one_rank["reads"]
     assert once == thrice
     assert 0 < sum(once.values()) < 60
+
+
+def test_a_correction_takes_no_more_operations_than_it_did(one_rank: dict) -> None:
+    """The host of a GPU takes 20 us for each, longer than most take on the device; 120 of Jackpot's are
+    draws."""
+    counted = one_rank["operations"]
+    assert counted.keys() == CORRECTIONS.keys()
+    assert max(counted[name] for name in ("jackpot", "z_tis")) <= 430, counted
+    assert max(counted[name] for name in counted.keys() - {"jackpot", "z_tis"}) <= 230, counted
 
 
 def test_policy_old_of_the_second_mini_batch_is_the_pass_before_any_update(one_rank: dict) -> None:
