@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests, stage by stage, in the project's own environment: two stages at a time where there are two cores.
 #
-#   bash tests/run.sh                 what every change must pass: 10 to 16 minutes on 2 idle cores, by processor; limit 40
+#   bash tests/run.sh                 what every change must pass: 10 to 16 minutes on 2 idle cores, by processor; limit 20
 #   bash tests/run.sh --full          the tests marked `full` too, at most 3 hours
 #   bash tests/run.sh unit parallel   only these stages
 #
@@ -32,7 +32,7 @@ if (( ${#stages[@]} == 0 )); then
 fi
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
-limit="${JACKPOT_TEST_LIMIT_S:-$([[ $full ]] && echo 10800 || echo 2400)}"
+limit="${JACKPOT_TEST_LIMIT_S:-$([[ $full ]] && echo 10800 || echo 1200)}"
 jobs="${JACKPOT_TEST_JOBS:-$(( $(env -u OMP_NUM_THREADS nproc) > 1 && ${#stages[@]} > 1 ? 2 : 1 ))}"
 begin=$(date +%s)
 logs=$(mktemp -d)
@@ -85,7 +85,7 @@ passed=0 failed=0 skipped=0 missed=0
 echo "== stages, $(($(date +%s) - begin)) s in all"
 for stage in "${chosen[@]}"; do
   if [[ ! -f $logs/$stage.end ]]; then
-    echo "  $stage: not run, the limit of $limit s is used up"
+    echo "  $stage: not run, the limit of $limit s is used up (JACKPOT_TEST_LIMIT_S sets another)"
     missed=$((missed + 1))
     continue
   fi
