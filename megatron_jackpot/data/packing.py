@@ -61,15 +61,17 @@ class Packer:
         """`groups` are the DP leader's prompts in order, each a list of rollouts; None on other ranks.
         `pruned` are those of the same prompts that only count in N.
 
-        The batch lies on the mesh's device. Collectives: exchange between leaders over dp, two maxima over
-        dp, broadcast over tp x pp.
+        The batch lies on the mesh's device. Collectives: exchange between leaders over dp, a sum and two
+        maxima over dp, broadcast over tp x pp.
         """
         columns = None
         if self.mesh.is_leader:
             if groups is None:
                 raise RuntimeError("The DP leader must bring its rollouts to Packer.pack.")
-            left_out = split_groups(pruned or [[] for _ in groups], self.num_minibatches)
-            minis = self._balance(split_groups(groups, self.num_minibatches))
+            total = self._over_leaders(len(groups), dist.ReduceOp.SUM)
+            place = (self.num_minibatches, self.mesh.dp_rank, self.mesh.dp, total)
+            left_out = split_groups(pruned or [[] for _ in groups], *place)
+            minis = self._balance(split_groups(groups, *place))
             columns = self._pack_minis(minis, left_out, top_k)
         return make_batch(self.mesh.tensors_from_leader(columns), num_minibatches=self.num_minibatches)
 
@@ -99,12 +101,14 @@ class Packer:
         return stack_rows(rows)
 
     def _largest(self, number: int) -> int:
-        """Over the leaders."""
+        return self._over_leaders(number, dist.ReduceOp.MAX)
+
+    def _over_leaders(self, number: int, how: dist.ReduceOp.RedOpType) -> int:
         if self.mesh.dp == 1:
             return number
-        largest = torch.tensor(number, device=self.mesh.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.mesh.dp_group)
-        return int(largest)
+        reduced = torch.tensor(number, device=self.mesh.device)
+        dist.all_reduce(reduced, op=how, group=self.mesh.dp_group)
+        return int(reduced)
 
     def _width(self, lengths: list[list[int]], bins: list[list[list[int]]]) -> int:
         """Tokens of every micro-batch of the step: `tokens`, or what the fullest one on any rank needs."""
@@ -158,12 +162,20 @@ def make_batch(columns: Mapping[str, Tensor], *, num_minibatches: int = 1) -> Ba
     )
 
 
-def split_groups(groups: Sequence[Sequence[Rollout]], num_minibatches: int) -> list[list[Rollout]]:
-    """Consecutive whole groups per mini-batch, the same cut on every layout."""
-    bounds = [len(groups) * i // num_minibatches for i in range(num_minibatches + 1)]
-    return [
-        [r for group in groups[lo:hi] for r in group] for lo, hi in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+def split_groups(
+    groups: Sequence[Sequence[Rollout]], num_minibatches: int, dp_rank: int, dp: int, total: int
+) -> list[list[Rollout]]:
+    """Consecutive whole groups of the step per mini-batch, the same cut on every layout.
+
+    A leader holds every dp-th of the step's `total` groups, as the loader deals them out; of a mini-batch
+    with fewer groups than leaders some hold none.
+    """
+    minis: list[list[Rollout]] = [[] for _ in range(num_minibatches)]
+    for index, group in enumerate(groups):
+        place = index * dp + dp_rank
+        # Where an allocator gave leaders different numbers of groups, places go beyond the total.
+        minis[min(place * num_minibatches // total, num_minibatches - 1)] += group
+    return minis
 
 
 def assign_balanced(lengths: Sequence[int], ranks: int) -> list[int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_jackpot.data.bins import fill_bins, fill_from_window
-from megatron_jackpot.data.packing import Packer
+from megatron_jackpot.data.packing import Packer, split_groups
 from tests.tiny import groups
 
 
@@ -65,3 +65,23 @@ def test_micro_batches_are_as_few_as_their_room_allows_filled_evenly_and_no_long
     assert batch.num_microbatches == math.ceil(total / 512) == 2
     assert 0 <= batch.tokens_MT.numel() - total < 2 * (16 + longest) < 1024 - total
     assert (batch.segment_MT >= 0).sum() == total and max(batch.longest) == longest
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize(("prompts", "num_minibatches"), [(16, 4), (12, 2), (16, 16), (6, 3), (1, 1)])
+def test_mini_batches_hold_the_same_prompts_on_every_layout(
+    prompts: int, num_minibatches: int, dp: int
+) -> None:
+    step = groups(range(prompts))
+    whole = split_groups(step, num_minibatches, 0, 1, prompts)
+    assert [r for mini in whole for r in mini] == [r for group in step for r in group]
+    assert len({len(mini) for mini in whole}) == 1
+    leaders = [split_groups(step[rank::dp], num_minibatches, rank, dp, prompts) for rank in range(dp)]
+    for mini, of_leaders in zip(whole, zip(*leaders, strict=True), strict=True):
+        assert sorted(r.key for r in mini) == sorted(r.key for own in of_leaders for r in own)
+
+
+def test_leaders_to_whom_an_allocator_gave_different_numbers_lose_no_group() -> None:
+    first, second = groups(range(5)), groups(range(5, 6))
+    minis = [split_groups(own, 3, rank, 2, 6) for rank, own in enumerate((first, second))]
+    assert sum(len(mini) for own in minis for mini in own) == sum(map(len, first + second))

@@ -192,9 +192,11 @@ def test_eight_ranks_equal_one_rank(folder: Path, serial, name: str) -> None:
     check_equal(result, serial(Layout()), WORLD_8[name])
 
 
-def test_two_minibatches_are_the_same_on_two_data_parallel_ranks(folder: Path, serial) -> None:
-    for target in ("old", "current"):
-        two, one = Layout(dp=2, num_minibatches=2, target=target), Layout(num_minibatches=2, target=target)
+def test_minibatches_are_the_same_on_two_data_parallel_ranks(folder: Path, serial) -> None:
+    """Eight of one prompt each too, of which one rank holds none before they are balanced."""
+    for target, number in (("old", 2), ("current", 2), ("old", 8)):
+        cut = dict(num_minibatches=number, target=target)
+        two, one = Layout(dp=2, **cut), Layout(**cut)
         # The second mini-batch sees weights after an AdamW step, which turns rounding of tiny gradients into
         # 1e-5.
         check_equal(run((two,), folder)[0], serial(one), target, tolerance=1e-4)
