@@ -79,7 +79,7 @@ class SteeredWeight:
     wanted: float = 0.1
     """Set-point of what is measured, which the term lowers or raises."""
     weight: float = 1.0
-    """Of the first batch, later of the next one."""
+    """From where it is moved, later what it was moved to."""
     term: Literal["lowers", "raises"] = "lowers"
     """What the term does to the measurement: a penalty of a KL lowers it, an entropy bonus raises it."""
     gain_p: float = 0.2
@@ -104,7 +104,7 @@ class SteeredWeight:
         self.integral = math.log(self.weight)
 
     def update(self, measured: float) -> float:
-        """Weight for the next batch; NaN, where nothing was measured, changes nothing."""
+        """The weight after a measurement; NaN, where nothing was measured, changes nothing."""
         if math.isnan(measured):
             return self.weight
         floor, ceiling = (self.wanted * math.exp(sign * ERROR_LIMIT) for sign in (-1, 1))

@@ -152,6 +152,12 @@ def mean_over(value: Tensor, mask: Tensor) -> Pair:
     return masked_sum(value, mask), mask.sum(dtype=torch.float64)
 
 
+def by_tokens(value: Tensor, mask: Tensor) -> Pair:
+    """A number of the whole mini-batch as a metric, scalar or [M, 1]: each mini-batch weighs as its tokens
+    do, so that one without any says nothing."""
+    return mean_over(value.expand_as(mask), mask)
+
+
 def means_over(values: Mapping[str, Tensor], mask: Tensor) -> Metrics:
     """`mean_over` of each, of the mask's shape, at once: on a GPU every operation on one is a launch. Whole
     numbers below 2^24 and truths stay exact; one in float64 makes all of them so."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod, corrected
-from megatron_jackpot.algorithm.diagnostics import mean_over
+from megatron_jackpot.algorithm.diagnostics import by_tokens, mean_over
 from megatron_jackpot.algorithm.divergence import k3
 from megatron_jackpot.algorithm.obrs import LOG_RATIO_LIMIT, check_cap, log_ratio, masked_sum
 from megatron_jackpot.algorithm.tokens import (
@@ -56,7 +56,7 @@ class Importance(CorrectionMethod):
             total, count = sum_over_batch(sums).unbind()
             mean = torch.where(total > 0, total / count, 1.0)
             weight_MT = (weight_MT / mean).float()
-            metrics["is/batch_norm"] = (mean, torch.ones_like(mean))
+            metrics["is/batch_norm"] = by_tokens(mean, mask_MT)
         return corrected(
             scores,
             keep=keep_MT,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_jackpot.algorithm.correction_base import CorrectionMethod, corrected
-from megatron_jackpot.algorithm.diagnostics import global_quantiles, mean_over, means_over
+from megatron_jackpot.algorithm.diagnostics import by_tokens, global_quantiles, mean_over, means_over
 from megatron_jackpot.algorithm.divergence import candidate_kl_after
 from megatron_jackpot.algorithm.obrs import (
     accept_prob,
@@ -88,10 +88,9 @@ class Normaliser(CorrectionMethod):
             z_MT = self._exact(scores)
             return z_MT, z_MT, {}
         z_k_MT = self._topk(scores)
-        one = torch.ones([], dtype=torch.float64, device=z_k_MT.device)
         if self.z_correction == "tail":
             z_MT, eta = self._tail(accept_MT, z_k_MT, scores, sum_over_batch)
-            return z_MT, z_k_MT, {"jackpot/eta": (eta, one)}
+            return z_MT, z_k_MT, {"jackpot/eta": by_tokens(eta, scores.batch.mask_MT)}
         if self.z_correction == "none":
             return z_k_MT, z_k_MT, {}
         drawn = self.draws if self.kappa_from is None else self.kappa_from == "bernoulli"
@@ -103,7 +102,7 @@ class Normaliser(CorrectionMethod):
         z_MT = (kappa_ * z_k_MT).to(z_k_MT)
         if self.z_clamp == "limit":
             z_MT = z_MT.clamp(max=overlap_limit(self.lam))
-        return z_MT, z_k_MT, {"jackpot/kappa": mean_over(kappa_.expand_as(z_k_MT), mask_MT)}
+        return z_MT, z_k_MT, {"jackpot/kappa": by_tokens(kappa_, mask_MT)}
 
     def _topk(self, scores: Scores) -> Tensor:
         outside_MTK = ~scores.batch.mask_MT[..., None]
@@ -256,7 +255,7 @@ def overlap_metrics(
     return {
         **means_over(means, mask_MT),
         "jackpot/lam": (one * lam, one),
-        **{name: (value, one) for name, value in zip(levels, quantiles, strict=True)},
+        **{name: by_tokens(value, mask_MT) for name, value in zip(levels, quantiles, strict=True)},
     }
 
 

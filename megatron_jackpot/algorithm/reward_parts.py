@@ -28,7 +28,7 @@ class RewardParts:
     def advantage(self, method: Advantage, group: Sequence[Rollout], rewards: Sequence[float]) -> Tensor:
         """Advantages [N] of one group; `rewards` are the rollouts' with what was added to them, which singly
         belongs to the row's first reward of any weight."""
-        if not self.singly:
+        if not (self.singly and group):  # A selector may leave nothing of a group.
             return method(rewards)
         advantage_N = torch.zeros(len(group))
         names = [name for name in group[0].parts if name in self.weights]

@@ -16,8 +16,8 @@ class Overlong(Section):
 
 class Entropy(Section):
     bonus: float = Field(default=1e-3, gt=0, le=1)
-    """Weight of the policy's mean entropy over its vocabulary, in nats, which is taken off its loss; the
-    first one where `target` steers it."""
+    """Weight of the policy's mean entropy over its vocabulary, in nats, which is taken off its loss; where
+    `target` steers it, from where on."""
     target: float | None = Field(default=None, gt=0)
     """Entropy in nats per token that `bonus` is steered to, from 1e-6 to 1; null keeps it."""
 
@@ -28,7 +28,7 @@ class ReferenceKL(Section):
     estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
     """Of KL(policy || reference) from the sampled tokens: docs/objectives.md."""
     weight: float = Field(default=1e-3, ge=0)
-    """Coefficient; the first one where `target` steers it. 0 measures without training on it."""
+    """Coefficient; where `target` steers it, from where on. 0 measures without training on it."""
     target: float | None = Field(default=None, gt=0)
     """KL in nats per token that `weight` is steered to, from 1e-6 to 100; null keeps it."""
     exact: bool = False

@@ -48,7 +48,7 @@ class ActorMethods:
     """Cap of the importance weight on the actor's own loss (Eq. 6)."""
     distill: Distillation
     distill_weight: float
-    """lambda_distill of the next mini-batch."""
+    """lambda_distill of the next update."""
     adaptive: SteeredWeight | None = None
     """Steers distill_weight, on the last pipeline stage."""
 
@@ -134,7 +134,8 @@ class Methods:
     def steer(
         self, scores: Scores, kl: Pair, aggregated: Aggregated, sum_over_batch: SumOverBatch
     ) -> Metrics:
-        """Move lam and the weights that are steered for the next mini-batch; what they are then, as metrics.
+        """Move lam for the next mini-batch, and the weights that are steered for this one's update, which
+        comes after; what they are then, as metrics.
 
         `kl` is (sum, count) of KL(policy || server) on this rank. Sums over the batch once per controller.
         """

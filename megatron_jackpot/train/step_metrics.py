@@ -49,7 +49,7 @@ class Agreed(NamedTuple):
     num_valid: float
     """Valid tokens that train."""
     num_actor: float
-    """N of the actor's: these, and those of pruned rollouts that count."""
+    """N of the actor's and of added terms: these, and those of pruned rollouts that count."""
     num_positive: float
     """Of correct rollouts among the latter."""
     acceptance: float

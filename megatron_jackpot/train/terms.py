@@ -41,13 +41,13 @@ class Terms:
 
     positive_nll: float = 0.0
     entropy_bonus: float = 0.0
-    """Of the next mini-batch."""
+    """Of the next update."""
     entropy: SteeredWeight | None = None
     """Steers entropy_bonus, on the last pipeline stage."""
     kl: ReferenceKL | None = None
     """How the policy is held near its reference."""
     kl_weight: float = 0.0
-    """Coefficient in the next mini-batch, or the next step's rewards."""
+    """Coefficient in the next update, or the next step's rewards."""
     kl_control: SteeredWeight | None = None
     """Steers kl_weight, on the last pipeline stage."""
 
@@ -72,11 +72,12 @@ class Terms:
         """Whether rewards are known only once the reference has been asked."""
         return self.kl is not None and self.kl.place == "reward"
 
-    def weights(self, num_valid: float, num_positive: float) -> TermWeights:
-        """Of a mini-batch with so many valid tokens, and of correct rollouts."""
+    def weights(self, num_tokens: float, num_positive: float) -> TermWeights:
+        """Of a mini-batch with so many tokens, and of correct rollouts, those of pruned rollouts that count
+        among them: what trains is weighted to stand for these too."""
         return TermWeights(
             positive_nll=self.positive_nll / max(num_positive, 1.0),
-            entropy=self.entropy_bonus / max(num_valid, 1.0),
+            entropy=self.entropy_bonus / max(num_tokens, 1.0),
             reference_kl=0.0 if self.in_reward else self.kl_weight,
             estimator="k3" if self.kl is None else self.kl.estimator,
         )

@@ -297,7 +297,7 @@ class Trainer:
         if mini.scores is not None and aggregated is not None:
             objective = self.methods.objective.prepare(mini.scores, self.sum_over_batch, self.number_alike)
             vocab = self.scorer.vocab(self.policy)
-            terms = self.methods.terms.weights(agreed.num_valid, agreed.num_positive)
+            terms = self.methods.terms.weights(agreed.num_actor, agreed.num_positive)
             loss = policy_loss(mini.scores, aggregated, agreed.num_policy, objective, vocab, terms)
         report = self.policy.update(mini.batch, loss, partial(self.guard.may_step, "policy"))
         gap = report.sums.pop(TRAINED_GAP, None)

@@ -79,6 +79,23 @@ def test_a_selector_s_own_advantage_is_final(advantage: dict) -> None:
     assert len(live) == 3 and live[0].advantage > 0 > live[1].advantage
 
 
+@pytest.mark.parametrize("selector", [{"name": "nonzero_std"}, {"name": "pods", "keep": 2}])
+def test_a_group_of_which_nothing_is_selected_has_no_advantages_of_single_rewards(selector: dict) -> None:
+    live, dead = rewarded([1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0])
+    made = [[replace(r, parts={"answer": r.reward, "length": 9.0}) for r in group] for group in (dead, live)]
+    named = {
+        name: {"reward": "exact", "weight": weight} for name, weight in (("answer", 1.0), ("length", 0.0))
+    }
+    rewards = dict(data_rewards=named, data_reward="exact")
+    singly, jointly = (
+        curate(made, algorithm_reward_parts=how, algorithm_selector=selector, **rewards)
+        for how in ("singly", "jointly")
+    )
+    assert len(singly.groups[1]) > 0
+    for one, other in zip(singly.groups, jointly.groups, strict=True):
+        assert [r.advantage for r in one] == pytest.approx([r.advantage for r in other])
+
+
 def test_pruned_rollouts_are_counted_once_and_keep_no_token_where_they_were_cut() -> None:
     (group,) = rewarded([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     group = [replace(r, finish="length" if r.sample % 2 else "stop") for r in group]

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_jackpot.algorithm.corrections import CORRECTIONS, make_correction
 from megatron_jackpot.config import Parallel
+from megatron_jackpot.models.engine import UpdateReport
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.train.guard import RollBack
 from megatron_jackpot.train.losses import TRAINED_GAP, policy_loss
+from megatron_jackpot.train.terms import Terms
 from megatron_jackpot.train.trainer import MiniBatch
 from tests.parallel.layouts import NUM_PROMPTS, TOP_K, Layout, load_trainer, make_config
 from tests.parallel.spawn import run_ranks
@@ -31,6 +33,7 @@ def _on_one_rank(rank: int, world: int, folder: str) -> dict:
         "plain": _plain_grpo(trainer),
         "scale": _loss_of_one_micro_batch_against_four(trainer),
         "numerics": _scored_and_trained_log_probs(trainer),
+        "terms": _terms_beside_pruned_rollouts(trainer),
         "operations": _operations_of_corrections(trainer),
         "reads": [_reads_of_the_device(trainer, replicas) for replicas in (1, 3)],
     }
@@ -101,6 +104,26 @@ def _operations_of_corrections(trainer) -> dict[str, int]:
         counted[name] = operations.count
     trainer.methods.correction = own
     return counted
+
+
+def _terms_beside_pruned_rollouts(trainer) -> tuple[float, float, float]:
+    """1 over the entropy term's coefficient per bonus, the tokens that train, and those of all rollouts."""
+    every = groups(range(NUM_PROMPTS))
+    kept, pruned = [group[:1] for group in every], [group[1:] for group in every]
+    own, trainer.methods.terms = trainer.methods.terms, Terms(entropy_bonus=0.5)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "update_actor", lambda *given: None)
+        patch.setattr(trainer.policy, "update", lambda batch, loss, may_step: UpdateReport(0.0, 0.0, {}))
+        patch.setattr(
+            "megatron_jackpot.train.trainer.policy_loss", lambda *given: seen.append(given[-1].entropy)
+        )
+        trainer.learn(
+            replace(trainer.packer.pack(kept, TOP_K, pruned), num_minibatches=1), trainer.measurements()
+        )
+    trainer.methods.terms = own
+    tokens = [sum(int(r.valid.sum()) for group in part for r in group) for part in (kept, every)]
+    return (0.5 / seen[0], *tokens)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +248,11 @@ def test_no_number_is_asked_of_the_device_for_each_micro_batch(one_rank: dict) -
     once, thrice = one_rank["reads"]
     assert once == thrice
     assert 0 < sum(once.values()) < 60
+
+
+def test_added_terms_are_means_over_pruned_rollouts_too_which_the_others_stand_for(one_rank: dict) -> None:
+    divisor, trained, counted = one_rank["terms"]
+    assert trained < counted and divisor == pytest.approx(counted)
 
 
 def test_a_correction_takes_no_more_operations_than_it_did(one_rank: dict) -> None:

@@ -1,14 +1,20 @@
 """Corrections and their metrics, against formulas in plain Python and against the laws of OBRS."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
-from megatron_jackpot.algorithm.corrections import Jackpot, NoCorrection, TokenIS
+from megatron_jackpot.algorithm.corrections import (
+    CORRECTIONS,
+    Jackpot,
+    NoCorrection,
+    TokenIS,
+    make_correction,
+)
 from megatron_jackpot.algorithm.diagnostics import global_quantiles
 from megatron_jackpot.algorithm.divergence import (
     candidate_kl,
@@ -207,6 +213,18 @@ def test_keep_weight_count_and_metrics_do_not_depend_on_the_split(split, correct
     for name, pair in whole.metrics.items():
         sums = [sum(result.metrics[name][i] for result in results) for i in (0, 1)]
         assert mean(sums) == pytest.approx(mean(pair), rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_mini_batch_without_a_valid_token_says_nothing(name: str):
+    """Its metrics are counted beside those of others of the step."""
+    method = make_correction(name, {"preset": "recommended"} if name == "jackpot" else {}, 0)
+    if "batch_normalize" in {field.name for field in fields(method)}:
+        method = replace(method, batch_normalize=True)
+    s = make_scores()
+    nothing = run(method, replace(s, mask_T=torch.zeros_like(s.mask_T)))
+    told = {key: float(count) for key, (_, count) in nothing.metrics.items() if count}
+    assert told.keys() <= {"jackpot/lam"}
 
 
 def test_jackpot_metrics_are_what_they_say():
