@@ -22,6 +22,8 @@ from megatron_jackpot.run.provenance import (
     check_models,
     check_run_folder,
     checkpoints,
+    last_recorded,
+    step_of,
 )
 from megatron_jackpot.run.watchdog import DOING
 
@@ -63,7 +65,9 @@ def folder_mistakes(config: Config, *, new: bool) -> Iterator[str]:
     try:
         if run.resume:
             check_run_folder(run.folder)
-            for checkpoint in checkpoints(run.folder)[-1:]:
+            # One that is not whole is passed over, and says nothing of the run.
+            whole = [path for path in checkpoints(run.folder) if (path / MANIFEST).is_file()]
+            for checkpoint in whole[-1:]:
                 check_models(checkpoint, config.models)
             for pointer in (run.folder / CHECKPOINTS / name for name in (LATEST, BEST)):
                 yield from _no_link(pointer)
@@ -71,6 +75,12 @@ def folder_mistakes(config: Config, *, new: bool) -> Iterator[str]:
             yield (
                 f"run.folder = {run.folder} already holds a run ({', '.join(found[:4])}). Continue it with "
                 "run.resume=auto, which starts afresh where nothing was saved, or set another run.folder."
+            )
+        elif not new and not checkpoints(run.folder) and (lost := last_recorded(run.folder)):
+            yield (
+                f"run.folder = {run.folder} holds {lost} steps of a run that saved nothing: a job would drop "
+                "them and begin anew. Set run.resume=auto to have that, or another run.folder. With "
+                "run.save_every a job goes on."
             )
     except ValueError as error:
         yield str(error)
@@ -97,12 +107,18 @@ def finished(config: Config) -> str | None:
     """What is said of a run whose steps are all done; None where something is left to do."""
     run = config.run
     saved = checkpoints(run.folder)
-    step = int(saved[-1].name.removeprefix("step-")) if saved else 0
+    # What saved nothing and is over cannot be trained on, and shall not be begun anew over its own records.
+    step = step_of(saved[-1]) if saved else last_recorded(run.folder)
     models = run.folder / "hf" / f"step-{step:06d}"
     exported = all((models / name / "config.json").is_file() for name in config.models)
     if step < run.steps or (run.save_hf_at_end and not exported):
         return None
     where = f", its models in {models}" if exported else ""
+    if not saved:
+        return (
+            f"nothing to do: {run.folder} has metrics up to step {step}{where}, and run.steps = {run.steps}. "
+            "Nothing was saved to train on from (run.save_every); for another run set another run.folder."
+        )
     return (
         f"nothing to do: {saved[-1]} is after step {step}{where}, and run.steps = {run.steps}. To train on, "
         f"raise it: run.steps={2 * step}."

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_jackpot.run import formats
+from megatron_jackpot.run.provenance import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,6 @@ METRICS = {
 }
 """The names that tools and dashboards may rely on; a run may write others beside them."""
 
-METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb-id"
 Row = dict[str, Any]
 

@@ -27,6 +27,10 @@ MANIFEST = "manifest.json"
 """In a checkpoint: its step, size and sha256 of every file."""
 MODELS = ("policy", "actor")
 """Folders in a checkpoint, one for each model of its run."""
+STEP = re.compile(r"step-(\d{6,})")
+"""Name of a checkpoint or an export."""
+TAIL_BYTES = 1 << 20
+"""Longer than any row of metrics."""
 CHECKPOINTS = "checkpoints"
 """Folder of the published checkpoints in a run's folder."""
 LIBRARIES = (
@@ -44,6 +48,7 @@ LIBRARIES = (
     "math-verify",
 )
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
 PROVENANCE_FILE = "provenance.json"
 
 
@@ -151,8 +156,29 @@ def check_run_folder(folder: Path) -> None:
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return sorted((Path(run_folder) / CHECKPOINTS).glob("step-*"))
+    """Published checkpoints, oldest first: folders that are named as a save names them. Whatever else a user
+    puts beside them, a copy or an archive under another name, is none."""
+    beside = (Path(run_folder) / CHECKPOINTS).glob("step-*")
+    return sorted((path for path in beside if STEP.fullmatch(path.name) and path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step it was saved, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def last_recorded(run_folder: Path) -> int:
+    """The last step of which a run's metrics hold a whole row; 0 for none."""
+    try:
+        with (Path(run_folder) / METRICS_FILE).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            *lines, _unfinished = file.read().split(b"\n")
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+    return 0
 
 
 def find_model(folder: Path, model: str | None) -> Path:

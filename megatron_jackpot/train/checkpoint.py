@@ -34,7 +34,7 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
 from megatron_jackpot.run import formats
-from megatron_jackpot.run.provenance import CHECKPOINTS, MANIFEST, check_models, checkpoints
+from megatron_jackpot.run.provenance import CHECKPOINTS, MANIFEST, check_models, checkpoints, step_of
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.auto_packing import SAVED
 from megatron_jackpot.train.digests import Digests, digest, digests
@@ -257,7 +257,7 @@ def resume(state: TrainState, run_folder: Path, newest: str | None = None) -> li
     mesh = state.mesh
     troubles = []
     for folder in reversed(mesh.from_main(checkpoints(run_folder) if mesh.is_main else None)):
-        if newest is not None and folder.name > newest:
+        if newest is not None and step_of(folder) > step_of(Path(newest)):
             continue
         trouble = damage(folder, mesh)
         if trouble is None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from megatron_jackpot.algorithm.registry import nearest
 from megatron_jackpot.config import ConfigError
 from megatron_jackpot.config.run import Run
-from megatron_jackpot.run.provenance import BEST, LATEST, checkpoints
+from megatron_jackpot.run.provenance import BEST, LATEST, checkpoints, step_of
 
 log = logging.getLogger(__name__)
 
+LEFT = "left-"
+"""Before the name of a checkpoint that was set aside."""
 STATE = "state.json"
 """What a checkpoint holds beside the models, as JSON."""
 MEASURED = "measured"
@@ -39,6 +41,7 @@ def check_measured(run: Run, evaluated: Sequence[str]) -> None:
 def tidy(run: Run, newest: Path) -> None:
     """After `newest` was published: the links, and nothing that need not stay."""
     link(newest, LATEST)
+    set_aside(newest, run.keep)
     saved = checkpoints(newest.parent.parent)
     best = None if run.keep_best is None else best_of(saved, run.keep_best)
     if best is not None:
@@ -48,9 +51,24 @@ def tidy(run: Run, newest: Path) -> None:
         if run.keep_best is not None:
             log.warning(f"run.keep_best = '{run.keep_best}': no checkpoint's step has measured it so far")
     for old in saved[: -run.keep]:
-        divided = run.keep_every is not None and int(old.name.removeprefix("step-")) % run.keep_every == 0
+        divided = run.keep_every is not None and step_of(old) % run.keep_every == 0
         if old != best and not divided:
             shutil.rmtree(old)
+
+
+def set_aside(newest: Path, keep: int) -> None:
+    """Rename checkpoints after `newest`: of a course that the run has left, for it went back or they are
+    damaged. No resume may take them for the newest, nor a save for what is to stay instead of its own. Of
+    those that were renamed the last `keep` stay."""
+    for folder in checkpoints(newest.parent.parent):
+        if step_of(folder) > step_of(newest):
+            aside = folder.with_name(f"{LEFT}{folder.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            log.warning(f"{folder} is of a course that the run has left: it is {aside.name} now")
+    for old in sorted(newest.parent.glob(f"{LEFT}step-*"), key=lambda path: path.stat().st_mtime)[:-keep]:
+        shutil.rmtree(old)
 
 
 def best_of(saved: Sequence[Path], metric: str) -> Path | None:

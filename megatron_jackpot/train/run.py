@@ -17,7 +17,7 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.rewards.failures import RewardsFailing
 from megatron_jackpot.rollout.outcome import StopRun
 from megatron_jackpot.run.interrupt import StopRequest
-from megatron_jackpot.run.provenance import checkpoints
+from megatron_jackpot.run.provenance import CHECKPOINTS, checkpoints
 from megatron_jackpot.servers.process import await_servers
 from megatron_jackpot.sync.stream import export_hf
 from megatron_jackpot.train import checkpoint
@@ -25,7 +25,7 @@ from megatron_jackpot.train.assembly import Assembly, assemble
 from megatron_jackpot.train.checkpoint import Saver
 from megatron_jackpot.train.evaluation import Evaluated
 from megatron_jackpot.train.guard import RollBack
-from megatron_jackpot.train.kept import check_measured, measured
+from megatron_jackpot.train.kept import check_measured, measured, set_aside
 from megatron_jackpot.train.samples import wrong_row
 from megatron_jackpot.train.state import TrainState
 from megatron_jackpot.train.step_metrics import StepMetrics
@@ -264,3 +264,6 @@ def _roll_back(trainer: Trainer, saver: Saver, error: RollBack) -> None:
         log.warning(f"step {state.num_steps + 1}: {error} Going back to {found[-1]}.")
     saver.bad_checkpoints.add(found[-1])
     checkpoint.resume(state, run.folder, newest=found[-1])
+    if state.mesh.is_main:
+        # A start after a crash shall not go on from what this run went back from.
+        set_aside(run.folder / CHECKPOINTS / found[-1], run.keep)

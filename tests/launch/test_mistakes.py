@@ -1,6 +1,7 @@
 """A list of the mistakes of a first day: each is told before anything starts, with field, value, where it
 stands and what to do, and leaves nothing behind."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,8 @@ from megatron_jackpot import cli
 from megatron_jackpot.config import ConfigError, describe
 from megatron_jackpot.config.schema import METHOD_KEYS
 from megatron_jackpot.config.suggest import SYNONYMS
-from megatron_jackpot.launch.folder import missing, own_folder, take_back
+from megatron_jackpot.launch.folder import finished, folder_mistakes, missing, own_folder, take_back
+from megatron_jackpot.run.provenance import checkpoints, step_of
 from tests.launch.mistakes import MISTAKES, Spoil, run_that_could_start, write_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -191,6 +193,59 @@ def test_a_run_whose_steps_are_all_done_starts_nothing_and_says_how_to_train_on(
     (said,) = capsys.readouterr().out.splitlines()
     assert "nothing to do: runs/first/checkpoints/step-000003 is after step 3" in said
     assert "run.steps = 3" in said and said.endswith("raise it: run.steps=6.")
+
+
+def rows(folder: Path, steps: int) -> None:
+    """Metrics of a run up to a step, and the beginning of another row."""
+    lines = [json.dumps({"format": 1, "step": step}) for step in range(steps + 1)]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"format": 1, "st']))
+
+
+def test_a_run_that_is_over_and_saved_nothing_is_not_begun_anew_over_its_records(
+    folder: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(folder)
+    run = folder / "runs/first"
+    for model in ("policy", "actor"):
+        (run / "hf/step-000003" / model).mkdir(parents=True)
+        (run / "hf/step-000003" / model / "config.json").touch()
+    config, _ = cli.examine_config(Path("run.yaml"), [])
+    rows(run, 2)
+    assert finished(config) is None
+    rows(run, 3)
+    said = finished(config)
+    assert said is not None and "has metrics up to step 3, its models in runs/first/hf/step-000003" in said
+    monkeypatch.setattr("megatron_jackpot.launch.local.run_job", lambda *a, **k: pytest.fail("it began"))
+    assert cli.main(["launch", "run.yaml", "run.resume=auto"]) == 0
+    assert "Nothing was saved to train on from" in capsys.readouterr().out
+
+
+def test_a_job_is_not_submitted_over_the_records_of_a_run_that_saved_nothing(folder: Path) -> None:
+    config, _ = cli.examine_config(folder / "run.yaml", [f"run.folder={folder}/runs/first"])
+    (folder / "runs/first").mkdir(parents=True)
+    rows(folder / "runs/first", 2)
+    (mistake,) = folder_mistakes(config, new=False)
+    assert "holds 2 steps of a run that saved nothing" in mistake and "run.resume=auto" in mistake
+    asked = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    assert not [*folder_mistakes(asked, new=False)]
+
+
+def test_a_folder_that_is_named_like_a_checkpoint_is_none(folder: Path) -> None:
+    saved = folder / "checkpoints"
+    for name in ("step-000003", "step-1000000", "step-999999", "step-000030-paper", "step-3"):
+        (saved / name).mkdir(parents=True)
+    (saved / "step-000040.tar").touch()
+    (saved / "step-000050").touch()
+    assert [step_of(path) for path in checkpoints(folder)] == [3, 999999, 1000000]
+
+
+def test_a_checkpoint_that_was_copied_in_part_says_nothing_of_the_runs_models(folder: Path) -> None:
+    config, _ = cli.examine_config(folder / "run.yaml", [f"run.folder={folder}", "run.resume=auto"])
+    for name, models in (("step-000003", ("policy", "actor")), ("step-000006", ("policy",))):
+        for model in models:
+            (folder / "checkpoints" / name / model).mkdir(parents=True)
+    (folder / "checkpoints/step-000003/manifest.json").write_text("{}")
+    assert not [*folder_mistakes(config, new=True)]
 
 
 def test_what_a_refused_start_made_is_taken_back_and_nothing_else(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_jackpot.config import ConfigError
 from megatron_jackpot.config.run import Run
-from megatron_jackpot.train.kept import check_measured, measured, tidy
+from megatron_jackpot.train.kept import check_measured, measured, set_aside, tidy
 
 METRIC = "eval/policy_accuracy"
 
@@ -49,6 +49,21 @@ def test_a_checkpoint_whose_state_cannot_be_read_is_not_the_best(tmp_path: Path)
     publish(tmp_path, 1, {METRIC: 0.9}, keep=3)
     (tmp_path / "checkpoints" / "step-000001" / "state.json").write_text("{")
     assert publish(tmp_path, 2, {METRIC: 0.1}, keep=3)[1]["best"] == "step-000002"
+
+
+def test_what_lies_after_a_new_checkpoint_is_set_aside_and_takes_no_place(tmp_path: Path) -> None:
+    """The run went back from it, or it is damaged."""
+    for step in (40, 50, 60, 70):
+        publish(tmp_path, step, {}, keep=9, keep_best=None)
+    names, links = publish(tmp_path, 55, {}, keep=1, keep_every=10, keep_best=None)
+    assert names == ["step-000040", "step-000050", "step-000055"] and links == {"latest": "step-000055"}
+    assert [path.name for path in tmp_path.glob("checkpoints/left-*")] == ["left-step-000070"]
+    assert publish(tmp_path, 65, {}, keep=1, keep_best=None)[0] == ["step-000065"]
+    # Where a course is left again at the same step, the later one stays.
+    (tmp_path / "checkpoints/step-000070").mkdir()
+    (tmp_path / "checkpoints/step-000070/new").touch()
+    set_aside(tmp_path / "checkpoints/step-000065", 1)
+    assert [path.name for path in tmp_path.glob("checkpoints/left-*/*")] == ["new"]
 
 
 def test_an_evaluation_that_the_run_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from megatron_jackpot.monitor.console import final_rows
 from megatron_jackpot.monitor.differences import config_of, groups, labels, names
 from megatron_jackpot.monitor.evaluations import EVALUATIONS_FILE, evaluation_table, read_evaluations
-from megatron_jackpot.monitor.metrics import METRICS_FILE, Row, read_metrics
+from megatron_jackpot.monitor.metrics import Row, read_metrics
 from megatron_jackpot.monitor.outputs import PROMPTS_FILE
 from megatron_jackpot.monitor.report import allocated, curves, health, samples
 from megatron_jackpot.monitor.report.tokens import Decode, token_view
 from megatron_jackpot.monitor.report.utilisation import flops_per_token, peak_flops
 from megatron_jackpot.monitor.token_log import FOLDER as TOKENS
 from megatron_jackpot.monitor.token_log import records
-from megatron_jackpot.run.provenance import PROVENANCE_FILE, check_run_folder
+from megatron_jackpot.run.provenance import METRICS_FILE, PROVENANCE_FILE, check_run_folder
 
 MOST_RUNS = 30
 Tree = Row
