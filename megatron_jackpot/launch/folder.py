@@ -12,12 +12,12 @@ from megatron_jackpot.config.model_folder import read_json
 from megatron_jackpot.launch.lock import LOCK_FILE, only_launch
 from megatron_jackpot.run.clock import STARTED_FILE
 from megatron_jackpot.run.interrupt import STOP_FILE, STOPPED_FILE
+from megatron_jackpot.run.manifest import MANIFEST
 from megatron_jackpot.run.provenance import (
     BEST,
     CHECKPOINTS,
     CONFIG_FILE,
     LATEST,
-    MANIFEST,
     PROVENANCE_FILE,
     check_models,
     check_run_folder,

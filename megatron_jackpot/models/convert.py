@@ -129,7 +129,7 @@ def hf_to_megatron(hf: Path, out: Path, progress: Progress = lambda num_bytes: N
     with published(out, sum(spec.num_bytes for _, _, spec in specs)) as folder:
         write_dist_folder(folder, family, specs, read)
         copy_other_files(hf, folder)
-        _finish(report, family, folder, started)
+        _finish(report, family, hf, folder, started)
     return report
 
 
@@ -155,7 +155,7 @@ def megatron_to_hf(
         for number, shard in enumerate(shards):
             write_safetensors(unfinished / f"{number}.unnamed", shard, read)
         finish_hf_folder(unfinished, shards, folder)
-        _finish(report, family, unfinished, started)
+        _finish(report, family, folder, unfinished, started)
     return report
 
 
@@ -231,10 +231,26 @@ def _shards(specs: list[Spec], shard_bytes: int) -> list[list[Spec]]:
     return shards
 
 
-def _finish(report: Report, family: Family, folder: Path, started: float) -> None:
+def _check_recorded(report: Report, recorded: Path) -> None:
+    """Raises ValueError where the conversion that made the source read other values than lie there now."""
+    if not recorded.is_file():
+        return
+    try:
+        tensors = json.loads(recorded.read_text(encoding="utf-8"))["tensors"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{recorded} cannot be read ({error}). Remove it, or convert anew.") from error
+    if differing := report.differences(Report(tensors)):
+        raise ValueError(
+            f"{recorded.parent} has other weights than when it was made: {differing[0]}. Make it anew; where "
+            f"they were changed on purpose, remove {recorded}."
+        )
+
+
+def _finish(report: Report, family: Family, source: Path, folder: Path, started: float) -> None:
     wanted = family.hf_shapes().keys()
     if report.tensors.keys() != wanted:
         raise ValueError(f"Missing or unexpected tensors: {sorted(report.tensors.keys() ^ wanted)[:5]}.")
+    _check_recorded(report, source / REPORT)
     (folder / REPORT).write_text(
         json.dumps({"tensors": report.tensors, "bytes": report.num_bytes}, indent=1), encoding="utf-8"
     )

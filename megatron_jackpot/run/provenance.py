@@ -23,8 +23,6 @@ LATEST = "latest"
 """Link to the newest of them."""
 BEST = "best"
 """Link to the best of them, where run.keep_best says by what."""
-MANIFEST = "manifest.json"
-"""In a checkpoint: its step, size and sha256 of every file."""
 MODELS = ("policy", "actor")
 """Folders in a checkpoint, one for each model of its run."""
 STEP = re.compile(r"step-(\d{6,})")

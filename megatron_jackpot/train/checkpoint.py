@@ -34,10 +34,11 @@ from megatron_jackpot.parallel.context import Mesh
 from megatron_jackpot.parallel.reduce import raise_on_all_ranks
 from megatron_jackpot.rollout.finished_groups import Groups, load_groups, save_groups
 from megatron_jackpot.run import formats
-from megatron_jackpot.run.provenance import CHECKPOINTS, MANIFEST, check_models, checkpoints, step_of
+from megatron_jackpot.run.manifest import MANIFEST, Digests, digest
+from megatron_jackpot.run.provenance import CHECKPOINTS, check_models, checkpoints, step_of
 from megatron_jackpot.run.watchdog import Watchdog
 from megatron_jackpot.train.auto_packing import SAVED
-from megatron_jackpot.train.digests import Digests, digest, digests
+from megatron_jackpot.train.digests import digests
 from megatron_jackpot.train.kept import MEASURED, STATE, tidy
 from megatron_jackpot.train.state import REFERENCE, TrainState
 

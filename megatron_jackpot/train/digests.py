@@ -1,23 +1,12 @@
 """What files hold, as hashes: to know a checkpoint for whole, and a reference for the same."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-Digests = dict[str, list]
-"""File, relative to its folder -> [bytes, sha256]."""
-
-
-def digest(path: Path) -> list:
-    """[bytes, sha256] of a file; [-1, the reason] of one that cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-    except OSError as error:
-        return [-1, str(error)]
+from megatron_jackpot.run.manifest import Digests, digest
 
 
 def digests(folder: Path, files: Sequence[Path]) -> Digests:

@@ -24,6 +24,7 @@ from megatron_jackpot.models.convert import (
 )
 from megatron_jackpot.models.hf_folder import INDEX, HFFolder
 from megatron_jackpot.monitor.peak_memory import PeakAnonymous
+from megatron_jackpot.run.manifest import digest
 from megatron_jackpot.run.provenance import find_model
 from tests.models.hf_models import write_hf
 
@@ -95,6 +96,43 @@ def test_the_three_tools_convert_there_and_back_and_show_that_nothing_changed(
     assert not any(name.endswith(".distcp") or name == "metadata.json" for name in names)
     same = tool("inspect_checkpoint", tmp_path / "back", hf)
     assert same.returncode == 0 and "0 differences" in same.stdout, same.stdout + same.stderr
+
+
+def flip_a_bit(folder: Path) -> None:
+    """In the middle of the largest file of weights."""
+    path = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    held = bytearray(path.read_bytes())
+    held[len(held) // 2] ^= 1
+    path.write_bytes(held)
+
+
+def test_weights_that_changed_since_they_were_converted_are_refused(
+    tool, megatron: Path, tmp_path: Path
+) -> None:
+    flip_a_bit(megatron)
+    back = tool("megatron_to_hf", "--checkpoint", megatron, "--out", tmp_path / "back")
+    assert back.returncode == 2 and "has other weights than when it was made" in back.stderr
+    assert not (tmp_path / "back").exists()
+    (megatron / "conversion.json").unlink()
+    assert tool("megatron_to_hf", "--checkpoint", megatron, "--out", tmp_path / "back").returncode == 0
+
+
+def test_verify_reads_a_checkpoints_files_as_its_manifest_has_them(
+    tool, megatron: Path, tmp_path: Path
+) -> None:
+    step = tmp_path / "run/checkpoints/step-000003"
+    step.mkdir(parents=True)
+    policy = megatron.rename(step / "policy")
+    (policy / "conversion.json").unlink()  # A checkpoint has none.
+    files = {str(path.relative_to(step)): digest(path) for path in policy.iterdir()}
+    (step / "manifest.json").write_text(json.dumps({"files": files}))
+    arguments = ("megatron_to_hf", "--checkpoint", tmp_path / "run", "--model", "policy", "--verify", "--out")
+    good = tool(*arguments, tmp_path / "good")
+    assert good.returncode == 0 and "every file as its checkpoint's manifest has it" in good.stdout
+    flip_a_bit(policy)
+    bad = tool(*arguments, tmp_path / "bad")
+    assert bad.returncode == 2 and "policy is damaged: policy/" in bad.stderr, bad.stderr
+    assert not (tmp_path / "bad").exists()
 
 
 def test_inspect_shows_every_tensor_and_the_differences_of_two_folders(

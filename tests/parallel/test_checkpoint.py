@@ -10,8 +10,8 @@ import torch
 
 from megatron_jackpot.data.loader import PromptLoader
 from megatron_jackpot.run.formats import FORMATS, current
+from megatron_jackpot.run.manifest import digest
 from megatron_jackpot.train import checkpoint
-from megatron_jackpot.train.digests import digest
 from tests.parallel.layouts import NUM_PROMPTS, Layout, load_trainer, make_config
 from tests.parallel.resuming import BEGUN_ANEW, STEERED, same, train
 from tests.parallel.spawn import run_ranks
