@@ -98,11 +98,22 @@ def test_the_three_tools_convert_there_and_back_and_show_that_nothing_changed(
     assert same.returncode == 0 and "0 differences" in same.stdout, same.stdout + same.stderr
 
 
+def of_the_norm(folder: Path) -> bytes:
+    """The bytes of one tensor, as the file holds them."""
+    _, source = open_model(folder)
+    return source.read("model.norm.weight").numpy().tobytes()
+
+
 def flip_a_bit(folder: Path) -> None:
-    """In the middle of the largest file of weights."""
-    path = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    """Of a weight in a folder in Megatron's format."""
+    value = of_the_norm(folder)
+    path, place = next(
+        (file, place)
+        for file in sorted(folder.glob("*.distcp"))
+        if (place := file.read_bytes().find(value)) >= 0
+    )
     held = bytearray(path.read_bytes())
-    held[len(held) // 2] ^= 1
+    held[place] ^= 1
     path.write_bytes(held)
 
 
