@@ -32,7 +32,8 @@ class Servers(Section):
     """How often `launch` starts one server again after it ended or stopped answering."""
     hang_s: float = Field(default=120, gt=0)
     """Seconds without an answer to /health_generate after which `launch` starts a server again; /health where
-    it lends its memory."""
+    it lends its memory. Not below sync.timeout_s where a call of a push takes long: a server that loads
+    weights may answer nothing else."""
     quantization: Literal["fp8"] | None = None
     """fp8: servers hold and are sent e4m3 weights with a scale per 128 x 128 block; null sends them in the
     dtype."""

@@ -79,11 +79,9 @@ class ServerAdmin:
         """On every server that answers, whatever another one does."""
         await self._all("POST", "/abort_request", {"abort_all": True}, until_all=True)
 
-    async def update_from_disk(self, path: str, label: Label | None = None) -> None:
+    async def update_from_disk(self, path: str) -> None:
         # Named, because a server may have been started with weights of the format "dummy".
         body: JsonObject = {"model_path": path, "load_format": "auto", "flush_cache": True}
-        if label is not None:
-            body["weight_version"] = str(label)
         await self._all("POST", "/update_weights_from_disk", body)
 
     async def begin_update(self) -> None:
@@ -107,7 +105,8 @@ class ServerAdmin:
         await self._all("POST", "/init_weights_update_group", bodies)
 
     async def destroy_group(self, name: str) -> None:
-        await self._all("POST", "/destroy_weights_update_group", {"group_name": name})
+        """On every server that answers, whatever another one does."""
+        await self._all("POST", "/destroy_weights_update_group", {"group_name": name}, until_all=True)
 
     async def update_from_distributed(
         self,

@@ -73,7 +73,7 @@ class DiskSync:
         with paused(self.admin):
             self.memory_saver.resume_weights()
             self.memory_saver.resume_cache()
-            wait(self.admin.update_from_disk(str(path), label))
+            wait(self.admin.update_from_disk(str(path)))
             checksum = self.proof.check(sent, label)
         self._drop_old()
         return SyncReport(label.version, time.monotonic() - started, sent.num_bytes, checksum, proved=False)

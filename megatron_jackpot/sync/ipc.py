@@ -40,9 +40,8 @@ class IPCSync(BroadcastSync):
         """Nothing is held."""
 
     def _send(self, bucket: FlatBucket, *, flush: bool) -> None:
-        payload = serialise(bucket)
-        # Every rank of a server unpickles its own copy: an IPC handle's count must not be met twice.
-        bodies = [[payload if rank == 0 else serialise(bucket) for rank in range(tp)] for tp in self.tp_sizes]
+        # Every rank of every server unpickles its own copy: an IPC handle's count must not be met twice.
+        bodies = [[serialise(bucket) for _ in range(tp)] for tp in self.tp_sizes]
         wait(self.admin.update_from_tensor(bodies, flush=flush))
 
 

@@ -120,7 +120,8 @@ class Proof:
         """Digest of the push before, where nobody asked what the servers had of it."""
         self._left_behind: Present | None = None
         """The servers of the push before, where it came to its end."""
-        self._fault = False
+        self.fault = False
+        """Whether the push under way is the first after one: see `begin`."""
         self._left = 0
         """Pushes that may go without checksums."""
 
@@ -128,8 +129,8 @@ class Proof:
         """A push is to reach these servers. There was a fault where they are others than the last time, one
         was started again and has lost its version, or the last push broke off. Raises SyncError where they
         have come apart since."""
-        self._fault, self._left_behind = present != self._left_behind, None
-        if self._fault:
+        self.fault, self._left_behind = present != self._left_behind, None
+        if self.fault:
             self._left = 0
         elif self._left == 0 and self._unseen is not None:
             # Against older ones a server would pass that took some of the pushes since and lost the last.
@@ -141,19 +142,32 @@ class Proof:
         self._left_behind = None
 
     def check(self, sent: SentTensors, label: Label) -> str | None:
-        """Checksum of the servers, where it is this push's turn. Raises SyncError."""
+        """Label the weights of servers that hold them; their checksum, where it is this push's turn. Raises
+        SyncError.
+
+        In this order: a server that did not take them and is left out of the next attempt must not say that
+        it has them.
+        """
         check_names(sent.shapes, self.expected, self.may_differ)
-        labels, answers = wait(self._read_back())
-        for url, found in zip(self.admin.urls, labels, strict=True):
+        checksums = None if self._left else self._moved(sent, label)
+        wait(self.admin.set_label(label))
+        for url, found in zip(self.admin.urls, wait(self.admin.labels()), strict=True):
             if found != label:
                 raise SyncError(
                     f"Server {url} reports weight version {found} after a push of version {label}."
                 )
-        self._unseen = sent.digest
-        if answers is None:
+        if checksums is None:
+            self._unseen = sent.digest
             self._end(label, self._left - 1)
             return None
-        checksums = self._equal(answers)
+        self._digest, self._checksums, self._unseen, self._proved = sent.digest, checksums, None, True
+        # After a fault the next one too: what a server had before is unknown, so only that shows it move.
+        self._end(label, 0 if self.fault else self.checksums_every - 1)
+        return _overall(checksums)
+
+    def _moved(self, sent: SentTensors, label: Label) -> Checksums:
+        """Those of the servers, all alike, which moved with what was sent. Raises SyncError."""
+        checksums = self.equal_checksums()
         if self._digest not in (None, sent.digest) and checksums == self._checksums:
             raise SyncError(
                 f"The weights sent as version {label} differ from the push before, but the servers' "
@@ -166,17 +180,7 @@ class Proof:
             )
         elif self._digest == sent.digest and checksums != self._checksums:
             log.warning("The push before this one had not reached the servers; this one has.")
-        self._digest, self._checksums, self._unseen, self._proved = sent.digest, checksums, None, True
-        # After a fault the next one too: what a server had before is unknown, so only that shows it move.
-        self._end(label, 0 if self._fault else self.checksums_every - 1)
-        return _overall(checksums)
-
-    async def _read_back(self) -> tuple[list[Label], list[Checksums] | None]:
-        """Versions, and checksums where it is this push's turn: a server's front answers the one, its
-        scheduler the other."""
-        if self._left:
-            return await self.admin.labels(), None
-        return await asyncio.gather(self.admin.labels(), self.admin.checksums())
+        return checksums
 
     def _end(self, label: Label, left: int) -> None:
         self._left, self._left_behind = left, dict.fromkeys(self.admin.urls, str(label))

@@ -162,6 +162,18 @@ def test_every_rank_of_a_server_gets_a_bucket_and_memory_comes_back_in_the_right
     assert last < paths.index("continue_generation")
 
 
+def test_no_two_ranks_of_any_server_get_the_same_handle(tmp_path, monkeypatch):
+    """A handle counts who has opened it."""
+    folder, made = write_model(tmp_path / "m", 0), iter(range(1000))
+    monkeypatch.setattr("megatron_jackpot.sync.ipc.serialise", lambda bucket: f"handle-{next(made)}")
+    with FakeServer(**scripted()) as server, FakeServer(**scripted()) as other:
+        sync = IPCSync([server.url, other.url], hf_folder=folder, proof_folder=None, timeout_s=10)
+        sync.push(load_file(folder / "model.safetensors").items(), 1)
+        bodies = [body for one in (server, other) for body in one.asked("update_weights_from_tensor")]
+    handles = [handle for body in bodies for handle in body["serialized_named_tensors"]]
+    assert len(handles) == len(set(handles)) >= 4
+
+
 def test_a_server_that_was_started_anew_is_asked_for_its_memory_once(tmp_path):
     folder = write_model(tmp_path / "m", 0)
     tensors = load_file(folder / "model.safetensors")

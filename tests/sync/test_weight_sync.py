@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ pytest.importorskip("aiohttp")
 from megatron_jackpot.models.hf_folder import buckets, write_hf_folder
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import Label, ServerError
-from megatron_jackpot.sync.broadcast import address_towards, side_by_side
+from megatron_jackpot.sync.broadcast import BroadcastSync, address_towards, side_by_side
 from megatron_jackpot.sync.ipc import IPCSync
 from megatron_jackpot.sync.proof import Proof, SentTensors, SyncError, check_names, hf_shapes, paused
 from megatron_jackpot.sync.retry import ATTEMPTS
@@ -143,9 +144,11 @@ def test_a_server_that_keeps_old_weights_is_found_within_so_many_pushes_as_lie_b
         with pytest.raises(SyncError, match="checksums did not move"):
             for version in range(since, since + every):
                 push(version)
-        # Each push reads the version before it and after, also without checksums; the last was tried 3 times.
-        assert version % every == 2 and len(server.asked("model_info")) == 2 * (version + ATTEMPTS - 1)
-        server.version = "7"
+        # Each push reads the version before it and after, also without checksums; the last was tried 3 times,
+        # and told the server no version.
+        assert version % every == 2 and len(server.asked("model_info")) == 2 * (version - 1) + ATTEMPTS
+        assert server.version == str(version - 1)
+        server.version, server.deaf = "7", False
         server.scripts["/update_weight_version"] = [ok({})]
         with pytest.raises(SyncError, match="reports weight version 7 after a push of version 9"):
             push(9)
@@ -164,6 +167,8 @@ def test_checksums_are_asked_for_twice_after_a_start_a_restart_and_a_push_that_b
         server.version, server.deaf = "default", True
         with pytest.raises(SyncError, match=f"{server.url} and {other.url} in 1 tensors"):
             push(10)
+        # Left out of a later attempt, none may say that it has what it was not shown to have.
+        assert server.version == "default" and other.version == "9"
     with Holder() as alone:
         push = pusher([alone], folder, checksums_every=100)
         for version in (1, 2, 3):
@@ -172,6 +177,47 @@ def test_checksums_are_asked_for_twice_after_a_start_a_restart_and_a_push_that_b
         push(4)  # What it had before is not known: it may have moved.
         with pytest.raises(SyncError, match="checksums did not move"):
             push(5)
+
+
+class Group:
+    """In the place of a WeightGroup, which meets the servers' ranks."""
+
+    made: ClassVar[list["Group"]] = []
+
+    def __init__(self, admin: ServerAdmin, **knobs: object) -> None:
+        self.name = f"group-{len(self.made)}"
+        self.made.append(self)
+
+
+def test_a_server_that_was_started_again_at_its_address_is_met_in_a_new_group(tmp_path, monkeypatch):
+    """It is in no group, and the others would wait for a broadcast that cannot come."""
+    folder = write_model(tmp_path / "m", 0)
+    monkeypatch.setattr("megatron_jackpot.sync.broadcast.WeightGroup", Group)
+    monkeypatch.setattr(Group, "made", [])
+    monkeypatch.setattr(BroadcastSync, "_send", IPCSync._send)
+    monkeypatch.setattr(BroadcastSync, "tp_sizes", [1, 1], raising=False)
+    tensors = [*load_file(folder / "model.safetensors").items()]
+    with Holder() as server, Holder() as other:
+        sync = BroadcastSync(
+            [server.url, other.url], hf_folder=folder, proof_folder=None, backend="gloo", timeout_s=10
+        )
+        for version in (1, 2):
+            sync.push([(name, tensor * version) for name, tensor in tensors], version)
+        assert len(Group.made) == 1
+        other.version = "default"
+        sync.push([(name, tensor * 3) for name, tensor in tensors], 3)
+        assert len(Group.made) == 2
+        assert server.asked("destroy_weights_update_group") == [{"group_name": "group-0"}]
+
+
+def test_a_group_is_dissolved_on_every_server_whoever_is_gone():
+    with FakeServer(destroy_weights_update_group=[ok({}, after_s=0.2)]) as alive:
+        gone = FakeServer()
+        with gone:
+            url = gone.url
+        with pytest.raises(ServerError, match=url):
+            asyncio.run(ServerAdmin([url, alive.url]).destroy_group("weights"))
+        assert len(alive.asked("destroy_weights_update_group")) == 1
 
 
 def test_a_push_that_is_to_mend_something_asks_for_checksums_and_so_does_the_next(tmp_path):
