@@ -282,6 +282,9 @@ class _Job:
                     f"{self.config.run.max_restarts}"
                 )
                 children.end(self._below_trainer(), grace_s=STRAY_GRACE_S, hurry=self._hurry)
+                if self.config.servers.release_memory:
+                    # Only what ended knew which had lent it: a push would write to memory that is not there.
+                    self.supervisor.renew("training that is over may have its memory")
 
     def _start_trainer(self, argv: Sequence[str], urls: Sequence[str], more: Mapping[str, str]) -> None:
         env = trainer_env(self.folder, urls) | {STARTED_VARIABLE: str(self._stop.started), **more}

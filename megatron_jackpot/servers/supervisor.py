@@ -41,6 +41,13 @@ class Supervisor:
         """Start again what ended or hangs. False when a server has used up servers.max_restarts."""
         return all([self._look_at(child) for child in self.children])
 
+    def renew(self, why: str) -> None:
+        """Start every server again, with the next look; none of it counts as a restart."""
+        for child in self.children:
+            self.say(f"server {child.server.url} is started again: {why}")
+            child.server.stop(grace_s=0)
+            child.start_at = time.monotonic()
+
     def _look_at(self, child: _Child) -> bool:
         server, now = child.server, time.monotonic()
         if child.start_at is not None and now < child.start_at:

@@ -195,6 +195,10 @@ class BroadcastSync:
         """The servers give back their memory until the next push; nothing where that was not asked for."""
         self.memory_saver.release()
 
+    def end_release(self) -> None:
+        """The servers take it again, without weights."""
+        self.memory_saver.end()
+
     def _end_open_session(self) -> None:
         with suppress(ServerError):
             # A push that broke off may have left its session open; without one this is refused.

@@ -82,6 +82,10 @@ class DiskSync:
         """The servers give back their memory until the next push; nothing where that was not asked for."""
         self.memory_saver.release()
 
+    def end_release(self) -> None:
+        """The servers take it again, without weights."""
+        self.memory_saver.end()
+
     def close(self) -> None:
         """Nothing is held between pushes."""
 

@@ -37,6 +37,11 @@ class MemorySaver:
             wait(servers.release_memory((*CACHE, *WEIGHTS)))
         self.away = {url: {*CACHE, *WEIGHTS} for url in present}
 
+    def end(self) -> None:
+        """All of it, before this process ends: nobody after it would know. Raises ServerError."""
+        self.resume_weights()
+        self.resume_cache()
+
     def resume_weights(self) -> None:
         self._resume(WEIGHTS)
 

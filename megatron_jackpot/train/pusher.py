@@ -10,6 +10,7 @@ from megatron_jackpot.models.weight_ring import WeightRing
 from megatron_jackpot.rollout.pipeline import Pipeline
 from megatron_jackpot.run.limits import behind, hold_s, push_s
 from megatron_jackpot.run.watchdog import Watchdog
+from megatron_jackpot.servers.protocol import ServerError
 from megatron_jackpot.sync.proof import SyncReport
 from megatron_jackpot.sync.retry import PushInterrupted
 from megatron_jackpot.sync.stream import WeightStream
@@ -24,6 +25,8 @@ class Push(Protocol):
     def push(self, named_tensors: WeightStream, version: int, *, attempt: str, mend: bool) -> SyncReport: ...
 
     def release(self) -> None: ...
+
+    def end_release(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -83,6 +86,16 @@ class Pusher:
             self.mesh.wait_for_leaders(f"sync-{version}-{self.num_pushes}", behind(limit_s))
         self.pipeline.pushed(version, self.attempt)
         return metrics
+
+    def end_release(self) -> None:
+        """Before the run ends between a rollout and a push: servers take back what they lent, which nobody
+        knows of after it."""
+        if self.sync is None:
+            return
+        try:
+            self.sync.end_release()
+        except ServerError as error:
+            log.warning(f"a server did not take back the memory that it had lent: {error}")
 
     def hold(self, what: str) -> None:
         """No leader begins a request any more."""

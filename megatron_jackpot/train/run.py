@@ -144,6 +144,7 @@ def _train(assembly: Assembly, saver: Saver, outputs: Outputs | None, resumed: b
         with trainer.watchdog.phase("save"):
             trainer.make_room()
             saver.save(background=False)
+            trainer.pusher.end_release()
         return False
     with trainer.watchdog.phase("save"):
         saver.wait()

@@ -185,6 +185,20 @@ def test_a_server_that_was_started_anew_is_asked_for_its_memory_once(tmp_path):
         assert len(server.asked("resume_memory_occupation")) == 1 < ATTEMPTS
 
 
+def test_what_was_lent_is_taken_back_once_where_the_run_ends_before_a_push(tmp_path):
+    with FakeServer(**scripted()) as server:
+        sync = IPCSync(
+            [server.url], hf_folder=write_model(tmp_path / "m", 0), proof_folder=None, release_memory=True
+        )
+        sync.end_release()
+        assert not server.asked("resume_memory_occupation")
+        sync.release()
+        sync.end_release()
+        sync.end_release()
+        resumed = server.asked("resume_memory_occupation")
+    assert [body["tags"] for body in resumed] == [["weights", "cuda_graph"], ["kv_cache"]]
+
+
 def test_memory_that_cannot_be_released_is_an_error(tmp_path):
     folder = write_model(tmp_path / "m", 0)
     with FakeServer(release_memory_occupation=[error(500)]) as server:
