@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 from megatron_jackpot.monitor.metrics import read_metrics
 from megatron_jackpot.monitor.report.content import Tree, content, version
 from megatron_jackpot.monitor.report.page import render
+from megatron_jackpot.monitor.report.rejections import NewestDecisions
 from megatron_jackpot.run.provenance import CONFIG_FILE
 
 HOST = "127.0.0.1"
@@ -33,7 +34,8 @@ class ReportServer:
     def __init__(self, folders: Sequence[Path], port: int) -> None:
         self.folders = folders
         self._lock = threading.Lock()
-        self._tree: Tree = content(folders)
+        self._newest = NewestDecisions()
+        self._tree: Tree = content(folders, self._newest)
         report = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -86,7 +88,7 @@ class ReportServer:
     def tree(self) -> Tree:
         with self._lock:
             if self._tree["version"] != version(self.folders):
-                self._tree = content(self.folders)
+                self._tree = content(self.folders, self._newest)
             return self._tree
 
     def serve_forever(self) -> None:
