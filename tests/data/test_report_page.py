@@ -1,9 +1,12 @@
 """What the report says of runs, and how the page holds it; without a browser."""
 
+import contextlib
 import html.parser
 import json
+import os
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,6 +20,7 @@ from megatron_jackpot.monitor.report.content import content
 from megatron_jackpot.monitor.report.curves import CHARTS, points
 from megatron_jackpot.monitor.report.page import write_report
 from megatron_jackpot.monitor.report.serve import ReportServer
+from megatron_jackpot.run.watchdog import Watchdog
 from tests.data.runs import EVIL, make_run, tree_of
 
 
@@ -130,6 +134,73 @@ def test_a_healthy_run_is_said_to_be_healthy_and_where_it_stands(tmp_path: Path)
     assert whole["verdict"]["text"].startswith("Finished: 4 of 4 steps in 2 min 30 s.")
     assert "0.200 \u2192 0.600 (best 0.900 at step 2)" in whole["verdict"]["text"]
     assert "Healthy" in whole["verdict"]["text"]
+
+
+def silent_run(folder: Path, *, rows: int, row_s: float) -> Path:
+    """Rows of 30-s steps from 0 on, the newest of them `row_s` old, and nothing else."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {steps: 100}\n")
+    with MetricsWriter(folder, False, None) as out:
+        for step in range(rows):
+            out.write(step, {"time/step": 30.0} if step else {"eval/policy_accuracy": 0.5})
+    age(folder / "metrics.jsonl", row_s)
+    return folder
+
+
+def age(path: Path, seconds: float) -> None:
+    """With most of a second until it is rounded to the next."""
+    os.utime(path, (time.time() - seconds + 0.4,) * 2)
+
+
+FIRST, EVALUATION, LATER = ("step of step 1", "rollout of step 1"), ("evaluation",), "about 30 min 0 s left."
+SAYS = "rank 0 was last heard of"
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_s", "phases", "begun_s", "said"),
+    [
+        (1, 150, (), None, "Stopped after 0 of 100 steps; the last was written 2 min 30 s ago. Healthy"),
+        (1, 150, FIRST, 140, f"Running: 0 of 100 steps. No row for 2 min 30 s; {SAYS} 2 min 20 s ago, in "),
+        (1, 150, FIRST, 140, "'rollout of step 1', which may take 12 min 0 s. Healthy"),
+        (41, 140, EVALUATION, 135, f"Running: 40 of 100 steps, {LATER} Healthy"),
+        (41, 200, EVALUATION, 195, f"{LATER} No row for 3 min 20 s; {SAYS} 3 min 15 s ago, in 'evaluation'"),
+        (41, 2000, EVALUATION, 1995, "in 'evaluation', which may take 52 min 0 s. Healthy"),
+        (41, 7210, EVALUATION, 7200, "Stopped after 40 of 100 steps; the last was written 2 h 0 min ago. Ra"),
+        (41, 7210, EVALUATION, 7200, "Rank 0 was last heard of 2 h 0 min ago, in 'evaluation'. Healthy"),
+        (
+            41,
+            7210,
+            (),
+            9,
+            f"Running: 40 of 100 steps, {LATER} No row for 2 h 0 min; its folder has news of 9 s",
+        ),
+        (41, 7210, (), 7200, "Stopped after 40 of 100 steps; the last was written 2 h 0 min ago. Healthy"),
+    ],
+)
+def test_a_run_has_stopped_when_its_ranks_are_silent_too(
+    tmp_path: Path, rows: int, row_s: float, phases: tuple[str, ...], begun_s: float | None, said: str
+) -> None:
+    """A phase may last for its own time limit, and a run that was killed has left its last word."""
+    folder = silent_run(tmp_path / "run", rows=rows, row_s=row_s)
+    dog = Watchdog(folder, 0, 600.0)
+    with contextlib.ExitStack() as within:
+        if begun_s is not None:
+            with dog.phase("the one before"):
+                pass
+            for phase in phases:
+                within.enter_context(dog.phase(phase, at_least_s=3000.0 if phase == "evaluation" else 0.0))
+            age(dog.doing, begun_s)
+        verdict = content([folder])["runs"][0]["verdict"]
+    assert said in verdict["text"]
+    assert verdict["state"] == ("running" if verdict["text"].startswith("Running") else "warn")
+
+
+@pytest.mark.parametrize("file", ["provenance.json", "train.log", "train-1.log", "servers/b/server-0.log"])
+def test_a_run_that_begins_again_is_not_one_that_has_stopped(tmp_path: Path, file: str) -> None:
+    folder = silent_run(tmp_path / "run", rows=41, row_s=7210)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text('{"format": 1}\n')
+    assert content([folder])["runs"][0]["verdict"]["text"].startswith("Running: 40 of 100 steps")
 
 
 TROUBLES = {

@@ -83,7 +83,7 @@ def run_content(folder: Path) -> Tree:
         prompts=int(rollout.get("prompts_per_step", 0)),
         samples=int(rollout.get("samples_per_prompt", 0)),
     )
-    judged = health.verdict(rows, found, steps=run.get("steps"), age_s=health.age_s(folder / METRICS_FILE))
+    judged = health.verdict(rows, found, steps=run.get("steps"), heard=health.signs(folder))
     rated = curves.with_rates(rows, flops_per_token(config), peak_flops(folder, made))
     return {
         "verdict": {"state": judged.state, "text": judged.text},
