@@ -10,12 +10,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_jackpot.monitor.differences import groups
 from megatron_jackpot.monitor.evaluations import write_evaluations
 from megatron_jackpot.monitor.metrics import METRICS, MetricsWriter
+from megatron_jackpot.monitor.report import serve as serving
 from megatron_jackpot.monitor.report.content import content
 from megatron_jackpot.monitor.report.curves import CHARTS, points
 from megatron_jackpot.monitor.report.page import write_report
@@ -277,8 +279,8 @@ def test_a_folder_without_a_run_or_of_another_format_is_refused(tmp_path: Path) 
 def test_the_served_page_follows_the_run_and_answers_to_this_machine_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
     with ReportServer([run], 0) as report:
-        serving = threading.Thread(target=report.serve_forever, daemon=True)
-        serving.start()
+        thread = threading.Thread(target=report.serve_forever, daemon=True)
+        thread.start()
 
         def get(path: str, **headers: str) -> tuple[int, str]:
             request = urllib.request.Request(report.url + path, headers=headers)
@@ -304,8 +306,64 @@ def test_the_served_page_follows_the_run_and_answers_to_this_machine_alone(tmp_p
         status, said = get("data?than=old")
         assert status == 503 and re.search("line 6: not JSON", said)
         report._server.shutdown()
-        serving.join(timeout=10)
+        thread.join(timeout=10)
     assert report.url.startswith("http://127.0.0.1:")
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """What a launch has written before its servers and models are up."""
+    (tmp_path / "config.yaml").write_text("run: {steps: 4}\n")
+    (tmp_path / "provenance.json").write_text('{"format": 1}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize("rows", [None, ""])
+def test_a_run_that_has_begun_is_served_from_its_first_row_on(
+    begun: Path, rows: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if rows is not None:
+        (begun / "metrics.jsonl").write_text(rows)
+    served: list[str] = []
+    waits = iter([lambda: None, lambda: MetricsWriter(begun, False, None).write(0, {"reward/mean": 0.5})])
+    monkeypatch.setattr(serving, "time", SimpleNamespace(sleep=lambda _: next(waits)()))
+    monkeypatch.setattr(ReportServer, "serve_forever", lambda self: served.append(self.tree()["made"]))
+    serving.serve([begun], 0)
+    assert len(served) == 1 and next(waits, None) is None
+    assert capsys.readouterr().out.startswith(f"{begun} has begun and has no row yet: waiting for the first")
+
+
+def test_a_run_without_a_row_is_waited_for_as_long_as_it_lives(
+    begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is in its first evaluation, then nothing more is heard: that is said. Ctrl-C ends it before."""
+
+    def killed(_: float) -> None:
+        age(dog.doing, 3901)
+
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    age(begun / "provenance.json", 5000)
+    dog = Watchdog(begun, 0, 3600.0)
+    monkeypatch.setattr(serving, "time", SimpleNamespace(sleep=killed))
+    with dog.phase("evaluation"):
+        age(dog.doing, 3600)
+        with pytest.raises(ValueError, match="no row in metrics.jsonl.*silent for 1 h 5 min. They say"):
+            serving.serve([begun], 0)
+        age(dog.doing, 3600)
+        monkeypatch.setattr(serving, "time", SimpleNamespace(sleep=interrupted))
+        serving.serve([begun], 0)
+
+
+def test_a_folder_that_no_launch_wrote_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {steps: 4}\n")
+    for folder, said in ((tmp_path, "has no rows in metrics.jsonl"), (tmp_path / "none", "is no folder")):
+        with pytest.raises(ValueError, match=said):
+            serving.serve([folder], 0)
+    (tmp_path / "provenance.json").write_text('{"commit": "1234567"}')
+    with pytest.raises(ValueError, match="has run folder format 0"):
+        serving.serve([tmp_path], 0)
 
 
 def test_a_port_that_is_taken_is_refused_with_the_remedy(tmp_path: Path) -> None:

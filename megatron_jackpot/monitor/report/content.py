@@ -69,7 +69,7 @@ def run_content(folder: Path) -> Tree:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Name the folder of a run, run.folder in its configuration.")
     check_run_folder(folder)
-    rows = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
+    rows = rows_of(folder)
     if not rows:
         raise ValueError(
             f"{folder} has no rows in {METRICS_FILE}: name the folder of a run that has done a step."
@@ -93,6 +93,11 @@ def run_content(folder: Path) -> Tree:
         "points": curves.points(rated),
         "phases": curves.phases(rows),
     }
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """None yet of a run whose servers and models start. Raises ValueError as `read_metrics` does."""
+    return read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
 
 
 def _evaluations(folders: Sequence[Path], runs: Sequence[Tree]) -> Tree | None:
