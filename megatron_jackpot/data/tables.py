@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ STATE = "state.json"
 """What `Dataset.save_to_disk` writes beside its arrow files."""
 SPLITS = "dataset_dict.json"
 """What `DatasetDict.save_to_disk` writes above a folder for each split."""
+SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$|^part[-._]\d+.*$|^[\d_-]+$")
+"""What tells files of one list apart: train-00000-of-00002 (older uploads have a hash behind it), part-0 as
+Arrow and Spark write it, 0000 in a folder for each split and configuration."""
 Row = dict[str, Any]
 """Column -> value, as JSON gives them."""
+MOST_NAMED = 4
+"""Splits that the refusal of several names."""
 BATCH = 1024
 """Rows that are held as Python values at a time."""
 
@@ -39,18 +45,21 @@ def files_behind(path: Path) -> list[Path]:
             raise ValueError(f"{path} is a selection of other rows. Save it after flatten_indices().")
         return [path / one["filename"] for one in state["_data_files"]]
     found = sorted(path.rglob(f"*{ENDING}"))
-    # train-00000-of-00002.parquet in one folder, or a folder of 0000.parquet to each split and configuration.
     splits = sorted({_split_of(file.relative_to(path)) for file in found})
     if not found:
         raise ValueError(f"{path} is no saved data set ({STATE}) and has no {ENDING} files. Name a file.")
     if len(splits) > 1:
-        raise ValueError(f"{path} has files of {', '.join(splits)}. Name a file, or a folder with one split.")
+        more = f" and {len(splits) - MOST_NAMED} more" if len(splits) > MOST_NAMED else ""
+        raise ValueError(
+            f"{path} has files of {', '.join(splits[:MOST_NAMED])}{more}. Name a file, or a folder with one "
+            f"split, whose files are NAME-00000-of-00002{ENDING}, part-0{ENDING} or 0000{ENDING}."
+        )
     return found
 
 
 def _split_of(file: Path) -> str:
-    prefix = file.stem.split("-")[0]
-    return file.parent.as_posix() if prefix.isdigit() else (file.parent / prefix).as_posix()
+    """The file's name and folders, less what tells it from others of its list."""
+    return (file.parent / SHARD.sub("", file.stem)).as_posix()
 
 
 def table_rows(path: Path) -> Iterator[tuple[int, Row]]:

@@ -144,6 +144,6 @@ def load(path: Path) -> TokenRecord:
         raise ValueError(f"{path} is no record of tokens: {error}. Delete it.") from error
 
 
-def records(run_folder: Path) -> list[TokenRecord]:
-    """All of a run, by step. Raises ValueError as `load` does."""
-    return [load(path) for path in sorted((Path(run_folder) / FOLDER).glob("step-*.npz"))]
+def record_files(run_folder: Path) -> list[Path]:
+    """Of all of a run's records, by step."""
+    return sorted((Path(run_folder) / FOLDER).glob("step-*.npz"))

@@ -7,6 +7,7 @@ have limits of their own, whose messages say more: the watchdog comes after them
 import faulthandler
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -22,6 +23,36 @@ EXIT_STUCK = 70
 POLL_S = 0.5
 DOING = "doing"
 _LINE_BYTES = 256
+_IN_PHASES = re.compile(r"\S+ \S+ within (\d+) s: (.+)")
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a rank has said last in RUN/doing/rank-N. It says another thing, or has ended, before `within_s`
+    seconds are over: the watchdog sees to it."""
+
+    phases: tuple[str, ...]
+    """Under way, the newest last; () between two."""
+    within_s: float
+    age_s: float
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the rank may still be in a phase that it spoke of."""
+        return bool(self.phases) and self.age_s < self.within_s
+
+
+def read_doing(folder: Path, rank: int) -> Doing | None:
+    """None where the rank has said nothing."""
+    path = Path(folder) / DOING / f"rank-{rank}"
+    try:
+        # The file's own time: that in its line is of another machine's zone.
+        line, written = path.read_text(encoding="utf-8", errors="replace"), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    found = _IN_PHASES.fullmatch(line.strip())
+    within_s, phases = (float(found[1]), tuple(found[2].split("; "))) if found else (0.0, ())
+    return Doing(phases, within_s, max(0.0, time.time() - written))
 
 
 @dataclass
@@ -70,12 +101,16 @@ class Watchdog:
                 self._tell()
 
     def _tell(self) -> None:
-        """Time, host:pid and the phases under way in the order of their begin, on one line of a fixed length.
+        """Time, host:pid and the phases under way in the order of their begin, with the seconds within which
+        another line or the rank's end comes, on one line of a fixed length. Called with the lock held.
 
         One write into a file that stays open: many ranks on a shared disk can afford it many times a step.
         """
-        who = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {platform.node()}:{os.getpid()}"
-        line = f"{who} {'; '.join(phase.what for phase in self._phases.values())}"
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {platform.node()}:{os.getpid()}"
+        if self._phases:
+            within_s = min(phase.deadline for phase in self._innermost()) - time.monotonic()
+            line += f" within {max(0.0, within_s):.0f} s: "
+            line += "; ".join(phase.what for phase in self._phases.values())
         # A full disk must not end a run that only tells what it does.
         with suppress(OSError):
             if self._doing_fd is None:
@@ -94,8 +129,10 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             time.sleep(POLL_S)
+            with self._lock:
+                innermost = self._innermost()
             now = time.monotonic()
-            for phase in self._innermost():
+            for phase in innermost:
                 if now > phase.deadline:
                     self.dump(
                         f"'{phase.what}' has run for {watched(phase.limit_s):g} s. What waits in it has at "
@@ -104,6 +141,5 @@ class Watchdog:
                     os._exit(EXIT_STUCK)
 
     def _innermost(self) -> list[_Phase]:
-        """Of each thread."""
-        with self._lock:
-            return [*{phase.thread: phase for phase in self._phases.values()}.values()]
+        """Of each thread. Called with the lock held."""
+        return [*{phase.thread: phase for phase in self._phases.values()}.values()]

@@ -1,12 +1,17 @@
 """The record of tokens, and what the page gets of it."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_jackpot.config import Logging
-from megatron_jackpot.monitor.report.tokens import chosen, most_rejected, token_view
-from megatron_jackpot.monitor.token_log import TokenLog, load, record_of, records, save
+from megatron_jackpot.monitor.report import rejections
+from megatron_jackpot.monitor.report.rejections import NewestDecisions, decisions, most_rejected
+from megatron_jackpot.monitor.report.tokens import chosen, token_view
+from megatron_jackpot.monitor.token_log import TokenLog, TokenRecord, load, record_files, record_of, save
 from megatron_jackpot.records import Batch, Correction, Scores
 
 LENGTHS, PROMPTS = (5, 3, 4), (2, 1, 2)
@@ -90,6 +95,13 @@ def tensors(flat: dict[str, np.ndarray], ids: np.ndarray) -> tuple[Scores, Corre
     return scores, correction
 
 
+def written(run: Path, *kept: TokenRecord) -> list[Path]:
+    """The files of a run that has recorded `kept`, at steps 1, 2, ..."""
+    for step, record in enumerate(kept, start=1):
+        save(run / "tokens" / f"step-{step:06d}.npz", replace(record, step=step))
+    return record_files(run)
+
+
 def test_a_record_holds_each_decision_at_the_token_it_was_made_about() -> None:
     scores, correction, wanted = packed()
     record = record_of(4, scores, correction, 3)
@@ -127,7 +139,7 @@ def test_the_log_writes_every_so_many_steps_once_and_only_here(tmp_path) -> None
         log = TokenLog(tmp_path, Logging(tokens_every=3), here=here)
         for step in (1, 1, 2, 3, 4, 7):
             log.note(step, scores, correction)
-        assert [record.step for record in records(tmp_path)] == ([1, 4, 7] if here else [])
+        assert [load(path).step for path in record_files(tmp_path)] == ([1, 4, 7] if here else [])
     TokenLog(tmp_path / "none", Logging(tokens_every=None), here=True).note(1, scores, correction)
     assert not (tmp_path / "none").exists()
 
@@ -155,9 +167,9 @@ def test_a_broken_record_is_named(tmp_path, damage: str) -> None:
         load(path)
 
 
-def test_the_page_gets_every_token_once_with_its_kind_and_numbers() -> None:
+def test_the_page_gets_every_token_once_with_its_kind_and_numbers(tmp_path: Path) -> None:
     record = record_of(1, *packed()[:2], 3)
-    view = token_view([record], lambda token: f"[{token}]")
+    view = token_view(written(tmp_path, record), NewestDecisions(), lambda token: f"[{token}]")
     (shown,) = view["records"]
     assert [view["texts"][place] for place in shown["token"]] == [f"[{token}]" for token in record.token_N]
     expected = np.where(record.keep_N, "k", "r")
@@ -169,27 +181,27 @@ def test_the_page_gets_every_token_once_with_its_kind_and_numbers() -> None:
     assert shown["weight"] == pytest.approx(record.weight_N.tolist(), rel=1e-2)
     assert [one["right"] for one in shown["rollouts"]] == record.correct_S.tolist()
     assert [one["length"] for one in shown["rollouts"]] == list(LENGTHS)
-    assert view["recorded"] == record.trained_N.sum() and view["omitted"] == 0
+    assert view["recorded"] == record.trained_N.sum() and view["omitted"] == 0 and view["counted"] == [1, 1]
 
 
-def test_a_page_holds_whole_rollouts_up_to_its_limit_and_counts_the_others(monkeypatch) -> None:
+def test_a_page_holds_whole_rollouts_up_to_its_limit_and_counts_the_others(tmp_path, monkeypatch) -> None:
     record = record_of(1, *packed()[:2], 3)
     monkeypatch.setattr("megatron_jackpot.monitor.report.tokens.MOST_TOKENS", 2 * (LENGTHS[0] + LENGTHS[1]))
-    view = token_view([record, record], str)
+    view = token_view(written(tmp_path, record, record), NewestDecisions(), str)
     assert view["omitted"] == 2 and all(len(one["kind"]) == sum(LENGTHS[:2]) for one in view["records"])
     assert view["recorded"] == 2 * record.trained_N.sum()
 
 
-def test_a_number_that_is_not_finite_is_missing_on_the_page() -> None:
+def test_a_number_that_is_not_finite_is_missing_on_the_page(tmp_path: Path) -> None:
     record = record_of(1, *packed()[:2], 3)
     record.server_logp_N[:] = (np.nan, np.inf, -np.inf) * (len(record.token_N) // 3)
-    (shown,) = token_view([record], str)["records"]
+    (shown,) = token_view(written(tmp_path, record), NewestDecisions(), str)["records"]
     assert shown["logp"]["server"] == [None] * len(record.token_N)
 
 
 def test_the_most_rejected_tokens_are_counted_by_hand() -> None:
     record = record_of(1, *packed()[:2], 3)
-    rows = {row.token: row for row in most_rejected([record, record], most=1000)}
+    rows = {row.token: row for row in most_rejected([decisions(record)] * 2, most=1000)}
     trained = record.token_N[record.trained_N]
     for token in np.unique(trained):
         here = record.trained_N & (record.token_N == token)
@@ -203,6 +215,30 @@ def test_the_most_rejected_tokens_are_counted_by_hand() -> None:
         assert row.median_ratio == pytest.approx(np.median(ratios), rel=1e-5)
     counts = [row.rejected for row in rows.values()]
     assert counts == sorted(counts, reverse=True)
+
+
+def test_of_a_long_run_only_what_is_shown_and_the_newest_records_are_read(tmp_path, monkeypatch) -> None:
+    """Of 100 records 12 are on the page, and as many are counted as hold so many tokens; at the next look
+    those that are new."""
+    record = record_of(1, *packed()[:2], 3)
+    files = written(tmp_path, *[record] * 100)
+    trained = int(record.trained_N.sum())
+    monkeypatch.setattr(rejections, "MOST_COUNTED", 5 * trained - 1)
+    read: list[Path] = []
+    for module in ("tokens", "rejections"):
+        name = f"megatron_jackpot.monitor.report.{module}.load"
+        monkeypatch.setattr(name, lambda path: read.append(path) or load(path))
+    newest = NewestDecisions()
+    view = token_view(files, newest, str)
+    assert [one["step"] for one in view["records"]][::11] == [1, 100] and len(view["records"]) == 12
+    assert (view["counted"], view["recorded"]) == ([5, 100], 5 * trained)
+    assert view["rejected"][0][1] == 5 * (record.token_N == most_rejected([decisions(record)])[0].token).sum()
+    assert sorted(read[12:]) == files[-5:]
+    read.clear()
+    monkeypatch.setattr(rejections, "MOST_RECORDS", 3)
+    kept_all = replace(record, keep_N=record.trained_N)
+    save(files[-1], kept_all)
+    assert token_view(files, newest, str)["counted"] == [3, 100] and read[12:] == files[-1:]
 
 
 def test_long_runs_show_the_first_the_last_and_some_between() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.monitor.metrics import JsonLines
+from megatron_jackpot.monitor.report import rejections
 from megatron_jackpot.monitor.report.page import write_report
 from megatron_jackpot.monitor.report.serve import ReportServer
 from tests.data.browser import Browser, find
@@ -150,6 +151,16 @@ def test_tokens_are_filtered_and_put_in_order(browser: Browser, page: str) -> No
     browser.click("#rollouts .r")
     detail = browser.run("document.getElementById('detail').textContent")
     assert "policy 0.368, server 0.607, actor 0.607, ratio 0.607, weight" in detail
+
+
+def test_a_table_of_fewer_tokens_than_were_recorded_says_of_which(
+    browser: Browser, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser.open(page)
+    assert texts(browser, "#tokens p")[0].startswith("Of the 16 recorded tokens, those")
+    monkeypatch.setattr(rejections, "MOST_RECORDS", 1)
+    browser.open(write_report([make_run(tmp_path / "run")]).as_uri())
+    assert texts(browser, "#tokens p")[0].startswith("Of the 8 recorded tokens of the last 1 of 2 records,")
 
 
 def test_wrong_answers_stand_beside_the_right_one(browser: Browser, page: str) -> None:

@@ -1,22 +1,28 @@
 """What the report says of runs, and how the page holds it; without a browser."""
 
+import contextlib
 import html.parser
 import json
+import os
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_jackpot.monitor.differences import groups
 from megatron_jackpot.monitor.evaluations import write_evaluations
 from megatron_jackpot.monitor.metrics import METRICS, MetricsWriter
+from megatron_jackpot.monitor.report import serve as serving
 from megatron_jackpot.monitor.report.content import content
 from megatron_jackpot.monitor.report.curves import CHARTS, points
 from megatron_jackpot.monitor.report.page import write_report
 from megatron_jackpot.monitor.report.serve import ReportServer
+from megatron_jackpot.run.watchdog import Watchdog
 from tests.data.runs import EVIL, make_run, tree_of
 
 
@@ -132,6 +138,73 @@ def test_a_healthy_run_is_said_to_be_healthy_and_where_it_stands(tmp_path: Path)
     assert "Healthy" in whole["verdict"]["text"]
 
 
+def silent_run(folder: Path, *, rows: int, row_s: float) -> Path:
+    """Rows of 30-s steps from 0 on, the newest of them `row_s` old, and nothing else."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {steps: 100}\n")
+    with MetricsWriter(folder, False, None) as out:
+        for step in range(rows):
+            out.write(step, {"time/step": 30.0} if step else {"eval/policy_accuracy": 0.5})
+    age(folder / "metrics.jsonl", row_s)
+    return folder
+
+
+def age(path: Path, seconds: float) -> None:
+    """With most of a second until it is rounded to the next."""
+    os.utime(path, (time.time() - seconds + 0.4,) * 2)
+
+
+FIRST, EVALUATION, LATER = ("step of step 1", "rollout of step 1"), ("evaluation",), "about 30 min 0 s left."
+SAYS = "rank 0 was last heard of"
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_s", "phases", "begun_s", "said"),
+    [
+        (1, 150, (), None, "Stopped after 0 of 100 steps; the last was written 2 min 30 s ago. Healthy"),
+        (1, 150, FIRST, 140, f"Running: 0 of 100 steps. No row for 2 min 30 s; {SAYS} 2 min 20 s ago, in "),
+        (1, 150, FIRST, 140, "'rollout of step 1', which may take 12 min 0 s. Healthy"),
+        (41, 140, EVALUATION, 135, f"Running: 40 of 100 steps, {LATER} Healthy"),
+        (41, 200, EVALUATION, 195, f"{LATER} No row for 3 min 20 s; {SAYS} 3 min 15 s ago, in 'evaluation'"),
+        (41, 2000, EVALUATION, 1995, "in 'evaluation', which may take 52 min 0 s. Healthy"),
+        (41, 7210, EVALUATION, 7200, "Stopped after 40 of 100 steps; the last was written 2 h 0 min ago. Ra"),
+        (41, 7210, EVALUATION, 7200, "Rank 0 was last heard of 2 h 0 min ago, in 'evaluation'. Healthy"),
+        (
+            41,
+            7210,
+            (),
+            9,
+            f"Running: 40 of 100 steps, {LATER} No row for 2 h 0 min; its folder has news of 9 s",
+        ),
+        (41, 7210, (), 7200, "Stopped after 40 of 100 steps; the last was written 2 h 0 min ago. Healthy"),
+    ],
+)
+def test_a_run_has_stopped_when_its_ranks_are_silent_too(
+    tmp_path: Path, rows: int, row_s: float, phases: tuple[str, ...], begun_s: float | None, said: str
+) -> None:
+    """A phase may last for its own time limit, and a run that was killed has left its last word."""
+    folder = silent_run(tmp_path / "run", rows=rows, row_s=row_s)
+    dog = Watchdog(folder, 0, 600.0)
+    with contextlib.ExitStack() as within:
+        if begun_s is not None:
+            with dog.phase("the one before"):
+                pass
+            for phase in phases:
+                within.enter_context(dog.phase(phase, at_least_s=3000.0 if phase == "evaluation" else 0.0))
+            age(dog.doing, begun_s)
+        verdict = content([folder])["runs"][0]["verdict"]
+    assert said in verdict["text"]
+    assert verdict["state"] == ("running" if verdict["text"].startswith("Running") else "warn")
+
+
+@pytest.mark.parametrize("file", ["provenance.json", "train.log", "train-1.log", "servers/b/server-0.log"])
+def test_a_run_that_begins_again_is_not_one_that_has_stopped(tmp_path: Path, file: str) -> None:
+    folder = silent_run(tmp_path / "run", rows=41, row_s=7210)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text('{"format": 1}\n')
+    assert content([folder])["runs"][0]["verdict"]["text"].startswith("Running: 40 of 100 steps")
+
+
 TROUBLES = {
     "3 requests tried again": {"rollout/retries": 0.75},
     "2 rewards timed out": {"reward/timed_out": 0.25},
@@ -206,8 +279,8 @@ def test_a_folder_without_a_run_or_of_another_format_is_refused(tmp_path: Path) 
 def test_the_served_page_follows_the_run_and_answers_to_this_machine_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3)
     with ReportServer([run], 0) as report:
-        serving = threading.Thread(target=report.serve_forever, daemon=True)
-        serving.start()
+        thread = threading.Thread(target=report.serve_forever, daemon=True)
+        thread.start()
 
         def get(path: str, **headers: str) -> tuple[int, str]:
             request = urllib.request.Request(report.url + path, headers=headers)
@@ -233,8 +306,64 @@ def test_the_served_page_follows_the_run_and_answers_to_this_machine_alone(tmp_p
         status, said = get("data?than=old")
         assert status == 503 and re.search("line 6: not JSON", said)
         report._server.shutdown()
-        serving.join(timeout=10)
+        thread.join(timeout=10)
     assert report.url.startswith("http://127.0.0.1:")
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """What a launch has written before its servers and models are up."""
+    (tmp_path / "config.yaml").write_text("run: {steps: 4}\n")
+    (tmp_path / "provenance.json").write_text('{"format": 1}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize("rows", [None, ""])
+def test_a_run_that_has_begun_is_served_from_its_first_row_on(
+    begun: Path, rows: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if rows is not None:
+        (begun / "metrics.jsonl").write_text(rows)
+    served: list[str] = []
+    waits = iter([lambda: None, lambda: MetricsWriter(begun, False, None).write(0, {"reward/mean": 0.5})])
+    monkeypatch.setattr(serving, "time", SimpleNamespace(sleep=lambda _: next(waits)()))
+    monkeypatch.setattr(ReportServer, "serve_forever", lambda self: served.append(self.tree()["made"]))
+    serving.serve([begun], 0)
+    assert len(served) == 1 and next(waits, None) is None
+    assert capsys.readouterr().out.startswith(f"{begun} has begun and has no row yet: waiting for the first")
+
+
+def test_a_run_without_a_row_is_waited_for_as_long_as_it_lives(
+    begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 is in its first evaluation, then nothing more is heard: that is said. Ctrl-C ends it before."""
+
+    def killed(_: float) -> None:
+        age(dog.doing, 3901)
+
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    age(begun / "provenance.json", 5000)
+    dog = Watchdog(begun, 0, 3600.0)
+    monkeypatch.setattr(serving, "time", SimpleNamespace(sleep=killed))
+    with dog.phase("evaluation"):
+        age(dog.doing, 3600)
+        with pytest.raises(ValueError, match="no row in metrics.jsonl.*silent for 1 h 5 min. They say"):
+            serving.serve([begun], 0)
+        age(dog.doing, 3600)
+        monkeypatch.setattr(serving, "time", SimpleNamespace(sleep=interrupted))
+        serving.serve([begun], 0)
+
+
+def test_a_folder_that_no_launch_wrote_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {steps: 4}\n")
+    for folder, said in ((tmp_path, "has no rows in metrics.jsonl"), (tmp_path / "none", "is no folder")):
+        with pytest.raises(ValueError, match=said):
+            serving.serve([folder], 0)
+    (tmp_path / "provenance.json").write_text('{"commit": "1234567"}')
+    with pytest.raises(ValueError, match="has run folder format 0"):
+        serving.serve([tmp_path], 0)
 
 
 def test_a_port_that_is_taken_is_refused_with_the_remedy(tmp_path: Path) -> None:

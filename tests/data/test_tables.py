@@ -86,8 +86,19 @@ def test_a_folder_that_holds_no_one_list_of_rows_is_refused(tmp_path: Path) -> N
     for split in ("train", "test"):
         (tmp_path / "converted/default" / split).mkdir(parents=True)
         (tmp_path / "converted/default" / split / "0000.parquet").touch()
+    for folder, files in (
+        ("prefixed", ("gsm8k-train.parquet", "gsm8k-test.parquet")),
+        ("sharded", ("gsm8k-train-00000-of-00001.parquet", "gsm8k-test-00000-of-00001.parquet")),
+        ("years", tuple(f"aime-{year}.parquet" for year in range(2020, 2026))),
+    ):
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).touch()
     (tmp_path / "nothing").mkdir()
     for name, message in (
+        ("prefixed", "has files of gsm8k-test, gsm8k-train. Name a file"),
+        ("sharded", "has files of gsm8k-test, gsm8k-train. Name a file"),
+        ("years", "has files of aime-2020, aime-2021, aime-2022, aime-2023 and 2 more. Name a file"),
         ("dict", "holds the splits train, test. Name the folder of one"),
         ("repo", "has files of test, train. Name a file"),
         ("converted", "has files of default/test, default/train. Name a file"),
@@ -97,6 +108,24 @@ def test_a_folder_that_holds_no_one_list_of_rows_is_refused(tmp_path: Path) -> N
             file_problems(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="no such file"):
         file_problems(tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/train-{:05d}-of-00002.parquet",
+        "data/gsm8k-train-{:05d}-of-00002.parquet",
+        "data/train-{:05d}-of-00002-{:016x}.parquet",
+        "default/train/{:04d}.parquet",
+        "sample/000_{:05d}.parquet",
+        "part-{}.parquet",
+        "part-{:05d}-6d1e-c000.snappy.parquet",
+    ],
+)
+def test_the_files_of_one_split_are_one_list_in_their_order(tmp_path: Path, name: str) -> None:
+    for place, row in enumerate(ROWS[:2]):
+        parquet(tmp_path / "set" / name.format(place, 0xA09B74B3EF9C3B56 + place), [row])
+    assert file_problems(tmp_path / "set") == WANTED[:2]
 
 
 def test_without_pyarrow_its_name_is_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

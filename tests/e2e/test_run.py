@@ -14,7 +14,7 @@ import torch
 from megatron_jackpot.config import load_config
 from megatron_jackpot.models.mesh import init_mesh
 from megatron_jackpot.monitor.metrics import METRICS, read_metrics
-from megatron_jackpot.monitor.token_log import records
+from megatron_jackpot.monitor.token_log import load, record_files
 from megatron_jackpot.servers import api_key
 from megatron_jackpot.servers.admin import ServerAdmin
 from megatron_jackpot.servers.protocol import ServerError
@@ -90,7 +90,7 @@ def check_profile(out: Path) -> None:
 
 def check_report(out: Path) -> None:
     """Of the run's own first step: whole responses of its prompts, and a page that shows them."""
-    (record,) = records(out)
+    (record,) = map(load, record_files(out))
     trained = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
     first = next(row for row in trained if row["step"] == 1)
     assert record.step == 1 and set(record.rollout_S3[:, 1]) <= set(first["trained"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_jackpot.config.run import Guards
-from megatron_jackpot.run.watchdog import EXIT_STUCK, Watchdog
+from megatron_jackpot.run.watchdog import EXIT_STUCK, Watchdog, read_doing
 from megatron_jackpot.train.guard import Guard, RollBack
 
 
@@ -118,6 +118,20 @@ def test_the_time_of_a_phase_counts_once_in_none_of_those_around_it(tmp_path: Pa
         assert deadlines()[0] - step < time.monotonic() - began + 0.02
 
 
+def test_what_a_rank_said_last_goes_on_for_as_long_as_its_watchdog_lets_it(tmp_path: Path):
+    dog = Watchdog(tmp_path, 0, 100.0)
+    assert read_doing(tmp_path, 0) is None
+    with dog.phase("step"), dog.phase("evaluation", at_least_s=500.0):
+        said = read_doing(tmp_path, 0)
+        assert said.phases == ("step", "evaluation") and said.within_s == 620 and said.goes_on
+        os.utime(dog.doing, (time.time() - 619,) * 2)
+        assert read_doing(tmp_path, 0).goes_on
+        os.utime(dog.doing, (time.time() - 621,) * 2)
+        assert not read_doing(tmp_path, 0).goes_on
+    said = read_doing(tmp_path, 0)
+    assert said.phases == () and said.age_s < 60 and not said.goes_on
+
+
 def test_what_a_rank_is_doing_can_be_read_while_it_does(tmp_path: Path):
     dog = Watchdog(tmp_path, 3, 100.0)
     seen = []
@@ -132,10 +146,11 @@ def test_what_a_rank_is_doing_can_be_read_while_it_does(tmp_path: Path):
             look()
         look()
     look()
-    assert [text.split(f":{os.getpid()} ", 1)[1].strip()[:40] for text in seen] == [
-        "step of step 7; score of step 7",
-        ("step of step 7; " + "x" * 400)[:40],
-        "step of step 7",
+    # 100 s, and two minutes in which those who wait say what for.
+    assert [text.split(f":{os.getpid()}", 1)[1].strip()[:60] for text in seen] == [
+        "within 220 s: step of step 7; score of step 7",
+        ("within 220 s: step of step 7; " + "x" * 400)[:60],
+        "within 220 s: step of step 7",
         "",
     ]
     assert {(len(text), text.count("\n"), text[-1]) for text in seen} == {(256, 1, "\n")}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from megatron_jackpot.monitor.console import final_rows
@@ -12,10 +13,11 @@ from megatron_jackpot.monitor.evaluations import EVALUATIONS_FILE, evaluation_ta
 from megatron_jackpot.monitor.metrics import Row, read_metrics
 from megatron_jackpot.monitor.outputs import PROMPTS_FILE
 from megatron_jackpot.monitor.report import allocated, curves, health, samples
+from megatron_jackpot.monitor.report.rejections import NewestDecisions
 from megatron_jackpot.monitor.report.tokens import Decode, token_view
 from megatron_jackpot.monitor.report.utilisation import flops_per_token, peak_flops
 from megatron_jackpot.monitor.token_log import FOLDER as TOKENS
-from megatron_jackpot.monitor.token_log import records
+from megatron_jackpot.monitor.token_log import record_files
 from megatron_jackpot.run.provenance import METRICS_FILE, PROVENANCE_FILE, check_run_folder
 
 MOST_RUNS = 30
@@ -23,8 +25,9 @@ Tree = Row
 """Names to whatever JSON can hold."""
 
 
-def content(folders: Sequence[Path]) -> Tree:
-    """Of one run everything; of several what can be compared.
+def content(folders: Sequence[Path], newest: NewestDecisions | None = None) -> Tree:
+    """Of one run everything; of several what can be compared. `newest` is what an earlier call has read of
+    the run's tokens.
 
     Raises ValueError for a folder without metrics, a bad record, or too many runs.
     """
@@ -46,7 +49,7 @@ def content(folders: Sequence[Path]) -> Tree:
         "evaluations": _evaluations(folders, runs),
         "samples": [] if one is None else samples.kept(one),
         "allocated": None if one is None else allocated.kept(one),
-        "tokens": None if one is None else _tokens(one),
+        "tokens": None if one is None else _tokens(one, newest or NewestDecisions()),
     }
 
 
@@ -55,9 +58,9 @@ def version(folders: Sequence[Path]) -> str:
     silent has news, too."""
     parts = [str(int(time.time() // 60))]
     for folder in map(Path, folders):
-        shown = [folder / name for name in (METRICS_FILE, EVALUATIONS_FILE, PROMPTS_FILE, *samples.FILES)]
-        shown += sorted((folder / TOKENS).glob("*.npz"))
-        held = (path.stat() for path in shown if path.is_file())
+        # Of the folder of tokens its own time: each record is a new name in it.
+        names = (METRICS_FILE, EVALUATIONS_FILE, PROMPTS_FILE, *samples.FILES, TOKENS)
+        held = (path.stat() for path in map(folder.joinpath, names) if path.exists())
         parts += [f"{one.st_mtime_ns}.{one.st_size}" for one in held]
     return hashlib.sha256("-".join(parts).encode()).hexdigest()[:16]
 
@@ -66,7 +69,7 @@ def run_content(folder: Path) -> Tree:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder. Name the folder of a run, run.folder in its configuration.")
     check_run_folder(folder)
-    rows = read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
+    rows = rows_of(folder)
     if not rows:
         raise ValueError(
             f"{folder} has no rows in {METRICS_FILE}: name the folder of a run that has done a step."
@@ -80,7 +83,7 @@ def run_content(folder: Path) -> Tree:
         prompts=int(rollout.get("prompts_per_step", 0)),
         samples=int(rollout.get("samples_per_prompt", 0)),
     )
-    judged = health.verdict(rows, found, steps=run.get("steps"), age_s=health.age_s(folder / METRICS_FILE))
+    judged = health.verdict(rows, found, steps=run.get("steps"), heard=health.signs(folder))
     rated = curves.with_rates(rows, flops_per_token(config), peak_flops(folder, made))
     return {
         "verdict": {"state": judged.state, "text": judged.text},
@@ -90,6 +93,11 @@ def run_content(folder: Path) -> Tree:
         "points": curves.points(rated),
         "phases": curves.phases(rows),
     }
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """None yet of a run whose servers and models start. Raises ValueError as `read_metrics` does."""
+    return read_metrics(folder) if (folder / METRICS_FILE).is_file() else []
 
 
 def _evaluations(folders: Sequence[Path], runs: Sequence[Tree]) -> Tree | None:
@@ -133,6 +141,12 @@ def decoder_of(config: Tree) -> Decode:
     folder = Path(str(_section(config, "policy").get("hf", "")))
     if not (folder / "tokenizer_config.json").is_file():
         return lambda token: f"[{token}]"
+    return _decoder(folder)
+
+
+@lru_cache(maxsize=1)
+def _decoder(folder: Path) -> Decode:
+    """Loaded once: a served page asks for it at every row."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -149,6 +163,6 @@ def _section(tree: Tree, name: str) -> Tree:
     return found if isinstance(found, dict) else {}
 
 
-def _tokens(folder: Path) -> Tree | None:
-    kept = records(folder)
-    return token_view(kept, decoder_of(config_of(folder))) if kept else None
+def _tokens(folder: Path, newest: NewestDecisions) -> Tree | None:
+    files = record_files(folder)
+    return token_view(files, newest, decoder_of(config_of(folder))) if files else None

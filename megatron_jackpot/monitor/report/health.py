@@ -1,5 +1,6 @@
 """How a run is doing: one line of verdict, and what it rests on, from its metrics and logs."""
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from megatron_jackpot.monitor.metrics import Row, series
+from megatron_jackpot.monitor.metrics import METRICS_FILE, Row, series
+from megatron_jackpot.run.provenance import PROVENANCE_FILE
+from megatron_jackpot.run.watchdog import Doing, read_doing
 
 Level = Literal["bad", "warn", "note"]
 State = Literal["good", "running", "warn", "bad"]
@@ -17,7 +20,9 @@ RECENT = 10
 """Steps that a judgement about the present looks at."""
 SILENT_S = 120
 SILENT_STEPS = 5
-"""A run that has written nothing for so many seconds, and for so many of its steps, has stopped."""
+"""A run that has written nothing for so many seconds, and for so many of its steps, has stopped, unless the
+main rank is in a phase that may last longer: evaluations and saves come between a step and its row."""
+SERVER_LOGS, TRAIN_LOGS = ("server-*.log", "servers/*/server-*.log"), "train*.log"
 SAME_REWARDS, CUT, FEW_SAMPLES = 0.9, 0.2, 0.1
 """Shares that are worth a word: groups of equal rewards and cut responses above, ESS below."""
 LOG_BYTES = 4 * 2**20
@@ -40,20 +45,57 @@ class Verdict:
     text: str
 
 
-def verdict(rows: list[Row], found: list[Finding], *, steps: int | None, age_s: float) -> Verdict:
-    """`steps` are those the run is to do, None where unknown; `age_s` is the age of its newest row."""
+@dataclass(frozen=True)
+class Signs:
+    """Of life: what a run's folder has last heard."""
+
+    row_s: float
+    """Age of the newest row."""
+    newest_s: float
+    """Of whatever a run writes while it starts and works: rows, logs, what the main rank does."""
+    doing: Doing | None = None
+    """Of the main rank."""
+
+    def alive(self, silent_s: float) -> bool:
+        """Whether there was any within `silent_s`, or a phase goes on that may be silent for longer."""
+        return self.newest_s < silent_s or (self.doing is not None and self.doing.goes_on)
+
+    def last_phase(self) -> str:
+        """Example: "rank 0 was last heard of 3 min 20 s ago, in 'evaluation'"; "" between two phases."""
+        if self.doing is None or not self.doing.phases:
+            return ""
+        return f"rank 0 was last heard of {duration(self.doing.age_s)} ago, in '{self.doing.phases[-1]}'"
+
+
+def signs(folder: Path) -> Signs:
+    patterns = (METRICS_FILE, PROVENANCE_FILE, TRAIN_LOGS, *SERVER_LOGS)
+    ages = [age_s(path) for pattern in patterns for path in folder.glob(pattern)]
+    doing = read_doing(folder, 0)
+    if doing is not None:
+        ages.append(doing.age_s)
+    rows = folder / METRICS_FILE
+    return Signs(age_s(rows) if rows.is_file() else math.inf, min(ages, default=math.inf), doing)
+
+
+def verdict(rows: list[Row], found: list[Finding], *, steps: int | None, heard: Signs) -> Verdict:
+    """`steps` are those the run is to do, None where unknown."""
     done = max((row["step"] for row in rows), default=0)
     of = f"{done} of {steps} steps" if steps else f"{done} steps"
     times = series(rows, "time/step")[1]
     typical_s = median(times) if times else 0.0
+    silent_s = max(SILENT_S, SILENT_STEPS * typical_s)
     state: State = "good"
     if steps is not None and done >= steps:
         head = f"Finished: {of} in {duration(sum(times))}."
-    elif age_s < max(SILENT_S, SILENT_STEPS * typical_s):
+    elif heard.alive(silent_s):
         state, left = "running", typical_s * ((steps or done) - done)
         head = f"Running: {of}" + (f", about {duration(left)} left." if left else ".")
+        if heard.row_s >= silent_s:
+            head += f" No row for {duration(heard.row_s)}; {_since_then(heard)}."
     else:
-        state, head = "warn", f"Stopped after {of}; the last was written {duration(age_s)} ago."
+        state, head = "warn", f"Stopped after {of}; the last was written {duration(heard.row_s)} ago."
+        if last := heard.last_phase():
+            head += f" {last[0].upper()}{last[1:]}."
     troubles = [one.text for one in found if one.level != "note"]
     if any(one.level == "bad" for one in found):
         state = "bad"
@@ -65,6 +107,13 @@ def verdict(rows: list[Row], found: list[Finding], *, steps: int | None, age_s: 
         else "Healthy: no retries, no restarts, no skipped steps, no reward that failed."
     )
     return Verdict(state, " ".join([head, *progress(rows), tail]))
+
+
+def _since_then(heard: Signs) -> str:
+    """What is known of a run that lives and writes no row: one that was killed leaves its last word, too."""
+    if heard.doing is not None and heard.doing.goes_on:
+        return f"{heard.last_phase()}, which may take {duration(heard.doing.within_s)}"
+    return f"its folder has news of {duration(heard.newest_s)} ago"
 
 
 def progress(rows: list[Row]) -> Iterator[str]:
@@ -133,11 +182,12 @@ def _present(rows: list[Row]) -> Iterator[Finding]:
 def _logs(folder: Path) -> Iterator[Finding]:
     restarts = sum(
         len(re.findall(r"^\[supervisor\] restart ", _end_of(log), re.MULTILINE))
-        for log in [*folder.glob("server-*.log"), *folder.glob("servers/*/server-*.log")]
+        for pattern in SERVER_LOGS
+        for log in folder.glob(pattern)
     )
     if restarts:
         yield Finding("warn", f"{_count(restarts, 'restart')} of a server")
-    text = "".join(_end_of(log) for log in sorted(folder.glob("train*.log")))
+    text = "".join(_end_of(log) for log in sorted(folder.glob(TRAIN_LOGS)))
     if resumed := len(re.findall(r"^resumed after step \d+", text, re.MULTILINE)):
         yield Finding("warn", f"training went on from a checkpoint {_count(resumed, 'time')}")
     warnings = re.findall(r"^WARNING: (.+)$", text, re.MULTILINE)

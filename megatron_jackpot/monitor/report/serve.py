@@ -11,17 +11,21 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
-from megatron_jackpot.monitor.metrics import read_metrics
-from megatron_jackpot.monitor.report.content import Tree, content, version
+from megatron_jackpot.monitor.metrics import METRICS_FILE
+from megatron_jackpot.monitor.report.content import Tree, content, rows_of, version
+from megatron_jackpot.monitor.report.health import TRAIN_LOGS, duration, signs
 from megatron_jackpot.monitor.report.page import render
-from megatron_jackpot.run.provenance import CONFIG_FILE
+from megatron_jackpot.monitor.report.rejections import NewestDecisions
+from megatron_jackpot.run.provenance import PROVENANCE_FILE, check_run_folder
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
 ASK_EVERY_S = 3.0
 REQUEST_LIMIT_S = 10
-FIRST_ROW_LIMIT_S = 900
-"""A run whose servers start and whose models load has no row; one that takes longer has another trouble."""
+POLL_S = 1.0
+SILENT_START_S = 900
+"""A run whose servers start and whose models load has no row; one that is silent for longer has another
+trouble."""
 
 
 class ReportServer:
@@ -33,7 +37,8 @@ class ReportServer:
     def __init__(self, folders: Sequence[Path], port: int) -> None:
         self.folders = folders
         self._lock = threading.Lock()
-        self._tree: Tree = content(folders)
+        self._newest = NewestDecisions()
+        self._tree: Tree = content(folders, self._newest)
         report = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -86,7 +91,7 @@ class ReportServer:
     def tree(self) -> Tree:
         with self._lock:
             if self._tree["version"] != version(self.folders):
-                self._tree = content(self.folders)
+                self._tree = content(self.folders, self._newest)
             return self._tree
 
     def serve_forever(self) -> None:
@@ -112,21 +117,30 @@ def _name(host: str) -> str | None:
 def serve(folders: Sequence[Path], port: int) -> None:
     """Say where the page is, and serve it until Ctrl-C; of runs that have begun, from their first row on.
 
-    Raises ValueError as `ReportServer`.
+    Raises ValueError as `ReportServer`, and for a run that has no row and does nothing any more.
     """
     with contextlib.suppress(KeyboardInterrupt):
         _await_rows(folders)
-    with ReportServer(folders, port) as report, contextlib.suppress(KeyboardInterrupt):
-        print(f"{report.url} (on this machine alone; Ctrl-C ends it)", flush=True)
-        report.serve_forever()
+        with ReportServer(folders, port) as report:
+            print(f"{report.url} (on this machine alone; Ctrl-C ends it)", flush=True)
+            report.serve_forever()
 
 
 def _await_rows(folders: Sequence[Path]) -> None:
-    """Until every run that has begun has its first row, at most FIRST_ROW_LIMIT_S."""
-    begun = time.monotonic()
+    """Until every run that a launch has begun has its first row, as long as it shows signs of life.
+
+    Raises ValueError for one that shows none.
+    """
     for folder in folders:
-        if not (folder / CONFIG_FILE).is_file() or read_metrics(folder):
+        if not (folder / PROVENANCE_FILE).is_file() or rows_of(folder):
             continue
+        check_run_folder(folder)
         print(f"{folder} has begun and has no row yet: waiting for the first", flush=True)
-        while not read_metrics(folder) and time.monotonic() - begun < FIRST_ROW_LIMIT_S:
-            time.sleep(1)
+        while not rows_of(folder):
+            heard = signs(folder)
+            if not heard.alive(SILENT_START_S):
+                raise ValueError(
+                    f"{folder} has no row in {METRICS_FILE}, and its logs have been silent for "
+                    f"{duration(heard.newest_s)}. They say what became of it: {TRAIN_LOGS}, server-*.log."
+                )
+            time.sleep(POLL_S)

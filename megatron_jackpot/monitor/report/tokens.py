@@ -1,42 +1,45 @@
 """The token view's data: what a correction did to the recorded tokens, as columns that the page renders."""
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from megatron_jackpot.monitor.report.curves import number
-from megatron_jackpot.monitor.token_log import TokenRecord
+from megatron_jackpot.monitor.report.rejections import NewestDecisions, most_rejected
+from megatron_jackpot.monitor.token_log import TokenRecord, load
 
 SHOWN_STEPS = 12
 """Records on the page: the first, the last and others evenly between."""
 MOST_TOKENS = 60_000
 """Tokens on the page, about 30 bytes each; later rollouts of each record are left out beyond it."""
-MOST_REJECTED = 20
-"""Tokens in the table of those that are rejected most often."""
 
 Decode = Callable[[int], str]
 """Token id -> its text."""
 
 
-def token_view(kept: list[TokenRecord], decode: Decode) -> dict[str, object]:
-    """What the page shows of a run's records: tables, and the columns of each shown record."""
-    shown = chosen(kept, SHOWN_STEPS)
+def token_view(files: Sequence[Path], newest: NewestDecisions, decode: Decode) -> dict[str, object]:
+    """What the page shows of a run's records, `files` in the order of their steps: tables, and the columns of
+    each shown record. `counted` records of all stand in the table of the rejected, `recorded` tokens of them.
+
+    Raises ValueError for a bad record, OSError for one that has gone.
+    """
+    shown = chosen(files, SHOWN_STEPS)
     texts: dict[int, int] = {}
     columns, omitted = [], 0
-    for record in shown:
+    for record in map(load, shown):
         room = MOST_TOKENS // len(shown)
         whole = int(np.searchsorted(np.cumsum(record.length_S), room, side="right"))
         whole = max(1, whole) if len(record.length_S) else 0
         omitted += len(record.length_S) - whole
         columns.append(_columns(record, whole, texts))
-    ranked = most_rejected(kept)
+    counted = newest.look(files)
+    ranked = most_rejected(counted)
     for rejection in ranked:
         texts.setdefault(rejection.token, len(texts))
     return {
-        "recorded": sum(int(record.trained_N.sum()) for record in kept),
+        "recorded": sum(len(one.token_R) for one in counted),
+        "counted": [len(counted), len(files)],
         "omitted": omitted,
         "texts": [decode(token) for token in texts],
         "rejected": [[texts[r.token], r.seen, r.rejected, number(r.median_ratio, 3)] for r in ranked],
@@ -76,34 +79,7 @@ def kinds(record: TokenRecord) -> np.ndarray:
     return np.select([~record.response_N, ~record.trained_N, record.keep_N], ["p", "u", "k"], default="r")
 
 
-def chosen(kept: list[TokenRecord], most: int) -> list[TokenRecord]:
-    """At most `most` records, the first and the last among them."""
-    places = np.linspace(0, len(kept) - 1, min(most, len(kept))).round().astype(int)
-    return [kept[place] for place in places]
-
-
-@dataclass(frozen=True)
-class Rejection:
-    token: int
-    seen: int
-    rejected: int
-    median_ratio: float
-    """p(policy) / p(server), median of its occurrences."""
-
-
-def most_rejected(kept: Iterable[TokenRecord], most: int = MOST_REJECTED) -> list[Rejection]:
-    """The tokens with the most rejections, in that order; by id where they are equal."""
-    ratios: dict[int, list[float]] = defaultdict(list)
-    rejected: dict[int, int] = defaultdict(int)
-    for record in kept:
-        for place in np.flatnonzero(record.trained_N):
-            token = int(record.token_N[place])
-            ratios[token].append(
-                math.exp(min(50.0, record.target_logp_N[place] - record.server_logp_N[place]))
-            )
-            rejected[token] += not record.keep_N[place]
-    order = sorted((token for token in rejected if rejected[token]), key=lambda t: (-rejected[t], t))
-    return [
-        Rejection(token, len(ratios[token]), rejected[token], float(np.median(ratios[token])))
-        for token in order[:most]
-    ]
+def chosen(files: Sequence[Path], most: int) -> list[Path]:
+    """At most `most` of them, the first and the last among them."""
+    places = np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)
+    return [files[place] for place in places]

@@ -120,7 +120,8 @@ function tokensOf(tree) {
     } } }, ...[JSON.stringify(tokens.texts[place]), count, lost, (lost / count).toFixed(2), number(ratio)].map(
       (cell) => make("td", {}, cell)))), { id: "rejected" });
   show();
-  return section("tokens", "Token by token", make("p", {}, `Of the ${tokens.recorded} recorded tokens, those that are `
+  const [counted, recorded] = tokens.counted, of = counted < recorded ? ` of the last ${counted} of ${recorded} records` : "";
+  return section("tokens", "Token by token", make("p", {}, `Of the ${tokens.recorded} recorded tokens${of}, those that are `
     + "rejected most often; a click shows where."), rejected, legend(), controls, list);
 }
 
