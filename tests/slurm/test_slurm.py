@@ -211,6 +211,47 @@ def test_the_step_of_each_runtime(tmp_path, runtime) -> None:
         assert words[:6] == ["apptainer", "exec", "--pwd", "/tmp", "--bind", "/d:/d"]
 
 
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do shift; done
+exec "$@"
+"""
+PYTHON = """#!/bin/bash
+if [[ $3 == join ]]; then echo python >>"$SEEN"; sleep 8; fi
+trap 'exit 0' USR2
+for _ in $(seq 200); do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("where", ["setup", "python"])
+def test_a_stop_before_a_node_listens_queues_the_job_again(tmp_path, where) -> None:
+    """In the shell that sources the setup file, and in an interpreter that still loads."""
+    setup, seen, programs = tmp_path / "setup.sh", tmp_path / "seen", tmp_path / "bin"
+    slow = "if [[ $* == *join* ]]; then echo setup >>$SEEN; sleep 8; fi"
+    setup.write_text(slow if where == "setup" else "")
+    programs.mkdir()
+    for name, text in (
+        ("srun", SRUN),
+        ("python", PYTHON),
+        ("scontrol", '#!/bin/bash\necho "$@" >>"$SEEN"; kill -9 $PPID'),
+    ):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    environment = dict(job_environment(), PATH=path, SEEN=str(seen), SLURM_JOB_NODELIST="n[1-2]")
+    environment |= dict(JACKPOT_REPO=str(ROOT), JACKPOT_SETUP=str(setup))
+    body = 'source "$JACKPOT_REPO/megatron_jackpot/launch/jobs/common.sh"; run_job 1 0 2 0 run.yaml'
+    with (tmp_path / "out").open("w") as out:
+        job = subprocess.Popen(["bash", "-c", body], env=environment, stdout=out, stderr=out)
+        deadline = time.monotonic() + 10
+        while not seen.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        job.wait(timeout=15)
+    said = (tmp_path / "out").read_text()
+    assert seen.read_text().split("\n")[:-1] == [where, "requeue 17"], said
+    assert "training ended with code 75" in said
+
+
 def job_environment(**changes: str) -> dict[str, str]:
     given = dict(
         SLURM_JOB_ID="17", SLURM_JOB_NUM_NODES="2", SLURM_NTASKS="2", SLURM_PROCID="1", SLURMD_NODENAME="n2"
