@@ -53,11 +53,14 @@ def config_for(folder: Path, **sections: dict) -> Config:
 
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
-    """A program `sbatch` that notes its arguments and gives out job numbers from 100 on."""
+    """A program `sbatch` that notes its arguments, numbers jobs from 100 on and keeps their scripts."""
     calls = tmp_path / "calls"
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >>{calls}\nexpr 99 + $(wc -l <{calls})\n')
+    program.write_text(
+        f'#!/bin/bash\necho "$@" >>{calls}\njob=$(expr 99 + $(wc -l <{calls})); echo $job\n'
+        f'cp "${{!#}}" {tmp_path}/$job.sbatch\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     return lambda: calls.read_text().splitlines() if calls.exists() else []
@@ -109,14 +112,37 @@ def test_slurms_options_without_slurm_are_refused(capsys) -> None:
     assert "go with --slurm" in capsys.readouterr().err
 
 
+def run_script(script: Path, job: str, restarts: str = "0") -> tuple[str, Config]:
+    """What a job's script gives the steps: the file's name and its configuration."""
+    seen = script.with_name("seen")
+    checkout = script.with_name("checkout") / "megatron_jackpot/launch/jobs"
+    checkout.mkdir(parents=True, exist_ok=True)
+    (checkout / "common.sh").write_text(f'run_job() {{ echo "$5" >{seen}; cp "$5" {seen}.yaml; exit 3; }}')
+    text = re.sub("JACKPOT_REPO=[^ ]*", f"JACKPOT_REPO={checkout.parents[2]}", script.read_text(), count=1)
+    environment = job_environment(SLURM_JOB_ID=job, SLURM_RESTART_COUNT=restarts, PATH=os.environ["PATH"])
+    assert subprocess.run(["bash"], input=text, text=True, env=environment).returncode == 3
+    return Path(seen.read_text().strip()).name, load_config(seen.with_suffix(".yaml"))
+
+
+def test_a_job_keeps_what_it_was_submitted_with_whatever_is_submitted_later(tmp_path, sbatch) -> None:
+    folder = str(tmp_path / "run")
+    assert launch_slurm(tmp_path, cluster=GPUS, run=dict(folder=folder, steps=100)) == 0
+    assert launch_slurm(tmp_path, cluster=dict(GPUS, nodes=5), run=dict(folder=folder, steps=400)) == 0
+    (tmp_path / "run/slurm/100-0.yaml").write_text("of an attempt that was killed")
+    for job, restarts, steps, nodes in (("101", "0", 400, 5), ("100", "1", 100, 2)):
+        name, config = run_script(tmp_path / f"{job}.sbatch", job, restarts)
+        assert (name, config.run.steps, config.cluster.nodes) == (f"{job}-{restarts}.yaml", steps, nodes)
+    # What ended jobs leave is no file of their own.
+    assert [path.name for path in (tmp_path / "run/slurm").iterdir()] == ["job.sbatch"]
+
+
 def test_a_chain_of_jobs_keeps_script_and_configuration(tmp_path, capsys, sbatch) -> None:
     assert launch_slurm(tmp_path, "--chain", "2", cluster=dict(GPUS, seeds=[3, 5])) == 0
     job = tmp_path / "run/slurm/job.sbatch"
     assert sbatch() == [f"--parsable {job}", f"--parsable --dependency=afterany:100 {job}"]
     assert "--array=3,5" in directives(job.read_text())
     assert "Submitted job 101 after 100" in capsys.readouterr().out
-    kept = load_config(job.parent / "config.yaml")
-    assert kept.cluster.seeds == (3, 5)
+    assert run_script(tmp_path / "101.sbatch", "101")[1].cluster.seeds == (3, 5)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +207,7 @@ def test_words_of_the_configuration_never_reach_a_shell_as_code(tmp_path, capsys
     )
     assert launch_slurm(tmp_path, "--dry-run", cluster=cluster) == 0
     script = capsys.readouterr().out.split("source ")[0]
+    (tmp_path / "run/slurm").mkdir(parents=True)
     environment = {"SLURM_SUBMIT_DIR": "/", "SLURM_JOB_NUM_NODES": "2", "PATH": os.environ["PATH"]}
     script += 'printf "%s\\n" "$JACKPOT_SETUP" "$JACKPOT_IMAGE"'
     shown = subprocess.run(
