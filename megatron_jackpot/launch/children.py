@@ -23,6 +23,8 @@ from typing import BinaryIO, Self
 
 import psutil
 
+from megatron_jackpot.launch.said import say
+
 _PR_SET_CHILD_SUBREAPER = 36
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
@@ -116,7 +118,9 @@ class Streamed:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         with open(read_fd, "rb", buffering=0) as source, _Log(self.log) as log:
             while chunk := _read(source.fileno()):
-                _show(decoder.decode(chunk))
+                with suppress(OSError):  # The terminal may be gone; the log goes on.
+                    sys.stdout.write(decoder.decode(chunk))
+                    sys.stdout.flush()
                 *lines, held = (held + chunk).split(b"\n")
                 log.write(b"".join(_plain(line) + b"\n" for line in lines))
             log.write(_plain(held))
@@ -149,14 +153,8 @@ class _Log:
                 text = text[self._file.write(text) :]
         except OSError as error:
             if not self._told:
-                _show(f"[launch] {self.path} lacks lines from here on, which are shown here alone: {error}\n")
+                say(f"{self.path} lacks lines from here on, which are shown here alone: {error}")
             self._told = True
-
-
-def _show(text: str) -> None:
-    with suppress(OSError):  # The terminal may be gone.
-        sys.stdout.write(text)
-        sys.stdout.flush()
 
 
 def _read(fd: int) -> bytes:

@@ -41,15 +41,17 @@ def submit(config: Config, *, dry_run: bool, chain: int = 1) -> int:
     job.write_text(script, encoding="utf-8")
     if advice := turns_advice(config):
         print(f"advice: {advice}")
-    after: list[str] = []
+    numbers: list[str] = []
     for _ in range(chain):
+        # Each is told all jobs before it: a lock that one of them left is then known to be no one's.
+        after = [f"--dependency=afterany:{':'.join(numbers)}"] if numbers else []
         done = _sbatch([*after, str(job)])
         if done.returncode:
             print(f"sbatch refused {job}: {done.stderr.strip()}")
             return done.returncode
         number = done.stdout.strip().split(";")[0]
-        print(f"Submitted job {number}{' after ' + after[0].split(':')[1] if after else ''}: {job}")
-        after = [f"--dependency=afterany:{number}"]
+        print(f"Submitted job {number}{' after ' + numbers[-1] if numbers else ''}: {job}")
+        numbers.append(number)
     pattern = (
         "%A_%a.out".replace("%A", number).replace("%a", "*") if config.cluster.seeds else f"{number}.out"
     )
