@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     try:
         args = parse(sys.argv[1:] if argv is None else argv, _settings)
-        return _run(args, began)
+        # What asks a run to stop counts before there is one: while it is checked, and libraries are loaded.
+        with ending_when_asked() if args.command == "join" or _is_here(args) else nullcontext():
+            return _run(args, began)
     except KeyboardInterrupt:
         print("megatron-jackpot: interrupted; nothing was started", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -55,16 +57,14 @@ def _run(args: argparse.Namespace, began: float) -> int:
     if args.command == "evaluate":
         return _evaluate(args)
     config, mistakes = None, []
-    here = args.command == "launch" and not args.slurm
     if args.config is not None:
         try:
-            with ending_when_asked() if here else nullcontext():
-                config, mistakes = examine_config(args.config, args.overrides)
-                if config is not None and here:
-                    _take_up(config.run.folder)
-                if config is not None and args.command in ("launch", "plan", "doctor"):
-                    mistakes += _preflight(config, args)
-                mistakes = placed(list(dict.fromkeys(mistakes)), args.config, args.overrides)
+            config, mistakes = examine_config(args.config, args.overrides)
+            if config is not None and _is_here(args):
+                _take_up(config.run.folder)
+            if config is not None and args.command in ("launch", "plan", "doctor"):
+                mistakes += _preflight(config, args)
+            mistakes = placed(list(dict.fromkeys(mistakes)), args.config, args.overrides)
         except (ValueError, OSError) as error:
             config, mistakes = None, str(error).splitlines()
     if args.command == "doctor":
@@ -86,6 +86,11 @@ def _run(args: argparse.Namespace, began: float) -> int:
     from megatron_jackpot.launch.local import launch
 
     return launch(config, args.nproc, began=began)
+
+
+def _is_here(args: argparse.Namespace) -> bool:
+    """A launch on this machine, no job that is submitted."""
+    return args.command == "launch" and not args.slurm
 
 
 def _take_up(folder: Path) -> None:

@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             type=int,
             default=1,
             metavar="N",
-            help="with --slurm: N jobs, each after the end of the one before",
+            help="with --slurm: N jobs, each after the end of those before",
         ),
     },
     "plan": {

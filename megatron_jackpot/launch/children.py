@@ -19,8 +19,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO, Self
 
 import psutil
+
+from megatron_jackpot.launch.said import say
 
 _PR_SET_CHILD_SUBREAPER = 36
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]")
@@ -113,14 +116,45 @@ class Streamed:
     def _copy(self, read_fd: int) -> None:
         held = b""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        with open(read_fd, "rb", buffering=0) as source, self.log.open("ab", buffering=0) as log:
+        with open(read_fd, "rb", buffering=0) as source, _Log(self.log) as log:
             while chunk := _read(source.fileno()):
-                with suppress(OSError):  # the terminal may be gone; the log goes on
+                with suppress(OSError):  # The terminal may be gone; the log goes on.
                     sys.stdout.write(decoder.decode(chunk))
                     sys.stdout.flush()
                 *lines, held = (held + chunk).split(b"\n")
                 log.write(b"".join(_plain(line) + b"\n" for line in lines))
             log.write(_plain(held))
+
+
+class _Log:
+    """A file that lacks what could not be written to it, as on a full disk; the terminal is told so once.
+
+    Whoever pumps output must go on: a pipe that nobody reads ends the child that writes into it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._told = False
+
+    def __enter__(self) -> Self:
+        self._file: BinaryIO | None = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # Some network file systems tell only now.
+                self._file.close()
+
+    def write(self, text: bytes) -> None:
+        try:
+            if self._file is None:
+                self._file = self.path.open("ab", buffering=0)
+            while text:
+                text = text[self._file.write(text) :]
+        except OSError as error:
+            if not self._told:
+                say(f"{self.path} lacks lines from here on, which are shown here alone: {error}")
+            self._told = True
 
 
 def _read(fd: int) -> bytes:

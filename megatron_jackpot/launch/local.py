@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -24,6 +23,7 @@ from megatron_jackpot.config import Config, ConfigError
 from megatron_jackpot.launch import children
 from megatron_jackpot.launch.folder import TRAIN_LOG, finished, own_folder, refusals, take_back
 from megatron_jackpot.launch.preflight import Subject, preflight
+from megatron_jackpot.launch.said import say
 from megatron_jackpot.run.interrupt import (
     EXIT_REQUEUE,
     ONE_REQUEST_S,
@@ -204,11 +204,6 @@ def trainer_env(folder: Path, urls: Sequence[str]) -> dict[str, str]:
         # their core, a server for one: the first step took three times as long.
         env.setdefault("OMP_WAIT_POLICY", "passive")
     return env
-
-
-def say(text: str) -> None:
-    with suppress(OSError):  # the terminal may be gone, and the children must be ended all the same
-        print(f"[launch] {text}", flush=True)
 
 
 class _Job:

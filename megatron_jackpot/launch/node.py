@@ -26,7 +26,9 @@ from megatron_jackpot.config import Config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
 from megatron_jackpot.launch import children
 from megatron_jackpot.launch.folder import finished, own_folder
-from megatron_jackpot.launch.local import run_job, say, start_model_servers, torchrun
+from megatron_jackpot.launch.local import run_job, start_model_servers, torchrun
+from megatron_jackpot.launch.lock import HELD_LIMIT_S, StillHeld
+from megatron_jackpot.launch.said import say
 from megatron_jackpot.run.interrupt import EXIT_REQUEUE, SIGNALS, StopRequest, forget_stop
 from megatron_jackpot.servers.address import free_port
 from megatron_jackpot.servers.process import stop_servers
@@ -36,6 +38,8 @@ SERVER_GRACE_S = 15.0
 EXIT_NO_START = 2
 MEETING_S = 60.0
 """How much later than the servers' own limit a node may start; steps of one job do not start together."""
+ENDED_FILE = "ended.json"
+"""In the attempt's folder: the first training node has left before training began."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,10 @@ def serve(config: Config) -> int:
 def join(config: Config, began: float | None = None) -> int:
     """This node's training processes to their end: torchrun's code, EXIT_REQUEUE when saved before the end.
 
-    Raises ValueError for a bad layout, ConfigError where another launch has the folder. Waits for servers and
-    for the first node, within servers.start_timeout_s; every way of asking a run to stop ends that as well.
-    `began`, on the monotonic clock: from when run.time_limit_s counts, None for now.
+    Raises ValueError for a bad layout, ConfigError where another launch has the folder, StillHeld where what
+    is left of an ended one does. Waits for servers and for the first node, within servers.start_timeout_s;
+    every way of asking a run to stop ends that as well. `began`, on the monotonic clock: from when
+    run.time_limit_s counts, None for now.
     """
     config, place = enter(config, os.environ, "join")
     if done := finished(config):
@@ -116,31 +121,40 @@ def join(config: Config, began: float | None = None) -> int:
         return 0
     began = time.monotonic() if began is None else began
     first = place.rank == 0
-    with own_folder(config.run.folder) if first else nullcontext():
-        if first:
-            forget_stop(config.run.folder)
-        asked: list[int] = []
-        for signum in SIGNALS:
-            signal.signal(signum, lambda number, _frame: asked.append(number))
-        request = StopRequest(config.run, started=began)
-        ended = place.folder(config) / "ended.json"
-
-        def stopped() -> bool:
-            # The file may still be an earlier run's where the first node has not come to clear it.
-            return bool(asked) or (request.reason() is not None if first else ended.exists())
-
-        try:
-            urls = config.servers.urls or wait_for_servers(config, place, stopped)
-            master = meet(config, place, stopped)
-        except InterruptedError:
+    try:
+        with own_folder(config.run.folder) if first else nullcontext():
             if first:
-                publish(ended, {"node": place.node})
-            say(f"{place.node}: told to stop before training began")
-            return EXIT_REQUEUE
-        except TimeoutError as error:
-            say(f"{place.node}: {error}")
-            return 1
-        return _train(config, place, urls, master, began)
+                forget_stop(config.run.folder)
+            return _meet_and_train(config, place, began)
+    except StillHeld:
+        publish(place.folder(config) / ENDED_FILE, {"node": place.node})
+        raise
+
+
+def _meet_and_train(config: Config, place: Place, began: float) -> int:
+    first = place.rank == 0
+    asked: list[int] = []
+    for signum in SIGNALS:
+        signal.signal(signum, lambda number, _frame: asked.append(number))
+    request = StopRequest(config.run, started=began)
+    ended = place.folder(config) / ENDED_FILE
+
+    def stopped() -> bool:
+        # The file may still be an earlier run's where the first node has not come to clear it.
+        return bool(asked) or (request.reason() is not None if first else ended.exists())
+
+    try:
+        urls = config.servers.urls or wait_for_servers(config, place, stopped)
+        master = meet(config, place, stopped)
+    except InterruptedError:
+        if first:
+            publish(ended, {"node": place.node})
+        say(f"{place.node}: told to stop before training began")
+        return EXIT_REQUEUE
+    except TimeoutError as error:
+        say(f"{place.node}: {error}")
+        return 1
+    return _train(config, place, urls, master, began)
 
 
 def _train(
@@ -267,7 +281,8 @@ def meet(config: Config, place: Place, stopped: Callable[[], bool]) -> dict[str,
         master = {"node": place.node, "host": place.address, "port": free_port(place.address)}
         publish(path, master)
         return master
-    return read_when_there(path, MEETING_S, "the first training node's address", stopped)
+    limit_s = MEETING_S + HELD_LIMIT_S
+    return read_when_there(path, limit_s, "the first training node's address", stopped)
 
 
 def rendezvous(place: Place, master: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """`launch --slurm`: the cluster section of a configuration as a Slurm job.
 
-A job is one of the scripts in jobs/ with its #SBATCH lines and settings filled in, kept with the resolved
-configuration in RUN/slurm. Nothing of the configuration is left for a shell to interpret.
+A job is one of the scripts in jobs/ with its #SBATCH lines, settings and the resolved configuration filled
+in, kept in RUN/slurm. Slurm has a copy, so that a job that waits, runs or is queued again goes by what it was
+submitted with, whatever is submitted later. Nothing of the configuration is left for a shell to interpret.
 """
 
 import re
@@ -22,7 +23,8 @@ REPO = Path(__file__).resolve().parents[2]
 """What PYTHONPATH needs: a clone, or the site-packages that the package was installed into."""
 JOBS = Path(__file__).resolve().parent / "jobs"
 JOB_FILE = "job.sbatch"
-CONFIG_FILE = "config.yaml"
+END_OF_CONFIG = "END_OF_CONFIG"
+"""A line that no YAML of a configuration has: at its left margin stand the sections' names."""
 SBATCH_LIMIT_S = 60
 
 
@@ -30,27 +32,26 @@ def submit(config: Config, *, dry_run: bool, chain: int = 1) -> int:
     """Render, keep, submit a job that has no `job_mistakes`, and say how to follow; `dry_run` prints it and
     writes nothing. Returns 0, or sbatch's exit code."""
     folder = (config.run.folder / "slurm").absolute()
-    script = render(config, folder / CONFIG_FILE)
+    script = render(config, folder)
     if dry_run:
         print(script, end="")
         return 0
-    (folder).mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(
-        yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
-    )
+    folder.mkdir(parents=True, exist_ok=True)
     job = folder / JOB_FILE
     job.write_text(script, encoding="utf-8")
     if advice := turns_advice(config):
         print(f"advice: {advice}")
-    after: list[str] = []
+    numbers: list[str] = []
     for _ in range(chain):
+        # Each is told all jobs before it: a lock that one of them left is then known to be no one's.
+        after = [f"--dependency=afterany:{':'.join(numbers)}"] if numbers else []
         done = _sbatch([*after, str(job)])
         if done.returncode:
             print(f"sbatch refused {job}: {done.stderr.strip()}")
             return done.returncode
         number = done.stdout.strip().split(";")[0]
-        print(f"Submitted job {number}{' after ' + after[0].split(':')[1] if after else ''}: {job}")
-        after = [f"--dependency=afterany:{number}"]
+        print(f"Submitted job {number}{' after ' + numbers[-1] if numbers else ''}: {job}")
+        numbers.append(number)
     pattern = (
         "%A_%a.out".replace("%A", number).replace("%a", "*") if config.cluster.seeds else f"{number}.out"
     )
@@ -87,8 +88,12 @@ def script_of(config: Config) -> Path:
     return JOBS / f"{config.cluster.layout}.sbatch"
 
 
-def render(config: Config, config_file: Path) -> str:
-    """The job script: #SBATCH lines, settings, arguments, then the body of the script in jobs/."""
+def render(config: Config, folder: Path) -> str:
+    """The job script: #SBATCH lines, settings, the configuration, then the body of the script in jobs/.
+
+    Each attempt writes the configuration to folder/JOB-REQUEUES.yaml, and removes it at its end; one that was
+    killed leaves it to the job's next attempt.
+    """
     template = script_of(config).read_text(encoding="utf-8").splitlines()
     body = [line for line in template[1:] if not line.startswith("#")]
     settings = [f"{name}={shlex.quote(value)}" for name, value in settings_of(config).items()]
@@ -96,10 +101,16 @@ def render(config: Config, config_file: Path) -> str:
         [
             "#!/usr/bin/env bash",
             f"# Rendered from launch/jobs/{script_of(config).name}: {layout_line(config)}",
-            *(f"#SBATCH {option}" for option in options(config, config_file.parent)),
+            *(f"#SBATCH {option}" for option in options(config, folder)),
             f"export {' '.join(settings)}",
             f"cd -- {shlex.quote(str(Path.cwd()))} || exit 1",
-            f"set -- {shlex.quote(str(config_file))}",
+            f"folder={shlex.quote(str(folder))}",
+            'config="$folder/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.yaml"',
+            'rm -f -- "$folder/$SLURM_JOB_ID"-*.yaml',
+            """trap 'rm -f -- "$config"' EXIT""",
+            f"""cat >"$config" <<'{END_OF_CONFIG}' || exit 1""",
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + END_OF_CONFIG,
+            'set -- "$config"',
             *body,
             "",
         ]

@@ -77,12 +77,15 @@ METRICS = {
 """The names that tools and dashboards may rely on; a run may write others beside them."""
 
 WANDB_ID_FILE = "wandb-id"
+HELD_BACK_BYTES = 2**20
+"""Rows that wait for a disk that refuses: those of hundreds of steps."""
 Row = dict[str, Any]
 
 
 class JsonLines:
     """Appends rows with a "step" to a file, one JSON object a line, each on disk before `write` returns.
 
+    Rows that the disk refuses, as a full one does, are held back and written with the next one that it takes.
     Every line carries the format's number: lines are cut away at a resume, and read while others are written.
     """
 
@@ -90,11 +93,19 @@ class JsonLines:
         """`resume_step` drops what an earlier process wrote for later steps; None keeps all of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         _repair(path, resume_step)
-        self._file = open(path, "a", encoding="utf-8")
+        # What could not be written stays in the buffer, to the byte, and the next flush tries it again.
+        self._file = open(path, "a", encoding="utf-8", buffering=HELD_BACK_BYTES)
+        self._refused = False
 
     def write(self, row: Row) -> None:
-        self._file.write(line_of(row))
-        self._file.flush()
+        try:
+            self._file.write(line_of(row))
+            self._file.flush()
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                log.warning(f"{self._file.name} lacks rows until the disk takes them again: {error}")
+            self._refused = True
 
     def close(self) -> None:
         self._file.close()
@@ -155,9 +166,13 @@ class MetricsWriter:
             log.warning(f"step {step}: not finite, {self.num_nonfinite} so far: {', '.join(lost)}")
         self._rows.write({"step": step, **{name: finite.get(name) for name in values}})
         if self._tensorboard is not None:
-            for name, value in finite.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            try:
+                for name, value in finite.items():
+                    self._tensorboard.add_scalar(name, value, step)
+                self._tensorboard.flush()
+            except OSError as error:  # Its own thread has ended with it: this writer takes no more.
+                self._tensorboard = None
+                log.warning(f"TensorBoard has no steps from {step} on, until the run is resumed: {error}")
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from megatron_jackpot.run.limits import watched
 
@@ -119,12 +120,13 @@ class Watchdog:
             os.pwrite(self._doing_fd, line.encode()[: _LINE_BYTES - 1].ljust(_LINE_BYTES - 1) + b"\n", 0)
 
     def dump(self, why: str) -> None:
-        """Append `why` and every thread's stack to the rank's file in the run's folder, and to stderr."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            for target in (file, sys.stderr):
-                print(f"rank {self.rank}: {why}", file=target, flush=True)
-                faulthandler.dump_traceback(target.fileno(), all_threads=True)
+        """Append `why` and every thread's stack to stderr, and to the rank's file in the run's folder."""
+        _say_stacks(sys.stderr, f"rank {self.rank}: {why}")
+        # A full disk must not keep the thread that watches from ending a rank that is stuck.
+        with suppress(OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                _say_stacks(file, f"rank {self.rank}: {why}")
 
     def _watch(self) -> None:
         while True:
@@ -143,3 +145,9 @@ class Watchdog:
     def _innermost(self) -> list[_Phase]:
         """Of each thread. Called with the lock held."""
         return [*{phase.thread: phase for phase in self._phases.values()}.values()]
+
+
+def _say_stacks(file: TextIO, why: str) -> None:
+    with suppress(OSError):
+        print(why, file=file, flush=True)
+        faulthandler.dump_traceback(file.fileno(), all_threads=True)

@@ -1,8 +1,12 @@
 import io
 import json
 import re
+import resource
 import sys
+import threading
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,6 +38,32 @@ def test_values_that_are_not_finite_become_null_and_are_counted(tmp_path):
     # Strict JSON: a parser that refuses NaN and Infinity accepts it.
     assert json.loads(line, parse_constant=pytest.fail)["loss/policy"] is None
     assert series(read_metrics(tmp_path), "jackpot/z") == ([], [])
+
+
+@contextmanager
+def full_disk(num_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond `num_bytes`: the last write before that takes a part."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_a_full_disk_holds_rows_back_and_ends_no_run(tmp_path, caplog, monkeypatch, tensorboard):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's own thread ends
+    with writer(tmp_path, tensorboard=tensorboard) as out:
+        out.write(1, {"reward/mean": 0.5})
+        with full_disk(100):
+            for step in range(2, 50):
+                out.write(step, {"reward/mean": 0.5})
+        assert [row["step"] for row in read_metrics(tmp_path)][-1] < 3
+        out.write(50, {"reward/mean": 0.5})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [*range(1, 51)]
+    assert caplog.text.count("lacks rows until the disk takes them again") == 1
+    assert caplog.text.count("TensorBoard has no steps from 2 on") == tensorboard
 
 
 @pytest.mark.parametrize("cut", [1, 5, 20])

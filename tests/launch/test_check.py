@@ -165,6 +165,18 @@ def test_output_reaches_the_terminal_as_it_is_and_the_log_as_it_ends_up(tmp_path
     assert "\x1b[32mgreen \u2501" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("log", ["/dev/full", "no/such/folder/log"])
+def test_a_log_that_cannot_be_written_costs_its_lines_and_not_the_child(tmp_path, capsys, log):
+    # More than a pipe holds: a child that nobody reads would hang, or end of a broken pipe.
+    body = "for n in range(20000): print('line', n, flush=True)"
+    child = children.Streamed([sys.executable, "-c", body], log=tmp_path / log, env={})
+    child.popen.wait(30)
+    child.drain(limit_s=5)
+    shown = capsys.readouterr().out
+    assert child.code() == 0 and "line 19999\n" in shown
+    assert shown.count(f"{tmp_path / log} lacks lines from here on") == 1
+
+
 def test_a_rank_that_cannot_work_says_why_without_a_traceback(tree, tmp_path):
     tree["servers"] = {"urls": ["http://127.0.0.1:1"]}
     (tmp_path / "model" / "tokenizer.json").unlink()

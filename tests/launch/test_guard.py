@@ -98,6 +98,16 @@ def test_a_stuck_phase_is_named_with_every_stack_and_ends_the_process(tmp_path: 
     assert "stuck_here" in written and "stuck_here" in done.stderr and "Thread" in written
 
 
+def test_a_stuck_rank_ends_also_where_its_stacks_cannot_be_written(tmp_path: Path):
+    (tmp_path / "stacks-rank-3.txt").symlink_to("/dev/full")
+    (tmp_path / "doing").touch()  # no folder
+    body = STUCK.replace("range(6)", "range(0)").replace("time.sleep(2.0)", "pass")
+    done = subprocess.run(
+        [sys.executable, "-c", body, str(tmp_path), "outside"], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == EXIT_STUCK and "stuck_here" in done.stderr
+
+
 def test_the_time_of_a_phase_counts_once_in_none_of_those_around_it(tmp_path: Path):
     dog = Watchdog(tmp_path, 3, 100.0)
 

@@ -190,3 +190,37 @@ def test_a_rank_that_fails_ends_with_a_plain_code_and_its_traceback(tmp_path: Pa
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
     assert "RuntimeError: the peer is gone" in done.stderr
+
+
+LOADS = """
+import sys, time
+from pathlib import Path
+from megatron_jackpot import cli
+from megatron_jackpot.launch import {module}
+def slowly(*_, **__):
+    print("loads", flush=True)
+    time.sleep(30)
+cli.examine_config = lambda *_: (cli.Config.model_construct(run=type("Run", (), dict(folder=Path("no")))), [])
+cli._preflight = lambda *_: []
+cli.placed = lambda mistakes, *_: mistakes
+{slow} = slowly
+sys.exit(cli.main(["{command}", "run.yaml"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "slow"),
+    [
+        ("join", "node", "cli.examine_config"),
+        ("join", "node", "node.join"),
+        ("launch", "local", "local.launch"),
+    ],
+)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_counts_before_there_is_a_run(tmp_path: Path, command, module, slow, signum):
+    """While the configuration is read, and until the run itself listens."""
+    body = LOADS.format(command=command, module=module, slow=slow)
+    with subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout.readline() == b"loads\n"
+        process.send_signal(signum)
+        assert process.wait(timeout=10) == 75

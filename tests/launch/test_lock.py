@@ -1,18 +1,20 @@
 """Two launches never share a folder; what a dead one left is no obstacle."""
 
+import fcntl
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from megatron_jackpot.config import ConfigError
 from megatron_jackpot.launch import lock
-from megatron_jackpot.launch.lock import LOCK_FILE, only_launch, refuse_if_held
+from megatron_jackpot.launch.lock import LOCK_FILE, StillHeld, only_launch, refuse_if_held
 
 HOLD = """
 import sys, time
@@ -64,17 +66,104 @@ def test_a_lock_of_another_host_is_refused_with_the_way_to_remove_it(tmp_path):
     assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == "n7"
 
 
-def test_another_attempt_of_the_same_slurm_job_takes_over_on_another_node(tmp_path, monkeypatch):
-    held_by(tmp_path, host="n7", boot="another", job="17", attempt="0")
-    # Another job, and another launch in the same allocation, may both be running.
-    for job, attempt in (("18", "1"), ("17", "0")):
+@pytest.fixture
+def in_job(tmp_path, monkeypatch):
+    """Be an attempt of a Slurm job, where squeue is a script; with "" there is none, as in a container."""
+
+    def be(job: str, attempt: str = "0", squeue: str = "") -> None:
+        programs = tmp_path / "bin"
+        programs.mkdir(exist_ok=True)
+        if squeue:
+            (programs / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+            (programs / "squeue").chmod(0o755)
+        monkeypatch.setenv("PATH", str(programs))
+        monkeypatch.setenv("SLURM_CLUSTER_NAME", "mini")
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", attempt)
-        with pytest.raises(ConfigError):
+        monkeypatch.delenv("SLURM_JOB_DEPENDENCY", raising=False)
+
+    return be
+
+
+def test_another_attempt_of_the_same_slurm_job_takes_over_on_another_node(tmp_path, in_job):
+    in_job("17")
+    held_by(tmp_path, host="n7", boot="another")
+    # Another job, and another launch in the same allocation, may both be running.
+    for job, attempt in (("18", "1"), ("17", "0")):
+        in_job(job, attempt)
+        with pytest.raises(ConfigError, match="on host n7, Slurm job 17, since"):
             refuse_if_held(tmp_path)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    in_job("17", "1")
     with only_launch(tmp_path):
         pass
+
+
+UNKNOWN = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "dependency", "taken"),
+    [
+        ("exit 0", "", True),  # it has ended a moment ago
+        (UNKNOWN, "", True),
+        ('[ "$*" = "--noheader --jobs 17" ] && echo "17 batch jackpot R"', "", False),
+        ("echo 17 batch jackpot PD", "afterany:17", False),  # somebody has queued it once more
+        (AWAY, "", False),
+        ("sleep 5", "", False),
+        ("", "", False),
+        ("", "afterany:16:17", True),
+        (AWAY, "afterok:3,afterany:17", True),
+        ("", "afterany:9", True),  # the array that it was one of
+        ("", "after:17,afterany:170", False),
+    ],
+)
+def test_what_a_job_left_that_is_over_for_slurm_is_no_obstacle(
+    tmp_path, monkeypatch, in_job, squeue, dependency, taken
+):
+    in_job("17")
+    held_by(tmp_path, host="n7", boot="another", array="9")
+    monkeypatch.setattr(lock, "SQUEUE_LIMIT_S", 0.5)
+    in_job("18", squeue=squeue)
+    monkeypatch.setenv("SLURM_JOB_DEPENDENCY", dependency)
+    if taken:
+        with only_launch(tmp_path):
+            assert json.loads((tmp_path / LOCK_FILE).read_text())["job"] == "18"
+        return
+    with pytest.raises(ConfigError, match="Slurm job 17"):
+        refuse_if_held(tmp_path)
+
+
+def test_a_job_of_another_cluster_is_not_asked_for_here(tmp_path, monkeypatch, in_job):
+    in_job("17")
+    held_by(tmp_path, host="n7", boot="another", cluster="maxi")
+    in_job("18", squeue="exit 0")
+    with pytest.raises(ConfigError, match="Slurm job 17"):
+        refuse_if_held(tmp_path)
+
+
+@pytest.mark.parametrize(("job", "attempt"), [("17", "1"), ("18", "0")])
+def test_what_is_left_of_an_ended_job_is_waited_for_and_then_the_job_queued_again(
+    tmp_path, monkeypatch, in_job, capsys, job, attempt
+):
+    """Processes of a node whose slurmd is dead, where the disk knows the kernel's locks of all nodes."""
+    in_job("17")
+    left = (tmp_path / LOCK_FILE).open("w")
+    fcntl.flock(left, fcntl.LOCK_EX)
+    held_by(tmp_path, host="n7", boot="another")
+    in_job(job, attempt, squeue="exit 0")
+    monkeypatch.setattr(lock, "HELD_LIMIT_S", 0.2)
+    with pytest.raises(StillHeld) as ended:
+        refuse_if_held(tmp_path)
+    assert ended.value.code == 75
+    said = capsys.readouterr().out
+    assert (
+        "held by what is left of attempt 0 of job 17" in said and "waited 0.2 s, to be queued again" in said
+    )
+    monkeypatch.setattr(lock, "HELD_LIMIT_S", 30.0)
+    threading.Timer(0.5, left.close).start()
+    with only_launch(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["job"] == job
 
 
 def test_this_host_after_a_restart_of_the_machine_takes_over(tmp_path):

@@ -81,10 +81,11 @@ scenario_two_nodes() {  # servers on one node, torchrun over both
   wait_for 400 "job $job to end" ended "$job"
   completed "$job"
   unbroken "$folder" 6
-  for name in "slurm/$job.out" slurm/job.sbatch slurm/config.yaml config.yaml provenance.json metrics.jsonl \
+  for name in "slurm/$job.out" slurm/job.sbatch config.yaml provenance.json metrics.jsonl \
     train-n1.log train-n2.log servers/n1/server-0.log "slurm/$job-0/master.json" "slurm/$job-0/servers/0.json"; do
     [[ -e $folder/$name ]] || die "$folder/$name is missing"
   done
+  [[ -z $(find "$folder/slurm" -maxdepth 1 -name '*.yaml') ]] || die "the job's configuration was left"
   [[ ! -e $folder/servers/n2 ]] || die "a server ran on n2"
   ! grep -E 'Killed|CANCELLED' "$folder/slurm/$job.out" || die "the servers were killed instead of ended"
 }

@@ -1,63 +1,35 @@
-"""Jobs that `launch --slurm` renders and refuses, and what each node of one agrees on, without a cluster."""
+"""Jobs that `launch --slurm` renders and refuses, and what their scripts do, without a cluster."""
 
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from megatron_jackpot.cli import main
-from megatron_jackpot.config import Config, load_config, parse_config
+from megatron_jackpot.config import Config, load_config
 from megatron_jackpot.config.placement import trainer_procs, training_processes
-from megatron_jackpot.launch.node import (
-    Place,
-    array_member,
-    enter,
-    meet,
-    own_address,
-    publish,
-    wait_for_servers,
-)
-from tests.tiny import ACTOR, POLICY, hf_config, write_tokenizer
+from tests.slurm.jobs import config_for, job_environment, tree
+from tests.tiny import write_tokenizer
 
 ROOT = Path(__file__).parents[2]
 GPUS = dict(gpus_per_node=8, nodes=2)
 
 
-def tree(folder: Path, **sections: dict) -> dict:
-    for name, shape in (("policy", POLICY), ("actor", ACTOR)):
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(hf_config(**shape)))
-    made = dict(
-        run=dict(folder=str(folder / "run")),
-        policy=dict(hf=str(folder / "policy")),
-        actor=dict(hf=str(folder / "actor")),
-        data=dict(tasks=dict(chain_sum={}), max_prompt_tokens=100, size=200),
-        evaluation=dict(size=4),
-        rollout=dict(max_new_tokens=100),
-        precision=dict(dtype="float32"),
-    )
-    return made | sections
-
-
-def config_for(folder: Path, **sections: dict) -> Config:
-    return parse_config(tree(folder, **sections))
-
-
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
-    """A program `sbatch` that notes its arguments and gives out job numbers from 100 on."""
+    """A program `sbatch` that notes its arguments, numbers jobs from 100 on and keeps their scripts."""
     calls = tmp_path / "calls"
     program = tmp_path / "bin" / "sbatch"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >>{calls}\nexpr 99 + $(wc -l <{calls})\n')
+    program.write_text(
+        f'#!/bin/bash\necho "$@" >>{calls}\njob=$(expr 99 + $(wc -l <{calls})); echo $job\n'
+        f'cp "${{!#}}" {tmp_path}/$job.sbatch\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     return lambda: calls.read_text().splitlines() if calls.exists() else []
@@ -109,14 +81,38 @@ def test_slurms_options_without_slurm_are_refused(capsys) -> None:
     assert "go with --slurm" in capsys.readouterr().err
 
 
+def run_script(script: Path, job: str, restarts: str = "0") -> tuple[str, Config]:
+    """What a job's script gives the steps: the file's name and its configuration."""
+    seen = script.with_name("seen")
+    checkout = script.with_name("checkout") / "megatron_jackpot/launch/jobs"
+    checkout.mkdir(parents=True, exist_ok=True)
+    (checkout / "common.sh").write_text(f'run_job() {{ echo "$5" >{seen}; cp "$5" {seen}.yaml; exit 3; }}')
+    text = re.sub("JACKPOT_REPO=[^ ]*", f"JACKPOT_REPO={checkout.parents[2]}", script.read_text(), count=1)
+    environment = job_environment(SLURM_JOB_ID=job, SLURM_RESTART_COUNT=restarts, PATH=os.environ["PATH"])
+    assert subprocess.run(["bash"], input=text, text=True, env=environment).returncode == 3
+    return Path(seen.read_text().strip()).name, load_config(seen.with_suffix(".yaml"))
+
+
+def test_a_job_keeps_what_it_was_submitted_with_whatever_is_submitted_later(tmp_path, sbatch) -> None:
+    folder = str(tmp_path / "run")
+    assert launch_slurm(tmp_path, cluster=GPUS, run=dict(folder=folder, steps=100)) == 0
+    assert launch_slurm(tmp_path, cluster=dict(GPUS, nodes=5), run=dict(folder=folder, steps=400)) == 0
+    (tmp_path / "run/slurm/100-0.yaml").write_text("of an attempt that was killed")
+    for job, restarts, steps, nodes in (("101", "0", 400, 5), ("100", "1", 100, 2)):
+        name, config = run_script(tmp_path / f"{job}.sbatch", job, restarts)
+        assert (name, config.run.steps, config.cluster.nodes) == (f"{job}-{restarts}.yaml", steps, nodes)
+    # What ended jobs leave is no file of their own.
+    assert [path.name for path in (tmp_path / "run/slurm").iterdir()] == ["job.sbatch"]
+
+
 def test_a_chain_of_jobs_keeps_script_and_configuration(tmp_path, capsys, sbatch) -> None:
-    assert launch_slurm(tmp_path, "--chain", "2", cluster=dict(GPUS, seeds=[3, 5])) == 0
+    assert launch_slurm(tmp_path, "--chain", "3", cluster=dict(GPUS, seeds=[3, 5])) == 0
     job = tmp_path / "run/slurm/job.sbatch"
-    assert sbatch() == [f"--parsable {job}", f"--parsable --dependency=afterany:100 {job}"]
+    after = ("", "--dependency=afterany:100 ", "--dependency=afterany:100:101 ")
+    assert sbatch() == [f"--parsable {dependency}{job}" for dependency in after]
     assert "--array=3,5" in directives(job.read_text())
-    assert "Submitted job 101 after 100" in capsys.readouterr().out
-    kept = load_config(job.parent / "config.yaml")
-    assert kept.cluster.seeds == (3, 5)
+    assert "Submitted job 102 after 101" in capsys.readouterr().out
+    assert run_script(tmp_path / "101.sbatch", "101")[1].cluster.seeds == (3, 5)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +177,7 @@ def test_words_of_the_configuration_never_reach_a_shell_as_code(tmp_path, capsys
     )
     assert launch_slurm(tmp_path, "--dry-run", cluster=cluster) == 0
     script = capsys.readouterr().out.split("source ")[0]
+    (tmp_path / "run/slurm").mkdir(parents=True)
     environment = {"SLURM_SUBMIT_DIR": "/", "SLURM_JOB_NUM_NODES": "2", "PATH": os.environ["PATH"]}
     script += 'printf "%s\\n" "$JACKPOT_SETUP" "$JACKPOT_IMAGE"'
     shown = subprocess.run(
@@ -211,113 +208,42 @@ def test_the_step_of_each_runtime(tmp_path, runtime) -> None:
         assert words[:6] == ["apptainer", "exec", "--pwd", "/tmp", "--bind", "/d:/d"]
 
 
-def job_environment(**changes: str) -> dict[str, str]:
-    given = dict(
-        SLURM_JOB_ID="17", SLURM_JOB_NUM_NODES="2", SLURM_NTASKS="2", SLURM_PROCID="1", SLURMD_NODENAME="n2"
-    )
-    return given | changes
-
-
-def test_a_node_knows_its_place_and_a_requeued_job_is_another_attempt(tmp_path) -> None:
-    config = config_for(tmp_path, cluster=dict(GPUS, interface="lo"))
-    _, place = enter(config, job_environment(), "join")
-    assert place == Place("17-0", 1, 2, "n2", "127.0.0.1", "lo")
-    member, again = enter(config, job_environment(SLURM_RESTART_COUNT="3", SLURM_ARRAY_TASK_ID="5"), "join")
-    assert again.attempt == "17-3" and again.folder(member) == tmp_path / "run/seed-5/slurm/17-3"
-    assert (member.run.seed, array_member(config, None)) == (5, config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (dict(SLURM_JOB_NUM_NODES="3"), "cluster.nodes = 2, but the job has 3 nodes"),
-        (dict(SLURM_NTASKS="1"), "`serve` was started on 1 nodes, .* ask for 2"),
-        (None, "SLURM_JOB_ID is not set"),
-    ],
-)
-def test_a_node_in_another_job_than_the_configured_one_is_refused(tmp_path, changes, message) -> None:
-    environment = {} if changes is None else job_environment(**changes)
-    with pytest.raises(ValueError, match=message):
-        enter(config_for(tmp_path, cluster=dict(GPUS, interface="lo")), environment, "serve")
-
-
-def test_an_interface_that_is_not_there_is_refused_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match=r"'ib7' has no IPv4 address .* It has: .*lo"):
-        own_address("ib7", alone=False)
-
-
-def test_nodes_meet_through_the_shared_folder(tmp_path) -> None:
-    config = config_for(tmp_path, cluster=dict(GPUS), servers=dict(start_timeout_s=5))
-    places = [Place("17-0", rank, 2, f"n{rank + 1}", "127.0.0.1", None) for rank in range(2)]
-    found = {}
-
-    def node(place: Place) -> None:
-        found[place.rank] = (
-            wait_for_servers(config, place, lambda: False),
-            meet(config, place, lambda: False),
-        )
-
-    threads = [threading.Thread(target=node, args=(place,)) for place in reversed(places)]
-    for thread in threads:
-        thread.start()
-    for place in places:
-        publish(place.folder(config) / "servers" / f"{place.rank}.json", {"urls": [f"http://{place.node}:1"]})
-    for thread in threads:
-        thread.join(timeout=10)
-    assert found[0] == found[1]
-    urls, master = found[0]
-    assert urls == ["http://n1:1", "http://n2:1"]
-    with socket.socket() as probe:
-        probe.bind((master["host"], master["port"]))
-
-
-def test_an_address_of_an_earlier_attempt_is_not_believed_and_the_wait_ends(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_jackpot.launch.node.MEETING_S", 0.0)
-    config = config_for(tmp_path, cluster=dict(GPUS), servers=dict(start_timeout_s=0.5))
-    earlier, now = (Place(f"17-{n}", 1, 2, "n2", "127.0.0.1", None) for n in (0, 1))
-    publish(earlier.folder(config) / "servers/0.json", {"urls": ["http://gone:1"]})
-    with pytest.raises(TimeoutError, match=r"Waited 0.5 s for the servers of a node.*17-1/servers/0.json"):
-        wait_for_servers(config, now, lambda: False)
-
-
-@pytest.mark.parametrize("way", ["signal", "file", "time"])
-def test_a_node_told_to_stop_before_training_asks_to_be_requeued(tmp_path, way) -> None:
-    path = tmp_path / "run.yaml"
-    cluster = dict(nodes=1, gpus_per_node=0, trainer_procs=1)
-    limit = dict(time_limit_s=8, stop_margin_s=5) if way == "time" else {}
-    path.write_text(
-        json.dumps(tree(tmp_path, cluster=cluster, run=dict(folder=str(tmp_path / "run"), **limit)))
-    )
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/stop").write_text("an earlier run's")
-    environment = {
-        **os.environ,
-        **job_environment(SLURM_JOB_NUM_NODES="1", SLURM_NTASKS="1", SLURM_PROCID="0"),
-    }
-    node = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(path)],
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-    )
-    assert node.stdout.readline() == b"waiting\n"
-    time.sleep(0.3)
-    assert node.poll() is None
-    if way == "signal":
-        node.send_signal(signal.SIGUSR1)
-    if way == "file":
-        (tmp_path / "run/stop").write_text("enough")
-    assert node.wait(timeout=20) == 75
-    assert (tmp_path / "run/slurm/17-0/ended.json").is_file()
-
-
-DRIVER = """
-import sys
-from megatron_jackpot.launch import node
-from megatron_jackpot.config import load_config
-wait = node.read_when_there
-def spoken(*args):
-    print("waiting", flush=True)
-    return wait(*args)
-node.read_when_there = spoken
-sys.exit(node.join(load_config(sys.argv[1])))
+SRUN = """#!/bin/bash
+while [[ $1 == -* ]]; do shift; done
+exec "$@"
 """
+PYTHON = """#!/bin/bash
+if [[ $3 == join ]]; then echo python >>"$SEEN"; sleep 8; fi
+trap 'exit 0' USR2
+for _ in $(seq 200); do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("where", ["setup", "python"])
+def test_a_stop_before_a_node_listens_queues_the_job_again(tmp_path, where) -> None:
+    """In the shell that sources the setup file, and in an interpreter that still loads."""
+    setup, seen, programs = tmp_path / "setup.sh", tmp_path / "seen", tmp_path / "bin"
+    slow = "if [[ $* == *join* ]]; then echo setup >>$SEEN; sleep 8; fi"
+    setup.write_text(slow if where == "setup" else "")
+    programs.mkdir()
+    for name, text in (
+        ("srun", SRUN),
+        ("python", PYTHON),
+        ("scontrol", '#!/bin/bash\necho "$@" >>"$SEEN"; kill -9 $PPID'),
+    ):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    environment = dict(job_environment(), PATH=path, SEEN=str(seen), SLURM_JOB_NODELIST="n[1-2]")
+    environment |= dict(JACKPOT_REPO=str(ROOT), JACKPOT_SETUP=str(setup))
+    body = 'source "$JACKPOT_REPO/megatron_jackpot/launch/jobs/common.sh"; run_job 1 0 2 0 run.yaml'
+    with (tmp_path / "out").open("w") as out:
+        job = subprocess.Popen(["bash", "-c", body], env=environment, stdout=out, stderr=out)
+        deadline = time.monotonic() + 10
+        while not seen.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.send_signal(signal.SIGUSR1)
+        job.wait(timeout=15)
+    said = (tmp_path / "out").read_text()
+    assert seen.read_text().split("\n")[:-1] == [where, "requeue 17"], said
+    assert "training ended with code 75" in said

@@ -114,6 +114,8 @@ run_job() {  # SERVER_NODES SERVERS_FROM TRAINER_NODES TRAINERS_FROM CONFIG [key
   done
   wait "$trainers"
   code=$?
+  # 128 + SIGUSR1: a node was still setting up, or srun was, so that nobody heard it and there was nothing to save.
+  if [[ -n $asked ]] && (( code == 138 )); then code=75; fi
   trap '' USR1 TERM
   end_servers "$servers"
   say "training ended with code $code"
