@@ -64,6 +64,19 @@ def test_of_a_run_the_newest_checkpoint_counts_and_of_one_step_the_export(run: P
         evaluand(tmp_path, None, run)
 
 
+def test_an_export_that_is_under_way_or_was_killed_counts_for_the_models_that_are_whole_in_it(run: Path) -> None:
+    (run / "hf/step-000020/.policy.123").mkdir(parents=True)
+    (run / "hf/step-000020/.policy.123/0.unnamed").touch()
+
+    def found(model: str | None) -> str:
+        return str(evaluand(run, model, None).folder.relative_to(run))
+
+    assert found(None) == "checkpoints/step-000020/policy"
+    (run / "hf/step-000020/.policy.123").rename(run / "hf/step-000020/policy")
+    (run / "hf/step-000020/policy/config.json").write_text("{}")
+    assert found(None) == "hf/step-000020/policy" and found("actor") == "checkpoints/step-000020/actor"
+
+
 def test_settings_are_the_runs_without_what_belongs_to_its_rollouts(run: Path, tmp_path: Path) -> None:
     config = settings(evaluand(run, None, None), [], ["evaluation.samples=4", "evaluation.temperature=1"])
     assert config.served == "policy" and config.served_hf == run / "checkpoints/step-000020/policy"
