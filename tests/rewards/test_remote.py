@@ -91,7 +91,9 @@ def test_calls_that_are_made_together_travel_in_batches_and_come_back_in_order(s
         found = score_all(pool, *[("x" * i, 4) for i in range(10)], prompt="p", num_tokens=3)
         assert found == [(i / 4, i == 4) for i in range(10)]
         assert sorted(len(items) for items in service.seen) == [2, 4, 4]
-        assert service.seen[0][0] == {"response": "", "label": 4, "prompt": "p", "num_tokens": 3}
+        # Which of those that travel beside each other comes first is the machine's.
+        first = {"response": "", "label": 4, "prompt": "p", "num_tokens": 3}
+        assert first in [items[0] for items in service.seen]
         assert score_all(pool, ("xx", 4)) == [(0.5, False)]  # Another event loop.
         assert pool.counters == {"scored": 11, "timed_out": 0, "crashed": 0}
 
@@ -114,11 +116,11 @@ def test_more_requests_than_a_service_takes_at_once_wait_outside_of_their_limit(
         # As on a machine of few cores, of which other work has some.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
         counts = pool.failures.begin()
-        return await asyncio.gather(*(pool("steady", 6, counts) for _ in range(20)))
+        return await asyncio.gather(*(pool("steady", 6, counts) for _ in range(24)))
 
-    with RewardPool(address(service), 1, 0.5, batch=1) as pool:
-        assert asyncio.run(judged(pool)) == [(1.0, True)] * 20
-        assert pool.counters == {"scored": 20, "timed_out": 0, "crashed": 0}
+    with RewardPool(address(service), 1, 1.5, batch=1) as pool:
+        assert asyncio.run(judged(pool)) == [(1.0, True)] * 24
+        assert pool.counters == {"scored": 24, "timed_out": 0, "crashed": 0}
     assert service.most == 3
 
 
