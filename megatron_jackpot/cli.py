@@ -213,7 +213,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
         print_evaluations(evaluate(it, config))
 
-    return _with_servers(ask, "nothing was written")
+    return _with_servers(ask, "sets that were judged are in evaluations.jsonl")
 
 
 def _values(config: Config, args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ THINK = re.compile(
 )
 """What closes a thought has a group that is not empty."""
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
+ANSWER_BEGIN, ANSWER_END = (re.compile(tag, re.IGNORECASE) for tag in ("<answer>", "</answer>"))
 SPOKEN = re.compile(
     r"\banswers?\b(?:\W{0,4}[:=]|[^.:\n]{0,60}?\b(?:is|are|be|equals)\b\s*:?)[\s*]*(?=\S)", re.IGNORECASE
 )
@@ -49,7 +49,7 @@ def marked_answer(text: str) -> str | None:
     boxes = list(_boxes(text))
     if boxes:
         return boxes[-1]
-    if tagged := ANSWER_TAG.findall(text):
+    if tagged := list(_tagged(text)):
         return tagged[-1]
     if "####" in text:
         return text.rpartition("####")[2].strip().split("\n")[0]
@@ -104,6 +104,14 @@ def matching_brace(text: str, start: int, limit: int) -> int | None:
         if depth == 0:
             return mark.start()
     return None
+
+
+def _tagged(text: str) -> Iterator[str]:
+    """What stands between answer tags, in order."""
+    at = 0
+    while (begin := ANSWER_BEGIN.search(text, at)) and (end := ANSWER_END.search(text, begin.end())):
+        yield text[begin.end() : end.start()]
+        at = end.end()
 
 
 def _innermost(content: str) -> str:

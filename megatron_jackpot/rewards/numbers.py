@@ -44,7 +44,9 @@ REPEATING = re.compile(
     rf"{SIGN}(?P<whole>\d*)\.(?P<fixed>\d*)\\(?:overline|bar|dot)\s*\{{?(?P<period>\d+)\}}?(?:\\ldots|\\dots)?"
 )
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?! ?[\d/,])")
+SPACED_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})++(?=(?P<more> ?[\d/,])?)")
+"""With `more` behind them they are no number: taken whole all the same, for from each group of three on they
+would be looked at again."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ class Number:
 def join_thousands(text: str) -> str:
     """1,234,567 and 1 234 567 as 1234567. A comma with a space behind it separates."""
     text = THOUSANDS.sub(lambda found: found.group().replace(",", ""), text)
-    return SPACED_THOUSANDS.sub(lambda found: found.group().replace(" ", ""), text)
+    return SPACED_THOUSANDS.sub(
+        lambda found: found.group() if found["more"] else found.group().replace(" ", ""), text
+    )
 
 
 def read_number(text: str) -> Number | None:

@@ -209,6 +209,8 @@ class RewardPool:
     def close(self) -> None:
         """End this pool's own workers and what they started; calls in flight raise RuntimeError."""
         self._closed = True
+        for service in self.remote.values():
+            service.close()
         for worker in self._workers:
             worker.end()
         for worker in self._idle:
@@ -229,7 +231,6 @@ class RewardPool:
         died."""
         request = frame(pickle.dumps((kind, response_text, label, dict(seen or {}))))
         worker = await self._acquire()
-        reply: Reply | None = None
         whole = False
         try:
             await worker.ready(self.start_timeout_s)
@@ -328,9 +329,8 @@ class _Worker:
                 while not self._take_ready():
                     await self._readable()
         except TimeoutError as error:
-            raise RuntimeError(
-                f"Reward worker {self.process.pid} was not ready within {timeout_s} s."
-            ) from error
+            late = f"Reward worker {self.process.pid} was not ready within {timeout_s} s."
+            raise RuntimeError(late) from error
 
     async def ask(self, request: bytes, timeout_s: float) -> Reply:
         """Raises TimeoutError past the limit, ConnectionError when the worker is gone."""

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 
 from megatron_jackpot.rewards import numbers, units
 from megatron_jackpot.rewards.numbers import Number
@@ -15,7 +16,7 @@ from megatron_jackpot.rewards.written import tidy
 MAX_FORMULA = 2000
 """Characters of the longest formula that is read."""
 MAX_NESTING = 40
-"""Brackets in brackets of the deepest one."""
+"""Brackets in brackets of the deepest one; and names and choices in front of each other."""
 MAX_ITEMS = 200
 
 
@@ -119,15 +120,30 @@ LETTER = re.compile(
 )
 SEPARATOR = re.compile(r"[,;]\s*(?:(?:and|or)(?![A-Za-z]))?|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])")
 BRACKET = re.compile(r"\\(?:langle|rangle)(?![A-Za-z])|\\.|[()\[\]{}]")
+STOPS = re.compile(r"(?<![.,;:!?\"`*])[.,;:!?\"`*]++(?=\s|$)|^[\"`*]+")
+"""Looked at once each: from amid a run of them every one would be looked at again."""
 OPENING, CLOSING = {"(", "[", "{", r"\{"}, {")", "]", "}", r"\}"}
+
+
+class _TooDeep(Exception):
+    """Of the whole answer, at once: what holds the part would be read in another way, and the part again."""
 
 
 def read(text: str) -> Reading | None:
     """What `text` says; None where it says nothing, or more than is ever read."""
-    return _read(numbers.join_thousands(tidy(text)))
+    try:
+        return _read(numbers.join_thousands(tidy(text)), 0)
+    except _TooDeep:
+        return None
 
 
-def _read(text: str) -> Reading | None:
+# What is no choice may be a name: of either it is the same that is read behind it.
+@lru_cache(maxsize=256)
+def _read(text: str, depth: int) -> Reading | None:
+    """`depth` of names, choices and collections it stands in. Raises _TooDeep."""
+    # First of all: each pair of brackets that is taken off costs a look at all that they hold.
+    if depth > MAX_NESTING or _nesting(text) > MAX_NESTING:
+        raise _TooDeep
     text = _unparenthesised(text)
     if not text:
         return None
@@ -136,15 +152,15 @@ def _read(text: str) -> Reading | None:
     if (number := numbers.read_number(text)) is not None:
         return Quantity(text=text, number=number)
     if len(text) <= MAX_FORMULA and "\\begin" not in text:
-        if _nesting(text) > MAX_NESTING:
-            return None
         # Before the commas: (A) 1, 2 is one choice.
-        if (choice := CHOICE.fullmatch(text)) and (content := read(choice[3] or choice[5])):
-            return Choice(text=text, letter=choice[1] or choice[2] or choice[4], content=content)
-        if several := _collection(text):
+        if choice := CHOICE.fullmatch(text):
+            said = numbers.join_thousands(tidy(choice[3] or choice[5]))
+            if content := _read(said, depth + 1):
+                return Choice(text=text, letter=choice[1] or choice[2] or choice[4], content=content)
+        if several := _collection(text, depth):
             return several
         if "=" in text or "\\in" in text or ":" in text:
-            return _related(text)
+            return _related(text, depth)
     return _single(text)
 
 
@@ -168,7 +184,7 @@ def words_of(text: str) -> str:
     if letter := LETTER.fullmatch(text):
         return letter[1].lower()
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", text).replace("-", " ").casefold()
-    text = re.sub(r"[.,;:!?\"`*]+(?=\s|$)|^[\"`*]+", " ", text)
+    text = STOPS.sub(" ", text)
     return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
@@ -221,7 +237,7 @@ def _code(text: str) -> Reading | None:
     return None
 
 
-def _related(text: str) -> Reading | None:
+def _related(text: str, depth: int) -> Reading | None:
     """`x = 5` as 5 with a name, a chain of equations as its last side, another relation as a formula."""
     found = NAMED.fullmatch(text) or SWAPPED.fullmatch(text)
     if found:
@@ -229,7 +245,7 @@ def _related(text: str) -> Reading | None:
         if EQUALS.search(rest):
             rest = EQUALS.split(rest)[-1]
         if not re.search(r"[<>]|\\(?:le|ge|ne|equiv)(?![A-Za-z])", rest):
-            value = _read(tidy(rest))
+            value = _read(tidy(rest), depth + 1)
             descriptive = re.search(r"\\text|[A-Za-z]{3,}(?!\s*\()", found["name"].replace("\\", " ", 1))
             greek = found["name"].startswith("\\")
             name = "" if descriptive and not greek else re.sub(r"[\s{}]", "", found["name"]).lower()
@@ -237,31 +253,31 @@ def _related(text: str) -> Reading | None:
     sides = EQUALS.split(text)
     if len(sides) > 1 and not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", "".join(sides[:-1]))):
         # 48 + 24 = 72 comes to 72.
-        return _read(tidy(sides[-1]))
+        return _read(tidy(sides[-1]), depth + 1)
     return _single(text)
 
 
-def _collection(text: str) -> Reading | None:
-    if pair := _plus_minus(text):
+def _collection(text: str, depth: int) -> Reading | None:
+    if pair := _plus_minus(text, depth):
         return Collection(text=text, opened="", closed="", items=pair)
-    if (several := _several_units(text)) or (several := _items(text)):
+    if (several := _several_units(text)) or (several := _items(text, depth)):
         return Collection(text=text, opened="", closed="", items=several)
     ends = _outer_brackets(text)
     if ends is None:
         return None
     opened, inside, closed = ends
-    items = _items(inside)
+    items = _items(inside, depth)
     if items:
         return Collection(text=text, opened=opened, closed=closed, items=items)
-    return _read(tidy(inside)) if opened in (r"\{", "[") and closed in (r"\}", "]") else None
+    return _read(tidy(inside), depth + 1) if opened in (r"\{", "[") and closed in (r"\}", "]") else None
 
 
-def _items(text: str) -> tuple[Reading, ...] | None:
+def _items(text: str, depth: int) -> tuple[Reading, ...] | None:
     """Readings of what separators outside of all brackets part; None where there are none."""
     parts = list(_split(text))
     if not 1 < len(parts) <= MAX_ITEMS:
         return None
-    items = [_read(tidy(part)) for part in parts if part.strip()]
+    items = [_read(tidy(part), depth + 1) for part in parts if part.strip()]
     return tuple(item for item in items if item) if all(items) and len(items) > 1 else None
 
 
@@ -290,12 +306,12 @@ def _several_units(text: str) -> tuple[Reading, ...] | None:
     return tuple(item for item in items if item) if all(item and item.unit for item in items) else None
 
 
-def _plus_minus(text: str) -> tuple[Reading, ...] | None:
+def _plus_minus(text: str, depth: int) -> tuple[Reading, ...] | None:
     r"""a \pm b as a + b and a - b."""
     if len(re.findall(r"\\pm(?![A-Za-z])|\+/-", text)) != 1:
         return None
     sides = [re.sub(r"\\pm(?![A-Za-z])\s*|\+/-\s*", sign, text) for sign in "+-"]
-    items = [_read(tidy(re.sub(r"(^|[=(])\s*\+", r"\1", side))) for side in sides]
+    items = [_read(tidy(re.sub(r"(^|[=(])\s*\+", r"\1", side)), depth + 1) for side in sides]
     return tuple(item for item in items if item) if all(items) else None
 
 

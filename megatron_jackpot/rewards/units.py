@@ -4,7 +4,7 @@ A unit is compared by name and not converted. "" is no unit.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_jackpot.rewards.written import DOLLAR
 
@@ -127,15 +127,20 @@ class Measured:
 
 def split_unit(text: str) -> Measured:
     """Take the unit off an answer in tidy form; the whole answer with unit "" where there is none."""
-    if before := BEFORE.match(text):
-        rest = before[1] + before[3] + text[before.end() :]
-        inner = split_unit(rest)
+    before = list[str]()
+    while found := BEFORE.match(text):
+        before.append(SYMBOLS[found[2]])
+        text = found[1] + found[3] + text[found.end() :]
+    measured = _split_behind(text)
+    for unit in reversed(before):
         # $5 million and $5 per hour have more behind the number.
-        if inner.unit == SYMBOLS[before[2]] or not inner.unit:
-            unit = SYMBOLS[before[2]]
-        else:
-            unit = f"{SYMBOLS[before[2]]} {inner.unit}"
-        return Measured(inner.rest, unit, inner.scale)
+        if measured.unit and measured.unit != unit:
+            unit = f"{unit} {measured.unit}"
+        measured = replace(measured, unit=unit)
+    return measured
+
+
+def _split_behind(text: str) -> Measured:
     start = max(0, len(text) - MAX_TAIL)
     tail = BEHIND.search(text, start)
     if tail is None:

@@ -80,7 +80,7 @@ REWRITES = [
     (re.compile(r"\\(?:displaystyle|textstyle|limits|nolimits|rm|bf|it)(?![A-Za-z])"), ""),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(rf"\\(?:{FONTS})\s*(?=\{{)"), r"\\text"),
-    (re.compile(r"\\text\{\s*,?\s*(and|or)\s*\}"), r" \1 "),
+    (re.compile(r"\\text\{\s*(?:,\s*)?(and|or)\s*\}"), r" \1 "),
     (re.compile(r"\\(?:lor|vee)(?![A-Za-z])"), " or "),
     (re.compile(r"\\(?:land|wedge)(?![A-Za-z])"), " and "),
     (re.compile(r"\\lbrace(?![A-Za-z])"), r"\\{"),
@@ -96,7 +96,7 @@ REWRITES = [
     (re.compile(r"\\lt(?![A-Za-z])"), "<"),
     (re.compile(r"\\gt(?![A-Za-z])"), ">"),
     (
-        re.compile(r"\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])|\\textdegree"),
+        re.compile(r"\^\s*(?:\{\s*)?\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])|\\textdegree"),
         r"^{\\circ}",
     ),
     (re.compile(r"\\([%#&_])"), r"\1"),
@@ -105,6 +105,8 @@ REWRITES = [
 APPROXIMATE = re.compile(
     r"^(?:\\approx|\\sim|about|approximately|roughly|approx\.?)(?![A-Za-z])\s*", re.IGNORECASE
 )
+MAX_WRAPPINGS = 40
+"""Fonts, quotes and the like around each other that are taken off: each time all is looked at again."""
 WRAPPED = re.compile(r"^(?:\*\*|`|__|\"|')(.+?)(?:\*\*|`|__|\"|')$")
 
 
@@ -140,8 +142,7 @@ def tidy(text: str) -> str:
     text = plain_characters(text)
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    before = None
-    while text != before:
+    for _ in range(MAX_WRAPPINGS):
         before = text
         text = strip_braces(text.strip().rstrip(".,;: \\").strip())
         if wrapped := WRAPPED.match(text):
@@ -149,6 +150,8 @@ def tidy(text: str) -> str:
         if text.startswith(r"\text{") and _brace_pairs(text).get(5) == len(text) - 1:
             text = text[6:-1]
         text = APPROXIMATE.sub("", text)
+        if text == before:
+            break
     return text
 
 

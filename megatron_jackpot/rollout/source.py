@@ -65,7 +65,8 @@ class ServerSource:
         limit_s: float,
     ) -> None:
         """`client` and `pool` are made in the thread, which outlives them; `urls` are the servers';
-        `limit_s` is for an evaluation, and for a file's labels."""
+        `limit_s`, which is run.phase_timeout_s, is for the answers to a set, for their verdicts, and for a
+        file's labels."""
         self.urls, self.sampling, self.decode, self.limit_s = urls, sampling, decode, limit_s
         self.thread = LoopThread()
         try:
@@ -152,7 +153,7 @@ class ServerSource:
 
     def check_labels(self, prompts: Sequence[Prompt], path: Path) -> None:
         """Raises ValueError naming the lines of `path` whose label no response could match."""
-        self.thread.wait(self.pool.check_labels(prompts, path), self.limit_s, f"the labels of {path}")
+        self._wait(self.pool.check_labels(prompts, path), f"the labels of {path}")
 
     def verdicts(
         self, answers: Sequence[Sequence[int]], prompts: Sequence[Prompt], stop: Stop = never
@@ -177,13 +178,17 @@ class ServerSource:
             )
 
         work = [judge(a, p) for a, p in zip(answers, prompts, strict=True)]
-        return self.thread.wait(_all_of(work, stop), self.limit_s, f"verdicts on {len(prompts)} answers")
+        return self._wait(_all_of(work, stop), f"verdicts on {len(prompts)} answers")
+
+    def _wait(self, work: Coroutine[object, None, T], what: str) -> T:
+        """As the thread does, for as long as a phase may take."""
+        return self.thread.wait(work, self.limit_s, f"{what} (run.phase_timeout_s)")
 
     def server_gib(self) -> float | None:
         """Memory of the fullest server; None where one does not say."""
         try:
             asked = ServerAdmin(self.urls, timeout_s=MEMORY_LIMIT_S).memory_gib()
-            return max(self.thread.wait(asked, self.limit_s, "the servers' memory"))
+            return max(self._wait(asked, "the servers' memory"))
         except ServerError:
             return None
 
@@ -217,7 +222,7 @@ class ServerSource:
             return group
 
         work = _all_of([answered(prompt) for prompt in prompts], stop)
-        asked = self.thread.wait(work, self.limit_s, f"answers to {len(prompts)} prompts")
+        asked = self._wait(work, f"answers to {len(prompts)} prompts")
         return [[answer.tolist() for answer in group] for group in asked]
 
     def close(self) -> None:

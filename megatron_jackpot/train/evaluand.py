@@ -52,7 +52,10 @@ def evaluand(what: Path, model: str | None, run: Path | None) -> Evaluand:
     what = Path(what).resolve()
     if not what.is_dir():
         raise ConfigError(f"{what} is no folder. Name a run, a checkpoint or a model's folder.")
-    saved = [*checkpoints(what), *sorted((what / "hf").glob("step-*"))]
+    exports = sorted((what / "hf").glob("step-*"))
+    # A step's folder is there before its models, each of which appears when it is whole.
+    whole = [folder for folder in exports if (folder / (model or "policy") / "config.json").is_file()]
+    saved = [*checkpoints(what), *whole]
     # Of one step the export, which need not be converted.
     newest = max(reversed(saved), key=lambda folder: folder.name, default=what)
     try:

@@ -53,7 +53,7 @@ class Asked:
 
 
 def evaluate(it: Evaluand, config: Config) -> list[Row]:
-    """Ask, judge and write down; the rows, one for each set.
+    """Ask, judge and write down; the rows, one for each set, each written when its set is judged.
 
     Raises ValueError or FileNotFoundError, before a server is started, for anything that cannot work;
     RuntimeError or TimeoutError where servers do not start, ServerError where they stop to answer.
@@ -74,10 +74,12 @@ def evaluate(it: Evaluand, config: Config) -> list[Row]:
     work.mkdir(parents=True, exist_ok=True)
     with weights(it, work) as hf, served(config, hf, work) as serving:
         with closing(make_source(serving, families, stop_ids, partial(text_of, tokenizer))) as judge:
-            answered = [ask(asked, name, judge) for name in asked.sets]
-    rows = [row for row, _ in answered]
-    write_evaluations(it.run, rows, [answer for _, some in answered for answer in some])
-    return rows
+            rows = list[Row]()
+            for name in asked.sets:
+                row, answers = ask(asked, name, judge)
+                write_evaluations(it.run, [row], answers)
+                rows.append(row)
+            return rows
 
 
 def sets_of(it: Evaluand, config: Config, tokenizer: "PreTrainedTokenizerFast", limits: Limits) -> Sets:

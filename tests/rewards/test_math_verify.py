@@ -264,6 +264,18 @@ def test_what_takes_math_verify_too_long_is_a_time_out_and_not_a_wrong_answer(mo
         "1,234," * 20_000,
         "$" * 20_001,
         "x=" * 20_000 + "1",
+        "(" * 10_000 + "18" + ")" * 10_000,
+        r"\text{" * 5000 + "18" + "}" * 5000,
+        "'" * 40_000,
+        "." * 40_000 + "x",
+        "123 " * 20_000 + "12",
+        r"\text{" + " " * 100_000 + "x}",
+        "^" + " " * 100_000 + "x",
+        "<answer>" * 20_000,
+        r"\text{\$}" * 2000 + "5",
+        "A) " * 600 + "5",
+        "A: " * 600 + "()",
+        "A: " * 25 + "()",
     ],
 )
 def test_long_answers_cost_next_to_nothing(answer):

@@ -4,10 +4,12 @@ import asyncio
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from megatron_jackpot.rewards import remote
 from megatron_jackpot.rewards.parts import Part
 from megatron_jackpot.rewards.pool import RewardPool
 from megatron_jackpot.rewards.remote import address_mistake
@@ -23,6 +25,11 @@ class Handler(BaseHTTPRequestHandler):
         status, body = 200, json.dumps({"rewards": [len(i["response"]) / i["label"] for i in items]}).encode()
         if "slow" in texts:
             self.server.over.wait(30)
+        if "steady" in texts:
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+            time.sleep(0.3)
+            self.server.now -= 1
         if "broken" in texts:
             status = 503
         if "unknown" in texts:
@@ -33,6 +40,10 @@ class Handler(BaseHTTPRequestHandler):
             body = json.dumps({"rewards": [{"score": 1.0, "style": 0.25}] * len(items)}).encode()
         if "nan" in texts:
             body = b'{"rewards": [NaN]}'
+        if "head" in texts:
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Late: ")
+            while not self.server.over.wait(0.1):
+                self.wfile.write(b"x")
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) + 1000 * ("cut" in texts)))
         self.end_headers()
@@ -45,10 +56,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Service(ThreadingHTTPServer):
+    request_queue_size = 2 * remote.AT_ONCE
+
+
 @pytest.fixture
 def service():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.seen, server.over = [], threading.Event()
+    server = Service(("127.0.0.1", 0), Handler)
+    server.seen, server.over, server.now, server.most = [], threading.Event(), 0, 0
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -76,12 +91,72 @@ def test_calls_that_are_made_together_travel_in_batches_and_come_back_in_order(s
         found = score_all(pool, *[("x" * i, 4) for i in range(10)], prompt="p", num_tokens=3)
         assert found == [(i / 4, i == 4) for i in range(10)]
         assert sorted(len(items) for items in service.seen) == [2, 4, 4]
-        assert service.seen[0][0] == {"response": "", "label": 4, "prompt": "p", "num_tokens": 3}
+        # Which of those that travel beside each other comes first is the machine's.
+        first = {"response": "", "label": 4, "prompt": "p", "num_tokens": 3}
+        assert first in [items[0] for items in service.seen]
         assert score_all(pool, ("xx", 4)) == [(0.5, False)]  # Another event loop.
         assert pool.counters == {"scored": 11, "timed_out": 0, "crashed": 0}
 
 
-@pytest.mark.parametrize("text", ["slow", "drip"])
+def waiting_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("reward-service")]
+
+
+def wait_until(fulfilled):
+    deadline = time.monotonic() + 10
+    while not fulfilled():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_more_requests_than_a_service_takes_at_once_wait_outside_of_their_limit(service, monkeypatch):
+    monkeypatch.setattr(remote, "AT_ONCE", 3, raising=False)
+
+    async def judged(pool):
+        # As on a machine of few cores, of which other work has some.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        counts = pool.failures.begin()
+        return await asyncio.gather(*(pool("steady", 6, counts) for _ in range(24)))
+
+    with RewardPool(address(service), 1, 1.5, batch=1) as pool:
+        assert asyncio.run(judged(pool)) == [(1.0, True)] * 24
+        assert pool.counters == {"scored": 24, "timed_out": 0, "crashed": 0}
+    assert service.most == 3
+
+
+def test_whoever_has_gone_before_the_turn_came_is_not_asked_for(service, monkeypatch):
+    monkeypatch.setattr(remote, "AT_ONCE", 1, raising=False)
+
+    async def stopped(pool):
+        counts = pool.failures.begin()
+        calls = [asyncio.ensure_future(pool("steady", 6, counts)) for _ in range(5)]
+        await calls[0]
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.sleep(0.5)
+
+    with RewardPool(address(service), 1, 10.0, batch=1) as pool:
+        asyncio.run(stopped(pool))
+    assert len(service.seen) <= 2
+
+
+def test_a_pool_that_is_closed_ends_its_requests_and_their_threads_whatever_the_service_does(service):
+    async def closed(pool):
+        calls = [asyncio.ensure_future(pool("slow", 1)) for _ in range(40)]
+        await asyncio.to_thread(wait_until, lambda: len(service.seen) == remote.AT_ONCE)
+        pool.close()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    pool, begun = RewardPool(address(service), 1, 300.0, batch=1), time.monotonic()
+    assert {str(error) for error in asyncio.run(closed(pool))} == {
+        "The reward pool was closed during a call."
+    }
+    wait_until(lambda: not waiting_threads())
+    assert time.monotonic() - begun < 20 and not service.over.is_set()
+
+
+@pytest.mark.parametrize("text", ["slow", "drip", "head"])
 def test_what_does_not_come_in_time_is_reward_0_and_counted_and_the_next_one_is_scored(service, text):
     with RewardPool(address(service), 1, 0.5, batch=1) as pool:
         # A reply that is whole and goes on: only its end is missing.
@@ -93,6 +168,7 @@ def test_what_does_not_come_in_time_is_reward_0_and_counted_and_the_next_one_is_
         service.RequestHandlerClass = Handler
         assert score_all(pool, ("x", 1)) == [(1.0, True)]
         assert pool.counters == {"scored": 1, "timed_out": 1, "crashed": 0}
+    wait_until(lambda: not waiting_threads())
 
 
 @pytest.mark.parametrize("text", ["broken", "cut", "refused"])

@@ -2,7 +2,9 @@
 
 import json
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,7 +12,15 @@ import yaml
 from megatron_jackpot.cli import main
 from megatron_jackpot.config import ConfigError
 from megatron_jackpot.models.convert import checksums, hf_to_megatron
-from megatron_jackpot.monitor.evaluations import evaluation_table, read_evaluations, write_evaluations
+from megatron_jackpot.monitor.evaluations import (
+    ANSWERS_FILE,
+    evaluation_table,
+    read_evaluations,
+    write_evaluations,
+)
+from megatron_jackpot.monitor.metrics import read_metrics
+from megatron_jackpot.servers.protocol import ServerError
+from megatron_jackpot.train import evaluate as command
 from megatron_jackpot.train.evaluand import evaluand, settings
 from megatron_jackpot.train.evaluate import Asked, ask, weights
 from tests.models.hf_models import write_hf
@@ -62,6 +72,19 @@ def test_of_a_run_the_newest_checkpoint_counts_and_of_one_step_the_export(run: P
     assert evaluand(tmp_path / "elsewhere", None, run).step == 0
     with pytest.raises(ConfigError, match="neither a model"):
         evaluand(tmp_path, None, run)
+
+
+def test_an_export_under_way_or_killed_counts_for_the_models_that_are_whole_in_it(run: Path) -> None:
+    (run / "hf/step-000020/.policy.123").mkdir(parents=True)
+    (run / "hf/step-000020/.policy.123/0.unnamed").touch()
+
+    def found(model: str | None) -> str:
+        return str(evaluand(run, model, None).folder.relative_to(run))
+
+    assert found(None) == "checkpoints/step-000020/policy"
+    (run / "hf/step-000020/.policy.123").rename(run / "hf/step-000020/policy")
+    (run / "hf/step-000020/policy/config.json").write_text("{}")
+    assert found(None) == "hf/step-000020/policy" and found("actor") == "checkpoints/step-000020/actor"
 
 
 def test_settings_are_the_runs_without_what_belongs_to_its_rollouts(run: Path, tmp_path: Path) -> None:
@@ -147,6 +170,39 @@ def test_a_row_has_avg_and_pass_of_all_answers_and_the_share_that_was_cut(run: P
         **{"step": "20", "model": "policy", "set": "hard", "problems": "5", "answers": "4", "T": "0.6"},
         **{"avg": "0.500", "pass@2": "0.667", "pass@4": "0.800", "cut": "75.0%"},
     }
+
+
+class Breaks(Judge):
+    """Servers that stop to answer where a set has but one problem."""
+
+    def answers(self, prompts, *given, **options):
+        if len(prompts) == 1:
+            raise ServerError("no server answers")
+        return super().answers(prompts, *given, **options)
+
+    def close(self) -> None: ...
+
+
+def test_a_set_that_was_judged_stays_when_a_later_one_fails(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = {"whole": prompts(None, None), "broken": prompts(None), "never": prompts(None, None)}
+    for name, value in {
+        "load_tokenizer": SimpleNamespace(eos_token_id=3),
+        "load_families": {},
+        "checked_stop_ids": (3,),
+        "sets_of": sets,
+        "check_labels": None,
+        "weights": nullcontext(run),
+        "served": nullcontext(None),
+        "make_source": Breaks(),
+    }.items():
+        monkeypatch.setattr(command, name, lambda *given, value=value: value)
+    it = evaluand(run, None, None)
+    with pytest.raises(ServerError, match="no server answers"):
+        command.evaluate(it, settings(it, [], ["evaluation.samples=2", "evaluation.temperature=1"]))
+    assert [row["set"] for row in read_evaluations(run)] == ["whole"]
+    assert {row["set"] for row in read_metrics(run / ANSWERS_FILE)} == {"whole"}
 
 
 def test_rows_that_are_written_at_the_same_time_are_all_there_and_a_torn_one_is_cut(tmp_path: Path) -> None:

@@ -88,6 +88,18 @@ def test_an_evaluation_hears_a_stop_while_it_waits_for_answers_and_for_verdicts(
     assert time.monotonic() - began < 20
 
 
+def test_answers_and_verdicts_that_take_too_long_say_by_which_setting() -> None:
+    judge = made(Waits, Waits)
+    judge.limit_s = 0.1
+    try:
+        with pytest.raises(TimeoutError, match=r"0.1 s for answers to 3 prompts \(run.phase_timeout_s\)"):
+            judge.answers(PROMPTS, 4, samples=1, temperature=0.0)
+        with pytest.raises(TimeoutError, match=r"0.1 s for verdicts on 3 answers \(run.phase_timeout_s\)"):
+            judge.verdicts([prompt.tokens for prompt in PROMPTS], PROMPTS)
+    finally:
+        judge.close()
+
+
 @pytest.mark.parametrize("close_s", [30.0, 0.1], ids=["soon", "after all waits"])
 def test_a_client_whose_start_takes_too_long_leaves_no_process(monkeypatch, close_s) -> None:
     begun: list[subprocess.Popen] = []
