@@ -1,6 +1,5 @@
 """What `megatron-jackpot evaluate` is to judge: a model, the run it is of, and the settings that count."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,16 @@ from megatron_jackpot.config import Config, ConfigError, Evaluation
 from megatron_jackpot.config.load import examine, placed
 from megatron_jackpot.config.model_folder import read_json
 from megatron_jackpot.config.yaml_tree import Tree, apply_override, read_tree
-from megatron_jackpot.run.provenance import CONFIG_FILE, MODELS, PROVENANCE_FILE, checkpoints, find_model
+from megatron_jackpot.run.provenance import (
+    CONFIG_FILE,
+    MODELS,
+    PROVENANCE_FILE,
+    STEP,
+    checkpoints,
+    find_model,
+    step_of,
+)
 
-STEP = re.compile(r"step-(\d{6,})")
 SECTIONS = ("data", "evaluation", "servers", "precision")
 """What a run's own settings say of an evaluation, with the limits below."""
 LIMITS = {
@@ -52,12 +58,12 @@ def evaluand(what: Path, model: str | None, run: Path | None) -> Evaluand:
     what = Path(what).resolve()
     if not what.is_dir():
         raise ConfigError(f"{what} is no folder. Name a run, a checkpoint or a model's folder.")
-    exports = sorted((what / "hf").glob("step-*"))
+    exports = [path for path in sorted((what / "hf").glob("step-*")) if STEP.fullmatch(path.name)]
     # A step's folder is there before its models, each of which appears when it is whole.
     whole = [folder for folder in exports if (folder / (model or "policy") / "config.json").is_file()]
     saved = [*checkpoints(what), *whole]
     # Of one step the export, which need not be converted.
-    newest = max(reversed(saved), key=lambda folder: folder.name, default=what)
+    newest = max(reversed(saved), key=step_of, default=what)
     try:
         folder = find_model(newest, model or _first_model(newest))
     except ValueError as error:

@@ -15,7 +15,6 @@ from megatron_jackpot.algorithm.corrections import (
     TokenIS,
     make_correction,
 )
-from megatron_jackpot.algorithm.diagnostics import global_quantiles
 from megatron_jackpot.algorithm.divergence import (
     candidate_kl,
     candidate_kl_after,
@@ -25,7 +24,7 @@ from megatron_jackpot.algorithm.divergence import (
 from megatron_jackpot.algorithm.objectives import PPO
 from megatron_jackpot.algorithm.objectives_base import objective_inputs
 from megatron_jackpot.algorithm.obrs import counter_uniform
-from tests.unit.flat import Flat, diagnose, identity, on_ranks, run, scores_of
+from tests.unit.flat import Flat, diagnose, on_ranks, run, scores_of
 
 V, K, T = 40, 12, 300
 
@@ -394,15 +393,3 @@ def test_candidate_kl_is_exact_over_all_ids_and_a_lower_bound_on_some():
         after = candidate_kl_after(p, q, lam)
         torch.testing.assert_close(after, (p.exp() * (p - kept)).sum(-1), rtol=1e-6, atol=1e-5)
         assert (candidate_kl_after(p[:, :15], q[:, :15], lam) <= some + 1e-9).all()
-
-
-def test_global_quantiles_are_quantiles_of_the_union():
-    values = torch.rand(5000, generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(5000) % 3 > 0
-    for level, got in zip(
-        (0.01, 0.5, 1.0), global_quantiles(values, mask, (0.01, 0.5, 1.0), identity), strict=True
-    ):
-        exact = torch.quantile(values[mask], level, interpolation="higher").item()
-        assert exact - 1e-3 <= got.item() <= exact + 1.1e-3
-    ones = torch.ones(4)
-    assert global_quantiles(ones, ones > 0, (0.01,), identity)[0] == 1
