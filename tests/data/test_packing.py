@@ -55,7 +55,7 @@ def test_without_packing_each_sequence_has_its_own_micro_batch(fill):
 
 
 def test_micro_batches_are_as_few_as_their_room_allows_filled_evenly_and_no_longer_than_need_be():
-    alone = dict(tp=1, pp=1, dp=1, is_leader=True, device=torch.device("cpu"))
+    alone = dict(tp=1, pp=1, dp=1, dp_rank=0, is_leader=True, device=torch.device("cpu"))
     mesh = SimpleNamespace(**alone, tensors_from_leader=lambda columns: columns)
     rollouts = groups(range(16))
     total = sum(r.num_tokens for group in rollouts for r in group)

@@ -190,6 +190,7 @@ def test_a_checkpoint_of_other_models_is_refused_before_anything_starts(tmp_path
     both = joint(tmp_path).model_copy(update={"run": alone.run})
     step = tmp_path / "run" / "checkpoints" / "step-000004"
     (step / "policy").mkdir(parents=True)
+    (step / "manifest.json").touch()
 
     (check,) = (check for check in CHECKS if "run.resume" in check.name)
 
