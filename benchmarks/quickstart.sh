@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The README's curves and table: the quickstart with several seeds and threads, the control, one picture.
 #
-#   bash benchmarks/quickstart.sh FOLDER                     seeds 0-4 as run.sh starts them, 0-1 with a rank of 2 threads
+#   bash benchmarks/quickstart.sh FOLDER                     seeds 0-4 as run.sh starts them, and with a rank of 2 threads
 #   bash benchmarks/quickstart.sh FOLDER 0 1 2:1x1           SEED or SEED:RANKSxTHREADS, in this order
 #   bash benchmarks/quickstart.sh FOLDER 0 run.steps=4       key=value for all of them: a trial
 #
@@ -10,7 +10,7 @@
 # the picture to FOLDER/quickstart.png, of the runs that are named. Five minutes a run on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-seeds=(0 1 2 3 4 0:1x2 1:1x2)
+seeds=(0 1 2 3 4 0:1x2 1:1x2 2:1x2 3:1x2 4:1x2)
 source benchmarks/seeds.sh "$@"
 
 runs=()
