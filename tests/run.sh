@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests, stage by stage, in the project's own environment: two stages at a time where there are two cores.
 #
-#   bash tests/run.sh                 what every change must pass: 10 to 16 minutes on 2 idle cores, by processor; limit 20
+#   bash tests/run.sh                 what every change must pass: 9 to 16 minutes on 2 idle cores, by processor; limit 20
 #   bash tests/run.sh --full          the tests marked `full` too, at most 3 hours
 #   bash tests/run.sh unit parallel   only these stages
 #
