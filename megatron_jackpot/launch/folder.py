@@ -76,12 +76,8 @@ def folder_mistakes(config: Config, *, new: bool) -> Iterator[str]:
                 f"run.folder = {run.folder} already holds a run ({', '.join(found[:4])}). Continue it with "
                 "run.resume=auto, which starts afresh where nothing was saved, or set another run.folder."
             )
-        elif not new and not checkpoints(run.folder) and (lost := last_recorded(run.folder)):
-            yield (
-                f"run.folder = {run.folder} holds {lost} steps of a run that saved nothing: a job would drop "
-                "them and begin anew. Set run.resume=auto to have that, or another run.folder. With "
-                "run.save_every a job goes on."
-            )
+        elif not new:
+            yield from _lost(config)
     except ValueError as error:
         yield str(error)
     if run.resume is True and not checkpoints(run.folder):
@@ -89,6 +85,18 @@ def folder_mistakes(config: Config, *, new: bool) -> Iterator[str]:
             f"run.resume = true, but run.folder = {run.folder} holds no checkpoint. Set run.resume=auto, "
             "which starts afresh there."
         )
+
+
+def _lost(config: Config) -> Iterator[str]:
+    """Steps that a job would do again. It goes on from what is saved, and trains nothing where all is done."""
+    folder = config.run.folder
+    if checkpoints(folder) or finished(config) or not (steps := last_recorded(folder)):
+        return
+    yield (
+        f"run.folder = {folder} holds {steps} steps of a run that saved nothing: a job would drop them and "
+        "begin anew. Set run.resume=auto to have that, or another run.folder. With run.save_every a job goes "
+        "on."
+    )
 
 
 def _no_link(pointer: Path) -> Iterator[str]:

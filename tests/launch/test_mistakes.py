@@ -228,6 +228,12 @@ def test_a_job_is_not_submitted_over_the_records_of_a_run_that_saved_nothing(fol
     assert "holds 2 steps of a run that saved nothing" in mistake and "run.resume=auto" in mistake
     asked = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
     assert not [*folder_mistakes(asked, new=False)]
+    # One that is over is not begun anew.
+    rows(folder / "runs/first", 3)
+    for model in ("policy", "actor"):
+        (folder / "runs/first/hf/step-000003" / model).mkdir(parents=True)
+        (folder / "runs/first/hf/step-000003" / model / "config.json").touch()
+    assert not [*folder_mistakes(config, new=False)]
 
 
 def test_a_folder_that_is_named_like_a_checkpoint_is_none(folder: Path) -> None:
