@@ -88,7 +88,7 @@ def folder_mistakes(config: Config, *, new: bool) -> Iterator[str]:
 
 
 def _lost(config: Config) -> Iterator[str]:
-    """Steps that a job would do again. It goes on from what is saved, and trains nothing where all is done."""
+    """Steps that a job would do again: it goes on from what is saved, and leaves a run that is over alone."""
     folder = config.run.folder
     if checkpoints(folder) or finished(config) or not (steps := last_recorded(folder)):
         return

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from megatron_jackpot.monitor.metrics import METRICS_FILE, Row, series
-from megatron_jackpot.run.provenance import PROVENANCE_FILE
+from megatron_jackpot.monitor.metrics import Row, series
+from megatron_jackpot.run.provenance import METRICS_FILE, PROVENANCE_FILE
 from megatron_jackpot.run.watchdog import Doing, read_doing
 
 Level = Literal["bad", "warn", "note"]

@@ -11,12 +11,11 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
-from megatron_jackpot.monitor.metrics import METRICS_FILE
 from megatron_jackpot.monitor.report.content import Tree, content, rows_of, version
 from megatron_jackpot.monitor.report.health import TRAIN_LOGS, duration, signs
 from megatron_jackpot.monitor.report.page import render
 from megatron_jackpot.monitor.report.rejections import NewestDecisions
-from megatron_jackpot.run.provenance import PROVENANCE_FILE, check_run_folder
+from megatron_jackpot.run.provenance import METRICS_FILE, PROVENANCE_FILE, check_run_folder
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
